@@ -1,0 +1,38 @@
+"""Where shards live."""
+
+from shardes.backends.base import Backend
+from shardes.config import Config
+from shardes.distributed import Group
+
+__all__ = ["Backend", "make_backend"]
+
+
+def make_backend(config: Config, *, group: Group) -> Backend:
+    """Builds the configured model without weights, spread over the ranks of ``group``.
+
+    Raises:
+        UserError: The model directory or the engine's configuration cannot be used.
+    """
+    import torch
+
+    from shardes.backends.single import SingleBackend
+    from shardes.modeling import build_skeleton, load_model_config
+
+    trust = config.model.trust_remote_code
+    model_config = load_model_config(config.model.path, trust_remote_code=trust)
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    skeleton = build_skeleton(model_config, dtype=dtype, trust_remote_code=trust)
+    if config.parallel.backend == "single":
+        return SingleBackend(skeleton, group=group)
+
+    from shardes.backends.deepspeed_config import make_deepspeed_config
+    from shardes.backends.zero3 import Zero3Backend
+
+    deepspeed_config = make_deepspeed_config(
+        config.parallel.deepspeed,
+        dtype=dtype,
+        micro_batch_size=config.rollout.micro_batch_size,
+        world_size=group.world_size,
+        hidden_size=model_config.get_text_config().hidden_size,
+    )
+    return Zero3Backend(skeleton, deepspeed_config=deepspeed_config, group=group, trust_remote_code=trust)

@@ -1,0 +1,162 @@
+"""The DeepSpeed configuration: our own, or the user's with its ``auto`` values filled."""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardes.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Unusable:
+    """A key that cannot be honoured: when it counts as set, and why it is refused."""
+
+    key: str
+    is_set: Callable[[Any], bool]
+    reason: str
+
+
+def _enabled(value: Any) -> bool:
+    return value.get("enabled", True) is not False if isinstance(value, dict) else bool(value)
+
+
+def _offloads(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("device", "none") not in ("none", None)
+
+
+def _above_one(value: Any) -> bool:
+    return isinstance(value, int) and value > 1
+
+
+_UNUSABLE = (
+    _Unusable("optimizer", bool, "ES has a step of its own: set es.alpha and es.schedule instead"),
+    _Unusable("scheduler", bool, "ES has a step of its own: set es.schedule instead"),
+    _Unusable(
+        "zero_optimization.zero_hpz_partition_size",
+        _above_one,
+        "hpZ forwards read a secondary copy of the weights that perturbations do not reach",
+    ),
+    _Unusable(
+        "zero_optimization.mics_shard_size",
+        _above_one,
+        "MiCS keeps several copies of each shard, and perturbations would reach only one",
+    ),
+    _Unusable(
+        "zero_optimization.zero_quantized_weights",
+        bool,
+        "quantised gathers round away the noise that ES adds",
+    ),
+    _Unusable(
+        "zero_optimization.zero_quantized_nontrainable_weights",
+        bool,
+        "quantised gathers round away the noise that ES adds",
+    ),
+    _Unusable("zero_optimization.offload_param", _offloads, "offloaded shards were not tried with shardes"),
+    _Unusable("zero_optimization.offload_optimizer", _offloads, "there is no optimizer state to offload"),
+    _Unusable(
+        "zero_optimization.memory_efficient_linear",
+        bool,
+        "it replaces torch's linear function for the whole process",
+    ),
+    _Unusable("compression_training", bool, "compressed weights cannot be perturbed exactly"),
+    _Unusable("quantize_training", bool, "quantised weights cannot be perturbed exactly"),
+    _Unusable("amp", _enabled, "the dtype of the weights is model.dtype"),
+    _Unusable("pipeline", bool, "the model is sharded by ZeRO-3 only"),
+    _Unusable("tensor_parallel", bool, "the model is sharded by ZeRO-3 only"),
+    _Unusable("sequence_parallel_size", _above_one, "prompts are split over ranks, not sequences"),
+)
+
+
+def make_deepspeed_config(
+    path: Path | None, *, dtype: torch.dtype, micro_batch_size: int, world_size: int, hidden_size: int
+) -> dict[str, Any]:
+    """A complete configuration for ``deepspeed.initialize``.
+
+    Args:
+        path: The user's JSON, or None for ours.
+        dtype: The model's dtype.
+        micro_batch_size: Prompts per forward.
+        world_size: Number of ranks.
+        hidden_size: The model's width; ``auto`` bucket sizes depend on it.
+
+    Raises:
+        UserError: The file cannot be read, or asks for what ES on shards cannot honour.
+    """
+    tree = {"zero_optimization": {"stage": 3}} if path is None else _read(path)
+    if path is not None:
+        _refuse_unusable(tree, path)
+    tree = copy.deepcopy(tree)
+    zero = tree["zero_optimization"]
+    zero["memory_efficient_linear"] = False
+    for key, wanted in (("bf16", dtype == torch.bfloat16), ("fp16", dtype == torch.float16)):
+        _check_precision(tree, key, wanted, path)
+    autos = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "train_batch_size": micro_batch_size * world_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    _fill_autos(tree, autos, path)
+    tree.setdefault("train_micro_batch_size_per_gpu", micro_batch_size)
+    tree.setdefault("steps_per_print", 10**9)
+    return tree
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"parallel.deepspeed: {path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"parallel.deepspeed: {path} is not JSON: {error}") from None
+    stage = tree.get("zero_optimization", {}).get("stage") if isinstance(tree, dict) else None
+    if stage != 3:
+        raise UserError(
+            f"parallel.deepspeed: {path}: zero_optimization.stage is {stage!r}; wanted 3. Lower stages do not "
+            "shard parameters: use stage 3, or parallel.backend: single"
+        )
+    return tree  # type: ignore[no-any-return]
+
+
+def _refuse_unusable(tree: dict[str, Any], path: Path) -> None:
+    problems = []
+    for unusable in _UNUSABLE:
+        value: Any = tree
+        for part in unusable.key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None and value != "auto" and unusable.is_set(value):
+            problems.append(f"  {unusable.key} = {json.dumps(value)}: {unusable.reason}; remove it")
+    if problems:
+        raise UserError("\n".join([f"parallel.deepspeed: {path} has keys that cannot be used:", *problems]))
+
+
+def _check_precision(tree: dict[str, Any], key: str, wanted: bool, path: Path | None) -> None:
+    section = tree.setdefault(key, {})
+    given = section.get("enabled", "auto")
+    if given != "auto" and bool(given) != wanted:
+        raise UserError(
+            f"parallel.deepspeed: {path}: {key}.enabled is {json.dumps(given)}, which contradicts model.dtype; "
+            f'set it to "auto"'
+        )
+    section["enabled"] = wanted
+
+
+def _fill_autos(tree: dict[str, Any], autos: dict[str, Any], path: Path | None, prefix: str = "") -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _fill_autos(value, autos, path, f"{prefix}{key}.")
+        elif value == "auto":
+            if prefix + key not in autos:
+                raise UserError(
+                    f'parallel.deepspeed: {path}: {prefix}{key} is "auto", but shardes has no value for it; '
+                    f"give a number or remove it. Filled are: {', '.join(sorted(autos))}, bf16.enabled, fp16.enabled"
+                )
+            tree[key] = autos[prefix + key]

@@ -1,0 +1,51 @@
+"""Every rank holds the whole model: the oracle that other backends are compared with."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from shardes.backends.base import Backend
+from shardes.distributed import Group
+from shardes.modeling import fill_parameters, parameter_aliases, parameter_ids
+from shardes.shards import Run, Shard
+
+
+class SingleBackend(Backend):
+    """Plain tensors in one process. With several ranks, each is such a process and they share prompts.
+
+    Args:
+        skeleton: The model, parameters on meta.
+        group: The ranks.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel, *, group: Group) -> None:
+        self._group = group
+        self.dtype = skeleton.dtype
+        self.aliases = parameter_aliases(skeleton)
+        storage = {
+            name: torch.empty(parameter.shape, dtype=parameter.dtype, device=group.device)
+            for name, parameter in skeleton.named_parameters()
+        }
+        fill_parameters(skeleton, storage)
+        self.lockstep_model = skeleton.to(group.device)
+        ids = parameter_ids(list(storage))
+        self.shards = tuple(
+            Shard(name, ids[name], tuple(tensor.shape), tensor.view(-1), (Run(0, 0, tensor.numel()),))
+            for name, tensor in sorted(storage.items())
+        )
+
+    @property
+    def forward_is_collective(self) -> bool:
+        """Never: nothing is gathered."""
+        return False
+
+    def commit(self) -> None:
+        """Nothing to do: the shards are the parameters."""
+
+    def gathered(self) -> nn.Module:
+        """The model itself."""
+        return self.lockstep_model
+
+    def gather_parameter(self, shard: Shard, values: torch.Tensor) -> torch.Tensor | None:
+        """Rank 0's own values."""
+        return values.view(shard.shape) if self._group.is_main else None

@@ -1,0 +1,165 @@
+"""DeepSpeed ZeRO-3: each rank holds 1/W of every parameter.
+
+DeepSpeed keeps gathered copies of parameters (persistent ones always, others while they are prefetched), and
+a forward reads such a copy without noticing that the shard underneath was written. ``commit`` drops them.
+"""
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from shardes.backends.base import Backend
+from shardes.distributed import Group
+from shardes.errors import UserError
+from shardes.modeling import fill_parameters, parameter_aliases, parameter_ids
+from shardes.shards import Run, Shard
+
+_RELIED_ON = ("ds_tensor", "ds_numel", "ds_shape", "ds_process_group", "ds_status")
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, or a clear refusal where it is not installed.
+
+    Raises:
+        UserError: It cannot be imported.
+    """
+    try:
+        import deepspeed
+        import deepspeed.comm.torch
+    except ImportError as error:
+        raise UserError(
+            f"parallel.backend: zero3 needs deepspeed, which cannot be imported ({error}); "
+            "install it with: pip install 'shardes[zero3]', or set parallel.backend: single"
+        ) from None
+    return deepspeed
+
+
+class Zero3Backend(Backend):
+    """A model sharded by DeepSpeed ZeRO-3, without an optimizer.
+
+    Args:
+        skeleton: The model, parameters on meta, buffers real; it becomes the replica of ``gathered``.
+        deepspeed_config: A complete DeepSpeed configuration (see ``deepspeed_config.py``).
+        group: The ranks; a process group exists even if there is only one.
+        trust_remote_code: Whether the model's own Python code may run.
+    """
+
+    def __init__(
+        self,
+        skeleton: PreTrainedModel,
+        *,
+        deepspeed_config: dict[str, Any],
+        group: Group,
+        trust_remote_code: bool,
+    ) -> None:
+        deepspeed = import_deepspeed()
+        self._group = group
+        self._replica = skeleton
+        self._replica_storage: dict[str, torch.Tensor] | None = None
+        self.dtype = skeleton.dtype
+        self.aliases = parameter_aliases(skeleton)
+        if group.device.type == "cpu":
+            # Its shared-memory collectives are compiled at the first start, for a minute, and gain nothing here.
+            sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+        deepspeed.init_distributed(
+            dist_backend="nccl" if group.device.type == "cuda" else "gloo", verbose=False
+        )
+        with (
+            no_init_weights(),
+            deepspeed.zero.Init(config_dict_or_path=deepspeed_config, mem_efficient_linear=False),
+        ):
+            model = AutoModelForCausalLM.from_config(
+                skeleton.config, dtype=skeleton.dtype, trust_remote_code=trust_remote_code
+            )
+        model.tie_weights()
+        _copy_buffers(skeleton, model)
+        self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
+        self._engine.eval()
+        self.lockstep_model = model
+        self._parameters = dict(sorted(model.named_parameters()))
+        self._check_layout(skeleton)
+        ids = parameter_ids(list(self._parameters))
+        self.shards = tuple(
+            Shard(name, ids[name], tuple(parameter.ds_shape), parameter.ds_tensor.data, _runs(parameter))
+            for name, parameter in self._parameters.items()
+        )
+
+    def _check_layout(self, skeleton: nn.Module) -> None:
+        """What is read here are private attributes of DeepSpeed: stop if they are not what they were."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+        for name, parameter in self._parameters.items():
+            absent = [attribute for attribute in _RELIED_ON if not hasattr(parameter, attribute)]
+            if absent or not hasattr(self._engine.optimizer, "empty_partition_cache"):
+                raise RuntimeError(
+                    f"this version of deepspeed lays out shards differently: {name} lacks {absent}"
+                )
+            if tuple(parameter.ds_shape) != shapes.get(name) or parameter.ds_tensor.dtype != self.dtype:
+                raise RuntimeError(
+                    f"deepspeed sharded {name} as {parameter.ds_shape} {parameter.ds_tensor.dtype}"
+                )
+
+    @property
+    def forward_is_collective(self) -> bool:
+        """Whether a forward gathers from other ranks."""
+        return self._group.world_size > 1
+
+    def commit(self) -> None:
+        """Drops every gathered copy, so that the next forward gathers the shards anew."""
+        self._engine.optimizer.empty_partition_cache()
+
+    def gathered(self) -> nn.Module:
+        """A hook-free replica, filled from all ranks' shards."""
+        if self._replica_storage is None:
+            self._replica_storage = self._build_replica()
+        for name, parameter in self._parameters.items():
+            dist.all_gather_into_tensor(
+                self._replica_storage[name], parameter.ds_tensor.data, group=parameter.ds_process_group
+            )
+        return self._replica
+
+    def _build_replica(self) -> dict[str, torch.Tensor]:
+        storage, views = {}, {}
+        for name, parameter in self._parameters.items():
+            # Padded at its end, so that a gather needs no copy.
+            flat = torch.empty(
+                parameter.ds_tensor.numel() * self._group.world_size,
+                dtype=self.dtype,
+                device=self._group.device,
+            )
+            storage[name] = flat
+            views[name] = flat[: parameter.ds_numel].view(parameter.ds_shape)
+        fill_parameters(self._replica, views)
+        self._replica.to(self._group.device)
+        return storage
+
+    def gather_parameter(self, shard: Shard, values: torch.Tensor) -> torch.Tensor | None:
+        """The shards of one parameter, joined on rank 0 without the padding."""
+        parts = (
+            [torch.empty_like(values) for _ in range(self._group.world_size)] if self._group.is_main else None
+        )
+        dist.gather(values.contiguous(), parts, dst=0)
+        if parts is None:
+            return None
+        return torch.cat(parts)[: self._parameters[shard.name].ds_numel].view(shard.shape)
+
+
+def _runs(parameter: Any) -> tuple[Run, ...]:
+    """The one run of elements that this rank owns, or none. What follows it in the shard is padding."""
+    length = parameter.ds_tensor.numel()
+    start = length * dist.get_rank(parameter.ds_process_group)
+    owned = max(0, min(length, parameter.ds_numel - start))
+    return (Run(0, start, owned),) if owned else ()
+
+
+def _copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    """zero.Init casts every tensor that a constructor makes to the model's dtype, rotary frequencies included."""
+    modules = dict(target.named_modules())
+    for name, buffer in source.named_buffers():
+        owner, _, key = name.rpartition(".")
+        old = modules[owner]._buffers[key]
+        modules[owner]._buffers[key] = buffer.detach().to(old.device if old is not None else "cpu").clone()

@@ -1,0 +1,179 @@
+"""Reading a model directory: safetensors headers, and any range of any parameter's elements.
+
+Only safetensors is read. A rank reads the bytes of its own elements and no others.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shardes.errors import UserError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MAX_HEADER_BYTES = 100_000_000
+_READ_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements of the whole tensor."""
+        return torch.Size(self.shape).numel()
+
+
+class Checkpoint:
+    """The weights of a model directory.
+
+    Args:
+        directory: A directory with ``*.safetensors`` files.
+
+    Attributes:
+        tensors: Where each tensor lies, by name.
+        header_sha256: Hash of all headers: names, shapes, dtypes and offsets.
+        bytes_read: How many bytes of weights this process has read.
+
+    Raises:
+        UserError: No safetensors files, or a damaged one.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.tensors: dict[str, StoredTensor] = {}
+        self.bytes_read = 0
+        digest = hashlib.sha256()
+        for path in _weight_files(directory):
+            header = _read_header(path)
+            digest.update(header)
+            self._add_file(path, header)
+        self.header_sha256 = digest.hexdigest()
+
+    def _add_file(self, path: Path, header: bytes) -> None:
+        base, size = 8 + len(header), path.stat().st_size
+        for name, entry in json.loads(header).items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            if entry["dtype"] not in DTYPES:
+                raise UserError(
+                    f"model.path: {path}: {name} is stored as {entry['dtype']}; wanted one of {sorted(DTYPES)}. "
+                    "Quantised weights cannot be perturbed: use the model's unquantised version"
+                )
+            if base + end > size:
+                raise UserError(
+                    f"model.path: {path} is cut short: {name} should end at byte {base + end}, "
+                    f"but the file has {size}; fetch or copy it again"
+                )
+            self.tensors[name] = StoredTensor(
+                path, base + begin, DTYPES[entry["dtype"]], tuple(entry["shape"])
+            )
+
+    def read(self, name: str, *, start: int, out: torch.Tensor) -> None:
+        """Fills ``out`` (flat, any float dtype) with elements [start, start + len(out)) of a tensor."""
+        stored = self.tensors[name]
+        width = stored.dtype.itemsize
+        step = _READ_BYTES // width
+        descriptor = os.open(stored.path, os.O_RDONLY)
+        try:
+            for low in range(0, out.numel(), step):
+                here = out[low : low + step]
+                data = _read_exactly(descriptor, here.numel() * width, stored.offset + (start + low) * width)
+                self.bytes_read += len(data)
+                here.copy_(torch.frombuffer(data, dtype=stored.dtype))
+        finally:
+            os.close(descriptor)
+
+    def check_matches(self, shapes: dict[str, tuple[int, ...]], *, aliases: set[str]) -> None:
+        """Refuses a checkpoint whose tensors are not the model's parameters.
+
+        Args:
+            shapes: The model's parameters, each tied weight once.
+            aliases: Further names of tied weights, which a file may hold as well.
+
+        Raises:
+            UserError: Names the tensors that are missing, left over, or of another shape.
+        """
+        missing = sorted(set(shapes) - set(self.tensors))
+        extra = sorted(set(self.tensors) - set(shapes) - aliases)
+        if missing or extra:
+            raise UserError(
+                f"model.path: {self.directory}: its tensors are not the model's parameters"
+                + (f"; missing from the files: {_listed(missing)}" if missing else "")
+                + (f"; unknown to the model: {_listed(extra)}" if extra else "")
+                + ". Architectures whose checkpoints transformers converts while loading are not supported: "
+                "load the model with transformers and save it again with save_original_format=False"
+            )
+        for name, shape in shapes.items():
+            if self.tensors[name].shape != shape:
+                raise UserError(
+                    f"model.path: {self.directory}: {name} has shape {self.tensors[name].shape}; config.json "
+                    f"asks for {shape}"
+                )
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        raise UserError(
+            f"model.path: {directory} is not a directory; give a local model directory "
+            "(fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
+        )
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({directory / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"model.path: {directory}: {index.name} names files that are missing: {_listed(missing)}"
+        )
+    if not files:
+        pickled = sorted(path.name for path in directory.glob("*.bin"))
+        hint = (
+            f"; {pickled[0]} is a pickle, which is never loaded: convert it to safetensors" if pickled else ""
+        )
+        raise UserError(f"model.path: {directory} has no *.safetensors files, so no weights{hint}")
+    return files
+
+
+def _read_header(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > min(size - 8, _MAX_HEADER_BYTES):
+            raise UserError(f"model.path: {path} is not a safetensors file, or is cut short; fetch it again")
+        header = file.read(length)
+    try:
+        json.loads(header)
+    except ValueError:
+        raise UserError(f"model.path: {path}: its header is not JSON; fetch the file again") from None
+    return header
+
+
+def _read_exactly(descriptor: int, num_bytes: int, offset: int) -> bytearray:
+    data = bytearray(num_bytes)
+    view, done = memoryview(data), 0
+    while done < num_bytes:  # one call reads 2 GiB at most
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise OSError(f"unexpected end of file at byte {offset + done}")
+        done += count
+    return data
+
+
+def _listed(names: list[str], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,0 +1,173 @@
+"""The command line. Nothing heavy is imported before the configuration has been checked."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shardes import __version__
+from shardes.config import Config, load_config, parse_config
+from shardes.errors import EXIT_USER_ERROR, UserError
+
+# How long a rank that has a message waits for rank 0 to print the same one first.
+_WAIT_FOR_MAIN_SECONDS = 10
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="shardes")
+def cli() -> None:
+    """Evolution strategies fine-tuning for language models sharded over many devices."""
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.option("--config", "config_path", type=_PATH, required=True, help="The run's YAML file.")
+@click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False)
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
+def train(config_path: Path, overrides: tuple[str, ...]) -> None:
+    """Train, or go on with a run that stopped.
+
+    KEY=VALUE changes a key of the file, for example es.sigma=0.002. Start it with deepspeed, torchrun or
+    accelerate launch to use several ranks.
+    """
+    config = load_config(config_path, list(overrides))
+    _check_inputs(config)
+    from shardes.logs import configure_logging
+    from shardes.session import open_session
+    from shardes.trainer import Trainer
+
+    configure_logging()
+    with open_session(config) as session:
+        Trainer(session).train()
+
+
+@cli.command()
+@click.argument("run_dir", type=_PATH)
+@click.argument("out_dir", type=_PATH)
+@click.option("--iteration", type=click.IntRange(min=0), help="Weights after this many updates; default: all.")
+@click.option("--backend", type=click.Choice(["single", "zero3"]), default="single", show_default=True)
+def export(run_dir: Path, out_dir: Path, iteration: int | None, backend: str) -> None:
+    """Write RUN_DIR's weights to OUT_DIR as a consolidated Hugging Face model.
+
+    The journal is replayed over the base model. With --backend zero3, started by a launcher, every rank
+    replays its own shards, so the model need not fit on one device.
+    """
+    from shardes.runs.journal import read_journal
+
+    config = _config_of_run(run_dir, backend)
+    history, *_ = read_journal(run_dir / "journal.jsonl")
+    available = len(history.updates)
+    if iteration is not None and iteration > available:
+        raise UserError(f"--iteration {iteration}: {run_dir} has {available} iterations; give at most that")
+    wanted = available if iteration is None else iteration
+    from shardes.export import check_destination, export_model
+    from shardes.logs import configure_logging
+    from shardes.session import open_session
+
+    check_destination(out_dir)
+    configure_logging()
+    with open_session(config) as session:
+        session.check_base(history.header, run_dir)
+        session.replay(history.updates[:wanted])
+        export_model(session, out_dir, iteration=wanted)
+        if session.group.is_main:
+            click.echo(f"{out_dir}: the weights after {wanted} iterations, {config.model.dtype}")
+
+
+@cli.command()
+@click.argument("run_dirs", nargs=-1, required=True, type=_PATH)
+@click.option("--out", type=_PATH, default="reward.png", show_default=True, help="A .png or .svg file.")
+def plot(run_dirs: tuple[Path, ...], out: Path) -> None:
+    """Draw the reward curves of one or several runs."""
+    from shardes.plot import plot_runs
+
+    plot_runs(list(run_dirs), out)
+    click.echo(str(out))
+
+
+@cli.command()
+@click.argument("out", type=_PATH)
+@click.option("--num-problems", type=click.IntRange(min=1), default=200, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def countdown(out: Path, num_problems: int, seed: int) -> None:
+    """Write Countdown problems to OUT as JSONL, each with a solution."""
+    from shardes.runs.directory import write_atomically
+    from shardes.tasks.countdown import generate_problems
+
+    rows = generate_problems(num_problems, seed=seed)
+    write_atomically(out, "".join(json.dumps(row) + "\n" for row in rows))
+    click.echo(f"{out}: {len(rows)} problems")
+
+
+@cli.command()
+def env() -> None:
+    """Print versions and devices, for bug reports."""
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    click.echo(f"shardes {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for package in ("torch", "deepspeed", "transformers", "accelerate", "numba", "numpy", "safetensors"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        click.echo(f"{package} {version}")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    click.echo(f"devices: {', '.join(devices) or f'CPU with {os.cpu_count()} cores'}")
+
+
+def main(command: click.Command = cli) -> None:
+    """Runs a command; a user's mistake ends in one message and exit status 2."""
+    try:
+        command.main(prog_name="shardes" if command is cli else None, standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        _refuse(error.format_message())
+    except UserError as error:
+        _refuse(str(error))
+    except click.Abort:
+        sys.exit(130)
+
+
+def _refuse(message: str) -> None:
+    """Prints the message once per job: by rank 0, and by another rank only if rank 0 has nothing to say."""
+    if os.environ.get("RANK", "0") != "0":
+        # The launcher ends this rank as soon as rank 0 has exited with the same error.
+        time.sleep(_WAIT_FOR_MAIN_SECONDS)
+    click.echo(f"Error: {message}", err=True)
+    sys.stderr.flush()
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _check_inputs(config: Config) -> None:
+    """Reads what is quick to read, so that a mistake is answered before anything heavy is imported."""
+    model = config.model.path / "config.json"
+    if not model.is_file():
+        raise UserError(
+            f"model.path: {model} does not exist; give a local model directory "
+            "(fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
+        )
+    from shardes.tasks.loading import load_task
+
+    load_task(config.task)
+
+
+def _config_of_run(run_dir: Path, backend: str) -> Config:
+    import yaml
+
+    path = run_dir / "config.yaml"
+    try:
+        tree: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"RUN_DIR {run_dir}: {path} cannot be read; give the directory of a run") from None
+    tree["run"]["dir"] = str(run_dir)
+    tree["parallel"] |= {"backend": backend, "deepspeed": None}
+    return parse_config(tree, source=str(path))

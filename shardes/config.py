@@ -1,0 +1,258 @@
+"""What a run is told: pydantic models, read from YAML, with ``a.b=value`` overrides.
+
+Every key is described by its docstring here and by the comments of configs/quickstart.yaml. Nothing heavy is
+imported, so that a mistake is answered at once.
+"""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from shardes.errors import UserError
+
+
+class Section(BaseModel):
+    """A group of keys; unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    path: Path
+    """A local directory in Hugging Face format, with safetensors weights and a tokenizer."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """The dtype of the weights that generate, and of the exported model. The master is float32."""
+    trust_remote_code: bool = False
+    """Whether Python files inside the model directory may be run."""
+
+
+class RunConfig(Section):
+    """Where the run lives."""
+
+    dir: Path
+    """The run directory; created if it does not exist."""
+    resume: Literal["auto", "never"] = "auto"
+    """``auto``: go on where the run stopped. ``never``: refuse a directory that already holds a run."""
+
+
+class ParallelConfig(Section):
+    """How the model is spread over ranks. None of it changes a result."""
+
+    backend: Literal["zero3", "single"] = "zero3"
+    """``zero3``: DeepSpeed ZeRO-3 shards. ``single``: every rank holds the whole model."""
+    deepspeed: Path | None = None
+    """A DeepSpeed JSON file for zero3; ``auto`` values are filled, unusable keys are refused."""
+    timeout_seconds: int = Field(default=1800, gt=0)
+    """How long a collective waits for a rank before the job ends."""
+    threads_per_rank: int | None = Field(default=None, gt=0)
+    """CPU threads of each rank; null: what the launcher and torch decide. Results are compared bit for bit
+    only between runs with the same number of threads."""
+
+
+class RolloutConfig(Section):
+    """How members answer prompts."""
+
+    mode: Literal["stream", "prompts"] = "prompts"
+    """``stream``: layers are gathered in every forward, all ranks in step. ``prompts``: the member's weights
+    are gathered once into a replica on every rank, then no collective is needed to generate."""
+    micro_batch_size: int = Field(default=32, gt=0)
+    """Prompts per forward. Micro-batches are composed from the data alone, so results do not depend on the
+    number of ranks; a different size may change the last bits."""
+    max_new_tokens: int = Field(gt=0)
+    """The longest answer, in tokens."""
+
+
+class EsConfig(Section):
+    """The algorithm (Qiu et al. 2025, arXiv 2509.24372)."""
+
+    seed: int = Field(default=0, ge=0, lt=2**64)
+    """The key of all noise and of the order of the data."""
+    iterations: int = Field(gt=0, lt=2**32)
+    """Number of updates."""
+    population: int = Field(default=30, ge=2, lt=2**24)
+    """Members evaluated per iteration."""
+    sigma: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    """Scale of the noise on the weights."""
+    alpha: float | Literal["auto"] = "auto"
+    """Step size; ``auto`` is sigma / 2, as in the paper."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """``linear`` lowers alpha from its value to 0 over the iterations."""
+
+    @field_validator("alpha")
+    @classmethod
+    def _alpha_is_positive(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and not 0 < value < float("inf"):
+            raise ValueError(f"must be a finite number above 0, or 'auto' (sigma / 2); got {value}")
+        return value
+
+
+class EvalConfig(Section):
+    """Held-out evaluation of the centre."""
+
+    every: int = Field(default=10, ge=0)
+    """Iterations between evaluations, the last weights included; 0 means never."""
+
+
+class TaskConfig(Section):
+    """What is asked and how answers are judged, by a built-in task or by a reward of your own."""
+
+    name: Literal["countdown", "countdown_short"] | None = None
+    """A built-in task; null for your own reward."""
+    data: Path
+    """JSONL, one problem a line. Own rewards need a ``prompt`` column: text, or a list of chat messages."""
+    heldout_data: Path | None = None
+    """JSONL of held-out problems, never trained on."""
+    reward: str | None = None
+    """``package.module:function`` or ``path/to/file.py:function``, called as
+    ``f(prompts, completions, **columns) -> list[float | None]``."""
+    batch_size: int | None = Field(default=None, gt=0)
+    """Problems per iteration, drawn anew for each; null: all of them, every time."""
+    on_reward_error: Literal["exclude"] | float = "exclude"
+    """What an answer counts whose reward raised or was not a number: nothing at all, or this number."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.name is None) == (self.reward is None):
+            raise ValueError(
+                "give either name (a built-in task) or reward (a function of your own), not both"
+            )
+        if self.reward is not None and ":" not in self.reward:
+            raise ValueError(f"reward must be 'module:function' or 'file.py:function'; got {self.reward!r}")
+        return self
+
+
+class Config(Section):
+    """Everything a run is told."""
+
+    model: ModelConfig
+    run: RunConfig
+    parallel: ParallelConfig = ParallelConfig()
+    rollout: RolloutConfig
+    es: EsConfig
+    eval: EvalConfig = EvalConfig()
+    task: TaskConfig
+
+    @property
+    def alpha(self) -> float:
+        """The step size as a number."""
+        return self.es.sigma / 2 if self.es.alpha == "auto" else self.es.alpha
+
+    def determinants(self) -> dict[str, Any]:
+        """The flattened keys that decide the result: what a resumed run must share with its journal."""
+        flat = _flatten(self.model_dump(mode="json"))
+        free = {
+            "model.path",
+            "model.trust_remote_code",
+            "rollout.mode",
+            "eval.every",
+            "task.data",
+            "task.reward",
+        }
+        free |= {"task.heldout_data"}
+        if self.es.schedule == "constant":
+            free.add("es.iterations")
+        kept = {k: v for k, v in flat.items() if k not in free and not k.startswith(("run.", "parallel."))}
+        kept["es.alpha"] = self.alpha
+        kept["task.data sha256"] = hashlib.sha256(self.task.data.read_bytes()).hexdigest()
+        return kept
+
+
+def load_config(path: Path, overrides: list[str]) -> Config:
+    """Reads a YAML file and applies ``a.b=value`` (or ``--a.b=value``) overrides.
+
+    Raises:
+        UserError: The file cannot be read, or a key or value is wrong.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML file"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"--config {path}: must be a mapping of sections such as 'model:' and 'es:'")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], *, source: str) -> Config:
+    """Checks a tree of keys and values; ``source`` names where it came from in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(detail) for detail in error.errors()]
+        raise UserError("\n".join([f"{source}: the configuration cannot be used", *problems])) from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.removeprefix("--").partition("=")
+    if not equals or not key:
+        raise UserError(
+            f"override {override!r}: must look like section.key=value, for example es.sigma=0.001"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    *sections, last = key.split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    tree[last] = value
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """One line for one problem: the key, what was got, what was wanted, the remedy."""
+    # pydantic adds the names of union members to the location; they are no keys.
+    location = [str(part) for part in detail["loc"] if str(part) not in ("float", "literal['auto']")]
+    location = [part for part in location if not part.startswith(("literal[", "constrained-"))]
+    key = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _keys_of(location[:-1]), n=1, cutoff=0.5)
+        known = ", ".join(sorted(_keys_of(location[:-1])))
+        hint = f"did you mean '{'.'.join([*location[:-1], near[0]])}'?" if near else f"known keys: {known}"
+        return f"  {key}: unknown key; {hint}"
+    if detail["type"] == "missing":
+        return f"  {key}: missing; set it in the file, or give {key}=... on the command line"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"  {key}: {message}"
+    return f"  {key}: got {detail['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _keys_of(location: list[str]) -> list[str]:
+    """The known keys of the section at ``location``."""
+    section: type[BaseModel] = Config
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return list(section.model_fields)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)

@@ -1,0 +1,125 @@
+"""The process group: how it is made, and the few collectives that the rest needs."""
+
+import datetime
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks of a job. With one rank and no process group, every collective is the identity.
+
+    Attributes:
+        rank: This process's index.
+        world_size: Number of processes.
+        device: Where this rank's tensors live.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and shows progress."""
+        return self.rank == 0
+
+    def sum_float64(self, values: list[float]) -> list[float]:
+        """The element-wise sum over ranks. Exact when at most one rank has a non-zero entry at each index."""
+        if self.world_size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()  # type: ignore[no-any-return]
+
+    def sum_int64(self, value: int) -> int:
+        """The sum over ranks modulo 2**64, as an unsigned number."""
+        wrapped = value & 0xFFFFFFFFFFFFFFFF
+        if self.world_size > 1:
+            total = torch.tensor([wrapped - (wrapped >> 63 << 64)], dtype=torch.int64, device=self.device)
+            dist.all_reduce(total)
+            wrapped = int(total.item()) & 0xFFFFFFFFFFFFFFFF
+        return wrapped
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.world_size == 1:
+            return flag
+        total = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
+        dist.all_reduce(total, op=dist.ReduceOp.MAX)
+        return bool(total.item())
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Rank 0's value on every rank; it must be representable as JSON. Nothing is pickled."""
+        if self.world_size == 1:
+            return value
+        payload = json.dumps(value).encode() if self.is_main else b""
+        size = torch.tensor([len(payload)], dtype=torch.int64, device=self.device)
+        dist.broadcast(size, src=0)
+        buffer = torch.zeros(int(size.item()), dtype=torch.uint8, device=self.device)
+        if self.is_main:
+            buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        dist.broadcast(buffer, src=0)
+        return json.loads(bytes(buffer.cpu().numpy()))
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        self.any(False)
+
+
+@contextmanager
+def process_group(*, timeout_seconds: int, always: bool) -> Iterator[Group]:
+    """Joins the job that the launcher's environment describes, and leaves it at the end.
+
+    Args:
+        timeout_seconds: How long a collective waits for a rank.
+        always: Make a process group even for one rank (DeepSpeed needs one).
+
+    Yields:
+        The group. The accelerator of this rank is made the current device.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if world_size > 1 or always:
+        _init_process_group(rank, world_size, device, datetime.timedelta(seconds=timeout_seconds))
+    try:
+        yield Group(rank, world_size, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _init_process_group(
+    rank: int, world_size: int, device: torch.device, timeout: datetime.timedelta
+) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store: dist.Store
+    if "MASTER_ADDR" not in os.environ:
+        # Started by hand as one process. DeepSpeed reads these variables even when it adopts a group.
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+        store = dist.HashStore()
+    else:
+        agent_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            world_size,
+            is_master=rank == 0 and not agent_hosts_store,
+            timeout=timeout,
+        )
+        # torchrun keeps its store across restarts; without a prefix of its own, a new attempt reads the
+        # dead attempt's addresses and cannot connect.
+        store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

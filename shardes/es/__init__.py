@@ -1,0 +1,1 @@
+"""The algorithm's parts: weights, fitness, digest."""

@@ -1,0 +1,196 @@
+"""Writing a model in Hugging Face format, one parameter at a time."""
+
+import json
+import os
+import shutil
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from shardes import __version__
+from shardes.errors import UserError
+from shardes.session import Session
+from shardes.shards import Shard
+
+MAX_FILE_BYTES = 5 * 2**30
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# What a model directory holds besides weights: tokenizer, chat template, generation config, own code.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "*.py",
+)
+
+
+@dataclass(frozen=True)
+class _File:
+    """One safetensors file: which parameters, and how many bytes each takes."""
+
+    name: str
+    shards: tuple[Shard, ...]
+
+
+def check_destination(out: Path) -> None:
+    """Refuses to write where something is.
+
+    Raises:
+        UserError: ``out`` exists and is not an empty directory.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"OUT_DIR {out} exists already; give a directory that does not, or remove it first")
+
+
+def export_model(session: Session, out: Path, *, iteration: int, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+    """Writes the centre as a Hugging Face directory; a collective, rank 0 writes.
+
+    Parameters are gathered one at a time, tied ones once. Everything goes to a temporary directory, which is
+    renamed at the end, so ``out`` either does not exist or is complete.
+
+    Args:
+        session: The model; its weights after ``iteration`` updates.
+        out: A directory that does not exist or is empty.
+        iteration: For the model card.
+        max_file_bytes: Files are no larger, unless one parameter is.
+    """
+    is_main = session.group.is_main
+    digest = session.digest()
+    temporary = out.with_name(f".{out.name}.incomplete")
+    if is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write_companions(session, temporary, _model_card(session, iteration, digest))
+    files = _plan(session.backend.shards, session.backend.dtype.itemsize, max_file_bytes)
+    for file in files:
+        if is_main:
+            with (temporary / file.name).open("wb") as stream:
+                _write_header(stream, file, session.backend.dtype)
+                for shard in file.shards:
+                    _write_tensor(stream, session.weights.gather_centre(shard))
+                _flush(stream)
+        else:
+            for shard in file.shards:
+                session.weights.gather_centre(shard)
+    if is_main:
+        _write_index(temporary, files, session.backend.dtype.itemsize)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+        _sync_directory(out.parent)
+    session.group.barrier()
+
+
+def _plan(shards: tuple[Shard, ...], itemsize: int, max_file_bytes: int) -> list[_File]:
+    groups: list[list[Shard]] = [[]]
+    size = 0
+    for shard in shards:
+        num_bytes = torch.Size(shard.shape).numel() * itemsize
+        if groups[-1] and size + num_bytes > max_file_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(shard)
+        size += num_bytes
+    return [
+        _File(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        for i, group in enumerate(groups, start=1)
+    ]
+
+
+def _write_header(stream: BinaryIO, file: _File, dtype: torch.dtype) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for shard in file.shards:
+        end = offset + torch.Size(shard.shape).numel() * dtype.itemsize
+        header[shard.name] = {
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(shard.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(struct.pack("<Q", len(text)) + text)
+
+
+def _write_tensor(stream: BinaryIO, tensor: torch.Tensor | None) -> None:
+    assert tensor is not None, "rank 0 receives every gathered parameter"
+    stream.write(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
+
+
+def _write_index(directory: Path, files: list[_File], itemsize: int) -> None:
+    weight_map = {shard.name: file.name for file in files for shard in file.shards}
+    num_elements = sum(torch.Size(shard.shape).numel() for file in files for shard in file.shards)
+    index = {"metadata": {"total_size": num_elements * itemsize}, "weight_map": weight_map}
+    _write_text(directory / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_companions(session: Session, directory: Path, model_card: str) -> None:
+    base = session.config.model.path
+    for pattern in _COMPANIONS:
+        for path in sorted(base.glob(pattern)):
+            shutil.copyfile(path, directory / path.name)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = session.config.model.dtype
+    _write_text(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _write_text(directory / "README.md", model_card)
+
+
+def _model_card(session: Session, iteration: int, digest: str) -> str:
+    config = session.config
+    settings = json.dumps(session.header["settings"], indent=2, sort_keys=True)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- evolution-strategies
+- shardes
+---
+
+# {config.model.path.name}, fine-tuned with evolution strategies
+
+The weights after {iteration} iterations of evolution strategies (Qiu et al. 2025, arXiv 2509.24372) on the
+task `{config.task.name or config.task.reward}`, made with shardes {__version__}. No gradient was computed.
+
+- base model: `{config.model.path.name}`, weights digest `{session.header["base_weights_digest"]}`
+- these weights: dtype {config.model.dtype}, digest of the float32 master `{digest}`
+
+```json
+{settings}
+```
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+"""
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("wb") as stream:
+        stream.write(text.encode())
+        _flush(stream)
+
+
+def _flush(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,25 @@
+"""Logging: every line says which rank it is from; ranks other than 0 only speak up when something is wrong."""
+
+import logging
+import os
+import sys
+
+from tqdm import tqdm
+
+
+class _AboveTheBar(logging.Handler):
+    """Writes records to standard error without breaking a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def configure_logging() -> None:
+    """Sets up the root logger for this rank."""
+    rank = int(os.environ.get("RANK", "0"))
+    handler = _AboveTheBar()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(message)s", datefmt="%H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("shardes").setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -1,0 +1,84 @@
+"""Building a transformers model without its weights, and naming its parameters."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from shardes.errors import UserError
+
+
+def load_model_config(path: Path, *, trust_remote_code: bool) -> Any:
+    """The architecture of a model directory.
+
+    Raises:
+        UserError: No usable config.json.
+    """
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"model.path: {path / 'config.json'} does not exist; give a local model directory "
+            "(fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
+        )
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"model.path: {path}/config.json cannot be used: {first_line} (a model with code of its own needs "
+            "model.trust_remote_code: true)"
+        ) from None
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model directory, padding on the left.
+
+    Raises:
+        UserError: No usable tokenizer.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"model.path: {path}: its tokenizer cannot be loaded: {first_line}") from None
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_skeleton(model_config: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """A model whose parameters are on the meta device and whose buffers are real.
+
+    Buffers such as the rotary frequencies are computed by the constructors, so they cannot be on meta.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            model_config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def fill_parameters(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Makes each named parameter (and every module it is tied to) hold the given storage."""
+    replaced: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        replaced[id(parameter)] = nn.Parameter(tensors[name], requires_grad=False)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in replaced:
+                module._parameters[key] = replaced[id(parameter)]
+
+
+def parameter_aliases(model: nn.Module) -> set[str]:
+    """Names under which a tied weight appears besides its first."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in model.named_parameters()}
+
+
+def parameter_ids(names: list[str]) -> dict[str, int]:
+    """The index of each name in the sorted list: the noise's parameter ids."""
+    return {name: index for index, name in enumerate(sorted(names))}

@@ -1,0 +1,195 @@
+"""The definition of the noise, in NumPy: the oracle that every kernel is compared with, bit for bit.
+
+docs/noise.md states the same in words. Nothing here may change without a new ``NOISE_VERSION``: a journal
+can only be replayed under the definition it was written with. The kernels import the constants from here.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+NOISE_VERSION = 1
+
+# Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+PHILOX_ROUNDS = 10
+PHILOX_M0 = 0xD2511F53
+PHILOX_M1 = 0xCD9E8D57
+PHILOX_W0 = 0x9E3779B9
+PHILOX_W1 = 0xBB67AE85
+
+# A block is LANES calls, and each call yields four elements, one in each quarter of the block.
+LANES = 16
+BLOCK = 4 * LANES
+
+MAX_ITERATION = 2**32 - 1
+MAX_DIRECTION = 2**24 - 1
+MAX_PARAM_ID = 2**24 - 1
+
+# Polynomials of the Box-Muller transform, all exact float32 values (tools/derive_noise_polynomials.py).
+SQRT_HALF_BITS = 0x3F3504F3
+LN2_HI = 0.693145751953125
+LN2_LO = 1.4286068098954274e-06
+LOG_TAIL = (
+    0.333333283662796,
+    -0.2500084638595581,
+    0.20001448690891266,
+    -0.16622772812843323,
+    0.1419726312160492,
+    -0.1316087394952774,
+    0.12789621949195862,
+    -0.07666336745023727,
+)
+SIN_TURNS = (6.283185005187988, -41.34154510498047, 81.5790023803711, -74.93680572509766)
+COS_TURNS = (-19.739208221435547, 64.93917083740234, -85.42823791503906, 58.76472473144531)
+
+
+class Stream(IntEnum):
+    """What a counter is used for; streams never share a counter."""
+
+    GAUSSIAN = 0
+    DATA_ORDER = 1
+
+
+def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
+    """Philox4x32-10.
+
+    Args:
+        counter: uint32 of shape [4, n], the counters c0..c3.
+        key: The two 32-bit key words.
+
+    Returns:
+        uint32 of shape [4, n].
+    """
+    c0, c1, c2, c3 = (row.copy() for row in counter)
+    k0, k1 = key
+    for _ in range(PHILOX_ROUNDS):
+        product0 = c0.astype(np.uint64) * np.uint64(PHILOX_M0)
+        product1 = c2.astype(np.uint64) * np.uint64(PHILOX_M1)
+        high0, low0 = (product0 >> np.uint64(32)).astype(np.uint32), product0.astype(np.uint32)
+        high1, low1 = (product1 >> np.uint64(32)).astype(np.uint32), product1.astype(np.uint32)
+        c0, c1, c2, c3 = high1 ^ c1 ^ np.uint32(k0), low1, high0 ^ c3 ^ np.uint32(k1), low0
+        k0 = (k0 + PHILOX_W0) & 0xFFFFFFFF
+        k1 = (k1 + PHILOX_W1) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3])
+
+
+def seed_key(seed: int) -> tuple[int, int]:
+    """The Philox key of a run's 64-bit seed: low word, high word."""
+    return seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+
+
+def counter_words(
+    call: NDArray[np.uint64], *, iteration: int, direction: int, param_id: int, stream: Stream
+) -> NDArray[np.uint32]:
+    """The 128-bit counters of ``call`` (each below 2**40), as uint32 of shape [4, n]."""
+    counter = np.empty((4, call.size), np.uint32)
+    counter[0] = call.astype(np.uint32)
+    counter[1] = (call >> np.uint64(32)).astype(np.uint32) | np.uint32(param_id << 8)
+    counter[2] = direction << 8 | stream
+    counter[3] = iteration
+    return counter
+
+
+def box_muller(
+    radius_bits: NDArray[np.uint32], angle_bits: NDArray[np.uint32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Two standard normals from two 32-bit words (Box and Muller 1958), float32 throughout."""
+    radius = np.sqrt(minus_two_log(radius_uniform(radius_bits)))
+    quadrant, turns = angle_uniform(angle_bits)
+    cosine, sine = cos_sin_turns(quadrant, turns)
+    return radius * cosine, radius * sine
+
+
+def radius_uniform(bits: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """float32 in [2**-32, 1]: the top 31 bits, rounded to float32, plus half a step."""
+    top = (bits >> np.uint32(1)).astype(np.int32).astype(np.float32)
+    return top * np.float32(2.0**-31) + np.float32(2.0**-32)
+
+
+def angle_uniform(bits: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """The nearest quadrant (0..3) and what is left of the angle, in turns, float32 in [-1/8, 1/8]."""
+    quadrant = (bits + np.uint32(0x20000000)) >> np.uint32(30)
+    rest = (bits - (quadrant << np.uint32(30))).view(np.int32)
+    return quadrant, rest.astype(np.float32) * np.float32(2.0**-32)
+
+
+def minus_two_log(u: NDArray[np.float32]) -> NDArray[np.float32]:
+    """-2 log u for u in [2**-32, 1]: u = m 2**e with m in [sqrt(1/2), sqrt(2)), and a polynomial in m - 1."""
+    bits = u.view(np.int32)
+    exponent = (bits - np.int32(SQRT_HALF_BITS)) >> np.int32(23)
+    z = (bits - (exponent << np.int32(23))).view(np.float32) - np.float32(1)
+    tail = np.full_like(z, LOG_TAIL[-1])
+    for coefficient in LOG_TAIL[-2::-1]:
+        tail = tail * z + np.float32(coefficient)
+    square = z * z
+    e = exponent.astype(np.float32)
+    small = (square * z) * tail + e * np.float32(LN2_LO)
+    log = ((small - np.float32(0.5) * square) + z) + e * np.float32(LN2_HI)
+    return np.float32(-2) * log
+
+
+def cos_sin_turns(
+    quadrant: NDArray[np.uint32], turns: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cosine and sine of 2 pi (quadrant/4 + turns)."""
+    square = turns * turns
+    tail = np.full_like(turns, SIN_TURNS[-1])
+    for coefficient in SIN_TURNS[-2::-1]:
+        tail = tail * square + np.float32(coefficient)
+    sine = turns * tail
+    tail = np.full_like(turns, COS_TURNS[-1])
+    for coefficient in COS_TURNS[-2::-1]:
+        tail = tail * square + np.float32(coefficient)
+    cosine = square * tail + np.float32(1)
+    odd = (quadrant & np.uint32(1)) != 0
+    real = np.where(odd, sine, cosine)
+    imaginary = np.where(odd, cosine, sine)
+    real = np.where(((quadrant + np.uint32(1)) & np.uint32(2)) != 0, -real, real)
+    imaginary = np.where((quadrant & np.uint32(2)) != 0, -imaginary, imaginary)
+    return real, imaginary
+
+
+def normals(
+    *, seed: int, iteration: int, direction: int, param_id: int, start: int, length: int
+) -> NDArray[np.float32]:
+    """eps: the standard normals of elements [start, start + length) of one parameter.
+
+    Args:
+        seed: The run's seed, below 2**64.
+        iteration: Below 2**32.
+        direction: Index of the direction within the iteration, below 2**24.
+        param_id: Index of the parameter in the name-sorted list, below 2**24.
+        start: Row-major index of the first element in the whole parameter.
+        length: Number of elements.
+
+    Returns:
+        float32 of shape [length].
+    """
+    first_block = start // BLOCK
+    num_blocks = -(-(start + length) // BLOCK) - first_block
+    call = np.arange(num_blocks * LANES, dtype=np.uint64) + np.uint64(first_block * LANES)
+    words = philox(
+        counter_words(
+            call, iteration=iteration, direction=direction, param_id=param_id, stream=Stream.GAUSSIAN
+        ),
+        seed_key(seed),
+    )
+    quarters = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
+    eps = np.stack([quarter.reshape(num_blocks, LANES) for quarter in quarters], axis=1).reshape(-1)
+    offset = start - first_block * BLOCK
+    return eps[offset : offset + length]
+
+
+def data_order(population_size: int, *, seed: int, iteration: int, count: int) -> NDArray[np.int64]:
+    """``count`` different indices below ``population_size``, in random order: a pure function of its arguments.
+
+    Each index gets a 64-bit random key, and the ``count`` smallest keys win (ties by index).
+    """
+    call = np.arange(population_size, dtype=np.uint64)
+    words = philox(
+        counter_words(call, iteration=iteration, direction=0, param_id=0, stream=Stream.DATA_ORDER),
+        seed_key(seed),
+    )
+    keys = words[0].astype(np.uint64) << np.uint64(32) | words[1].astype(np.uint64)
+    return np.argsort(keys, kind="stable")[:count].astype(np.int64)

@@ -1,0 +1,1 @@
+"""Generating answers under perturbed weights, and scoring them."""

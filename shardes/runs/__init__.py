@@ -1,0 +1,1 @@
+"""The run directory: journal, metrics, lock and resume."""

@@ -1,0 +1,169 @@
+"""A run's directory: one job at a time, and files that survive the death of that job."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from shardes.config import Config, dump_config
+from shardes.errors import UserError
+from shardes.runs.journal import History, Journal
+
+logger = logging.getLogger(__name__)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file, so that a reader sees the old text or the new one whatever happens."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class LineFile:
+    """A JSONL file that is written line by line, each flushed.
+
+    Args:
+        path: The file.
+        keep: Lines for which this is false are removed at the start: what a dead job wrote about work that
+            is done again, and a torn last line.
+
+    Attributes:
+        num_lines: Number of lines.
+    """
+
+    def __init__(self, path: Path, *, keep: Callable[[dict[str, Any]], bool]) -> None:
+        self.path = path
+        lines = [line for line in read_lines(path) if keep(line)]
+        self.num_lines = len(lines)
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends one object."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self.num_lines += 1
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSONL file; none if it does not exist."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+class RunDirectory:
+    """The files of one run, held by one job; used by rank 0 alone.
+
+    Args:
+        config: The run's configuration.
+        header: What the run is; compared with the journal's header if there is one.
+
+    Attributes:
+        journal: The open journal.
+        metrics: One line an iteration.
+        samples: Some answers of each evaluation.
+
+    Raises:
+        UserError: The directory is in use, damaged, or holds another run.
+    """
+
+    def __init__(self, config: Config, *, header: dict[str, Any]) -> None:
+        self.path = config.run.dir
+        with ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"run.dir: {self.path} cannot be made ({error.strerror})") from None
+            self._lock = stack.enter_context(_lock(self.path))
+            self.journal = stack.enter_context(Journal(self.path / "journal.jsonl"))
+            if self.journal.dropped_bytes:
+                logger.warning("the journal's last line was incomplete and was dropped")
+            self._begin_or_resume(config, header)
+            done = len(self.journal.history.updates)
+            self.metrics = LineFile(self.path / "metrics.jsonl", keep=lambda line: line["iteration"] < done)
+            stack.callback(self.metrics.close)
+            self.samples = LineFile(self.path / "samples.jsonl", keep=lambda line: line["iteration"] < done)
+            stack.callback(self.samples.close)
+            self._stack = stack.pop_all()
+
+    @property
+    def history(self) -> History:
+        """What the journal says."""
+        return self.journal.history
+
+    def _begin_or_resume(self, config: Config, header: dict[str, Any]) -> None:
+        known = self.history.header
+        if known is None:
+            write_atomically(self.path / "config.yaml", dump_config(config))
+            self.journal.append(header, durable=True)
+            return
+        if config.run.resume == "never":
+            raise UserError(
+                f"run.dir: {self.path} already holds a run of {len(self.history.updates)} iterations, and "
+                "run.resume is 'never'; give another run.dir, or run.resume=auto to go on with it"
+            )
+        differences = _differences(known, header)
+        if differences:
+            raise UserError(
+                "\n".join(
+                    [
+                        f"run.dir: {self.path} holds a run that was made with other settings; give another "
+                        "run.dir, or the settings it was made with:",
+                        *differences,
+                    ]
+                )
+            )
+
+    def close(self) -> None:
+        """Closes the files and gives the directory free."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _lock(path: Path) -> FileLock:
+    """A lock that the operating system lifts when its holder dies."""
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=5)
+    except Timeout:
+        raise UserError(
+            f"run.dir: {path} is in use by another job; wait for it, end it, or give another run.dir"
+        ) from None
+    return lock
+
+
+def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """One line for each key on which two headers differ."""
+    old, new = _comparable(known), _comparable(wanted)
+    return [
+        f"  {key}: the run has {json.dumps(old.get(key))}, this configuration {json.dumps(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _comparable(header: dict[str, Any]) -> dict[str, Any]:
+    rest = {key: value for key, value in header.items() if key not in ("type", "settings", "shardes_version")}
+    return rest | header["settings"]

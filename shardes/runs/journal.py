@@ -1,0 +1,137 @@
+"""The journal: an append-only file from which every past iteration's weights can be computed again.
+
+One JSON object a line, each with a checksum over itself and the line before it, so that a line that was
+changed, lost or moved is found. The records:
+
+- ``header``: what the run is: configuration, base model, noise version, parameter table.
+- ``member``: one member's reward, as soon as it is known.
+- ``evaluation``: the centre's held-out metrics, before the iteration's members.
+- ``update``: the coefficients of one iteration, on disk before the update is applied.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from shardes.errors import UserError
+
+JOURNAL_VERSION = 1
+
+
+@dataclass
+class History:
+    """What a journal says.
+
+    Attributes:
+        header: The first record; None for an empty journal.
+        updates: One record per finished iteration, in order.
+        members: Records by iteration and member.
+        evaluations: Records by iteration.
+    """
+
+    header: dict[str, Any] | None = None
+    updates: list[dict[str, Any]] = field(default_factory=list)
+    members: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Takes in one record.
+
+        Raises:
+            ValueError: The record does not follow from those before it.
+        """
+        kind = record.get("type")
+        if (kind == "header") != (self.header is None):
+            raise ValueError("the header must be the first record, and the only one of its kind")
+        if kind == "header":
+            self.header = record
+        elif kind == "member" and record["iteration"] == len(self.updates):
+            self.members.setdefault(record["iteration"], {})[record["member"]] = record
+        elif kind == "evaluation" and record["iteration"] == len(self.updates):
+            self.evaluations[record["iteration"]] = record
+        elif kind == "update" and record["iteration"] == len(self.updates):
+            self.updates.append(record)
+        else:
+            raise ValueError(f"a record {kind!r} of iteration {record.get('iteration')} does not belong here")
+
+
+class Journal:
+    """An open journal. Only one process may hold it (see ``RunDirectory``).
+
+    Args:
+        path: The file; created if it does not exist.
+
+    Attributes:
+        history: What it says, records appended since included.
+        dropped_bytes: Length of a torn last line that was cut off, 0 if there was none.
+
+    Raises:
+        UserError: The file is damaged elsewhere than in its last line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.history, self._link, good_bytes, total_bytes = read_journal(path)
+        self.dropped_bytes = total_bytes - good_bytes
+        self._file = path.open("ab")
+        self._file.truncate(good_bytes)
+
+    def append(self, record: dict[str, Any], *, durable: bool = False) -> None:
+        """Writes a record; it survives the death of this process, and if durable that of the machine."""
+        line, self._link = _seal(record, self._link)
+        self.history.add(record)
+        self._file.write(line)
+        self._file.flush()
+        if durable:
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def read_journal(path: Path) -> tuple[History, str, int, int]:
+    """Reads and checks a journal without changing it.
+
+    Returns:
+        What it says, the checksum of its last good line, the number of bytes up to its end, and the number
+        of bytes of the file.
+
+    Raises:
+        UserError: A line other than an incomplete last one is damaged.
+    """
+    history, link, good_bytes = History(), "", 0
+    data = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(data.splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break  # the process died while it wrote this line, so nothing was done because of it
+        try:
+            record = json.loads(line)
+            checksum = record.pop("checksum")
+            expected, _ = _seal(record, link)
+            if expected != line:
+                raise ValueError("its checksum does not match")
+            history.add(record)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"run.dir: {path} line {number} is damaged ({error}); restore the file from a copy, or start "
+                "again in another run.dir"
+            ) from None
+        link = checksum
+        good_bytes += len(line)
+    return history, link, good_bytes, len(data)
+
+
+def _seal(record: dict[str, Any], link: str) -> tuple[bytes, str]:
+    """The line of a record, and its checksum, which covers the checksum of the line before."""
+    body = json.dumps(record, separators=(",", ":"), sort_keys=True)
+    checksum = hashlib.blake2b(f"{link}{body}".encode(), digest_size=8).hexdigest()
+    sealed = json.dumps({**record, "checksum": checksum}, separators=(",", ":"), sort_keys=True)
+    return sealed.encode() + b"\n", checksum

@@ -1,0 +1,141 @@
+"""Putting the parts of a run together: what training, evaluation and export have in common."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardes import __version__
+from shardes.backends import Backend, make_backend
+from shardes.checkpoint import Checkpoint
+from shardes.config import Config
+from shardes.distributed import Group, process_group
+from shardes.errors import UserError
+from shardes.es.weights import Weights
+from shardes.modeling import load_tokenizer
+from shardes.noise import NOISE_VERSION
+from shardes.rollout.rollout import Rollout
+from shardes.rollout.scoring import Scorer
+from shardes.runs.journal import JOURNAL_VERSION
+from shardes.spans import Spans
+from shardes.tasks.base import Task
+from shardes.tasks.loading import load_task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model spread over ranks, with its base weights loaded.
+
+    Attributes:
+        config: What the run was told.
+        group: The ranks.
+        backend: Where the shards live.
+        weights: The master shards.
+        header: What the run is, for the journal.
+        spans: Where the time goes.
+    """
+
+    config: Config
+    group: Group
+    backend: Backend
+    weights: Weights
+    header: dict[str, Any]
+    spans: Spans
+
+    def replay(self, updates: list[dict[str, Any]]) -> None:
+        """Applies past updates to the base weights: afterwards they are those of the run, bit for bit."""
+        for update in updates:
+            coefficients = update["coefficients"]
+            self.weights.update(
+                iteration=update["iteration"],
+                directions=range(len(coefficients)),
+                coefficients=coefficients,
+            )
+        self.weights.centre()
+
+    def check_base(self, header: dict[str, Any] | None, run_dir: Path) -> None:
+        """Refuses to replay a journal over other weights than those it was written over.
+
+        Raises:
+            UserError: The base model or the noise definition is not the journal's.
+        """
+        if header is None:
+            raise UserError(f"RUN_DIR {run_dir}: its journal is empty; nothing can be replayed")
+        for key in ("noise_version", "parameters_sha256", "base_weights_digest"):
+            if header[key] != self.header[key]:
+                raise UserError(
+                    f"RUN_DIR {run_dir}: {key} of the run is {header[key]}, but of model.path "
+                    f"{self.config.model.path} it is {self.header[key]}; give the run its base model back"
+                )
+
+    def digest(self) -> str:
+        """The weights digest over all ranks, in hexadecimal; a collective."""
+        return f"{self.group.sum_int64(self.weights.digest()):016x}"
+
+
+@contextmanager
+def open_session(config: Config) -> Iterator[Session]:
+    """Joins the job, builds the model over its ranks, and loads the base weights.
+
+    Raises:
+        UserError: The model or the configuration cannot be used.
+    """
+    if config.parallel.threads_per_rank is not None:
+        torch.set_num_threads(config.parallel.threads_per_rank)
+    checkpoint = Checkpoint(config.model.path)
+    needs_group = config.parallel.backend == "zero3"
+    with process_group(timeout_seconds=config.parallel.timeout_seconds, always=needs_group) as group:
+        backend = make_backend(config, group=group)
+        weights = Weights(backend, seed=config.es.seed)
+        weights.load(checkpoint)
+        session = Session(config, group, backend, weights, {}, Spans())
+        session.header.update(_header(config, backend, checkpoint, session.digest()))
+        logger.info(
+            "%s on %d rank(s), %s, %s",
+            config.parallel.backend,
+            group.world_size,
+            group.device.type,
+            config.model.dtype,
+        )
+        yield session
+
+
+def make_rollout(session: Session) -> tuple[Rollout, Task, Scorer]:
+    """The task of a session, and what answers its problems."""
+    config = session.config
+    task = load_task(config.task)
+    scorer = Scorer(task, on_error=config.task.on_reward_error)
+    rollout = Rollout(
+        session.backend,
+        task=task,
+        tokenizer=load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code),
+        group=session.group,
+        scorer=scorer,
+        mode=config.rollout.mode,
+        micro_batch_size=config.rollout.micro_batch_size,
+        max_new_tokens=config.rollout.max_new_tokens,
+        spans=session.spans,
+    )
+    return rollout, task, scorer
+
+
+def _header(config: Config, backend: Backend, checkpoint: Checkpoint, base_digest: str) -> dict[str, Any]:
+    table = [[shard.param_id, shard.name, list(shard.shape)] for shard in backend.shards]
+    return {
+        "type": "header",
+        "journal_version": JOURNAL_VERSION,
+        "noise_version": NOISE_VERSION,
+        "shardes_version": __version__,
+        "base_headers_sha256": checkpoint.header_sha256,
+        "base_weights_digest": base_digest,
+        "parameters_sha256": hashlib.sha256(json.dumps(table).encode()).hexdigest(),
+        "settings": config.determinants(),
+    }

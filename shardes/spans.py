@@ -1,0 +1,31 @@
+"""Where the time goes, by named spans."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Spans:
+    """Adds up seconds by name: ``with spans("update"): ...``.
+
+    Times are the host's: work queued on an accelerator counts in the span that waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Measures what happens inside."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """The seconds by name since the last call."""
+        seconds = {name: round(value, 6) for name, value in sorted(self._seconds.items())}
+        self._seconds.clear()
+        return seconds

@@ -1,0 +1,276 @@
+"""Countdown: combine the given numbers, each exactly once, into an expression that equals the target.
+
+The task of Qiu et al. 2025, "Evolution Strategies at Scale" (arXiv 2509.24372), after TinyZero (Pan et al.
+2025): reward = answer + 0.1 * format. Both parts are judged on the response alone.
+
+Two styles share the answer and differ in prompt and format:
+
+- ``chat``, for instruct models: ``<think>...</think><answer>...</answer>``, whitespace allowed around the
+  tags. The prompt is plain chat messages and opens no tag on the model's behalf, so both pairs have to be
+  in the response.
+- ``short``, for models of a few thousand parameters: prompt ``3 5 2=13:``, response ``<answer>...</answer>``
+  and not one character more.
+
+A row is ``{"numbers": [...], "target": ...}``; other keys are left alone.
+"""
+
+import hashlib
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+from operator import add, mul, sub, truediv
+from random import Random
+from typing import Any, Literal
+
+from shardes.errors import UserError
+from shardes.tasks.base import Prompt, Row
+from shardes.tasks.expression import ExpressionError, evaluate
+
+FORMAT_WEIGHT = 0.1
+
+_OPERATIONS = (add, sub, mul, truediv)
+_MAX_FRUITLESS_ATTEMPTS = 20_000
+
+# Possessive repeats: a response of any length is refused or accepted in one pass.
+_INNER = r"(?:(?!</?(?:think|answer)>).)*+"
+_STRUCTURE = {
+    "chat": re.compile(rf"\s*<think>{_INNER}</think>\s*<answer>{_INNER}</answer>\s*", re.DOTALL),
+    "short": re.compile(rf"<answer>{_INNER}</answer>", re.DOTALL),
+}
+
+
+@dataclass(frozen=True)
+class Countdown:
+    """Prompts and rewards of one style; picklable, so that rewards can run in another process.
+
+    Attributes:
+        style: ``chat`` or ``short``, see the module.
+    """
+
+    style: Literal["chat", "short"] = "chat"
+
+    def make_prompt(self, row: Row) -> Prompt:
+        """Asks for an expression, as text (``short``) or as chat messages (``chat``)."""
+        numbers, target = row["numbers"], row["target"]
+        if self.style == "short":
+            return f"{' '.join(map(str, numbers))}={target}:"
+        system = (
+            "You solve arithmetic puzzles. Reason between <think> and </think>, then state your solution "
+            "between <answer> and </answer>, and write nothing after it."
+        )
+        user = (
+            f"Numbers: {', '.join(map(str, numbers))}. Target: {target}.\n"
+            "Find an expression that equals the target and contains every one of these numbers exactly once. "
+            "It may use +, -, *, / and parentheses. The answer is the expression alone, without an equals "
+            "sign. For the numbers 2, 3, 4 and the target 20, a reply could be:\n"
+            "<think>20 is 5 times 4, and 5 is 2 plus 3.</think>\n<answer>(2 + 3) * 4</answer>"
+        )
+        return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+    def reward(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        *,
+        numbers: Sequence[Sequence[Any]],
+        target: Sequence[Any],
+        **columns: Sequence[Any],
+    ) -> list[float]:
+        """Judges completions: ``answer + 0.1 * format`` each, so 0, 0.1, 1 or 1.1.
+
+        Args:
+            prompts: Not looked at: they contain an example of the format, which must earn nothing.
+            completions: The responses.
+            numbers: The numbers given in each row.
+            target: The target of each row.
+            **columns: The rows' other columns; not looked at.
+
+        Returns:
+            One reward per completion.
+        """
+        parts = [self.judge(*args) for args in zip(completions, numbers, target, strict=True)]
+        return [answer + FORMAT_WEIGHT * form for answer, form in parts]
+
+    def judge(self, response: str, numbers: Sequence[Any], target: Any) -> tuple[float, float]:
+        """The two parts of the reward, which are learned at different times.
+
+        Returns:
+            ``answer``: 1.0 if the last ``<answer>`` pair holds an expression that uses exactly the numbers
+            and equals the target exactly, else 0.0, whatever stands around the pair. ``3*5-2=13`` is no
+            expression and is not repaired. ``format``: 1.0 if the whole response has the structure of the
+            style, else 0.0.
+        """
+        form = float(_STRUCTURE[self.style].fullmatch(response) is not None)
+        return float(_solves(_last_answer(response), numbers, target)), form
+
+
+def _last_answer(response: str) -> str:
+    """What stands between the last ``</answer>`` and the ``<answer>`` before it, or nothing."""
+    end = response.rfind("</answer>")
+    start = response.rfind("<answer>", 0, max(end, 0))
+    return "" if start < 0 else response[start + len("<answer>") : end]
+
+
+def _solves(expression: str, numbers: Sequence[Any], target: Any) -> bool:
+    try:
+        value, literals = evaluate(expression)
+    except ExpressionError:
+        return False
+    return value == _exact(target) and Counter(literals) == Counter(map(_exact, numbers))
+
+
+def _exact(value: Any) -> Fraction:
+    """A row's number as the fraction that its decimal text denotes: 0.1 is 1/10, "7/2" is seven halves.
+
+    Rows are untrusted too (``Fraction("1e999999999")`` fills the memory), so the reader of answers reads
+    them.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ExpressionError(f"{type(value).__name__} is no number")
+    return evaluate(str(value))[0]
+
+
+def check_row(row: Row, where: str) -> None:
+    """Refuses a row that is no Countdown problem, before a run is started on it.
+
+    Whether the problem has a solution is not checked.
+
+    Args:
+        row: The row, as parsed from JSON.
+        where: Names the row in the message, e.g. ``data.jsonl line 7``.
+
+    Raises:
+        UserError: Naming the place, the key, what was got and what is wanted.
+    """
+    wanted = {
+        "numbers": "a list of one or more non-negative numbers of at most 12 digits, e.g. [3, 5, 2.5]",
+        "target": 'a number of at most 12 digits, or a fraction as text, e.g. 13, -4, 2.5 or "7/2"',
+    }
+    for key, want in wanted.items():
+        if key not in row:
+            raise UserError(f"{where}: key '{key}' is missing; wanted: {want}")
+    numbers, target = row["numbers"], row["target"]
+    if not isinstance(numbers, list) or not numbers or not all(map(_is_literal, numbers)):
+        raise UserError(f"{where}: key 'numbers' is {_shown(numbers)}; wanted: {wanted['numbers']}")
+    if not _is_target(target):
+        raise UserError(f"{where}: key 'target' is {_shown(target)}; wanted: {wanted['target']}")
+
+
+def _is_target(value: Any) -> bool:
+    try:
+        _exact(value)
+    except ValueError:
+        # ExpressionError, or str() of an integer of thousands of digits.
+        return False
+    return True
+
+
+def _is_literal(value: Any) -> bool:
+    """Whether an answer can contain the value as one literal: signs and fractions are expressions."""
+    return isinstance(value, int | float) and _is_target(value) and str(value)[0] != "-"
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:
+        return "an integer of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def generate_problems(
+    num_problems: int,
+    *,
+    seed: int,
+    num_numbers: Sequence[int] = (3, 4),
+    max_number: int = 99,
+    max_target: int = 100,
+) -> list[dict[str, Any]]:
+    """Draws distinct problems, each solvable because its target is the value of a drawn expression.
+
+    Two problems are the same if their targets and their sorted numbers are. The result is a function of the
+    arguments alone: only ``Random.random`` is used, the one method whose values Python keeps from version to
+    version.
+
+    Args:
+        num_problems: How many problems.
+        seed: Seed of the draws.
+        num_numbers: How many numbers a problem may have; each entry is drawn equally often.
+        max_number: Numbers are drawn from 1 to this.
+        max_target: Targets are integers from 1 to this.
+
+    Returns:
+        Rows ``{"numbers": [...], "target": ...}``.
+
+    Raises:
+        UserError: If so many distinct problems are not found.
+    """
+    random = Random(seed).random
+    problems: dict[str, dict[str, Any]] = {}
+    attempts_left = _MAX_FRUITLESS_ATTEMPTS
+    while len(problems) < num_problems:
+        attempts_left -= 1
+        if attempts_left < 0:
+            raise UserError(
+                f"found only {len(problems)} distinct Countdown problems with "
+                f"num_numbers={tuple(num_numbers)}, max_number={max_number}, max_target={max_target}; "
+                f"wanted: {num_problems}; allow larger numbers or ask for fewer problems"
+            )
+        length = num_numbers[int(random() * len(num_numbers))]
+        numbers = [1 + int(random() * max_number) for _ in range(length)]
+        target = _combine(numbers, random)
+        if target is None or target.denominator != 1 or not 1 <= target <= max_target:
+            continue
+        row = {"numbers": numbers, "target": int(target)}
+        if problems.setdefault(problem_key(row), row) is row:
+            attempts_left = _MAX_FRUITLESS_ATTEMPTS
+    return list(problems.values())
+
+
+def _combine(numbers: Sequence[int], random: Callable[[], float]) -> Fraction | None:
+    """The value of a random expression tree over the numbers; None if it divides by zero."""
+    values = [Fraction(number) for number in numbers]
+    while len(values) > 1:
+        left = values.pop(int(random() * len(values)))
+        right = values.pop(int(random() * len(values)))
+        operation = _OPERATIONS[int(random() * len(_OPERATIONS))]
+        if operation is truediv and right == 0:
+            return None
+        values.append(operation(left, right))
+    return values[0]
+
+
+def problem_key(row: Row) -> str:
+    """Names a problem up to the order of its numbers, e.g. ``2 3 5=13``."""
+    numbers = sorted(map(_exact, row["numbers"]))
+    return f"{' '.join(map(str, numbers))}={_exact(row['target'])}"
+
+
+def split_problems(rows: Sequence[Row], *, shares: Sequence[float], seed: int) -> list[list[Row]]:
+    """Deals rows into parts such that no problem is in two of them, in whatever order its numbers are given.
+
+    A part is a range of the problems ordered by a hash of seed and problem, so the split depends on neither
+    the order of the rows nor a random generator.
+
+    Args:
+        rows: The rows to split.
+        shares: Each part's share of the distinct problems; they sum to 1.
+        seed: Another seed gives another split.
+
+    Returns:
+        One list for each share; rows keep their order within it.
+    """
+    if abs(sum(shares) - 1) > 1e-9:
+        raise ValueError(f"shares sum to {sum(shares)}; wanted: 1")
+    keys = [problem_key(row) for row in rows]
+    ordered = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
+    ends = [round(share * len(ordered)) for share in accumulate(shares)]
+    part_of = {key: bisect_right(ends, index) for index, key in enumerate(ordered)}
+    parts: list[list[Row]] = [[] for _ in shares]
+    for key, row in zip(keys, rows, strict=True):
+        parts[part_of[key]].append(row)
+    return parts

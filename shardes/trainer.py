@@ -1,0 +1,230 @@
+"""The training loop: Algorithm 1 of Qiu et al. 2025 (arXiv 2509.24372), over shards."""
+
+import logging
+import resource
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from shardes.errors import UserError
+from shardes.es.fitness import mean_reward, step_size, update_coefficients
+from shardes.noise import data_order
+from shardes.runs.directory import RunDirectory
+from shardes.runs.metrics import heldout_metrics, iteration_metrics
+from shardes.session import Session, make_rollout
+from shardes.tasks.base import Row
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Runs ES until the configured number of iterations, from wherever the run directory stands.
+
+    Args:
+        session: The model with its base weights.
+
+    Attributes:
+        run: The run directory, on rank 0; None elsewhere.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._config = session.config
+        self._group = session.group
+        self._weights = session.weights
+        self._spans = session.spans
+        self._rollout, self._task, self._scorer = make_rollout(session)
+        self._heldout = self._rollout.prepare(self._task.heldout) if self._task.heldout else None
+        self._known_rewards: dict[tuple[int, int], float | None] = {}
+        self.run: RunDirectory | None = None
+
+    def train(self) -> None:
+        """Trains; a collective.
+
+        Raises:
+            UserError: The run directory cannot be used, or no answer could be scored.
+        """
+        try:
+            first = self._open_run()
+            with self._progress(first) as bar:
+                for iteration in range(first, self._config.es.iterations):
+                    self._evaluate_centre_if_due(iteration)
+                    rewards = self._evaluate_members(iteration)
+                    self._update(iteration, rewards)
+                    bar.update()
+            self._finish()
+        finally:
+            if self.run is not None:
+                self.run.close()
+
+    def _evaluate_members(self, iteration: int) -> list[float | None]:
+        """The mean reward of every member."""
+        problems = self._rollout.prepare(self._draw_problems(iteration))
+        rewards: list[float | None] = []
+        for member in range(self._config.es.population):
+            if (iteration, member) in self._known_rewards:
+                rewards.append(self._known_rewards[iteration, member])
+                continue
+            with self._spans("perturb"):
+                self._weights.perturb(iteration=iteration, direction=member, sigma=self._config.es.sigma)
+            evaluation = self._rollout.evaluate(problems)
+            rewards.append(mean_reward(evaluation.rewards))
+            self._record(
+                {
+                    "type": "member",
+                    "iteration": iteration,
+                    "member": member,
+                    "reward": rewards[-1],
+                    "num_failures": evaluation.num_failures,
+                    "num_tokens": evaluation.num_tokens,
+                }
+            )
+        if all(reward is None for reward in rewards):
+            raise UserError(
+                f"task.reward: no answer of iteration {iteration} could be scored; the first failure was "
+                f"{self._scorer.first_failure or 'None for every answer'}. Mend the reward and start again: "
+                "nothing is lost"
+            )
+        return rewards
+
+    def _update(self, iteration: int, rewards: list[float | None]) -> None:
+        """Rewards to coefficients, coefficients to disk, and only then to the weights."""
+        config = self._config
+        alpha = step_size(
+            config.alpha,
+            schedule=config.es.schedule,
+            iteration=iteration,
+            num_iterations=config.es.iterations,
+        )
+        coefficients = update_coefficients(rewards, alpha=alpha)
+        self._record(
+            {
+                "type": "update",
+                "iteration": iteration,
+                "sigma": config.es.sigma,
+                "alpha": alpha,
+                "coefficients": coefficients,
+            },
+            durable=True,
+        )
+        with self._spans("update"):
+            self._weights.update(
+                iteration=iteration,
+                directions=range(config.es.population),
+                coefficients=coefficients,
+            )
+        self._write_metrics(iteration)
+
+    def _draw_problems(self, iteration: int) -> list[Row]:
+        """The iteration's problems: a pure function of the seed and the iteration."""
+        train, count = self._task.train, self._config.task.batch_size
+        if count is None or count >= len(train):
+            return list(train)
+        order = data_order(len(train), seed=self._config.es.seed, iteration=iteration, count=count)
+        return [train[row] for row in order]
+
+    def _evaluate_centre_if_due(self, iteration: int) -> None:
+        """Held-out reward of the weights after ``iteration`` updates, every few iterations and at the end."""
+        every = self._config.eval.every
+        is_last = iteration == self._config.es.iterations
+        if self._heldout is None or every == 0 or not (is_last or iteration % every == 0):
+            return
+        self._weights.centre()
+        evaluation = self._rollout.evaluate(self._heldout)
+        reward = mean_reward(evaluation.rewards)
+        if self.run is not None and iteration not in self.run.history.evaluations:
+            self._record(
+                {
+                    "type": "evaluation",
+                    "iteration": iteration,
+                    "reward": reward,
+                    "num_failures": evaluation.num_failures,
+                }
+            )
+            for sample in evaluation.samples:
+                self.run.samples.write({"iteration": iteration, **vars(sample)})
+            logger.info("iteration %d: held-out reward %s", iteration, _shown(reward))
+
+    def _finish(self) -> None:
+        """Evaluates the final weights, and leaves the model at them."""
+        last = self._config.es.iterations
+        self._evaluate_centre_if_due(last)
+        self._weights.centre()
+        digest = self._session.digest()
+        if self.run is not None:
+            line = {"iteration": last, **heldout_metrics(self.run.history, last)}
+            self.run.metrics.write(line | {"seconds": self._spans.take(), "weights_digest": digest})
+            logger.info("finished after %d iterations: %s", last, self.run.path)
+
+    def _write_metrics(self, iteration: int) -> None:
+        """The iteration's line; what the weights became is part of it, so this is a collective."""
+        with self._spans("digest"):
+            digest = self._session.digest()
+        if self.run is None:
+            return
+        line = iteration_metrics(self.run.history, iteration) | {
+            "seconds": self._spans.take(),
+            "peak_memory_bytes": _peak_memory_bytes(self._group.device),
+            "weights_digest": digest,
+        }
+        self.run.metrics.write(line)
+        logger.info(
+            "iteration %d: reward %s, std %s, %.1f s",
+            iteration,
+            _shown(line["reward_mean"]),
+            _shown(line["reward_std"]),
+            sum(line["seconds"].values()),
+        )
+
+    def _record(self, record: dict[str, Any], *, durable: bool = False) -> None:
+        """Appends to the journal, on the rank that keeps it."""
+        if self.run is not None:
+            with self._spans("io"):
+                self.run.journal.append(record, durable=durable)
+
+    def _open_run(self) -> int:
+        """Opens the run directory and replays what it holds; returns the first iteration to do."""
+        state: dict[str, Any] = {}
+        if self._group.is_main:
+            try:
+                self.run = RunDirectory(self._config, header=self._session.header)
+                state = {
+                    "updates": self.run.history.updates,
+                    "pending": list(self.run.history.members.get(len(self.run.history.updates), {}).values()),
+                }
+            except UserError as error:
+                state = {"error": str(error)}
+        state = self._group.broadcast_json(state)
+        if "error" in state:
+            raise UserError(state["error"])
+        first = len(state["updates"])
+        if first:
+            logger.info("replaying %d iterations", first)
+        self._session.replay(state["updates"])
+        self._known_rewards = {(first, record["member"]): record["reward"] for record in state["pending"]}
+        if self.run is not None:
+            # A job may die between its journal entry and its metrics line.
+            for iteration in range(self.run.metrics.num_lines, first):
+                self.run.metrics.write(iteration_metrics(self.run.history, iteration))
+        return first
+
+    def _progress(self, first: int) -> Any:
+        """A bar on the main rank's terminal; none where there is no terminal."""
+        return tqdm(
+            total=self._config.es.iterations,
+            initial=first,
+            unit="iteration",
+            disable=None if self._group.is_main else True,
+        )
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: of the accelerator if there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _shown(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
