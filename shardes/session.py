@@ -77,8 +77,9 @@ class Session:
                 )
 
     def digest(self) -> str:
-        """The weights digest over all ranks, in hexadecimal; a collective."""
-        return f"{self.group.sum_int64(self.weights.digest()):016x}"
+        """The weights digest, in hexadecimal; a collective."""
+        digest = self.weights.digest()
+        return f"{self.group.sum_int64(digest) if self.backend.is_sharded else digest:016x}"
 
 
 @contextmanager

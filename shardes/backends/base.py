@@ -29,8 +29,8 @@ class Backend(ABC):
 
     @property
     @abstractmethod
-    def forward_is_collective(self) -> bool:
-        """Whether ``lockstep_model`` must be called by all ranks together."""
+    def is_sharded(self) -> bool:
+        """Whether ranks hold different elements; if so, a forward of ``lockstep_model`` is a collective."""
 
     @abstractmethod
     def commit(self) -> None:

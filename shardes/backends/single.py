@@ -35,8 +35,8 @@ class SingleBackend(Backend):
         )
 
     @property
-    def forward_is_collective(self) -> bool:
-        """Never: nothing is gathered."""
+    def is_sharded(self) -> bool:
+        """Never: every rank holds everything."""
         return False
 
     def commit(self) -> None:

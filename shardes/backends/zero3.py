@@ -19,6 +19,9 @@ from shardes.errors import UserError
 from shardes.modeling import fill_parameters, parameter_aliases, parameter_ids
 from shardes.shards import Run, Shard
 
+# Bytes of a rank's shards that are copied together to be gathered at once.
+_BUCKET_BYTES = 16 * 2**20
+
 _RELIED_ON = ("ds_tensor", "ds_numel", "ds_shape", "ds_process_group", "ds_status")
 
 
@@ -83,6 +86,7 @@ class Zero3Backend(Backend):
         self.lockstep_model = model
         self._parameters = dict(sorted(model.named_parameters()))
         self._check_layout(skeleton)
+        self._buckets = _buckets(self._parameters)
         ids = parameter_ids(list(self._parameters))
         self.shards = tuple(
             Shard(name, ids[name], tuple(parameter.ds_shape), parameter.ds_tensor.data, _runs(parameter))
@@ -104,8 +108,8 @@ class Zero3Backend(Backend):
                 )
 
     @property
-    def forward_is_collective(self) -> bool:
-        """Whether a forward gathers from other ranks."""
+    def is_sharded(self) -> bool:
+        """Whether there is more than one rank to shard over."""
         return self._group.world_size > 1
 
     def commit(self) -> None:
@@ -116,11 +120,21 @@ class Zero3Backend(Backend):
         """A hook-free replica, filled from all ranks' shards."""
         if self._replica_storage is None:
             self._replica_storage = self._build_replica()
-        for name, parameter in self._parameters.items():
-            dist.all_gather_into_tensor(
-                self._replica_storage[name], parameter.ds_tensor.data, group=parameter.ds_process_group
-            )
+        for bucket in self._buckets:
+            self._gather_bucket(bucket, self._replica_storage)
         return self._replica
+
+    def _gather_bucket(self, names: list[str], storage: dict[str, torch.Tensor]) -> None:
+        """Gathers parameters in one collective: small ones cost a collective's latency, not its bandwidth."""
+        local = [self._parameters[name].ds_tensor.data for name in names]
+        if len(names) == 1:
+            _all_gather(storage[names[0]], local[0])
+            return
+        sent = torch.cat(local)
+        received = sent.new_empty(self._group.world_size, sent.numel())
+        _all_gather(received.view(-1), sent)
+        for name, part in zip(names, received.split([t.numel() for t in local], dim=1), strict=True):
+            storage[name].view(self._group.world_size, -1).copy_(part)
 
     def _build_replica(self) -> dict[str, torch.Tensor]:
         storage, views = {}, {}
@@ -146,6 +160,26 @@ class Zero3Backend(Backend):
         if parts is None:
             return None
         return torch.cat(parts)[: self._parameters[shard.name].ds_numel].view(shard.shape)
+
+
+def _all_gather(output: torch.Tensor, local: torch.Tensor) -> None:
+    # torch 2.13 renames the function and warns about the old name, the only one that 2.11 has.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(output, local)
+
+
+def _buckets(parameters: dict[str, Any]) -> list[list[str]]:
+    """Names to gather together: neighbours, as long as their shards fit into a bucket."""
+    buckets: list[list[str]] = []
+    size = _BUCKET_BYTES
+    for name, parameter in parameters.items():
+        num_bytes = parameter.ds_tensor.numel() * parameter.ds_tensor.element_size()
+        if size + num_bytes > _BUCKET_BYTES:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(name)
+        size += num_bytes
+    return buckets
 
 
 def _runs(parameter: Any) -> tuple[Run, ...]:

@@ -103,7 +103,7 @@ class Rollout:
         with self._spans("gather"):
             streaming = self._mode == "stream"
             model = self._backend.lockstep_model if streaming else self._backend.gathered()
-        in_step = streaming and self._backend.forward_is_collective
+        in_step = streaming and self._backend.is_sharded
         rank, world_size = self._group.rank, self._group.world_size
         batches = problems.micro_batches
         rewards = [0.0] * len(problems.rows)

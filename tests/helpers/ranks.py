@@ -1,0 +1,107 @@
+"""Starts real processes as a launcher would, with a hard time limit and nothing left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(**extra):
+    """This environment without a launcher's variables; one thread, so that bits can be compared."""
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return kept | threads | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"} | extra
+
+
+class Ranks:
+    """``world_size`` processes of one script, in a group of their own each.
+
+    Args:
+        arguments: The script and what it is given.
+        world_size: How many.
+    """
+
+    def __init__(self, arguments, *, world_size, log_dir):
+        log_dir.mkdir(parents=True, exist_ok=True)
+        port = str(free_port())
+        self.logs = [log_dir / f"rank{rank}.log" for rank in range(world_size)]
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            env = environment(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(world_size),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            )
+            with log.open("ab") as stream:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *map(str, arguments)],
+                        env=env,
+                        stdout=stream,
+                        stderr=subprocess.STDOUT,
+                        stdin=subprocess.DEVNULL,
+                        cwd=ROOT,
+                        start_new_session=True,
+                    )
+                )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def wait(self, timeout_seconds):
+        """The exit statuses of all ranks."""
+        return [process.wait(timeout=timeout_seconds) for process in self.processes]
+
+    def output(self):
+        return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')}" for log in self.logs)
+
+
+def run_ranks(arguments, *, world_size, log_dir, timeout_seconds=240):
+    """Runs to the end and insists on success; returns what the ranks printed."""
+    with Ranks(arguments, world_size=world_size, log_dir=log_dir) as ranks:
+        statuses = ranks.wait(timeout_seconds)
+        output = ranks.output()
+    assert statuses == [0] * world_size, output
+    return output
+
+
+def run_command(arguments, *, timeout_seconds=120, **extra):
+    """Runs one command in a session of its own; what it started ends with it."""
+    process = subprocess.Popen(
+        list(map(str, arguments)),
+        env=environment(**extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        cwd=ROOT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout_seconds)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)

@@ -1,0 +1,27 @@
+"""Run on every rank: trains and exports a list of configurations, one after the other.
+
+python train_cases.py CASES.json, a list of {"config": tree, "export": directory, "port": number}
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from shardes.config import parse_config
+from shardes.export import export_model
+from shardes.session import open_session
+from shardes.trainer import Trainer
+
+
+def main():
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        # Every case has a store of its own, on a port of its own.
+        os.environ["MASTER_PORT"] = str(case["port"])
+        with open_session(parse_config(case["config"], source="case")) as session:
+            Trainer(session).train()
+            export_model(session, Path(case["export"]), iteration=session.config.es.iterations)
+
+
+if __name__ == "__main__":
+    main()
