@@ -44,7 +44,7 @@ def read_metrics(run_dir: Path) -> dict[int, Point]:
             f"{path} cannot be read: {error.strerror}; wanted a run directory, in which training writes "
             f"{METRICS} (run.dir of the run's configuration)"
         ) from None
-    if last.endswith(b"}"):
+    if _is_json(last):
         lines.append(last)
     points: dict[int, Point] = {}
     for number, line in enumerate(lines, start=1):
@@ -56,15 +56,20 @@ def read_metrics(run_dir: Path) -> dict[int, Point]:
     return dict(sorted(points.items()))
 
 
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
 def _parse(line: bytes, *, where: str) -> tuple[int, Point]:
     """One line as its iteration and its rewards."""
     wanted = (
         "wanted a JSON object with an integer 'iteration' and numbers as rewards; remove or repair the line"
     )
-    try:
-        record: Any = json.loads(line)
-    except ValueError:
-        record = None
+    record: Any = json.loads(line) if _is_json(line) else None
     iteration = record.get("iteration") if isinstance(record, dict) else None
     if not isinstance(iteration, int):
         raise UserError(f"{where}: got {_shortened(line)}; {wanted}")
@@ -105,7 +110,7 @@ def plot_runs(run_dirs: list[Path], out: Path) -> None:
     """
     if out.suffix.lower() not in _FORMATS:
         raise UserError(
-            f"{out}: no picture format has the suffix {out.suffix!r}; name a file that ends in {' or '.join(_FORMATS)}"
+            f"{out}: got the suffix {out.suffix!r}; name a file that ends in {' or '.join(_FORMATS)}"
         )
     if not run_dirs:
         raise UserError("no run to plot; give at least one run directory")

@@ -184,6 +184,19 @@ def test_tails_reach_beyond_six_sigma_and_the_extreme_uniforms_are_finite():
         assert np.isfinite(noise.box_muller(edge, np.array([0, 2**31, 2**32 - 1], np.uint32))).all()
 
 
+def test_a_radius_of_zero_is_positive_zero_in_every_implementation():
+    # u rounds to 1 in one call of 2**25; this address is such a one.
+    address = {"seed": 0, "iteration": 0, "direction": 0, "param_id": 0}
+    wanted = noise.normals(start=99850920, length=1, **address)
+    assert wanted[0] == 0
+    centre = torch.tensor([-0.0])
+    step = centre + torch.from_numpy(wanted)
+    for implementation in (cpu, portable):
+        target = torch.empty(1)
+        implementation.perturb(centre, target, start=99850920, sigma=1.0, words=(0, 0, 0), key=(0, 0))
+        assert same_bits(target, step)
+
+
 def test_moments_of_a_million_elements_are_those_of_the_normal_law():
     sample = eps(0, 1_000_000).astype(np.float64)
     assert abs(sample.mean()) < 4e-3

@@ -9,6 +9,8 @@ import pytest
 from shardes.errors import UserError
 from shardes.plot import plot_runs, read_metrics
 
+pytest.importorskip("matplotlib", reason="pip install 'shardes[plot]'")
+
 LINES = [
     {"iteration": 0, "reward_mean": 0.1, "reward_std": 0.1, "reward_min": 0.0, "reward_max": 0.3}
     | {"heldout_reward": 0.05},
@@ -87,8 +89,9 @@ def test_pyplot_is_not_touched(tmp_path, monkeypatch):
     plot_runs([make_run(tmp_path / "run")], tmp_path / "r.png")
 
 
-def test_a_torn_last_line_is_ignored_and_a_whole_one_without_its_end_of_line_is_not(tmp_path):
-    torn = make_run(tmp_path / "torn", tail='{"iteration": 5, "heldout_rew')
+@pytest.mark.parametrize("tail", ['{"iteration": 5, "heldout_rew', '{"iteration": 5, "seconds": {"io": 1}'])
+def test_a_torn_last_line_is_ignored_and_a_whole_one_without_its_end_of_line_is_not(tmp_path, tail):
+    torn = make_run(tmp_path / "torn", tail=tail)
     whole = make_run(tmp_path / "whole", tail='{"iteration": 5, "heldout_reward": 1}')
     assert read_metrics(torn) == read_metrics(make_run(tmp_path / "plain"))
     assert read_metrics(whole)[5] == {"heldout_reward": 1}

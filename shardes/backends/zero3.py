@@ -61,6 +61,11 @@ class Zero3Backend(Backend):
         trust_remote_code: bool,
     ) -> None:
         deepspeed = import_deepspeed()
+        if skeleton.dtype == torch.float16 and not deepspeed.get_accelerator().is_fp16_supported():
+            raise UserError(
+                "model.dtype: deepspeed has no float16 on this device; use bfloat16 or float32, or "
+                "parallel.backend: single"
+            )
         self._group = group
         self._replica = skeleton
         self._replica_storage: dict[str, torch.Tensor] | None = None

@@ -126,7 +126,8 @@ def minus_two_log(u: NDArray[np.float32]) -> NDArray[np.float32]:
     e = exponent.astype(np.float32)
     small = (square * z) * tail + e * np.float32(LN2_LO)
     log = ((small - np.float32(0.5) * square) + z) + e * np.float32(LN2_HI)
-    return np.float32(-2) * log
+    # From 0, so that u = 1 gives +0 and not -0.
+    return np.float32(0) - np.float32(2) * log
 
 
 def cos_sin_turns(

@@ -70,7 +70,7 @@ def _radius(word: torch.Tensor) -> torch.Tensor:
     e = exponent.float()
     small = (square * z) * _horner(z, LOG_TAIL) + e * LN2_LO
     # torch.sqrt is not correctly rounded in float32 on every CPU; through float64 it is.
-    return torch.sqrt((-2.0 * (((small - 0.5 * square) + z) + e * LN2_HI)).double()).float()
+    return torch.sqrt((0.0 - 2.0 * (((small - 0.5 * square) + z) + e * LN2_HI)).double()).float()
 
 
 def _cos_sin(word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

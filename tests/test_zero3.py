@@ -1,0 +1,62 @@
+"""ZeRO-3 shards give the logits of plain tensors, whatever DeepSpeed keeps gathered."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+from tests.helpers.models import tiny_model, tree
+from tests.helpers.ranks import ROOT, run_command, run_ranks
+
+pytest.importorskip("deepspeed")
+
+SCRIPT = ROOT / "tests" / "helpers" / "zero3_checks.py"
+
+
+def check(tmp_path, *, world_size, dtype="float32", zero=None, tied=True):
+    model = tiny_model(tmp_path / "model", tied=tied)
+    config = tmp_path / "config.json"
+    config.write_text(
+        json.dumps(tree(tmp_path, model=model, run_dir=tmp_path / "run", model__dtype=dtype))
+    )
+    deepspeed = ""
+    if zero is not None:
+        deepspeed = tmp_path / "deepspeed.json"
+        deepspeed.write_text(
+            json.dumps({"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 3, **zero}})
+        )
+    return run_ranks([SCRIPT, config, deepspeed], world_size=world_size, log_dir=tmp_path / "logs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threshold", [0, 100, 100_000])
+def test_no_gathered_copy_goes_stale(tmp_path, threshold):
+    output = check(tmp_path, world_size=3, zero={"stage3_param_persistence_threshold": threshold})
+    # Three ranks do not divide every parameter, so there is padding to leave alone.
+    assert all(int(n) > 0 for n in re.findall(r"padding (\d+) checked", output)[-1:])
+
+
+@pytest.mark.slow
+def test_prefetching_as_little_as_possible_changes_nothing(tmp_path):
+    zero = {"stage3_max_live_parameters": 1, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    check(tmp_path, world_size=2, zero=zero, tied=False)
+
+
+@pytest.mark.slow
+def test_bfloat16_and_default_settings(tmp_path):
+    check(tmp_path, world_size=2, dtype="bfloat16")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have float16")
+def test_float16_is_refused_where_deepspeed_has_none(tmp_path):
+    model = tiny_model(tmp_path / "model", tied=True)
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(tree(tmp_path, model=model, run_dir=tmp_path / "run")))
+    arguments = ["launch/train.py", "--config", config, "parallel.backend=zero3", "model.dtype=float16"]
+    result = run_command([sys.executable, *arguments])
+    assert result.returncode == 2
+    assert "model.dtype: deepspeed has no float16" in result.stderr
+    assert "Traceback" not in result.stderr
