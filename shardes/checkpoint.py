@@ -68,8 +68,8 @@ class Checkpoint:
             begin, end = entry["data_offsets"]
             if entry["dtype"] not in DTYPES:
                 raise UserError(
-                    f"model.path: {path}: {name} is stored as {entry['dtype']}; wanted one of {sorted(DTYPES)}. "
-                    "Quantised weights cannot be perturbed: use the model's unquantised version"
+                    f"model.path: {path}: {name} is stored as {entry['dtype']}; wanted one of "
+                    f"{sorted(DTYPES)}. Quantised weights cannot be perturbed: use the model's unquantised version"
                 )
             if base + end > size:
                 raise UserError(

@@ -49,7 +49,9 @@ def train(config_path: Path, overrides: tuple[str, ...]) -> None:
 @cli.command()
 @click.argument("run_dir", type=_PATH)
 @click.argument("out_dir", type=_PATH)
-@click.option("--iteration", type=click.IntRange(min=0), help="Weights after this many updates; default: all.")
+@click.option(
+    "--iteration", type=click.IntRange(min=0), help="Weights after this many updates; default: all."
+)
 @click.option("--backend", type=click.Choice(["single", "zero3"]), default="single", show_default=True)
 def export(run_dir: Path, out_dir: Path, iteration: int | None, backend: str) -> None:
     """Write RUN_DIR's weights to OUT_DIR as a consolidated Hugging Face model.

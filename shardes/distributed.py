@@ -37,7 +37,7 @@ class Group:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        return total.tolist()  # type: ignore[no-any-return]
+        return total.tolist()
 
     def sum_int64(self, value: int) -> int:
         """The sum over ranks modulo 2**64, as an unsigned number."""

@@ -50,7 +50,9 @@ def check_destination(out: Path) -> None:
         raise UserError(f"OUT_DIR {out} exists already; give a directory that does not, or remove it first")
 
 
-def export_model(session: Session, out: Path, *, iteration: int, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+def export_model(
+    session: Session, out: Path, *, iteration: int, max_file_bytes: int = MAX_FILE_BYTES
+) -> None:
     """Writes the centre as a Hugging Face directory; a collective, rank 0 writes.
 
     Parameters are gathered one at a time, tied ones once. Everything goes to a temporary directory, which is
@@ -130,7 +132,9 @@ def _write_index(directory: Path, files: list[_File], itemsize: int) -> None:
     weight_map = {shard.name: file.name for file in files for shard in file.shards}
     num_elements = sum(torch.Size(shard.shape).numel() for file in files for shard in file.shards)
     index = {"metadata": {"total_size": num_elements * itemsize}, "weight_map": weight_map}
-    _write_text(directory / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+    _write_text(
+        directory / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n"
+    )
 
 
 def _write_companions(session: Session, directory: Path, model_card: str) -> None:

@@ -1,4 +1,4 @@
-"""Logging: every line says which rank it is from; ranks other than 0 only speak up when something is wrong."""
+"""Logging: every line names its rank; ranks other than 0 speak up only when something is wrong."""
 
 import logging
 import os

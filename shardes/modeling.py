@@ -27,8 +27,8 @@ def load_model_config(path: Path, *, trust_remote_code: bool) -> Any:
     except (ValueError, OSError, KeyError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"model.path: {path}/config.json cannot be used: {first_line} (a model with code of its own needs "
-            "model.trust_remote_code: true)"
+            f"model.path: {path}/config.json cannot be used: {first_line} (a model with code of its own "
+            "needs model.trust_remote_code: true)"
         ) from None
 
 
@@ -59,7 +59,7 @@ def build_skeleton(model_config: Any, *, dtype: torch.dtype, trust_remote_code: 
             model_config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     model.tie_weights()
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def fill_parameters(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -68,9 +68,9 @@ def fill_parameters(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     for name, parameter in model.named_parameters():
         replaced[id(parameter)] = nn.Parameter(tensors[name], requires_grad=False)
     for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in replaced:
-                module._parameters[key] = replaced[id(parameter)]
+        for key, held in module._parameters.items():
+            if held is not None and id(held) in replaced:
+                module._parameters[key] = replaced[id(held)]
 
 
 def parameter_aliases(model: nn.Module) -> set[str]:

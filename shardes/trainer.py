@@ -134,6 +134,9 @@ class Trainer:
         evaluation = self._rollout.evaluate(self._heldout)
         reward = mean_reward(evaluation.rewards)
         if self.run is not None and iteration not in self.run.history.evaluations:
+            # Samples first: those without a journal entry are dropped and written again after a crash.
+            for sample in evaluation.samples:
+                self.run.samples.write({"iteration": iteration, **vars(sample)})
             self._record(
                 {
                     "type": "evaluation",
@@ -142,8 +145,6 @@ class Trainer:
                     "num_failures": evaluation.num_failures,
                 }
             )
-            for sample in evaluation.samples:
-                self.run.samples.write({"iteration": iteration, **vars(sample)})
             logger.info("iteration %d: held-out reward %s", iteration, _shown(reward))
 
     def _finish(self) -> None:
@@ -202,7 +203,12 @@ class Trainer:
         if first:
             logger.info("replaying %d iterations", first)
         self._session.replay(state["updates"])
-        self._known_rewards = {(first, record["member"]): record["reward"] for record in state["pending"]}
+        # A member without a reward is asked again: the user may have mended the reward function.
+        self._known_rewards = {
+            (first, record["member"]): record["reward"]
+            for record in state["pending"]
+            if record["reward"] is not None
+        }
         if self.run is not None:
             # A job may die between its journal entry and its metrics line.
             for iteration in range(self.run.metrics.num_lines, first):

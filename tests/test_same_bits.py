@@ -1,22 +1,15 @@
 """The same configuration gives the same bytes, however many ranks there are and whatever holds the shards."""
 
-import hashlib
 import itertools
 import json
 
 import pytest
 
+from tests.helpers.exports import fingerprint
 from tests.helpers.models import tiny_model, tree
 from tests.helpers.ranks import ROOT, free_port, run_ranks
 
 BACKENDS, MODES, DTYPES = ("single", "zero3"), ("stream", "prompts"), ("float32", "bfloat16")
-
-
-def fingerprint(directory):
-    """Hash of every exported file but the model card, which names the setting that differs."""
-    files = sorted(path for path in directory.iterdir() if path.name != "README.md")
-    assert any(path.suffix == ".safetensors" for path in files)
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def run_cases(tmp_path, name, trees, world_size):
@@ -89,7 +82,9 @@ def test_exports_are_byte_identical(world_size, models, oracle, tmp_path):
     for i, (kind, backend, mode, dtype) in enumerate(keys):
         assert found[i] == prints[kind, dtype], (kind, backend, mode, dtype)
         # Not only the weights: every reward on the way, too.
-        measured = [json.loads(line) for line in (tmp_path / f"run{i}/metrics.jsonl").read_text().splitlines()]
+        measured = [
+            json.loads(line) for line in (tmp_path / f"run{i}/metrics.jsonl").read_text().splitlines()
+        ]
         for line, wanted in zip(measured, map(json.loads, lines[kind, dtype]), strict=True):
             for volatile in ("seconds", "peak_memory_bytes"):
                 line.pop(volatile, None)

@@ -18,9 +18,7 @@ SCRIPT = ROOT / "tests" / "helpers" / "zero3_checks.py"
 def check(tmp_path, *, world_size, dtype="float32", zero=None, tied=True):
     model = tiny_model(tmp_path / "model", tied=tied)
     config = tmp_path / "config.json"
-    config.write_text(
-        json.dumps(tree(tmp_path, model=model, run_dir=tmp_path / "run", model__dtype=dtype))
-    )
+    config.write_text(json.dumps(tree(tmp_path, model=model, run_dir=tmp_path / "run", model__dtype=dtype)))
     deepspeed = ""
     if zero is not None:
         deepspeed = tmp_path / "deepspeed.json"

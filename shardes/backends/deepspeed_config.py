@@ -87,7 +87,7 @@ def make_deepspeed_config(
     Raises:
         UserError: The file cannot be read, or asks for what ES on shards cannot honour.
     """
-    tree = {"zero_optimization": {"stage": 3}} if path is None else _read(path)
+    tree: dict[str, Any] = {"zero_optimization": {"stage": 3}} if path is None else _read(path)
     if path is not None:
         _refuse_unusable(tree, path)
     tree = copy.deepcopy(tree)
@@ -120,10 +120,10 @@ def _read(path: Path) -> dict[str, Any]:
     stage = tree.get("zero_optimization", {}).get("stage") if isinstance(tree, dict) else None
     if stage != 3:
         raise UserError(
-            f"parallel.deepspeed: {path}: zero_optimization.stage is {stage!r}; wanted 3. Lower stages do not "
-            "shard parameters: use stage 3, or parallel.backend: single"
+            f"parallel.deepspeed: {path}: zero_optimization.stage is {stage!r}; wanted 3. Lower stages do "
+            "not shard parameters: use stage 3, or parallel.backend: single"
         )
-    return tree  # type: ignore[no-any-return]
+    return tree
 
 
 def _refuse_unusable(tree: dict[str, Any], path: Path) -> None:
@@ -143,8 +143,8 @@ def _check_precision(tree: dict[str, Any], key: str, wanted: bool, path: Path | 
     given = section.get("enabled", "auto")
     if given != "auto" and bool(given) != wanted:
         raise UserError(
-            f"parallel.deepspeed: {path}: {key}.enabled is {json.dumps(given)}, which contradicts model.dtype; "
-            f'set it to "auto"'
+            f"parallel.deepspeed: {path}: {key}.enabled is {json.dumps(given)}, which contradicts "
+            f'model.dtype; set it to "auto"'
         )
     section["enabled"] = wanted
 
@@ -157,6 +157,7 @@ def _fill_autos(tree: dict[str, Any], autos: dict[str, Any], path: Path | None, 
             if prefix + key not in autos:
                 raise UserError(
                     f'parallel.deepspeed: {path}: {prefix}{key} is "auto", but shardes has no value for it; '
-                    f"give a number or remove it. Filled are: {', '.join(sorted(autos))}, bf16.enabled, fp16.enabled"
+                    "give a number or remove it. Filled are: bf16.enabled, fp16.enabled, "
+                    f"{', '.join(sorted(autos))}"
                 )
             tree[key] = autos[prefix + key]

@@ -72,7 +72,7 @@ class Zero3Backend(Backend):
         self.dtype = skeleton.dtype
         self.aliases = parameter_aliases(skeleton)
         if group.device.type == "cpu":
-            # Its shared-memory collectives are compiled at the first start, for a minute, and gain nothing here.
+            # Its shared-memory collectives take a minute to compile at the first start, and gain nothing.
             sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
         deepspeed.init_distributed(
             dist_backend="nccl" if group.device.type == "cuda" else "gloo", verbose=False
@@ -196,7 +196,7 @@ def _runs(parameter: Any) -> tuple[Run, ...]:
 
 
 def _copy_buffers(source: nn.Module, target: nn.Module) -> None:
-    """zero.Init casts every tensor that a constructor makes to the model's dtype, rotary frequencies included."""
+    """Mends buffers: zero.Init casts what constructors make to the model's dtype, rotary frequencies too."""
     modules = dict(target.named_modules())
     for name, buffer in source.named_buffers():
         owner, _, key = name.rpartition(".")

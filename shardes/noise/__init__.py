@@ -29,7 +29,7 @@ def perturb(
 
     Args:
         source: The master, flat and contiguous; float32, bfloat16 or float16.
-        target: The working tensor, of the same length; float32, bfloat16 or float16. ``source`` is not written.
+        target: The working tensor, of the same length; any of the three dtypes. ``source`` is not written.
         sigma: Noise scale, used as float32.
         seed: The run's seed.
         iteration: Below 2**32.

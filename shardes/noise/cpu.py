@@ -173,7 +173,7 @@ def _perturb_kernel(source_format: int, target_format: int) -> Callable[..., Non
                 centre = _load(_store(_load(here[j], source_format), target_format), target_format)
                 there[j] = _store(centre + sigma * owned[j], target_format)
 
-    return perturb  # type: ignore[no-any-return]
+    return perturb
 
 
 @nb.njit(nogil=True, cache=True, error_model="numpy")
@@ -200,7 +200,7 @@ def _accumulate_kernel(first, last, master, start, coefficients, c1, c2, c3, k0,
 def _bits(tensor: torch.Tensor) -> NDArray[np.uint32] | NDArray[np.uint16]:
     """The storage of a flat CPU tensor as unsigned integers of its element size; no copy."""
     width = torch.uint32 if tensor.dtype == torch.float32 else torch.uint16
-    return tensor.detach().view(width).numpy()  # type: ignore[no-any-return]
+    return tensor.detach().view(width).numpy()
 
 
 @functools.cache

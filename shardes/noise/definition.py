@@ -182,12 +182,12 @@ def normals(
     return eps[offset : offset + length]
 
 
-def data_order(population_size: int, *, seed: int, iteration: int, count: int) -> NDArray[np.int64]:
-    """``count`` different indices below ``population_size``, in random order: a pure function of its arguments.
+def data_order(size: int, *, seed: int, iteration: int, count: int) -> NDArray[np.int64]:
+    """``count`` different indices below ``size``, in random order: a pure function of its arguments.
 
     Each index gets a 64-bit random key, and the ``count`` smallest keys win (ties by index).
     """
-    call = np.arange(population_size, dtype=np.uint64)
+    call = np.arange(size, dtype=np.uint64)
     words = philox(
         counter_words(call, iteration=iteration, direction=0, param_id=0, stream=Stream.DATA_ORDER),
         seed_key(seed),

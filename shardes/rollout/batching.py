@@ -39,7 +39,9 @@ def tokenize(prompt: Prompt, tokenizer: Any) -> list[int]:
             "instruct model, or prompts of plain text"
         )
     else:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+        ids = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
     if not ids:
         raise UserError(f"task: the prompt {prompt!r} has no tokens; give every problem a non-empty prompt")
     return list(ids)

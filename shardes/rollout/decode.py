@@ -31,7 +31,7 @@ def decode_greedily(
         max_new_tokens: The longest answer.
         eos_ids: Tokens that end an answer; the answer includes its first one.
         pad_id: Fills what follows it.
-        any_rank: Whether the flag is set on any rank. In lock-step every rank goes on until all have finished.
+        any_rank: Whether the flag is set on any rank. In lock-step every rank goes on until all are done.
 
     Returns:
         int64 of shape [rows, new tokens], on the device of ``input_ids``.

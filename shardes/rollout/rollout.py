@@ -96,7 +96,9 @@ class Rollout:
         prompts = [self._task.make_prompt(row) for row in rows]
         tokens = [tokenize(prompt, self._tokenizer) for prompt in prompts]
         pad_id = self._tokenizer.pad_token_id
-        return Problems(rows, prompts, compose(tokens, micro_batch_size=self._micro_batch_size, pad_id=pad_id))
+        return Problems(
+            rows, prompts, compose(tokens, micro_batch_size=self._micro_batch_size, pad_id=pad_id)
+        )
 
     def evaluate(self, problems: Problems) -> Evaluation:
         """Answers and scores the problems under the current weights; a collective."""
@@ -164,5 +166,3 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 def _as_text(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-
-

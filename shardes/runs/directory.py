@@ -97,7 +97,10 @@ class RunDirectory:
             done = len(self.journal.history.updates)
             self.metrics = LineFile(self.path / "metrics.jsonl", keep=lambda line: line["iteration"] < done)
             stack.callback(self.metrics.close)
-            self.samples = LineFile(self.path / "samples.jsonl", keep=lambda line: line["iteration"] < done)
+            evaluations = self.journal.history.evaluations
+            self.samples = LineFile(
+                self.path / "samples.jsonl", keep=lambda line: line["iteration"] in evaluations
+            )
             stack.callback(self.samples.close)
             self._stack = stack.pop_all()
 

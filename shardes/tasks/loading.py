@@ -1,4 +1,4 @@
-"""From the task section of the configuration to a task: data files, built-in tasks, rewards of the user's own."""
+"""From the task section of the configuration to a task: data files, built-in tasks, own rewards."""
 
 import importlib
 import importlib.util
@@ -22,17 +22,26 @@ def load_task(config: TaskConfig) -> Task:
     Raises:
         UserError: A file or a row cannot be used, or the reward cannot be imported.
     """
-    check: Callable[[Row, str], None]
-    if config.name is not None:
-        built_in = BUILT_IN[config.name]
-        make_prompt, reward, check = built_in.make_prompt, built_in.reward, countdown.check_row
-        name = config.name
-    else:
-        assert config.reward is not None
-        make_prompt, reward, check = _prompt_column, import_reward(config.reward), _check_prompt
-        name = config.reward
+    if config.reward is not None:
+        reward = import_reward(config.reward)
+        return _with_data(config, config.reward, _prompt_column, reward, check=_check_prompt)
+    assert config.name is not None, "the configuration has either a name or a reward"
+    built_in = BUILT_IN[config.name]
+    return _with_data(config, config.name, built_in.make_prompt, built_in.reward, check=countdown.check_row)
+
+
+def _with_data(
+    config: TaskConfig,
+    name: str,
+    make_prompt: Callable[[Row], Prompt],
+    reward: RewardFunction,
+    *,
+    check: Callable[[Row, str], None],
+) -> Task:
     train = read_rows(config.data, key="task.data", check=check)
-    heldout = [] if config.heldout_data is None else read_rows(config.heldout_data, key="task.heldout_data", check=check)
+    heldout: list[Row] = []
+    if config.heldout_data is not None:
+        heldout = read_rows(config.heldout_data, key="task.heldout_data", check=check)
     return Task(name, train, heldout, make_prompt, reward)
 
 
@@ -51,7 +60,9 @@ def read_rows(path: Path, *, key: str, check: Callable[[Row, str], None]) -> lis
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
-        raise UserError(f"{key}: {path} cannot be read ({error.strerror}); give the path of a JSONL file") from None
+        raise UserError(
+            f"{key}: {path} cannot be read ({error.strerror}); give the path of a JSONL file"
+        ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{key}: {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     for number, line in enumerate(lines, start=1):
@@ -61,7 +72,9 @@ def read_rows(path: Path, *, key: str, check: Callable[[Row, str], None]) -> lis
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error}): {line[:80]!r}; every line must be one JSON object") from None
+            raise UserError(
+                f"{where}: not JSON ({error}): {line[:80]!r}; every line must be one JSON object"
+            ) from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: got {line[:80]!r}; every line must be one JSON object")
         check(row, where)
@@ -72,7 +85,7 @@ def read_rows(path: Path, *, key: str, check: Callable[[Row, str], None]) -> lis
 
 
 def _prompt_column(row: Row) -> Prompt:
-    return row["prompt"]  # type: ignore[no-any-return]
+    return row["prompt"]
 
 
 def _check_prompt(row: Row, where: str) -> None:
@@ -104,11 +117,11 @@ def import_reward(reference: str) -> RewardFunction:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"task.reward: {source} has no function {function_name!r}")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _module_of_name(name: str) -> Any:
-    # A script's first import path is its own directory, but a user's module lies where the command is started.
+    # A script's first import path is its own directory, but a user's module lies where the command starts.
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     return importlib.import_module(name)

@@ -1,5 +1,6 @@
 """Starts real processes as a launcher would, with a hard time limit and nothing left behind."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -99,9 +100,7 @@ def run_command(arguments, *, timeout_seconds=120, **extra):
     try:
         stdout, stderr = process.communicate(timeout=timeout_seconds)
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
     return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)

@@ -1,0 +1,363 @@
+"""Configuration: what is accepted, what each mistake is answered with, and what a resume may change."""
+
+import copy
+import hashlib
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardes.config import Config, dump_config, load_config, parse_config
+from shardes.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+MINIMAL = {
+    "model": {"path": "a/model"},
+    "run": {"dir": "a/run"},
+    "rollout": {"max_new_tokens": 5},
+    "es": {"iterations": 7},
+    "task": {"name": "countdown", "data": "a/data.jsonl"},
+}
+
+
+def with_key(key, value):
+    """The minimal tree with one dotted key set; a value of ... removes it."""
+    tree = copy.deepcopy(MINIMAL)
+    *sections, last = key.split(".")
+    target = tree
+    for section in sections:
+        target = target.setdefault(section, {})
+    if value is ...:
+        del target[last]
+    else:
+        target[last] = value
+    return tree
+
+
+def parsed(key, value):
+    return parse_config(with_key(key, value), source="test")
+
+
+def refusal(key, value):
+    with pytest.raises(UserError) as caught:
+        parsed(key, value)
+    return str(caught.value)
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_there_are_shipped_configurations():
+    assert "quickstart.yaml" in [path.name for path in CONFIGS]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_are_accepted_and_keep_every_value_they_give(path):
+    config = load_config(path, [])
+    resolved = yaml.safe_load(dump_config(config))
+    for section, keys in yaml.safe_load(path.read_text()).items():
+        for key, value in keys.items():
+            if value is not None:
+                assert type(value)(resolved[section][key]) == value, f"{section}.{key}"
+
+
+def test_the_quickstart_names_every_key_there_is():
+    tree = yaml.safe_load(next(p for p in CONFIGS if p.stem == "quickstart").read_text())
+    known = {s: set(field.annotation.model_fields) for s, field in Config.model_fields.items()}
+    assert {section: set(keys) for section, keys in tree.items()} == known
+
+
+def test_defaults_are_those_of_the_paper():
+    config = parse_config(MINIMAL, source="test")
+    assert (config.es.population, config.es.sigma, config.es.alpha) == (30, 1e-3, "auto")
+    assert config.alpha == 5e-4
+    assert config.es.schedule == "constant"
+    assert config.model.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("es.popluation", "es.population"),
+        ("es.sigm", "es.sigma"),
+        ("rollout.max_tokens", "rollout.max_new_tokens"),
+        ("run.directory", "run.dir"),
+        ("modell", "model"),
+        ("tasks", "task"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(key, nearest):
+    assert f"{key}: unknown key; did you mean '{nearest}'?" in refusal(key, 3)
+
+
+def test_an_unknown_key_far_from_all_is_refused_with_all():
+    message = refusal("eval.zzz", 1)
+    assert "eval.zzz: unknown key; known keys: every" in message
+    assert "es, eval, model, parallel, rollout, run, task" in refusal("qqqqqq", {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("es.sigma", 0),
+        ("es.sigma", -1e-3),
+        ("es.sigma", float("nan")),
+        ("es.sigma", float("inf")),
+        ("es.sigma", "small"),
+        ("es.sigma", [0.1]),
+        ("es.alpha", 0),
+        ("es.alpha", -1.0),
+        ("es.alpha", float("nan")),
+        ("es.alpha", float("inf")),
+        ("es.alpha", "automatic"),
+        ("es.alpha", None),
+        ("es.seed", -1),
+        ("es.seed", 2**64),
+        ("es.iterations", 0),
+        ("es.iterations", 2.5),
+        ("es.population", 1),
+        ("es.population", 2**24),
+        ("es.schedule", "cosine"),
+        ("model.dtype", "int8"),
+        ("model.path", 3),
+        ("parallel.backend", "fdsp"),
+        ("parallel.timeout_seconds", 0),
+        ("parallel.threads_per_rank", 0),
+        ("rollout.max_new_tokens", 0),
+        ("rollout.micro_batch_size", "many"),
+        ("run.resume", "sometimes"),
+        ("eval.every", -1),
+        ("task.name", "sudoku"),
+        ("task.batch_size", 0),
+        ("task.on_reward_error", "ignore"),
+        ("model", "a/model"),
+        ("es", None),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_key_and_itself(key, value):
+    lines = refusal(key, value).splitlines()
+    assert lines[0] == "test: the configuration cannot be used"
+    assert lines[1:]
+    for line in lines[1:]:
+        assert line.startswith(f"  {key}: ")
+        assert str(value) in line
+
+
+@pytest.mark.xfail(strict=True, reason="task.on_reward_error accepts nan and inf")
+def test_a_reward_failure_may_not_count_as_nan():
+    assert "task.on_reward_error" in refusal("task.on_reward_error", float("nan"))
+
+
+@pytest.mark.parametrize(
+    "key", ["model.path", "run.dir", "rollout.max_new_tokens", "es.iterations", "task.data"]
+)
+def test_a_missing_required_key_is_named_with_the_override_that_sets_it(key):
+    assert f"  {key}: missing; set it in the file, or give {key}=..." in refusal(key, ...)
+
+
+@pytest.mark.parametrize("section", ["model", "run", "rollout", "es", "task"])
+def test_a_missing_required_section_is_named(section):
+    assert f"  {section}: missing" in refusal(section, ...)
+
+
+def test_every_problem_is_listed_at_once():
+    tree = with_key("es.sigma", 0) | {"rollout": {}}
+    with pytest.raises(UserError) as caught:
+        parse_config(tree, source="test")
+    assert [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]] == [
+        "rollout.max_new_tokens",
+        "es.sigma",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "reward", "words"),
+    [
+        (None, None, "either name"),
+        ("countdown", "a.b:c", "either name"),
+        (None, "rewards.py", "'module:function' or 'file.py:function'; got 'rewards.py'"),
+    ],
+)
+def test_a_task_has_exactly_one_reward(name, reward, words):
+    message = refusal("task", {"data": "d", "name": name, "reward": reward})
+    assert "  task: " in message
+    assert words in message
+
+
+def test_text_that_is_a_number_is_a_number(tmp_path):
+    text = yaml.safe_dump(with_key("es.sigma", None)).replace("sigma: null", "sigma: 1e-3\n  alpha: 2e-4")
+    assert yaml.safe_load(text)["es"]["sigma"] == "1e-3"  # as YAML 1.1 has it
+    config = load_config(write(tmp_path, text), [])
+    assert (config.es.sigma, config.es.alpha, config.alpha) == (1e-3, 2e-4, 2e-4)
+
+
+def test_alpha_auto_is_half_of_sigma_and_a_number_is_itself():
+    assert parsed("es", {"iterations": 1, "sigma": 0.3, "alpha": "auto"}).alpha == 0.15
+    assert parsed("es", {"iterations": 1, "sigma": 0.3, "alpha": 0.7}).alpha == 0.7
+
+
+@pytest.mark.parametrize("dashes", ["", "--"])
+def test_overrides_change_the_file(tmp_path, dashes):
+    path = write(tmp_path, yaml.safe_dump(MINIMAL))
+    overrides = [
+        "es.sigma=2e-2",
+        "eval.every=0",
+        "task.name=null",
+        "task.reward=a.py:f",
+        "es.seed=5",
+        "es.seed=6",
+    ]
+    config = load_config(path, [dashes + override for override in overrides])
+    assert (config.es.sigma, config.eval.every, config.es.seed) == (0.02, 0, 6)
+    assert (config.task.name, config.task.reward) == (None, "a.py:f")
+    assert config.es.iterations == 7
+    assert load_config(path, ["run.dir=a=b"]).run.dir == Path("a=b")
+
+
+@pytest.mark.parametrize("override", ["es.sigma", "--es.sigma", "=3", "--", ""])
+def test_an_override_without_a_value_is_refused(tmp_path, override):
+    path = write(tmp_path, yaml.safe_dump(MINIMAL))
+    with pytest.raises(UserError, match=r"must look like section\.key=value"):
+        load_config(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("es.sigma=[", r"override 'es\.sigma=\[': the value is not valid YAML"),
+        ("es.sigmaa=3", r"es\.sigmaa: unknown key; did you mean 'es\.sigma'"),
+        ("es.sigma=", r"es\.sigma: got None"),
+        ("es.sigma.x=1", r"es\.sigma: got \{'x': 1\}"),
+        ("es=3", r"  es: got 3"),
+    ],
+)
+def test_a_wrong_override_is_refused(tmp_path, override, words):
+    with pytest.raises(UserError, match=words):
+        load_config(write(tmp_path, yaml.safe_dump(MINIMAL)), [override])
+
+
+@pytest.mark.xfail(
+    strict=True, raises=ValueError, reason="yaml raises a plain ValueError for an impossible date"
+)
+def test_a_value_that_looks_like_an_impossible_date_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"run\.dir"):
+        load_config(write(tmp_path, yaml.safe_dump(MINIMAL)), ["run.dir=2024-02-30"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("es: [1, 2", "not valid YAML"),
+        ("es:\n\tsigma: 1", "not valid YAML"),
+        ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("", "must be a mapping of sections"),
+        ("- es\n- task", "must be a mapping of sections"),
+        ("plain text", "must be a mapping of sections"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, words):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError, match=words) as caught:
+        load_config(path, [])
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(UserError, match="cannot be read"):
+            load_config(path, [])
+    (tmp_path / "latin.yaml").write_bytes("es: größe".encode("latin-1"))
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(tmp_path / "latin.yaml", [])
+
+
+FREE = [
+    ("model.path", "elsewhere"),
+    ("model.trust_remote_code", True),
+    ("run.dir", "other"),
+    ("run.resume", "never"),
+    ("parallel.backend", "single"),
+    ("parallel.deepspeed", "ds.json"),
+    ("parallel.timeout_seconds", 5),
+    ("parallel.threads_per_rank", 2),
+    ("rollout.mode", "stream"),
+    ("eval.every", 3),
+    ("es.iterations", 9),
+    ("es.alpha", 5e-4),  # what auto stands for
+    ("task.heldout_data", "held.jsonl"),
+]
+BINDING = [
+    ("model.dtype", "float32"),
+    ("rollout.micro_batch_size", 3),
+    ("rollout.max_new_tokens", 6),
+    ("es.seed", 1),
+    ("es.population", 31),
+    ("es.sigma", 2e-3),
+    ("es.alpha", 6e-4),
+    ("es.schedule", "linear"),
+    ("task.name", "countdown_short"),
+    ("task.batch_size", 4),
+    ("task.on_reward_error", 0.0),
+]
+
+
+@pytest.fixture
+def determinants(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(b"one\n")
+
+    def of(key="task.data", value=data):
+        tree = with_key(key, value)
+        tree["task"]["data"] = str(tree["task"]["data"]).replace("a/data.jsonl", str(data))
+        return parse_config(tree, source="test").determinants()
+
+    return of
+
+
+@pytest.mark.parametrize(("key", "value"), FREE)
+def test_a_resume_may_change(determinants, key, value):
+    assert determinants(key, value) == determinants()
+
+
+@pytest.mark.parametrize(("key", "value"), BINDING)
+def test_a_resume_may_not_change(determinants, key, value):
+    changed = determinants(key, value)
+    assert changed[key] != determinants()[key]
+
+
+def test_every_key_is_known_to_be_free_or_binding(determinants):
+    every = {f"{s}.{k}" for s, field in Config.model_fields.items() for k in field.annotation.model_fields}
+    judged = {key for key, _ in FREE + BINDING}
+    assert every - judged == {"task.data", "task.reward"}  # by content; by the user's own care
+    assert set(determinants()) == {key for key, _ in BINDING} | {"task.data sha256"}
+
+
+def test_data_binds_by_content_and_iterations_only_under_a_linear_schedule(determinants, tmp_path):
+    (tmp_path / "copy.jsonl").write_bytes(b"one\n")
+    (tmp_path / "other.jsonl").write_bytes(b"two\n")
+    assert determinants("task.data", tmp_path / "copy.jsonl") == determinants()
+    assert determinants()["task.data sha256"] == hashlib.sha256(b"one\n").hexdigest()
+    assert determinants("task.data", tmp_path / "other.jsonl") != determinants()
+    es = {"schedule": "linear", "iterations": 7}
+    assert determinants("es", es) != determinants("es", es | {"iterations": 8})
+
+
+@given(
+    sigma=st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False),
+    alpha=st.one_of(st.just("auto"), st.floats(1e-300, 1e300)),
+    seed=st.integers(0, 2**64 - 1),
+    on_error=st.one_of(st.just("exclude"), st.floats(allow_nan=False, allow_infinity=False)),
+    name=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20),
+)
+def test_a_dumped_configuration_reads_back_as_itself(sigma, alpha, seed, on_error, name):
+    tree = copy.deepcopy(MINIMAL)
+    tree["es"] |= {"sigma": sigma, "alpha": alpha, "seed": seed}
+    tree["task"] = {"data": name, "reward": f"{name}.py:f", "on_reward_error": on_error}
+    tree["run"]["dir"] = name
+    config = parse_config(tree, source="test")
+    assert parse_config(yaml.safe_load(dump_config(config)), source="dump") == config

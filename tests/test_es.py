@@ -1,0 +1,273 @@
+"""Fitness, weights and digest, each against a plain calculation."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardes.checkpoint import Checkpoint
+from shardes.es import digest as digest_module
+from shardes.es.digest import digest
+from shardes.es.fitness import mean_reward, step_size, update_coefficients, z_scores
+from shardes.noise import definition
+from shardes.session import open_session
+from tests.helpers.models import make_config, tiny_model
+
+SEED = 2**40 + 5
+
+# Multiples of 1/64 below a thousand: NumPy's plain sums of them are exact.
+values = st.integers(-64_000, 64_000).map(lambda n: n / 64)
+rewards_with_gaps = st.lists(st.one_of(st.none(), values), min_size=1, max_size=40)
+
+
+@given(rewards=rewards_with_gaps)
+def test_z_scores_are_those_of_the_paper_and_0_for_excluded_members(rewards):
+    counted = np.array([r for r in rewards if r is not None])
+    z = z_scores(rewards)
+    assert [value for r, value in zip(rewards, z, strict=True) if r is None] == [0.0] * (
+        len(rewards) - len(counted)
+    )
+    if len(counted):
+        wanted = (counted - counted.mean()) / (counted.std() + 1e-8)
+        found = [value for r, value in zip(rewards, z, strict=True) if r is not None]
+        np.testing.assert_allclose(found, wanted, rtol=1e-11, atol=1e-13)
+
+
+@given(rewards=rewards_with_gaps, alpha=st.floats(1e-6, 10))
+def test_coefficients_are_the_step_over_the_population_in_float32(rewards, alpha):
+    coefficients = update_coefficients(rewards, alpha=alpha)
+    assert len(coefficients) == len(rewards)
+    assert all(float(np.float32(c)) == c for c in coefficients)
+    wanted = (alpha / len(rewards) * np.array(z_scores(rewards))).astype(np.float32)
+    assert coefficients == wanted.tolist()
+
+
+def test_z_scores_of_a_case_worked_out_by_hand():
+    # Mean 2, variance (1 + 0 + 1) / 3 = 2/3.
+    one = 1 / (math.sqrt(2 / 3) + 1e-8)
+    assert z_scores([1.0, None, 2.0, 3.0]) == pytest.approx([-one, 0.0, 0.0, one], rel=1e-15)
+    assert update_coefficients([1.0, None, 2.0, 3.0], alpha=0.4)[3] == float(np.float32(0.1 * one))
+
+
+@pytest.mark.parametrize("reward", [0.0, 0.1, -1 / 3, 1e6])
+@pytest.mark.parametrize("count", [1, 2, 7, 30])
+def test_equal_rewards_move_nothing(reward, count):
+    ulp = math.ulp(reward)
+    for rewards in ([reward] * count, [None, *[reward] * count]):
+        assert max(map(abs, z_scores(rewards))) <= ulp / 1e-8
+    assert update_coefficients([0.5] * count, alpha=1.0) == [0.0] * count
+
+
+def test_without_any_reward_nothing_moves():
+    assert z_scores([None, None]) == [0.0, 0.0]
+    assert update_coefficients([None] * 3, alpha=1.0) == [0.0] * 3
+    assert mean_reward([None, None]) is None
+    assert mean_reward([]) is None
+
+
+def test_the_mean_is_exact_in_any_order():
+    rewards = [1e16, 1.0, -1e16, 0.5, None]
+    assert {mean_reward(order) for order in itertools.permutations(rewards)} == {0.375}
+    assert mean_reward([None, 0.1]) == 0.1
+
+
+def test_schedules():
+    def steps(schedule):
+        return [step_size(0.8, schedule=schedule, iteration=i, num_iterations=4) for i in range(4)]
+
+    assert steps("constant") == [0.8] * 4
+    assert steps("linear") == [0.8, 0.8 * 0.75, 0.4, 0.2]
+
+
+# A model's weights against NumPy.
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model") / "model", tied=True)
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def session(request, model_dir, tmp_path):
+    config = make_config(
+        tmp_path, model=model_dir, run_dir=tmp_path / "run", model__dtype=request.param, es__seed=SEED
+    )
+    with open_session(config) as session:
+        yield session
+
+
+def file_values(model_dir):
+    """The file's tensors, flat, in float32, by name."""
+    checkpoint = Checkpoint(model_dir)
+    found = {}
+    for name, stored in sorted(checkpoint.tensors.items()):
+        found[name] = torch.empty(stored.num_elements)
+        checkpoint.read(name, start=0, out=found[name])
+    return found
+
+
+def model_values(session):
+    """What the model computes with, by name: read from its parameters, not from the shards."""
+    return {
+        name: p.detach().reshape(-1).clone()
+        for name, p in sorted(session.backend.gathered().named_parameters())
+    }
+
+
+def assert_same_bits(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name in found:
+        assert found[name].dtype == wanted[name].dtype
+        assert torch.equal(found[name].view(torch.uint8), wanted[name].view(torch.uint8)), name
+
+
+def eps(param_id, length, *, iteration, direction):
+    return definition.normals(
+        seed=SEED, iteration=iteration, direction=direction, param_id=param_id, start=0, length=length
+    )
+
+
+def perturbed(centre, *, iteration, direction, sigma):
+    found = {}
+    for param_id, (name, values) in enumerate(centre.items()):
+        noise = eps(param_id, values.numel(), iteration=iteration, direction=direction)
+        step = torch.from_numpy(np.float32(sigma) * noise)
+        found[name] = (values.float() + step).to(values.dtype)
+    return found
+
+
+def updated(master, *, iteration, coefficients):
+    found = {}
+    for param_id, (name, values) in enumerate(master.items()):
+        total = np.zeros(values.numel(), np.float32)
+        for direction, coefficient in enumerate(coefficients):
+            noise = eps(param_id, values.numel(), iteration=iteration, direction=direction)
+            total = total + np.float32(coefficient) * noise
+        found[name] = values + torch.from_numpy(total)
+    return found
+
+
+def rounded(tensors, dtype):
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def test_perturbing_gives_the_oracles_bits_and_centre_restores_exactly(session, model_dir):
+    centre = rounded(file_values(model_dir), session.backend.dtype)
+    assert_same_bits(model_values(session), centre)
+    for iteration, direction in itertools.product((0, 3), (0, 1, 7)):
+        session.weights.perturb(iteration=iteration, direction=direction, sigma=0.01)
+        wanted = perturbed(centre, iteration=iteration, direction=direction, sigma=0.01)
+        assert_same_bits(model_values(session), wanted)
+        changed = [(wanted[name] != centre[name]).float().mean() for name in centre]
+        assert min(changed) > 0.5
+    session.weights.centre()
+    assert_same_bits(model_values(session), centre)
+
+
+def test_updates_give_the_oracles_bits_at_the_masters_precision(session, model_dir):
+    master = file_values(model_dir)
+    dtype = session.backend.dtype
+    for iteration, coefficients in enumerate([[1e-4, -2e-4, 0.0], [3e-5, 0.0, 1e-5]]):
+        session.weights.perturb(iteration=iteration, direction=0, sigma=0.01)
+        session.weights.update(iteration=iteration, directions=range(3), coefficients=coefficients)
+        master = updated(master, iteration=iteration, coefficients=coefficients)
+        session.weights.perturb(iteration=iteration + 1, direction=5, sigma=0.02)
+        around = perturbed(rounded(master, dtype), iteration=iteration + 1, direction=5, sigma=0.02)
+        assert_same_bits(model_values(session), around)
+    session.weights.centre()
+    assert_same_bits(model_values(session), rounded(master, dtype))
+    assert (
+        session.weights.digest()
+        == sum(digest(values, param_id=i, start=0) for i, values in enumerate(master.values())) % 2**64
+    )
+
+
+def test_the_master_of_a_bfloat16_model_has_the_precision_of_the_file(model_dir, tmp_path):
+    config = make_config(tmp_path, model=model_dir, run_dir=tmp_path / "run", model__dtype="bfloat16")
+    with open_session(config) as session:
+        stored = file_values(model_dir)
+        whole = sum(digest(values, param_id=i, start=0) for i, values in enumerate(stored.values()))
+        narrow = sum(digest(v.bfloat16().float(), param_id=i, start=0) for i, v in enumerate(stored.values()))
+        assert session.weights.digest() == whole % 2**64 != narrow % 2**64
+        assert session.header["base_weights_digest"] == session.digest() == f"{whole % 2**64:016x}"
+
+
+def test_tied_weights_are_one_parameter(session):
+    names = [shard.name for shard in session.backend.shards]
+    assert names == sorted(names)
+    assert [shard.param_id for shard in session.backend.shards] == list(range(len(names)))
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+    session.weights.perturb(iteration=0, direction=0, sigma=1.0)
+    model = session.backend.gathered()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# The digest against big integers.
+
+MASK = 2**64 - 1
+
+
+def mix(value):
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & MASK
+    return value ^ value >> 31
+
+
+def plain_digest(bits, *, param_id, start):
+    total = 0
+    for index, word in enumerate(bits, start=start):
+        address = mix((index * 0x9E3779B97F4A7C15 + param_id * 0x5E2D58D8B3BCDF1B) & MASK)
+        total += mix(address ^ word)
+    return total & MASK
+
+
+def as_floats(bits):
+    return torch.from_numpy(np.array(bits, np.uint32).view(np.float32))
+
+
+words = st.lists(st.integers(0, 2**32 - 1), max_size=60)
+
+
+@settings(deadline=None)
+@given(bits=words, param_id=st.integers(0, 2**24 - 1), start=st.integers(0, 2**42), data=st.data())
+def test_the_digest_agrees_with_big_integers_and_with_the_sum_over_any_cuts(bits, param_id, start, data):
+    whole = digest(as_floats(bits), param_id=param_id, start=start)
+    assert whole == plain_digest(bits, param_id=param_id, start=start)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(bits)), max_size=5)))
+    parts = [
+        digest(as_floats(bits[low:high]), param_id=param_id, start=start + low)
+        for low, high in itertools.pairwise([0, *cuts, len(bits)])
+    ]
+    assert sum(parts) % 2**64 == whole
+
+
+def test_the_digest_does_not_depend_on_its_chunks(monkeypatch):
+    bits = list(range(2**31 - 30, 2**31 + 30))
+    whole = digest(as_floats(bits), param_id=3, start=7)
+    for chunk in (1, 7, 59, 60, 61):
+        monkeypatch.setattr(digest_module, "_CHUNK", chunk)
+        assert digest(as_floats(bits), param_id=3, start=7) == whole
+
+
+def test_the_digest_sees_every_bit_every_place_and_the_parameter():
+    bits = [0x3F800000, 0x00000000, 0xBF99999A, 0x7FC00001, 0x00000001]
+    address = {"param_id": 2, "start": 100}
+    seen = {digest(as_floats(bits), **address)}
+    for position, bit in itertools.product(range(len(bits)), range(32)):
+        changed = list(bits)
+        changed[position] ^= 1 << bit
+        seen.add(digest(as_floats(changed), **address))
+    assert len(seen) == 1 + len(bits) * 32
+    for i, j in itertools.combinations(range(len(bits)), 2):
+        swapped = list(bits)
+        swapped[i], swapped[j] = bits[j], bits[i]
+        seen.add(digest(as_floats(swapped), **address))
+    assert len(seen) == 1 + len(bits) * 32 + 10
+    seen |= {digest(as_floats(bits), param_id=param_id, start=100) for param_id in (0, 1, 3, 2**24 - 1)}
+    seen |= {digest(as_floats(bits), param_id=2, start=start) for start in (0, 99, 101, 100 + 2**32)}
+    assert len(seen) == 1 + len(bits) * 32 + 10 + 8

@@ -1,0 +1,300 @@
+"""Exports: what transformers loads is the session's model, bit for bit, for the last and past iterations."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shardes.checkpoint import Checkpoint
+from shardes.cli import cli
+from shardes.errors import UserError
+from shardes.export import check_destination, export_model
+from shardes.session import open_session
+from shardes.trainer import Trainer
+from tests.helpers.models import make_config, tiny_model
+
+PROMPTS = ["3+7=", "1+2+3=", "77-5="]
+CASES = [
+    ("qwen2", True, "float32"),
+    ("qwen2", True, "bfloat16"),
+    ("llama", False, "float32"),
+    ("llama", False, "bfloat16"),
+]
+
+
+@pytest.fixture(scope="module")
+def model_dirs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {
+        (name, tied): tiny_model(root / f"{name}-{tied}", tied=tied, architecture=name)
+        for name, tied in (("qwen2", True), ("llama", False))
+    }
+
+
+def trained(config):
+    """A session whose weights are those of a finished run."""
+    with open_session(config) as session:
+        Trainer(session).train()
+    return session  # one process, plain tensors: there is no job to leave
+
+
+@pytest.fixture(scope="module")
+def runs(model_dirs, tmp_path_factory):
+    found = {}
+    for name, tied, dtype in CASES:
+        root = tmp_path_factory.mktemp("run")
+        config = make_config(root, model=model_dirs[name, tied], run_dir=root / "run", model__dtype=dtype)
+        found[name, tied, dtype] = trained(config)
+    return found
+
+
+@pytest.fixture
+def run(runs):
+    return runs["qwen2", True, "float32"]
+
+
+@pytest.fixture
+def invoke(monkeypatch):
+    """The command line in this process, without its logging."""
+    monkeypatch.setattr("shardes.logs.configure_logging", lambda: None)
+
+    def call(*arguments):
+        return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=True)
+
+    return call
+
+
+def fingerprint(directory):
+    """Hashes of all files but the model card, which says how many iterations were configured."""
+    files = sorted(path for path in directory.iterdir() if path.name != "README.md")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def stored_tensors(directory):
+    """Every tensor of every file, with its file; a name in two files fails."""
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dictionary
+                assert name not in found
+                found[name] = (path.name, file.get_tensor(name))
+    return found
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@torch.no_grad()
+def logits_of(model, tokenizer):
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_transformers_loads_the_very_model(runs, model_dirs, case, tmp_path):
+    session, (name, tied, dtype) = runs[case], case
+    out = tmp_path / "export"
+    export_model(session, out, iteration=3)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
+    assert model.dtype == getattr(torch, dtype)
+    assert json.loads((out / "config.json").read_text())["dtype"] == dtype
+    logits = logits_of(model, tokenizer)
+    assert same_bits(logits, logits_of(session.backend.gathered(), tokenizer))
+    base = AutoModelForCausalLM.from_pretrained(model_dirs[name, tied], dtype=dtype).eval()
+    assert not torch.equal(logits, logits_of(base, tokenizer))
+    base_tokenizer = AutoTokenizer.from_pretrained(model_dirs[name, tied])
+    assert tokenizer(PROMPTS)["input_ids"] == base_tokenizer(PROMPTS)["input_ids"]
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    assert ("lm_head.weight" in stored_tensors(out)) is not tied
+    assert model.generation_config.eos_token_id == base.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_tensor_is_the_rounded_master_and_every_one_has_moved(runs, model_dirs, case, tmp_path):
+    session, (name, tied, dtype) = runs[case], case
+    export_model(session, tmp_path / "export", iteration=3)
+    stored = {key: tensor for key, (_, tensor) in stored_tensors(tmp_path / "export").items()}
+    parameters = dict(session.backend.gathered().named_parameters())
+    assert set(stored) == set(parameters)
+    base = Checkpoint(model_dirs[name, tied])
+    for key, tensor in stored.items():
+        assert same_bits(tensor, parameters[key].detach())
+        before = torch.empty(tensor.numel(), dtype=getattr(torch, dtype))
+        base.read(key, start=0, out=before)
+        assert (tensor.view(-1) != before).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("max_file_bytes", [1, 20_000, 60_000, 10**9])
+def test_files_keep_their_size_and_the_index_names_each_tensor_once(run, tmp_path, max_file_bytes):
+    out = tmp_path / "export"
+    export_model(run, out, iteration=3, max_file_bytes=max_file_bytes)
+    stored = stored_tensors(out)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for name, (file, _) in stored.items()}
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for _, t in stored.values())
+    files = {}
+    for file, tensor in stored.values():
+        files.setdefault(file, []).append(tensor.numel() * tensor.element_size())
+    assert all(sum(sizes) <= max_file_bytes or len(sizes) == 1 for sizes in files.values())
+    if max_file_bytes == 1:
+        assert len(files) == len(stored)
+    elif max_file_bytes == 10**9:
+        assert list(files) == ["model-00001-of-00001.safetensors"]
+    else:
+        assert 1 < len(files) < len(stored)
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert same_bits(logits_of(model, tokenizer), logits_of(run.backend.gathered(), tokenizer))
+
+
+def test_an_export_trains_on_as_a_base_model(run, tmp_path):
+    export_model(run, tmp_path / "export", iteration=3)
+    config = make_config(tmp_path, model=tmp_path / "export", run_dir=tmp_path / "again")
+    with open_session(config) as session:
+        assert session.digest() == run.digest()
+
+
+def test_exporting_changes_nothing_and_is_repeatable(run, tmp_path):
+    before = run.digest()
+    for name in ("a", "b"):
+        export_model(run, tmp_path / name, iteration=3)
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+    assert (tmp_path / "a" / "README.md").read_text() == (tmp_path / "b" / "README.md").read_text()
+    assert run.digest() == before
+
+
+def test_only_what_belongs_to_a_model_is_copied(run, model_dirs, tmp_path):
+    model = shutil.copytree(model_dirs["qwen2", True], tmp_path / "model")
+    wanted = {
+        "chat_template.jinja": "t",
+        "special_tokens_map.json": "{}",
+        "merges.txt": "m",
+        "modeling_x.py": "1",
+    }
+    for name, text in (wanted | {"optimizer.pt": "x", "pytorch_model.bin": "x", "train.log": "x"}).items():
+        (model / name).write_text(text)
+    with open_session(make_config(tmp_path, model=model, run_dir=tmp_path / "run")) as session:
+        export_model(session, tmp_path / "export", iteration=0)
+    names = {path.name for path in (tmp_path / "export").iterdir()}
+    assert names == set(wanted) | {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert f"digest of the float32 master `{session.digest()}`" in (tmp_path / "export/README.md").read_text()
+
+
+def test_a_place_that_is_taken_is_refused(run, tmp_path, invoke):
+    check_destination(tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    check_destination(tmp_path / "empty")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for out in (tmp_path / "full", tmp_path / "file"):
+        with pytest.raises(UserError, match="exists already"):
+            check_destination(out)
+        result = invoke("export", run.config.run.dir, out)
+        assert isinstance(result.exception, UserError)
+        assert str(out) in str(result.exception)
+    assert (tmp_path / "full" / "mine").read_text() == (tmp_path / "file").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
+
+
+def test_an_export_is_complete_or_absent(run, tmp_path, monkeypatch):
+    out = tmp_path / "export"
+    out.mkdir()  # empty: allowed
+    gather, calls = run.weights.gather_centre, []
+
+    def failing(shard):
+        calls.append(shard)
+        if len(calls) == 4:
+            raise OSError("no space left")
+        return gather(shard)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(run.weights, "gather_centre", failing)
+        export_model(run, out, iteration=3, max_file_bytes=1)
+    assert not any(out.iterdir())
+    export_model(run, out, iteration=3)  # over what the dead one left
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert len(list(out.glob("*.safetensors"))) == 1
+    export_model(run, tmp_path / "other", iteration=3)
+    assert fingerprint(out) == fingerprint(tmp_path / "other")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("iteration", [0, 1, 2, 3])
+def test_a_past_iteration_is_a_run_of_that_length(runs, model_dirs, tmp_path, invoke, dtype, iteration):
+    long = runs["qwen2", True, dtype]
+    result = invoke("export", long.config.run.dir, tmp_path / "past", "--iteration", iteration)
+    assert result.exit_code == 0, result.output
+    model = model_dirs["qwen2", True]
+    config = make_config(
+        tmp_path, model=model, run_dir=tmp_path / "run", model__dtype=dtype, es__iterations=max(iteration, 1)
+    )
+    if iteration:
+        short = trained(config)
+    else:
+        with open_session(config) as short:
+            pass
+    export_model(short, tmp_path / "short", iteration=iteration)
+    assert fingerprint(tmp_path / "past") == fingerprint(tmp_path / "short")
+
+
+def test_without_an_iteration_the_last_weights_are_exported(run, tmp_path, invoke):
+    assert invoke("export", run.config.run.dir, tmp_path / "last").exit_code == 0
+    export_model(run, tmp_path / "trained", iteration=3)
+    assert fingerprint(tmp_path / "last") == fingerprint(tmp_path / "trained")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "trained"]
+
+
+def test_an_iteration_that_the_run_does_not_have_is_refused(run, tmp_path, invoke):
+    result = invoke("export", run.config.run.dir, tmp_path / "out", "--iteration", 4)
+    assert isinstance(result.exception, UserError)
+    assert "--iteration 4" in str(result.exception)
+    assert "has 3 iterations" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def own_run(run, tmp_path):
+    """The run with a base model and data of its own, to be damaged."""
+    model = shutil.copytree(run.config.model.path, tmp_path / "model")
+    directory = shutil.copytree(run.config.run.dir, tmp_path / "run")
+    data = shutil.copyfile(run.config.task.data, tmp_path / "data.jsonl")
+    text = (directory / "config.yaml").read_text()
+    for old, new in ((run.config.model.path, model), (run.config.task.data, data)):
+        text = text.replace(str(old), str(new))
+    (directory / "config.yaml").write_text(text)
+    return directory, model, data
+
+
+def test_another_base_model_is_refused(run, tmp_path, invoke):
+    directory, model, _ = own_run(run, tmp_path)
+    assert invoke("export", directory, tmp_path / "good").exit_code == 0
+    path = model / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    result = invoke("export", directory, tmp_path / "out")
+    assert isinstance(result.exception, UserError)
+    assert "base_weights_digest" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="a session hashes the training data, which an export does not need")
+def test_the_data_are_not_needed_to_export(run, tmp_path, invoke):
+    directory, _, data = own_run(run, tmp_path)
+    data.unlink()
+    assert invoke("export", directory, tmp_path / "out").exit_code == 0

@@ -1,0 +1,325 @@
+"""Micro-batches, greedy decoding against transformers' own, and what an evaluation reports."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from shardes.distributed import Group
+from shardes.errors import UserError
+from shardes.modeling import load_tokenizer
+from shardes.rollout.batching import compose, tokenize
+from shardes.rollout.decode import TOKENS_PER_CHECK, answer_tokens, decode_greedily
+from shardes.rollout.rollout import Rollout
+from shardes.rollout.scoring import Scorer
+from shardes.session import make_rollout, open_session
+from shardes.tasks.base import Task
+from tests.helpers.models import make_config, tiny_model
+from tests.helpers.rewards import spread
+
+PAD = 0
+BUDGET = 14
+
+token_lists = st.lists(st.lists(st.integers(1, 36), min_size=1, max_size=9), max_size=20)
+
+
+@given(prompts=token_lists, size=st.integers(1, 7))
+def test_micro_batches_hold_every_prompt_once_sorted_by_length_and_padded_on_the_left(prompts, size):
+    batches = compose(prompts, micro_batch_size=size, pad_id=PAD)
+    rows = [row for batch in batches for row in batch.rows]
+    assert sorted(rows) == list(range(len(prompts)))
+    assert rows == sorted(rows, key=lambda row: (len(prompts[row]), row))
+    assert all(len(batch.rows) == size for batch in batches[:-1])
+    for batch in batches:
+        width = max(len(prompts[row]) for row in batch.rows)
+        padded = [[PAD] * (width - len(prompts[row])) + prompts[row] for row in batch.rows]
+        masks = [[0] * (width - len(prompts[row])) + [1] * len(prompts[row]) for row in batch.rows]
+        assert batch.input_ids.tolist() == padded
+        assert batch.attention_mask.tolist() == masks
+        assert batch.input_ids.dtype == batch.attention_mask.dtype == torch.int64
+
+
+def test_micro_batches_depend_on_nothing_else(monkeypatch):
+    prompts = [[1, 2], [3], [4, 5, 6], [7]]
+    first = compose(prompts, micro_batch_size=2, pad_id=PAD)
+    torch.manual_seed(5)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    for one, other in zip(first, compose(prompts, micro_batch_size=2, pad_id=PAD), strict=True):
+        assert one.rows == other.rows
+        assert torch.equal(one.input_ids, other.input_ids)
+    assert [batch.rows for batch in first] == [(1, 3), (0, 2)]
+
+
+@pytest.fixture(scope="module")
+def model_dirs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "qwen2": tiny_model(root / "qwen2", tied=True, seed=0),
+        "llama": tiny_model(root / "llama", tied=False, architecture="llama", seed=1),
+    }
+
+
+@pytest.fixture(scope="module")
+def models(model_dirs):
+    return {name: AutoModelForCausalLM.from_pretrained(path).eval() for name, path in model_dirs.items()}
+
+
+def test_prompts_become_tokens_by_the_tokenizer_and_its_template(model_dirs):
+    tokenizer = load_tokenizer(model_dirs["qwen2"], trust_remote_code=False)
+    assert tokenize("3+7=", tokenizer) == tokenizer("3+7=")["input_ids"]
+    chat = [{"role": "user", "content": "3+"}, {"role": "user", "content": "7"}]
+    with pytest.raises(UserError, match="no chat template"):
+        tokenize(chat, tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    )
+    assert tokenize(chat, tokenizer) == tokenize("3+7=", tokenizer)
+    with pytest.raises(UserError, match="has no tokens"):
+        tokenize("", tokenizer)
+
+
+def batch_of(seed):
+    """Prompts of eight different-enough lengths, as one micro-batch."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(2, 37, (n,), generator=generator).tolist() for n in (3, 9, 1, 6, 9, 4, 2, 7)]
+    return compose(prompts, micro_batch_size=8, pad_id=PAD)[0]
+
+
+def generated(model, batch, *, max_new_tokens, eos_ids):
+    """What transformers generates, padded to the budget."""
+    model.generation_config.eos_token_id = list(eos_ids) or None
+    output = model.generate(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=PAD,
+    )[:, batch.input_ids.shape[1] :]
+    return torch.nn.functional.pad(output, (0, max_new_tokens - output.shape[1]), value=PAD)
+
+
+def decoded(model, batch, *, max_new_tokens, eos_ids):
+    output = decode_greedily(
+        model,
+        batch.input_ids,
+        batch.attention_mask,
+        max_new_tokens=max_new_tokens,
+        eos_ids=eos_ids,
+        pad_id=PAD,
+    )
+    padded = torch.nn.functional.pad(output, (0, max_new_tokens - output.shape[1]), value=PAD)
+    return padded, output.shape[1]
+
+
+@pytest.mark.parametrize("eos_ids", [[3], [17, 2], [22, 30, 4], [16], []], ids=str)
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_greedy_decoding_is_that_of_transformers(models, name, eos_ids):
+    batch = batch_of({"qwen2": 0, "llama": 1}[name])
+    wanted = generated(models[name], batch, max_new_tokens=BUDGET, eos_ids=eos_ids)
+    found, _ = decoded(models[name], batch, max_new_tokens=BUDGET, eos_ids=eos_ids)
+    assert found.tolist() == wanted.tolist()
+    lengths = {len(answer_tokens(row, eos_ids)) for row in found.tolist()}
+    assert BUDGET in lengths
+    if eos_ids:  # rows end at several places, and some not at all
+        assert len(lengths) >= 2
+        assert len({tuple(row) for row in found.tolist()}) >= 6
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, TOKENS_PER_CHECK, TOKENS_PER_CHECK + 1])
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_small_budgets_are_kept_exactly(models, name, max_new_tokens):
+    batch = batch_of(2)
+    wanted = generated(models[name], batch, max_new_tokens=max_new_tokens, eos_ids=[3])
+    found, width = decoded(models[name], batch, max_new_tokens=max_new_tokens, eos_ids=[3])
+    assert found.tolist() == wanted.tolist()
+    assert width <= max_new_tokens
+
+
+def test_decoding_stops_soon_after_every_row_has_ended(models):
+    batch = batch_of(0)
+    every = list(range(37))
+    found, width = decoded(models["qwen2"], batch, max_new_tokens=BUDGET, eos_ids=every)
+    assert width == TOKENS_PER_CHECK
+    assert found[:, 1:].eq(PAD).all()
+    assert (
+        found[:, 0].tolist() == generated(models["qwen2"], batch, max_new_tokens=1, eos_ids=[])[:, 0].tolist()
+    )
+
+
+def test_ranks_in_step_go_on_until_all_have_ended(models):
+    batch, looks = batch_of(0), []
+
+    def any_rank(unfinished):
+        looks.append(unfinished)
+        return len(looks) < 3  # another rank is busy for two looks more
+
+    output = decode_greedily(
+        models["qwen2"],
+        batch.input_ids,
+        batch.attention_mask,
+        max_new_tokens=100,
+        eos_ids=list(range(37)),
+        pad_id=PAD,
+        any_rank=any_rank,
+    )
+    assert looks == [False] * 3
+    assert output.shape[1] == 3 * TOKENS_PER_CHECK
+    assert output[:, 1:].eq(PAD).all()
+
+
+@pytest.mark.parametrize(
+    ("row", "eos_ids", "wanted"),
+    [
+        ([5, 1, 0, 0], [1], [5, 1]),
+        ([5, 6, 7], [1], [5, 6, 7]),
+        ([1, 1], [1], [1]),
+        ([5, 9, 1], [1, 9], [5, 9]),
+        ([5, 0, 7], [], [5, 0, 7]),
+        ([5, 0, 0], [0], [5, 0]),
+        ([], [1], []),
+    ],
+)
+def test_an_answer_ends_with_its_first_end_token(row, eos_ids, wanted):
+    assert answer_tokens(row, eos_ids) == wanted
+
+
+ROWS = [{"prompt": f"{i}" + "+7" * ((5 * i) % 4) + "=", "n": i} for i in range(11)]
+
+
+@pytest.fixture
+def session(model_dirs, tmp_path):
+    with open_session(make_config(tmp_path, model=model_dirs["qwen2"], run_dir=tmp_path / "run")) as session:
+        yield session
+
+
+def rollout_of(session, reward, *, group=None, mode="prompts"):
+    task = Task("test", ROWS, [], lambda row: row["prompt"], reward)
+    return Rollout(
+        session.backend,
+        task=task,
+        tokenizer=load_tokenizer(session.config.model.path, trust_remote_code=False),
+        group=group or session.group,
+        scorer=Scorer(task, on_error="exclude"),
+        mode=mode,
+        micro_batch_size=4,
+        max_new_tokens=6,
+        spans=session.spans,
+    )
+
+
+def evaluated(session, reward, **arguments):
+    rollout = rollout_of(session, reward, **arguments)
+    return rollout.evaluate(rollout.prepare(ROWS))
+
+
+def answers_alone(model_dir):
+    """Every prompt answered by transformers on its own, without padding."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    tokenizer = load_tokenizer(model_dir, trust_remote_code=False)
+    answers = []
+    for row in ROWS:
+        ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
+        output = model.generate(ids, do_sample=False, max_new_tokens=6)
+        answers.append(output[0, ids.shape[1] :].tolist())
+    return answers, [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+
+
+@pytest.mark.parametrize("mode", ["prompts", "stream"])
+def test_every_row_earns_what_its_own_answer_is_worth(session, model_dirs, mode):
+    answers, texts = answers_alone(model_dirs["qwen2"])
+    seen = {}
+
+    def reward(prompts, completions, n):
+        seen.update(zip(n, zip(prompts, completions, strict=True), strict=True))
+        return [value + i for value, i in zip(spread(prompts, completions), n, strict=True)]
+
+    evaluation = evaluated(session, reward, mode=mode)
+    assert seen == {row["n"]: (row["prompt"], text) for row, text in zip(ROWS, texts, strict=True)}
+    assert evaluation.rewards == [value + i for i, value in enumerate(spread(None, texts))]
+    assert len(set(texts)) > 3
+    assert evaluation.num_tokens == sum(map(len, answers))
+    assert evaluation.num_failures == 0
+
+
+def test_samples_are_the_answers_of_the_first_micro_batch(session, model_dirs):
+    answers, texts = answers_alone(model_dirs["qwen2"])
+    evaluation = evaluated(session, lambda p, c, n: [None if i == 4 else i / 8 for i in n])
+    first = sorted(range(len(ROWS)), key=lambda i: (len(ROWS[i]["prompt"]), i))[:4]
+    assert 4 in first
+    assert [vars(sample) for sample in evaluation.samples] == [
+        {
+            "prompt": ROWS[i]["prompt"],
+            "completion": texts[i],
+            "token_ids": answers[i],
+            "reward": None if i == 4 else i / 8,
+        }
+        for i in first
+    ]
+
+
+def test_none_and_failures_stay_with_their_rows(session):
+    def reward(prompts, completions, n):
+        if 7 in n:
+            raise ValueError("seven")
+        return [None if i == 2 else float("nan") if i == 5 else float(i) for i in n]
+
+    evaluation = evaluated(session, reward)
+    assert evaluation.rewards == [0.0, 1.0, None, 3.0, 4.0, None, 6.0, None, 8.0, 9.0, 10.0]
+    assert evaluation.num_failures == 2  # None is an answer, not a failure
+
+
+@dataclass(frozen=True)
+class LoneRank(Group):
+    """One of several ranks, with nobody to talk to: totals are its own part."""
+
+    def sum_float64(self, values):
+        return values
+
+
+def test_ranks_share_the_micro_batches_without_a_gap_or_an_overlap(session):
+    def reward(prompts, completions, n):
+        return [i + 1 + value for i, value in zip(n, spread(prompts, completions), strict=True)]
+
+    whole = evaluated(session, reward)
+    for world_size in (2, 3, 5):
+        groups = [LoneRank(rank, world_size, torch.device("cpu")) for rank in range(world_size)]
+        parts = [evaluated(session, reward, group=group) for group in groups]
+        for row, wanted in enumerate(whole.rewards):
+            earned = [part.rewards[row] for part in parts]
+            assert sorted(earned) == [0.0] * (world_size - 1) + [wanted]
+        assert sum(part.num_tokens for part in parts) == whole.num_tokens
+        assert [part.samples for part in parts] == [whole.samples] + [[]] * (world_size - 1)
+
+
+def test_an_evaluation_answers_with_the_weights_of_the_moment(session):
+    def reward(prompts, completions, n):
+        return spread(prompts, completions)
+
+    rollout = rollout_of(session, reward)
+    problems = rollout.prepare(ROWS)
+    first = rollout.evaluate(problems).rewards
+    session.weights.perturb(iteration=0, direction=0, sigma=0.2)
+    assert rollout.evaluate(problems).rewards != first
+    session.weights.centre()
+    assert rollout.evaluate(problems).rewards == first
+
+
+@pytest.mark.xfail(strict=True, reason="generation_config.json of the model directory is not read")
+def test_the_end_tokens_are_those_of_the_generation_config(tmp_path):
+    path = tiny_model(tmp_path / "model", tied=True)
+    config = json.loads((path / "generation_config.json").read_text())
+    (path / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [1, 3, 17]}))
+    answers, _ = answers_alone(path)
+    assert {answer[-1] for answer in answers} & {3, 17}
+    with open_session(make_config(tmp_path, model=path, run_dir=tmp_path / "run")) as session:
+        rollout, *_ = make_rollout(session)
+        found = {
+            sample.prompt: sample.token_ids for sample in rollout.evaluate(rollout.prepare(ROWS)).samples
+        }
+    wanted = {row["prompt"]: answer for row, answer in zip(ROWS, answers, strict=True)}
+    assert found == {prompt: wanted[prompt] for prompt in found}

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Runs the tests, after setting up. Arguments are passed on to pytest: tools/test.sh -m "not slow"
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+bash tools/setup.sh
+export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
+exec python -m pytest -n 2 --dist loadfile "$@"
