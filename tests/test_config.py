@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardes.config import Config, dump_config, load_config, parse_config
@@ -347,6 +347,7 @@ def test_data_binds_by_content_and_iterations_only_under_a_linear_schedule(deter
     assert determinants("es", es) != determinants("es", es | {"iterations": 8})
 
 
+@settings(deadline=None)
 @given(
     sigma=st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False),
     alpha=st.one_of(st.just("auto"), st.floats(1e-300, 1e300)),

@@ -24,6 +24,7 @@ values = st.integers(-64_000, 64_000).map(lambda n: n / 64)
 rewards_with_gaps = st.lists(st.one_of(st.none(), values), min_size=1, max_size=40)
 
 
+@settings(deadline=None)
 @given(rewards=rewards_with_gaps)
 def test_z_scores_are_those_of_the_paper_and_0_for_excluded_members(rewards):
     counted = np.array([r for r in rewards if r is not None])
@@ -37,6 +38,7 @@ def test_z_scores_are_those_of_the_paper_and_0_for_excluded_members(rewards):
         np.testing.assert_allclose(found, wanted, rtol=1e-11, atol=1e-13)
 
 
+@settings(deadline=None)
 @given(rewards=rewards_with_gaps, alpha=st.floats(1e-6, 10))
 def test_coefficients_are_the_step_over_the_population_in_float32(rewards, alpha):
     coefficients = update_coefficients(rewards, alpha=alpha)
