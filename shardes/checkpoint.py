@@ -9,6 +9,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,20 +66,28 @@ class Checkpoint:
         for name, entry in json.loads(header).items():
             if name == "__metadata__":
                 continue
-            begin, end = entry["data_offsets"]
+            where = f"model.path: {path}: {name}"
+            if not _is_entry(entry):
+                raise UserError(f"{where}: its entry in the header is damaged; fetch the file again")
             if entry["dtype"] not in DTYPES:
                 raise UserError(
-                    f"model.path: {path}: {name} is stored as {entry['dtype']}; wanted one of "
-                    f"{sorted(DTYPES)}. Quantised weights cannot be perturbed: use the model's unquantised version"
+                    f"{where} is stored as {entry['dtype']}; wanted one of {sorted(DTYPES)}. Quantised "
+                    "weights cannot be perturbed: use the model's unquantised version"
+                )
+            begin, end = entry["data_offsets"]
+            stored = StoredTensor(path, base + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            wanted = stored.num_elements * stored.dtype.itemsize
+            if end - begin != wanted:
+                raise UserError(
+                    f"{where} has {end - begin} bytes, but its shape {stored.shape} and dtype "
+                    f"{entry['dtype']} take {wanted}; fetch the file again"
                 )
             if base + end > size:
                 raise UserError(
-                    f"model.path: {path} is cut short: {name} should end at byte {base + end}, "
-                    f"but the file has {size}; fetch or copy it again"
+                    f"{where} should end at byte {base + end}, but the file is cut short at {size}; fetch or "
+                    "copy it again"
                 )
-            self.tensors[name] = StoredTensor(
-                path, base + begin, DTYPES[entry["dtype"]], tuple(entry["shape"])
-            )
+            self.tensors[name] = stored
 
     def read(self, name: str, *, start: int, out: torch.Tensor) -> None:
         """Fills ``out`` (flat, any float dtype) with elements [start, start + len(out)) of a tensor."""
@@ -131,7 +140,7 @@ def _weight_files(directory: Path) -> list[Path]:
         )
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted({directory / name for name in json.loads(index.read_text())["weight_map"].values()})
+        files = sorted({directory / name for name in _indexed_files(index)})
     else:
         files = sorted(directory.glob("*.safetensors"))
     missing = [path.name for path in files if not path.is_file()]
@@ -148,6 +157,31 @@ def _weight_files(directory: Path) -> list[Path]:
     return files
 
 
+def _indexed_files(index: Path) -> list[str]:
+    """The file names in an index.
+
+    Raises:
+        UserError: It is no index.
+    """
+    try:
+        names = list(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        names = [None]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"model.path: {index} is damaged: it has no weight_map of file names; fetch it again")
+    return names
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether an entry of a header has the parts of one."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    numbers = [entry.get("shape"), entry.get("data_offsets")]
+    if not all(isinstance(n, list) and all(type(i) is int and i >= 0 for i in n) for n in numbers):
+        return False
+    return len(entry["data_offsets"]) == 2
+
+
 def _read_header(path: Path) -> bytes:
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -157,9 +191,11 @@ def _read_header(path: Path) -> bytes:
             raise UserError(f"model.path: {path} is not a safetensors file, or is cut short; fetch it again")
         header = file.read(length)
     try:
-        json.loads(header)
+        is_object = isinstance(json.loads(header), dict)
     except ValueError:
-        raise UserError(f"model.path: {path}: its header is not JSON; fetch the file again") from None
+        is_object = False
+    if not is_object:
+        raise UserError(f"model.path: {path}: its header is not a JSON object; fetch the file again")
     return header
 
 

@@ -12,6 +12,8 @@ import click
 from shardes import __version__
 from shardes.config import Config, load_config, parse_config
 from shardes.errors import EXIT_USER_ERROR, UserError
+from shardes.tasks.base import Task
+from shardes.tasks.loading import load_task
 
 # How long a rank that has a message waits for rank 0 to print the same one first.
 _WAIT_FOR_MAIN_SECONDS = 10
@@ -36,14 +38,14 @@ def train(config_path: Path, overrides: tuple[str, ...]) -> None:
     accelerate launch to use several ranks.
     """
     config = load_config(config_path, list(overrides))
-    _check_inputs(config)
+    task = _load_task(config)
     from shardes.logs import configure_logging
     from shardes.session import open_session
     from shardes.trainer import Trainer
 
     configure_logging()
     with open_session(config) as session:
-        Trainer(session).train()
+        Trainer(session, task).train()
 
 
 @cli.command()
@@ -76,7 +78,8 @@ def export(run_dir: Path, out_dir: Path, iteration: int | None, backend: str) ->
     with open_session(config) as session:
         session.check_base(history.header, run_dir)
         session.replay(history.updates[:wanted])
-        export_model(session, out_dir, iteration=wanted)
+        settings = history.header["settings"] if history.header is not None else {}
+        export_model(session, out_dir, iteration=wanted, settings=settings)
         if session.group.is_main:
             click.echo(f"{out_dir}: the weights after {wanted} iterations, {config.model.dtype}")
 
@@ -149,7 +152,7 @@ def _refuse(message: str) -> None:
     sys.exit(EXIT_USER_ERROR)
 
 
-def _check_inputs(config: Config) -> None:
+def _load_task(config: Config) -> Task:
     """Reads what is quick to read, so that a mistake is answered before anything heavy is imported."""
     model = config.model.path / "config.json"
     if not model.is_file():
@@ -157,9 +160,7 @@ def _check_inputs(config: Config) -> None:
             f"model.path: {model} does not exist; give a local model directory "
             "(fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
         )
-    from shardes.tasks.loading import load_task
-
-    load_task(config.task)
+    return load_task(config.task)
 
 
 def _config_of_run(run_dir: Path, backend: str) -> Config:

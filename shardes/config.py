@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from shardes.errors import UserError
@@ -21,6 +30,14 @@ class Section(BaseModel):
     """A group of keys; unknown ones are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses ``true`` where it would silently become 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"got {str(value).lower()}, which is neither a number nor a text")
+        return value
 
 
 class ModelConfig(Section):
@@ -115,7 +132,7 @@ class TaskConfig(Section):
     ``f(prompts, completions, **columns) -> list[float | None]``."""
     batch_size: int | None = Field(default=None, gt=0)
     """Problems per iteration, drawn anew for each; null: all of them, every time."""
-    on_reward_error: Literal["exclude"] | float = "exclude"
+    on_reward_error: Literal["exclude"] | FiniteFloat = "exclude"
     """What an answer counts whose reward raised or was not a number: nothing at all, or this number."""
 
     @model_validator(mode="after")
@@ -177,7 +194,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
         raise UserError(
             f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML file"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"--config {path}: must be a mapping of sections such as 'model:' and 'es:'")
@@ -203,7 +220,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         )
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
     *sections, last = key.split(".")
     for section in sections:

@@ -4,9 +4,10 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -51,7 +52,12 @@ def check_destination(out: Path) -> None:
 
 
 def export_model(
-    session: Session, out: Path, *, iteration: int, max_file_bytes: int = MAX_FILE_BYTES
+    session: Session,
+    out: Path,
+    *,
+    iteration: int,
+    settings: Mapping[str, Any],
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Writes the centre as a Hugging Face directory; a collective, rank 0 writes.
 
@@ -62,15 +68,17 @@ def export_model(
         session: The model; its weights after ``iteration`` updates.
         out: A directory that does not exist or is empty.
         iteration: For the model card.
+        settings: The same; what the run was told.
         max_file_bytes: Files are no larger, unless one parameter is.
     """
     is_main = session.group.is_main
     digest = session.digest()
+    out = out.resolve()
     temporary = out.with_name(f".{out.name}.incomplete")
     if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _write_companions(session, temporary, _model_card(session, iteration, digest))
+        _write_companions(session, temporary, _model_card(session, iteration, settings, digest))
     files = _plan(session.backend.shards, session.backend.dtype.itemsize, max_file_bytes)
     for file in files:
         if is_main:
@@ -149,9 +157,8 @@ def _write_companions(session: Session, directory: Path, model_card: str) -> Non
     _write_text(directory / "README.md", model_card)
 
 
-def _model_card(session: Session, iteration: int, digest: str) -> str:
+def _model_card(session: Session, iteration: int, settings: Mapping[str, Any], digest: str) -> str:
     config = session.config
-    settings = json.dumps(session.header["settings"], indent=2, sort_keys=True)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -165,11 +172,11 @@ tags:
 The weights after {iteration} iterations of evolution strategies (Qiu et al. 2025, arXiv 2509.24372) on the
 task `{config.task.name or config.task.reward}`, made with shardes {__version__}. No gradient was computed.
 
-- base model: `{config.model.path.name}`, weights digest `{session.header["base_weights_digest"]}`
+- base model: `{config.model.path.name}`, weights digest `{session.identity["base_weights_digest"]}`
 - these weights: dtype {config.model.dtype}, digest of the float32 master `{digest}`
 
 ```json
-{settings}
+{json.dumps(settings, indent=2, sort_keys=True)}
 ```
 
 ```python

@@ -25,7 +25,6 @@ from shardes.rollout.scoring import Scorer
 from shardes.runs.journal import JOURNAL_VERSION
 from shardes.spans import Spans
 from shardes.tasks.base import Task
-from shardes.tasks.loading import load_task
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class Session:
         group: The ranks.
         backend: Where the shards live.
         weights: The master shards.
-        header: What the run is, for the journal.
+        identity: What the weights and the noise are; part of the journal's header.
         spans: Where the time goes.
     """
 
@@ -47,7 +46,7 @@ class Session:
     group: Group
     backend: Backend
     weights: Weights
-    header: dict[str, Any]
+    identity: dict[str, Any]
     spans: Spans
 
     def replay(self, updates: list[dict[str, Any]]) -> None:
@@ -70,10 +69,10 @@ class Session:
         if header is None:
             raise UserError(f"RUN_DIR {run_dir}: its journal is empty; nothing can be replayed")
         for key in ("noise_version", "parameters_sha256", "base_weights_digest"):
-            if header[key] != self.header[key]:
+            if header[key] != self.identity[key]:
                 raise UserError(
                     f"RUN_DIR {run_dir}: {key} of the run is {header[key]}, but of model.path "
-                    f"{self.config.model.path} it is {self.header[key]}; give the run its base model back"
+                    f"{self.config.model.path} it is {self.identity[key]}; give the run its base model back"
                 )
 
     def digest(self) -> str:
@@ -98,7 +97,7 @@ def open_session(config: Config) -> Iterator[Session]:
         weights = Weights(backend, seed=config.es.seed)
         weights.load(checkpoint)
         session = Session(config, group, backend, weights, {}, Spans())
-        session.header.update(_header(config, backend, checkpoint, session.digest()))
+        session.identity.update(_identity(backend, checkpoint, session.digest()))
         logger.info(
             "%s on %d rank(s), %s, %s",
             config.parallel.backend,
@@ -109,10 +108,9 @@ def open_session(config: Config) -> Iterator[Session]:
         yield session
 
 
-def make_rollout(session: Session) -> tuple[Rollout, Task, Scorer]:
-    """The task of a session, and what answers its problems."""
+def make_rollout(session: Session, task: Task) -> tuple[Rollout, Scorer]:
+    """What answers and scores a task's problems with a session's model."""
     config = session.config
-    task = load_task(config.task)
     scorer = Scorer(task, on_error=config.task.on_reward_error)
     rollout = Rollout(
         session.backend,
@@ -125,18 +123,16 @@ def make_rollout(session: Session) -> tuple[Rollout, Task, Scorer]:
         max_new_tokens=config.rollout.max_new_tokens,
         spans=session.spans,
     )
-    return rollout, task, scorer
+    return rollout, scorer
 
 
-def _header(config: Config, backend: Backend, checkpoint: Checkpoint, base_digest: str) -> dict[str, Any]:
+def _identity(backend: Backend, checkpoint: Checkpoint, base_digest: str) -> dict[str, Any]:
     table = [[shard.param_id, shard.name, list(shard.shape)] for shard in backend.shards]
     return {
-        "type": "header",
         "journal_version": JOURNAL_VERSION,
         "noise_version": NOISE_VERSION,
         "shardes_version": __version__,
         "base_headers_sha256": checkpoint.header_sha256,
         "base_weights_digest": base_digest,
         "parameters_sha256": hashlib.sha256(json.dumps(table).encode()).hexdigest(),
-        "settings": config.determinants(),
     }

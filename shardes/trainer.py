@@ -13,7 +13,7 @@ from shardes.noise import data_order
 from shardes.runs.directory import RunDirectory
 from shardes.runs.metrics import heldout_metrics, iteration_metrics
 from shardes.session import Session, make_rollout
-from shardes.tasks.base import Row
+from shardes.tasks.base import Row, Task
 
 logger = logging.getLogger(__name__)
 
@@ -23,19 +23,21 @@ class Trainer:
 
     Args:
         session: The model with its base weights.
+        task: What it is trained on.
 
     Attributes:
         run: The run directory, on rank 0; None elsewhere.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, task: Task) -> None:
+        self._task = task
         self._session = session
         self._config = session.config
         self._group = session.group
         self._weights = session.weights
         self._spans = session.spans
-        self._rollout, self._task, self._scorer = make_rollout(session)
-        self._heldout = self._rollout.prepare(self._task.heldout) if self._task.heldout else None
+        self._rollout, self._scorer = make_rollout(session, task)
+        self._heldout = self._rollout.prepare(task.heldout) if task.heldout else None
         self._known_rewards: dict[tuple[int, int], float | None] = {}
         self.run: RunDirectory | None = None
 
@@ -189,7 +191,9 @@ class Trainer:
         state: dict[str, Any] = {}
         if self._group.is_main:
             try:
-                self.run = RunDirectory(self._config, header=self._session.header)
+                settings = self._config.determinants()
+                header = {"type": "header", **self._session.identity, "settings": settings}
+                self.run = RunDirectory(self._config, header=header)
                 state = {
                     "updates": self.run.history.updates,
                     "pending": list(self.run.history.members.get(len(self.run.history.updates), {}).values()),

@@ -195,7 +195,7 @@ def test_the_master_of_a_bfloat16_model_has_the_precision_of_the_file(model_dir,
         whole = sum(digest(values, param_id=i, start=0) for i, values in enumerate(stored.values()))
         narrow = sum(digest(v.bfloat16().float(), param_id=i, start=0) for i, v in enumerate(stored.values()))
         assert session.weights.digest() == whole % 2**64 != narrow % 2**64
-        assert session.header["base_weights_digest"] == session.digest() == f"{whole % 2**64:016x}"
+        assert session.identity["base_weights_digest"] == session.digest() == f"{whole % 2**64:016x}"
 
 
 def test_tied_weights_are_one_parameter(session):

@@ -18,6 +18,7 @@ from shardes.rollout.rollout import Rollout
 from shardes.rollout.scoring import Scorer
 from shardes.session import make_rollout, open_session
 from shardes.tasks.base import Task
+from shardes.tasks.loading import load_task
 from tests.helpers.models import make_config, tiny_model
 from tests.helpers.rewards import spread
 
@@ -316,7 +317,6 @@ def test_an_evaluation_answers_with_the_weights_of_the_moment(session):
     assert rollout.evaluate(problems).rewards == first
 
 
-@pytest.mark.xfail(strict=True, reason="generation_config.json of the model directory is not read")
 def test_the_end_tokens_are_those_of_the_generation_config(tmp_path):
     path = tiny_model(tmp_path / "model", tied=True)
     config = json.loads((path / "generation_config.json").read_text())
@@ -324,7 +324,7 @@ def test_the_end_tokens_are_those_of_the_generation_config(tmp_path):
     answers, _ = answers_alone(path)
     assert {answer[-1] for answer in answers} & {3, 17}
     with open_session(make_config(tmp_path, model=path, run_dir=tmp_path / "run")) as session:
-        rollout, *_ = make_rollout(session)
+        rollout, _ = make_rollout(session, load_task(session.config.task))
         found = {
             sample.prompt: sample.token_ids for sample in rollout.evaluate(rollout.prepare(ROWS)).samples
         }

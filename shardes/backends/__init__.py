@@ -16,12 +16,13 @@ def make_backend(config: Config, *, group: Group) -> Backend:
     import torch
 
     from shardes.backends.single import SingleBackend
-    from shardes.modeling import build_skeleton, load_model_config
+    from shardes.modeling import build_skeleton, load_generation_config, load_model_config
 
     trust = config.model.trust_remote_code
     model_config = load_model_config(config.model.path, trust_remote_code=trust)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     skeleton = build_skeleton(model_config, dtype=dtype, trust_remote_code=trust)
+    skeleton.generation_config = load_generation_config(config.model.path, model_config)
     if config.parallel.backend == "single":
         return SingleBackend(skeleton, group=group)
 

@@ -92,19 +92,28 @@ def make_deepspeed_config(
         _refuse_unusable(tree, path)
     tree = copy.deepcopy(tree)
     zero = tree["zero_optimization"]
+    batch = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "train_batch_size": micro_batch_size * world_size,
+        "gradient_accumulation_steps": 1,
+    }
     zero["memory_efficient_linear"] = False
     for key, wanted in (("bf16", dtype == torch.bfloat16), ("fp16", dtype == torch.float16)):
         _check_precision(tree, key, wanted, path)
     autos = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "train_batch_size": micro_batch_size * world_size,
-        "gradient_accumulation_steps": 1,
+        **batch,
         "gradient_clipping": 0.0,
         "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
         "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
     }
     _fill_autos(tree, autos, path)
+    for key, value in batch.items():
+        if tree.get(key, value) != value:
+            raise UserError(
+                f"parallel.deepspeed: {path}: {key} is {json.dumps(tree[key])}, but rollout.micro_batch_size "
+                f'and the number of ranks make it {value}; set it to "auto" or remove it'
+            )
     tree.setdefault("train_micro_batch_size_per_gpu", micro_batch_size)
     tree.setdefault("steps_per_print", 10**9)
     return tree
@@ -117,6 +126,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"parallel.deepspeed: {path} cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"parallel.deepspeed: {path} is not JSON: {error}") from None
+    for key in ("zero_optimization", "bf16", "fp16"):
+        if isinstance(tree, dict) and not isinstance(tree.get(key, {}), dict):
+            raise UserError(
+                f"parallel.deepspeed: {path}: {key} is {json.dumps(tree[key])}; wanted an object of keys"
+            )
     stage = tree.get("zero_optimization", {}).get("stage") if isinstance(tree, dict) else None
     if stage != 3:
         raise UserError(

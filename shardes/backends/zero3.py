@@ -85,6 +85,7 @@ class Zero3Backend(Backend):
                 skeleton.config, dtype=skeleton.dtype, trust_remote_code=trust_remote_code
             )
         model.tie_weights()
+        model.generation_config = skeleton.generation_config
         _copy_buffers(skeleton, model)
         self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
         self._engine.eval()

@@ -1,13 +1,15 @@
 """Calling a reward function whose failures are data."""
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardes.tasks.base import Prompt, Row, Task
 
 logger = logging.getLogger(__name__)
+
+# Beyond it, the squares in the standard deviation would overflow.
+MAX_REWARD = 1e100
 
 
 @dataclass
@@ -16,7 +18,7 @@ class Scores:
 
     Attributes:
         values: One per answer; None where the reward failed or does not apply.
-        num_failures: How often it raised or returned something that is not a finite number.
+        num_failures: How often it raised or returned something that is no usable number.
     """
 
     values: list[float | None]
@@ -41,23 +43,25 @@ class Scorer:
 
     def score(self, rows: Sequence[Row], prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
         """Scores answers in one call; if that fails, one by one, so that only the failing ones suffer."""
-        if not rows:
-            return Scores([], 0)
-        try:
-            return self._checked(self._call(rows, prompts, completions), len(rows))
-        except Exception as error:
-            self._note(error)
-            if len(rows) == 1:
-                return Scores([self._substitute], 1)
-        singles = [self.score([row], [p], [c]) for row, p, c in zip(rows, prompts, completions, strict=True)]
-        return Scores([s.values[0] for s in singles], sum(s.num_failures for s in singles))
+        keys = sorted({key for row in rows for key in row} - {"prompt", "prompts", "completions"})
+        answers = list(zip(rows, prompts, completions, strict=True))
+        together = self._try(answers, keys)
+        if together is not None:
+            return together
+        alone = [self._try([answer], keys) or Scores([self._substitute], 1) for answer in answers]
+        return Scores([s.values[0] for s in alone], sum(s.num_failures for s in alone))
 
-    def _call(
-        self, rows: Sequence[Row], prompts: Sequence[Prompt], completions: Sequence[str]
-    ) -> Sequence[float | None]:
-        keys = {key for row in rows for key in row} - {"prompt", "prompts", "completions"}
-        columns = {key: [row.get(key) for row in rows] for key in sorted(keys)}
-        return self._task.reward(list(prompts), list(completions), **columns)
+    def _try(self, answers: Sequence[tuple[Row, Prompt, str]], keys: Sequence[str]) -> Scores | None:
+        """The scores of some answers, or None if the reward failed as a whole."""
+        if not answers:
+            return Scores([], 0)
+        rows, prompts, completions = zip(*answers, strict=True)
+        columns = {key: [row.get(key) for row in rows] for key in keys}
+        try:
+            return self._checked(self._task.reward(list(prompts), list(completions), **columns), len(rows))
+        except (Exception, SystemExit) as error:
+            self._note(error)
+            return None
 
     def _checked(self, values: Sequence[float | None], wanted: int) -> Scores:
         if len(values) != wanted:
@@ -66,15 +70,15 @@ class Scorer:
         for value in values:
             if value is None:
                 scores.values.append(None)
-            elif math.isfinite(float(value)):
+            elif abs(float(value)) < MAX_REWARD:
                 scores.values.append(float(value))
             else:
-                self._note(ValueError(f"the reward returned {value!r}, which is not a finite number"))
+                self._note(ValueError(f"the reward returned {value!r}, which is no usable number"))
                 scores.values.append(self._substitute)
                 scores.num_failures += 1
         return scores
 
-    def _note(self, error: Exception) -> None:
+    def _note(self, error: BaseException) -> None:
         if self.first_failure is None:
             trace = error.__traceback__
             while trace is not None and trace.tb_next is not None:

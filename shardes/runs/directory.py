@@ -34,7 +34,7 @@ class LineFile:
     Args:
         path: The file.
         keep: Lines for which this is false are removed at the start: what a dead job wrote about work that
-            is done again, and a torn last line.
+            is done again. A torn or damaged line is removed with all that follows it.
 
     Attributes:
         num_lines: Number of lines.
@@ -59,11 +59,15 @@ class LineFile:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSONL file; none if it does not exist."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    """The lines of a JSONL file up to a torn or damaged one; none if it does not exist."""
+    lines: list[dict[str, Any]] = []
+    for line in (path.read_bytes() if path.exists() else b"").split(b"\n")[:-1]:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            logger.warning("%s: line %d is damaged; what follows it is dropped", path, len(lines) + 1)
+            break
+    return lines
 
 
 class RunDirectory:
@@ -89,11 +93,12 @@ class RunDirectory:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"run.dir: {self.path} cannot be made ({error.strerror})") from None
-            self._lock = stack.enter_context(_lock(self.path))
+            stack.callback(_lock(self.path).release)
             self.journal = stack.enter_context(Journal(self.path / "journal.jsonl"))
             if self.journal.dropped_bytes:
                 logger.warning("the journal's last line was incomplete and was dropped")
             self._begin_or_resume(config, header)
+            write_atomically(self.path / "config.yaml", dump_config(config))
             done = len(self.journal.history.updates)
             self.metrics = LineFile(self.path / "metrics.jsonl", keep=lambda line: line["iteration"] < done)
             stack.callback(self.metrics.close)
@@ -112,7 +117,6 @@ class RunDirectory:
     def _begin_or_resume(self, config: Config, header: dict[str, Any]) -> None:
         known = self.history.header
         if known is None:
-            write_atomically(self.path / "config.yaml", dump_config(config))
             self.journal.append(header, durable=True)
             return
         if config.run.resume == "never":

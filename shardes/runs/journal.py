@@ -81,9 +81,10 @@ class Journal:
 
     def append(self, record: dict[str, Any], *, durable: bool = False) -> None:
         """Writes a record; it survives the death of this process, and if durable that of the machine."""
-        line, self._link = _seal(record, self._link)
+        line, link = _seal(record, self._link)
         self.history.add(record)
-        self._file.write(line)
+        self._link = link
+        self._file.write(line + b"\n")
         self._file.flush()
         if durable:
             os.fsync(self._file.fileno())
@@ -109,9 +110,8 @@ def read_journal(path: Path) -> tuple[History, str, int, int]:
     """
     history, link, good_bytes = History(), "", 0
     data = path.read_bytes() if path.exists() else b""
-    for number, line in enumerate(data.splitlines(keepends=True), start=1):
-        if not line.endswith(b"\n"):
-            break  # the process died while it wrote this line, so nothing was done because of it
+    # What follows the last line break is a line whose writer died, so nothing was done because of it.
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
             checksum = record.pop("checksum")
@@ -125,13 +125,13 @@ def read_journal(path: Path) -> tuple[History, str, int, int]:
                 "again in another run.dir"
             ) from None
         link = checksum
-        good_bytes += len(line)
+        good_bytes += len(line) + 1
     return history, link, good_bytes, len(data)
 
 
 def _seal(record: dict[str, Any], link: str) -> tuple[bytes, str]:
-    """The line of a record, and its checksum, which covers the checksum of the line before."""
+    """The line of a record without its break, and its checksum, which covers that of the line before."""
     body = json.dumps(record, separators=(",", ":"), sort_keys=True)
     checksum = hashlib.blake2b(f"{link}{body}".encode(), digest_size=8).hexdigest()
     sealed = json.dumps({**record, "checksum": checksum}, separators=(",", ":"), sort_keys=True)
-    return sealed.encode() + b"\n", checksum
+    return sealed.encode(), checksum

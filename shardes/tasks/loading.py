@@ -109,7 +109,7 @@ def import_reward(reference: str) -> RewardFunction:
     source, _, function_name = reference.rpartition(":")
     try:
         module: Any = _module_of_file(Path(source)) if source.endswith(".py") else _module_of_name(source)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"task.reward: {source} cannot be imported ({type(error).__name__}: {error}); give "
             "package.module:function, or path/to/file.py:function relative to where the command is started"

@@ -11,6 +11,7 @@ from pathlib import Path
 from shardes.config import parse_config
 from shardes.export import export_model
 from shardes.session import open_session
+from shardes.tasks.loading import load_task
 from shardes.trainer import Trainer
 
 
@@ -19,8 +20,9 @@ def main():
         # Every case has a store of its own, on a port of its own.
         os.environ["MASTER_PORT"] = str(case["port"])
         with open_session(parse_config(case["config"], source="case")) as session:
-            Trainer(session).train()
-            export_model(session, Path(case["export"]), iteration=session.config.es.iterations)
+            Trainer(session, load_task(session.config.task)).train()
+            iteration, settings = session.config.es.iterations, session.config.determinants()
+            export_model(session, Path(case["export"]), iteration=iteration, settings=settings)
 
 
 if __name__ == "__main__":
