@@ -5,13 +5,13 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from shardes import __version__
 from shardes.config import Config, load_config, parse_config
-from shardes.errors import EXIT_USER_ERROR, UserError
+from shardes.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from shardes.tasks.base import Task
 from shardes.tasks.loading import load_task
 
@@ -54,8 +54,9 @@ def train(config_path: Path, overrides: tuple[str, ...]) -> None:
 @click.option(
     "--iteration", type=click.IntRange(min=0), help="Weights after this many updates; default: all."
 )
+@click.option("--base", type=_PATH, help="The base model's directory, if it was moved since the run.")
 @click.option("--backend", type=click.Choice(["single", "zero3"]), default="single", show_default=True)
-def export(run_dir: Path, out_dir: Path, iteration: int | None, backend: str) -> None:
+def export(run_dir: Path, out_dir: Path, iteration: int | None, base: Path | None, backend: str) -> None:
     """Write RUN_DIR's weights to OUT_DIR as a consolidated Hugging Face model.
 
     The journal is replayed over the base model. With --backend zero3, started by a launcher, every rank
@@ -63,7 +64,7 @@ def export(run_dir: Path, out_dir: Path, iteration: int | None, backend: str) ->
     """
     from shardes.runs.journal import read_journal
 
-    config = _config_of_run(run_dir, backend)
+    config = _config_of_run(run_dir, base, backend)
     history, *_ = read_journal(run_dir / "journal.jsonl")
     available = len(history.updates)
     if iteration is not None and iteration > available:
@@ -128,28 +129,41 @@ def env() -> None:
     click.echo(f"devices: {', '.join(devices) or f'CPU with {os.cpu_count()} cores'}")
 
 
-def main(command: click.Command = cli) -> None:
-    """Runs a command; a user's mistake ends in one message and exit status 2."""
+def main(command: click.Command = cli) -> NoReturn:
+    """Runs a command and ends the process; a user's mistake ends in one message and exit status 2."""
+    status = _run(command)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # DeepSpeed keeps process groups, and so their threads, alive to the interpreter's very end, where
+        # their destructors race and now and then abort a job whose work is done.
+        os._exit(status)
+    sys.exit(status)
+
+
+def _run(command: click.Command) -> int:
+    """The exit status of a command."""
     try:
         command.main(prog_name="shardes" if command is cli else None, standalone_mode=False)
     except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        return stop.exit_code
     except click.ClickException as error:
-        _refuse(error.format_message())
+        _show_mistake(error.format_message())
+        return EXIT_USER_ERROR
     except UserError as error:
-        _refuse(str(error))
+        _show_mistake(str(error))
+        return EXIT_USER_ERROR
     except click.Abort:
-        sys.exit(130)
+        return EXIT_INTERRUPTED
+    return 0
 
 
-def _refuse(message: str) -> None:
+def _show_mistake(message: str) -> None:
     """Prints the message once per job: by rank 0, and by another rank only if rank 0 has nothing to say."""
     if os.environ.get("RANK", "0") != "0":
         # The launcher ends this rank as soon as rank 0 has exited with the same error.
         time.sleep(_WAIT_FOR_MAIN_SECONDS)
     click.echo(f"Error: {message}", err=True)
-    sys.stderr.flush()
-    sys.exit(EXIT_USER_ERROR)
 
 
 def _load_task(config: Config) -> Task:
@@ -163,7 +177,7 @@ def _load_task(config: Config) -> Task:
     return load_task(config.task)
 
 
-def _config_of_run(run_dir: Path, backend: str) -> Config:
+def _config_of_run(run_dir: Path, base: Path | None, backend: str) -> Config:
     import yaml
 
     path = run_dir / "config.yaml"
@@ -172,5 +186,7 @@ def _config_of_run(run_dir: Path, backend: str) -> Config:
     except OSError:
         raise UserError(f"RUN_DIR {run_dir}: {path} cannot be read; give the directory of a run") from None
     tree["run"]["dir"] = str(run_dir)
+    if base is not None:
+        tree["model"]["path"] = str(base)
     tree["parallel"] |= {"backend": backend, "deepspeed": None}
     return parse_config(tree, source=str(path))

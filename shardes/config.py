@@ -6,7 +6,6 @@ imported, so that a mistake is answered at once.
 
 import difflib
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -271,5 +270,8 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+    """The resolved configuration as YAML, its paths absolute: it is read again from anywhere."""
+    tree = config.model_dump()
+    for section in tree.values():
+        section |= {key: str(path.absolute()) for key, path in section.items() if isinstance(path, Path)}
+    return yaml.safe_dump(tree, sort_keys=False)

@@ -1,6 +1,7 @@
 """The errors that end a run on purpose, and the exit status each of them means."""
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):

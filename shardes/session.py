@@ -77,8 +77,7 @@ class Session:
 
     def digest(self) -> str:
         """The weights digest, in hexadecimal; a collective."""
-        digest = self.weights.digest()
-        return f"{self.group.sum_int64(digest) if self.backend.is_sharded else digest:016x}"
+        return _digest(self.group, self.backend, self.weights)
 
 
 @contextmanager
@@ -96,8 +95,7 @@ def open_session(config: Config) -> Iterator[Session]:
         backend = make_backend(config, group=group)
         weights = Weights(backend, seed=config.es.seed)
         weights.load(checkpoint)
-        session = Session(config, group, backend, weights, {}, Spans())
-        session.identity.update(_identity(backend, checkpoint, session.digest()))
+        identity = _identity(backend, checkpoint, _digest(group, backend, weights))
         logger.info(
             "%s on %d rank(s), %s, %s",
             config.parallel.backend,
@@ -105,7 +103,7 @@ def open_session(config: Config) -> Iterator[Session]:
             group.device.type,
             config.model.dtype,
         )
-        yield session
+        yield Session(config, group, backend, weights, identity, Spans())
 
 
 def make_rollout(session: Session, task: Task) -> tuple[Rollout, Scorer]:
@@ -124,6 +122,11 @@ def make_rollout(session: Session, task: Task) -> tuple[Rollout, Scorer]:
         spans=session.spans,
     )
     return rollout, scorer
+
+
+def _digest(group: Group, backend: Backend, weights: Weights) -> str:
+    digest = weights.digest()
+    return f"{group.sum_int64(digest) if backend.is_sharded else digest:016x}"
 
 
 def _identity(backend: Backend, checkpoint: Checkpoint, base_digest: str) -> dict[str, Any]:

@@ -38,7 +38,9 @@ class Trainer:
         self._spans = session.spans
         self._rollout, self._scorer = make_rollout(session, task)
         self._heldout = self._rollout.prepare(task.heldout) if task.heldout else None
-        self._known_rewards: dict[tuple[int, int], float | None] = {}
+        # What the journal knows of the first iteration to do: the job died in the middle of it.
+        self._known_rewards: dict[tuple[int, int], float] = {}
+        self._known_evaluation: int | None = None
         self.run: RunDirectory | None = None
 
     def train(self) -> None:
@@ -132,10 +134,12 @@ class Trainer:
         is_last = iteration == self._config.es.iterations
         if self._heldout is None or every == 0 or not (is_last or iteration % every == 0):
             return
+        if iteration == self._known_evaluation:
+            return
         self._weights.centre()
         evaluation = self._rollout.evaluate(self._heldout)
         reward = mean_reward(evaluation.rewards)
-        if self.run is not None and iteration not in self.run.history.evaluations:
+        if self.run is not None:
             # Samples first: those without a journal entry are dropped and written again after a crash.
             for sample in evaluation.samples:
                 self.run.samples.write({"iteration": iteration, **vars(sample)})
@@ -194,9 +198,12 @@ class Trainer:
                 settings = self._config.determinants()
                 header = {"type": "header", **self._session.identity, "settings": settings}
                 self.run = RunDirectory(self._config, header=header)
+                history = self.run.history
+                first = len(history.updates)
                 state = {
-                    "updates": self.run.history.updates,
-                    "pending": list(self.run.history.members.get(len(self.run.history.updates), {}).values()),
+                    "updates": history.updates,
+                    "pending": list(history.members.get(first, {}).values()),
+                    "is_evaluated": first in history.evaluations,
                 }
             except UserError as error:
                 state = {"error": str(error)}
@@ -204,9 +211,16 @@ class Trainer:
         if "error" in state:
             raise UserError(state["error"])
         first = len(state["updates"])
+        if first > self._config.es.iterations:
+            raise UserError(
+                f"es.iterations: got {self._config.es.iterations}, but {self._config.run.dir} has {first} "
+                "iterations already; give at least that, or another run.dir. Earlier weights can be had with "
+                "shardes export --iteration"
+            )
         if first:
             logger.info("replaying %d iterations", first)
         self._session.replay(state["updates"])
+        self._known_evaluation = first if state["is_evaluated"] else None
         # A member without a reward is asked again: the user may have mended the reward function.
         self._known_rewards = {
             (first, record["member"]): record["reward"]

@@ -137,7 +137,8 @@ class Rollout:
         with self._spans("io"):
             totals = self._group.sum_float64([*rewards, *excluded, float(num_failures), float(num_tokens)])
         size = len(rewards)
-        values = [None if out else reward for reward, out in zip(totals[:size], totals[size:], strict=False)]
+        pairs = zip(totals[:size], totals[size : 2 * size], strict=True)
+        values = [None if is_excluded else reward for reward, is_excluded in pairs]
         return Evaluation(values, int(totals[-2]), int(totals[-1]), samples)
 
     def _decode(self, model: Any, batch: MicroBatch, in_step: bool) -> list[list[int]]:

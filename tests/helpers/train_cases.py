@@ -27,3 +27,5 @@ def main():
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # as shardes.cli.main does, and for the same reason

@@ -5,6 +5,7 @@ python zero3_checks.py CONFIG.json DEEPSPEED_OR_EMPTY
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -90,3 +91,5 @@ def main():
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # as shardes.cli.main does, and for the same reason
