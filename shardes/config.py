@@ -207,8 +207,13 @@ def parse_config(tree: dict[str, Any], *, source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(detail) for detail in error.errors()]
-        raise UserError("\n".join([f"{source}: the configuration cannot be used", *problems])) from None
+        problems: dict[str, list[str]] = {}
+        for detail in error.errors():
+            # Keys are two levels deep; what pydantic adds are the members of a union.
+            location = [str(part) for part in detail["loc"][:2]]
+            problems.setdefault(".".join(location), []).append(_explain(detail, location))
+        lines = [f"  {key}: {', or '.join(explanations)}" for key, explanations in problems.items()]
+        raise UserError("\n".join([f"{source}: the configuration cannot be used", *lines])) from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -229,23 +234,20 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _explain(detail: ErrorDetails) -> str:
-    """One line for one problem: the key, what was got, what was wanted, the remedy."""
-    # pydantic adds the names of union members to the location; they are no keys.
-    location = [str(part) for part in detail["loc"] if str(part) not in ("float", "literal['auto']")]
-    location = [part for part in location if not part.startswith(("literal[", "constrained-"))]
+def _explain(detail: ErrorDetails, location: list[str]) -> str:
+    """What is wrong with one key: what was got, what was wanted, the remedy."""
     key = ".".join(location)
     if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _keys_of(location[:-1]), n=1, cutoff=0.5)
-        known = ", ".join(sorted(_keys_of(location[:-1])))
-        hint = f"did you mean '{'.'.join([*location[:-1], near[0]])}'?" if near else f"known keys: {known}"
-        return f"  {key}: unknown key; {hint}"
+        known = sorted(_keys_of(location[:-1]))
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        guess = f"did you mean '{'.'.join([*location[:-1], near[0]])}'? " if near else ""
+        return f"unknown key; {guess}Known keys: {', '.join(known)}"
     if detail["type"] == "missing":
-        return f"  {key}: missing; set it in the file, or give {key}=... on the command line"
+        return f"missing; set it in the file, or give {key}=... on the command line"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
-        return f"  {key}: {message}"
-    return f"  {key}: got {detail['input']!r}; {message[0].lower()}{message[1:]}"
+        return message
+    return f"got {detail['input']!r}; {message[0].lower()}{message[1:]}"
 
 
 def _keys_of(location: list[str]) -> list[str]:

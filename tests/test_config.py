@@ -100,7 +100,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(key, nearest):
 
 def test_an_unknown_key_far_from_all_is_refused_with_all():
     message = refusal("eval.zzz", 1)
-    assert "eval.zzz: unknown key; known keys: every" in message
+    assert "eval.zzz: unknown key; Known keys: every" in message
     assert "es, eval, model, parallel, rollout, run, task" in refusal("qqqqqq", {})
 
 
