@@ -72,13 +72,23 @@ class ParallelConfig(Section):
     """CPU threads of each rank; null: what the launcher and torch decide. Results are compared bit for bit
     only between runs with the same number of threads."""
 
+    @field_validator("deepspeed")
+    @classmethod
+    def _deepspeed_is_for_zero3(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None and info.data.get("backend", "zero3") != "zero3":
+            raise ValueError(
+                f"{value} is for parallel.backend: zero3; got {info.data['backend']}; remove one"
+            )
+        return value
+
 
 class RolloutConfig(Section):
     """How members answer prompts."""
 
     mode: Literal["stream", "prompts"] = "prompts"
     """``stream``: layers are gathered in every forward, all ranks in step. ``prompts``: the member's weights
-    are gathered once into a replica on every rank, then no collective is needed to generate."""
+    are gathered once into a replica on every rank, then no collective is needed to generate. With the
+    backend ``single`` nothing is gathered and the two are the same."""
     micro_batch_size: int = Field(default=32, gt=0)
     """Prompts per forward. Micro-batches are composed from the data alone, so results do not depend on the
     number of ranks; a different size may change the last bits."""

@@ -38,6 +38,8 @@ class Trainer:
         self._spans = session.spans
         self._rollout, self._scorer = make_rollout(session, task)
         self._heldout = self._rollout.prepare(task.heldout) if task.heldout else None
+        if self._heldout is None and self._config.eval.every:
+            logger.info("no held-out evaluation: task.heldout_data is not given")
         # What the journal knows of the first iteration to do: the job died in the middle of it.
         self._known_rewards: dict[tuple[int, int], float] = {}
         self._known_evaluation: int | None = None
@@ -211,12 +213,6 @@ class Trainer:
         if "error" in state:
             raise UserError(state["error"])
         first = len(state["updates"])
-        if first > self._config.es.iterations:
-            raise UserError(
-                f"es.iterations: got {self._config.es.iterations}, but {self._config.run.dir} has {first} "
-                "iterations already; give at least that, or another run.dir. Earlier weights can be had with "
-                "shardes export --iteration"
-            )
         if first:
             logger.info("replaying %d iterations", first)
         self._session.replay(state["updates"])

@@ -52,10 +52,11 @@ def assert_refused(result, *fragments):
         ("task.data=no/such.jsonl", ["task.data: no/such.jsonl cannot be read"]),
         ("task.reward=tests/helpers/rewards.py:nothing", ["task.reward", "has no function 'nothing'"]),
         ("parallel.deepspeed=no.json", ["parallel.deepspeed: no.json cannot be read"]),
+        ("parallel.deepspeed=for-single.json", ["parallel.deepspeed", "is for parallel.backend: zero3"]),
     ],
 )
 def test_a_wrong_value_is_refused(tmp_path, model, override, fragments):
-    changes = {"parallel__backend": "zero3"} if "deepspeed" in override else {}
+    changes = {"parallel__backend": "zero3"} if "no.json" in override else {}
     assert_refused(train(write_config(tmp_path, model, **changes), override), *fragments)
     assert not (tmp_path / "run").exists()
 

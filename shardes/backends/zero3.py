@@ -22,7 +22,7 @@ from shardes.shards import Run, Shard
 # Bytes of a rank's shards that are copied together to be gathered at once.
 _BUCKET_BYTES = 16 * 2**20
 
-_RELIED_ON = ("ds_tensor", "ds_numel", "ds_shape", "ds_process_group", "ds_status")
+_RELIED_ON = ("ds_tensor", "ds_numel", "ds_shape", "ds_process_group")
 
 
 def import_deepspeed() -> Any:

@@ -124,6 +124,13 @@ class RunDirectory:
                 f"run.dir: {self.path} already holds a run of {len(self.history.updates)} iterations, and "
                 "run.resume is 'never'; give another run.dir, or run.resume=auto to go on with it"
             )
+        done = len(self.history.updates)
+        if done > config.es.iterations:
+            raise UserError(
+                f"es.iterations: got {config.es.iterations}, but {self.path} has {done} iterations already; "
+                "give at least that, or another run.dir. Earlier weights can be had with: shardes export "
+                "--iteration"
+            )
         differences = _differences(known, header)
         if differences:
             raise UserError(
