@@ -130,19 +130,19 @@ def env() -> None:
 
 
 def main(command: click.Command = cli) -> NoReturn:
-    """Runs a command and ends the process; a user's mistake ends in one message and exit status 2."""
-    status = _run(command)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # DeepSpeed keeps process groups, and so their threads, alive to the interpreter's very end, where
-        # their destructors race and now and then abort a job whose work is done.
+    """Runs a command and ends the process with its status."""
+    status = run(command)
+    if "WORLD_SIZE" in os.environ:
+        # There was a process group. DeepSpeed keeps it, and so its threads, alive to the interpreter's very
+        # end, where their destructors race and now and then abort a job whose work is done.
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
 
-def _run(command: click.Command) -> int:
-    """The exit status of a command."""
+def run(command: click.Command) -> int:
+    """Runs a command; a user's mistake is shown as one message and makes the exit status 2."""
     try:
         command.main(prog_name="shardes" if command is cli else None, standalone_mode=False)
     except click.exceptions.Exit as stop:

@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
-from shardes.cli import cli, main, train
+from shardes.cli import cli, run, train
 
 COMMANDS = {"train": train, "shardes": cli}
 
@@ -22,10 +22,7 @@ def call(name, *arguments):
         contextlib.redirect_stderr(stderr),
     ):
         try:
-            main(COMMANDS[name])
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
+            status = run(COMMANDS[name])
         finally:
             logging.getLogger().handlers = handlers
     return SimpleNamespace(returncode=status, stdout=stdout.getvalue(), stderr=stderr.getvalue())
