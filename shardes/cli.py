@@ -13,7 +13,7 @@ from shardes import __version__
 from shardes.config import Config, load_config, parse_config
 from shardes.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from shardes.tasks.base import Task
-from shardes.tasks.loading import load_task
+from shardes.tasks.loading import load_task, read_rows
 
 # How long a rank that has a message waits for rank 0 to print the same one first.
 _WAIT_FOR_MAIN_SECONDS = 10
@@ -100,12 +100,17 @@ def plot(run_dirs: tuple[Path, ...], out: Path) -> None:
 @click.argument("out", type=_PATH)
 @click.option("--num-problems", type=click.IntRange(min=1), default=200, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-def countdown(out: Path, num_problems: int, seed: int) -> None:
+@click.option("--exclude", type=_PATH, help="A JSONL file of problems that OUT must not have, in any order.")
+def countdown(out: Path, num_problems: int, seed: int, exclude: Path | None) -> None:
     """Write Countdown problems to OUT as JSONL, each with a solution."""
     from shardes.runs.directory import write_atomically
-    from shardes.tasks.countdown import generate_problems
+    from shardes.tasks.countdown import check_row, generate_problems, problem_key
 
-    rows = generate_problems(num_problems, seed=seed)
+    known = [] if exclude is None else read_rows(exclude, key="--exclude", check=check_row)
+    excluded = {problem_key(row) for row in known}
+    candidates = generate_problems(num_problems + len(excluded), seed=seed)
+    rows = [row for row in candidates if problem_key(row) not in excluded][:num_problems]
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, "".join(json.dumps(row) + "\n" for row in rows))
     click.echo(f"{out}: {len(rows)} problems")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from shardes.tasks.countdown import problem_key
 from tests.helpers.inprocess import call
 from tests.helpers.models import tiny_model, tree
 from tests.helpers.ranks import free_port, run_command
@@ -142,10 +143,15 @@ def test_commands_on_a_directory_that_is_no_run(tmp_path, command):
 
 
 def test_countdown_writes_problems(tmp_path):
-    out = tmp_path / "problems.jsonl"
-    result = call("shardes", "countdown", out, "--num-problems", "20")
+    train, heldout = tmp_path / "data" / "train.jsonl", tmp_path / "data" / "heldout.jsonl"
+    assert call("shardes", "countdown", train, "--num-problems", "20").returncode == 0
+    # The same seed would give the same problems, were they not excluded.
+    result = call("shardes", "countdown", heldout, "--num-problems", "30", "--exclude", train)
     assert result.returncode == 0, result.stderr
-    assert len(out.read_text().splitlines()) == 20
+    keys = [[problem_key(json.loads(line)) for line in p.read_text().splitlines()] for p in (train, heldout)]
+    assert [len(set(k)) for k in keys] == [20, 30]
+    assert not set(keys[0]) & set(keys[1])
+    assert_refused(call("shardes", "countdown", heldout, "--exclude", tmp_path / "no"), "--exclude")
 
 
 def launchers():
