@@ -104,6 +104,12 @@ class Trainer:
             num_iterations=config.es.iterations,
         )
         coefficients = update_coefficients(rewards, alpha=alpha)
+        if self._group.is_main and not any(coefficients):
+            logger.warning(
+                "iteration %d: all members earned the same, so nothing is learned from it; a larger "
+                "es.sigma, or a reward that tells bad answers apart, would help",
+                iteration,
+            )
         self._record(
             {
                 "type": "update",
