@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shardes.errors import UserError
+
 
 @dataclass(frozen=True)
 class Group:
@@ -84,10 +86,19 @@ def process_group(*, timeout_seconds: int, always: bool) -> Iterator[Group]:
 
     Yields:
         The group. The accelerator of this rank is made the current device.
+
+    Raises:
+        UserError: There are more ranks than GPUs on this machine.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"this machine has {torch.cuda.device_count()} GPU(s), but rank {rank} is number "
+                f"{local_rank + 1} on it; start one rank per GPU, or hide them with CUDA_VISIBLE_DEVICES= "
+                "to run on the CPU"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:

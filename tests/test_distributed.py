@@ -1,0 +1,28 @@
+"""The process group of one rank, and what is refused before there is one."""
+
+import pytest
+import torch
+
+from shardes.distributed import Group, process_group
+from shardes.errors import UserError
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(UserError, match=r"has 1 GPU\(s\), but rank 1 is number 2 on it"),
+        process_group(timeout_seconds=1, always=False),
+    ):
+        pass
+
+
+def test_collectives_of_one_rank_are_the_identity():
+    group = Group(0, 1, torch.device("cpu"))
+    assert group.is_main
+    assert group.sum_float64([0.1, -2.0]) == [0.1, -2.0]
+    assert group.sum_int64(-1) == 2**64 - 1
+    assert [group.any(flag) for flag in (True, False)] == [True, False]
+    assert group.broadcast_json({"a": [1, None]}) == {"a": [1, None]}
