@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from shardes.config import FETCH_HINT
 from shardes.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -134,10 +135,7 @@ class Checkpoint:
 
 def _weight_files(directory: Path) -> list[Path]:
     if not directory.is_dir():
-        raise UserError(
-            f"model.path: {directory} is not a directory; give a local model directory "
-            "(fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
-        )
+        raise UserError(f"model.path: {directory} is not a directory; {FETCH_HINT}")
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         files = sorted({directory / name for name in _indexed_files(index)})

@@ -5,14 +5,13 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
 from shardes import __version__
-from shardes.config import Config, load_config, parse_config
+from shardes.config import check_model_directory, load_config, load_run_config
 from shardes.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
-from shardes.tasks.base import Task
 from shardes.tasks.loading import load_task, read_rows
 
 # How long a rank that has a message waits for rank 0 to print the same one first.
@@ -38,7 +37,9 @@ def train(config_path: Path, overrides: tuple[str, ...]) -> None:
     accelerate launch to use several ranks.
     """
     config = load_config(config_path, list(overrides))
-    task = _load_task(config)
+    # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
+    check_model_directory(config.model.path)
+    task = load_task(config.task)
     from shardes.logs import configure_logging
     from shardes.session import open_session
     from shardes.trainer import Trainer
@@ -64,8 +65,13 @@ def export(run_dir: Path, out_dir: Path, iteration: int | None, base: Path | Non
     """
     from shardes.runs.journal import read_journal
 
-    config = _config_of_run(run_dir, base, backend)
+    changes = {"run.dir": str(run_dir), "parallel.backend": backend, "parallel.deepspeed": None}
+    if base is not None:
+        changes["model.path"] = str(base)
+    config = load_run_config(run_dir, changes)
     history, *_ = read_journal(run_dir / "journal.jsonl")
+    if history.header is None:
+        raise UserError(f"RUN_DIR {run_dir}: its journal is empty; nothing can be replayed")
     available = len(history.updates)
     if iteration is not None and iteration > available:
         raise UserError(f"--iteration {iteration}: {run_dir} has {available} iterations; give at most that")
@@ -79,8 +85,7 @@ def export(run_dir: Path, out_dir: Path, iteration: int | None, base: Path | Non
     with open_session(config) as session:
         session.check_base(history.header, run_dir)
         session.replay(history.updates[:wanted])
-        settings = history.header["settings"] if history.header is not None else {}
-        export_model(session, out_dir, iteration=wanted, settings=settings)
+        export_model(session, out_dir, iteration=wanted, settings=history.header["settings"])
         if session.group.is_main:
             click.echo(f"{out_dir}: the weights after {wanted} iterations, {config.model.dtype}")
 
@@ -103,7 +108,7 @@ def plot(run_dirs: tuple[Path, ...], out: Path) -> None:
 @click.option("--exclude", type=_PATH, help="A JSONL file of problems that OUT must not have, in any order.")
 def countdown(out: Path, num_problems: int, seed: int, exclude: Path | None) -> None:
     """Write Countdown problems to OUT as JSONL, each with a solution."""
-    from shardes.runs.directory import write_atomically
+    from shardes.files import write_atomically
     from shardes.tasks.countdown import check_row, generate_problems, problem_key
 
     known = [] if exclude is None else read_rows(exclude, key="--exclude", check=check_row)
@@ -169,29 +174,3 @@ def _show_mistake(message: str) -> None:
         # The launcher ends this rank as soon as rank 0 has exited with the same error.
         time.sleep(_WAIT_FOR_MAIN_SECONDS)
     click.echo(f"Error: {message}", err=True)
-
-
-def _load_task(config: Config) -> Task:
-    """Reads what is quick to read, so that a mistake is answered before anything heavy is imported."""
-    model = config.model.path / "config.json"
-    if not model.is_file():
-        raise UserError(
-            f"model.path: {model} does not exist; give a local model directory "
-            "(fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
-        )
-    return load_task(config.task)
-
-
-def _config_of_run(run_dir: Path, base: Path | None, backend: str) -> Config:
-    import yaml
-
-    path = run_dir / "config.yaml"
-    try:
-        tree: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"RUN_DIR {run_dir}: {path} cannot be read; give the directory of a run") from None
-    tree["run"]["dir"] = str(run_dir)
-    if base is not None:
-        tree["model"]["path"] = str(base)
-    tree["parallel"] |= {"backend": backend, "deepspeed": None}
-    return parse_config(tree, source=str(path))

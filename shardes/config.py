@@ -24,6 +24,21 @@ from pydantic_core import ErrorDetails
 
 from shardes.errors import UserError
 
+FETCH_HINT = (
+    "give a local model directory (fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
+)
+
+
+def check_model_directory(path: Path) -> None:
+    """Refuses a ``model.path`` that is no model directory; quick, and nothing is loaded.
+
+    Raises:
+        UserError: There is no config.json.
+    """
+    config = path / "config.json"
+    if not config.is_file():
+        raise UserError(f"model.path: {config} does not exist; {FETCH_HINT}")
+
 
 class Section(BaseModel):
     """A group of keys; unknown ones are refused."""
@@ -197,19 +212,36 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     Raises:
         UserError: The file cannot be read, or a key or value is wrong.
     """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML file"
-        ) from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"--config {path}: must be a mapping of sections such as 'model:' and 'es:'")
+    tree = _read_tree(path, role="--config", remedy="give the path of a YAML file")
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree, source=str(path))
+
+
+def load_run_config(run_dir: Path, changes: dict[str, Any]) -> Config:
+    """The configuration that a run directory holds, with some dotted keys changed.
+
+    Raises:
+        UserError: The directory holds no usable configuration.
+    """
+    path = run_dir / "config.yaml"
+    tree = _read_tree(path, role="RUN_DIR", remedy="give the directory of a run")
+    for key, value in changes.items():
+        _set(tree, key, value)
+    return parse_config(tree, source=str(path))
+
+
+def _read_tree(path: Path, *, role: str, remedy: str) -> dict[str, Any]:
+    """The sections of a YAML file; ``role`` is what the user gave it as."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{role} {path}: cannot be read ({error.strerror}); {remedy}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{role} {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{role} {path}: must be a mapping of sections such as 'model:' and 'es:'")
+    return tree
 
 
 def parse_config(tree: dict[str, Any], *, source: str) -> Config:
@@ -236,6 +268,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
         raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    _set(tree, key, value)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key, making the sections on the way."""
     *sections, last = key.split(".")
     for section in sections:
         if not isinstance(tree.get(section), dict):

@@ -13,6 +13,7 @@ import torch
 
 from shardes import __version__
 from shardes.errors import UserError
+from shardes.files import write_atomically
 from shardes.session import Session
 from shardes.shards import Shard
 
@@ -103,7 +104,7 @@ def _plan(shards: tuple[Shard, ...], itemsize: int, max_file_bytes: int) -> list
     groups: list[list[Shard]] = [[]]
     size = 0
     for shard in shards:
-        num_bytes = torch.Size(shard.shape).numel() * itemsize
+        num_bytes = shard.num_elements * itemsize
         if groups[-1] and size + num_bytes > max_file_bytes:
             groups.append([])
             size = 0
@@ -119,7 +120,7 @@ def _write_header(stream: BinaryIO, file: _File, dtype: torch.dtype) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for shard in file.shards:
-        end = offset + torch.Size(shard.shape).numel() * dtype.itemsize
+        end = offset + shard.num_elements * dtype.itemsize
         header[shard.name] = {
             "dtype": _DTYPE_NAMES[dtype],
             "shape": list(shard.shape),
@@ -138,9 +139,9 @@ def _write_tensor(stream: BinaryIO, tensor: torch.Tensor | None) -> None:
 
 def _write_index(directory: Path, files: list[_File], itemsize: int) -> None:
     weight_map = {shard.name: file.name for file in files for shard in file.shards}
-    num_elements = sum(torch.Size(shard.shape).numel() for file in files for shard in file.shards)
+    num_elements = sum(shard.num_elements for file in files for shard in file.shards)
     index = {"metadata": {"total_size": num_elements * itemsize}, "weight_map": weight_map}
-    _write_text(
+    write_atomically(
         directory / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n"
     )
 
@@ -153,8 +154,8 @@ def _write_companions(session: Session, directory: Path, model_card: str) -> Non
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config["dtype"] = session.config.model.dtype
-    _write_text(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    _write_text(directory / "README.md", model_card)
+    write_atomically(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_atomically(directory / "README.md", model_card)
 
 
 def _model_card(session: Session, iteration: int, settings: Mapping[str, Any], digest: str) -> str:
@@ -186,12 +187,6 @@ model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 """
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("wb") as stream:
-        stream.write(text.encode())
-        _flush(stream)
 
 
 def _flush(stream: BinaryIO) -> None:

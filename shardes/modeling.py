@@ -8,6 +8,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from shardes.config import check_model_directory
 from shardes.errors import UserError
 
 
@@ -17,18 +18,13 @@ def load_model_config(path: Path, *, trust_remote_code: bool) -> Any:
     Raises:
         UserError: No usable config.json.
     """
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"model.path: {path / 'config.json'} does not exist; give a local model directory "
-            "(fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
-        )
+    check_model_directory(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"model.path: {path}/config.json cannot be used: {first_line} (a model with code of its own "
-            "needs model.trust_remote_code: true)"
+            f"model.path: {path}/config.json cannot be used: {_first_line(error)} (a model with code of its "
+            "own needs model.trust_remote_code: true)"
         ) from None
 
 
@@ -41,8 +37,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model.path: {path}: its tokenizer cannot be loaded: {first_line}") from None
+        raise UserError(f"model.path: {path}: its tokenizer cannot be loaded: {_first_line(error)}") from None
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -89,3 +84,7 @@ def parameter_aliases(model: nn.Module) -> set[str]:
 def parameter_ids(names: list[str]) -> dict[str, int]:
     """The index of each name in the sorted list: the noise's parameter ids."""
     return {name: index for index, name in enumerate(sorted(names))}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

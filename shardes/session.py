@@ -60,14 +60,12 @@ class Session:
             )
         self.weights.centre()
 
-    def check_base(self, header: dict[str, Any] | None, run_dir: Path) -> None:
+    def check_base(self, header: dict[str, Any], run_dir: Path) -> None:
         """Refuses to replay a journal over other weights than those it was written over.
 
         Raises:
             UserError: The base model or the noise definition is not the journal's.
         """
-        if header is None:
-            raise UserError(f"RUN_DIR {run_dir}: its journal is empty; nothing can be replayed")
         for key in ("noise_version", "parameters_sha256", "base_weights_digest"):
             if header[key] != self.identity[key]:
                 raise UserError(

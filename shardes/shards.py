@@ -1,5 +1,6 @@
 """Which elements of which parameter a rank holds."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,11 @@ class Shard:
     shape: tuple[int, ...]
     local: torch.Tensor
     runs: tuple[Run, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements of the whole parameter."""
+        return math.prod(self.shape)
 
     @property
     def num_owned(self) -> int:

@@ -142,6 +142,19 @@ def test_commands_on_a_directory_that_is_no_run(tmp_path, command):
     assert_refused(call("shardes", command, *arguments), "nothing")
 
 
+@pytest.mark.parametrize(("text", "fragment"), [("a: [", "not valid YAML"), ("- 1", "must be a mapping")])
+def test_a_damaged_run_configuration_is_refused(tmp_path, text, fragment):
+    (tmp_path / "config.yaml").write_text(text)
+    assert_refused(call("shardes", "export", tmp_path, tmp_path / "out"), "RUN_DIR", fragment)
+
+
+def test_an_empty_journal_has_nothing_to_export(tmp_path, model):
+    (tmp_path / "run").mkdir()
+    write_config(tmp_path, model).rename(tmp_path / "run" / "config.yaml")
+    result = call("shardes", "export", tmp_path / "run", tmp_path / "out")
+    assert_refused(result, "RUN_DIR", "its journal is empty")
+
+
 def test_countdown_writes_problems(tmp_path):
     train, heldout = tmp_path / "data" / "train.jsonl", tmp_path / "data" / "heldout.jsonl"
     assert call("shardes", "countdown", train, "--num-problems", "20").returncode == 0

@@ -1,6 +1,5 @@
 """The DeepSpeed configuration: our own, or the user's with its ``auto`` values filled."""
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,14 +89,12 @@ def make_deepspeed_config(
     tree: dict[str, Any] = {"zero_optimization": {"stage": 3}} if path is None else _read(path)
     if path is not None:
         _refuse_unusable(tree, path)
-    tree = copy.deepcopy(tree)
-    zero = tree["zero_optimization"]
     batch = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "train_batch_size": micro_batch_size * world_size,
         "gradient_accumulation_steps": 1,
     }
-    zero["memory_efficient_linear"] = False
+    tree["zero_optimization"]["memory_efficient_linear"] = False
     for key, wanted in (("bf16", dtype == torch.bfloat16), ("fp16", dtype == torch.float16)):
         _check_precision(tree, key, wanted, path)
     autos = {

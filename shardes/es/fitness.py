@@ -12,13 +12,18 @@ def mean_reward(rewards: Sequence[float | None]) -> float | None:
     return math.fsum(counted) / len(counted) if counted else None
 
 
+def mean_and_deviation(rewards: Sequence[float]) -> tuple[float, float]:
+    """Mean and population standard deviation; there must be at least one reward."""
+    mean = math.fsum(rewards) / len(rewards)
+    return mean, math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards))
+
+
 def z_scores(rewards: Sequence[float | None]) -> list[float]:
     """``(R_n - mean R) / (std R + 1e-8)`` (Qiu et al. 2025, section 3), 0 for members without a reward."""
     counted = [reward for reward in rewards if reward is not None]
     if not counted:
         return [0.0] * len(rewards)
-    mean = math.fsum(counted) / len(counted)
-    std = math.sqrt(math.fsum((reward - mean) ** 2 for reward in counted) / len(counted))
+    mean, std = mean_and_deviation(counted)
     return [0.0 if reward is None else (reward - mean) / (std + 1e-8) for reward in rewards]
 
 

@@ -1,8 +1,8 @@
 """Prompts as tokens, cut into micro-batches from the data alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 
@@ -23,6 +23,12 @@ class MicroBatch:
     rows: tuple[int, ...]
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return replace(
+            self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device)
+        )
 
 
 def tokenize(prompt: Prompt, tokenizer: Any) -> list[int]:

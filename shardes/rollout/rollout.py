@@ -1,6 +1,5 @@
 """A batch of problems, answered and scored by all ranks under the weights that the shards hold now."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,7 @@ from shardes.rollout.batching import MicroBatch, compose, tokenize
 from shardes.rollout.decode import answer_tokens, decode_greedily
 from shardes.rollout.scoring import Scorer
 from shardes.spans import Spans
-from shardes.tasks.base import Row, Task
-
-logger = logging.getLogger(__name__)
+from shardes.tasks.base import Prompt, Row, Task
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Problems:
     """A batch of rows, rendered, tokenised and cut once, then answered by every member."""
 
     rows: Sequence[Row]
-    prompts: list[Any]
+    prompts: list[Prompt]
     micro_batches: list[MicroBatch]
 
 
@@ -96,9 +93,8 @@ class Rollout:
         prompts = [self._task.make_prompt(row) for row in rows]
         tokens = [tokenize(prompt, self._tokenizer) for prompt in prompts]
         pad_id = self._tokenizer.pad_token_id
-        return Problems(
-            rows, prompts, compose(tokens, micro_batch_size=self._micro_batch_size, pad_id=pad_id)
-        )
+        batches = compose(tokens, micro_batch_size=self._micro_batch_size, pad_id=pad_id)
+        return Problems(rows, prompts, [batch.to(self._group.device) for batch in batches])
 
     def evaluate(self, problems: Problems) -> Evaluation:
         """Answers and scores the problems under the current weights; a collective."""
@@ -142,11 +138,10 @@ class Rollout:
         return Evaluation(values, int(totals[-2]), int(totals[-1]), samples)
 
     def _decode(self, model: Any, batch: MicroBatch, in_step: bool) -> list[list[int]]:
-        device = self._group.device
         tokens = decode_greedily(
             model,
-            batch.input_ids.to(device),
-            batch.attention_mask.to(device),
+            batch.input_ids,
+            batch.attention_mask,
             max_new_tokens=self._max_new_tokens,
             eos_ids=self._eos_ids,
             pad_id=self._tokenizer.pad_token_id,
@@ -165,5 +160,5 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return [ends] if isinstance(ends, int) else list(ends)
 
 
-def _as_text(prompt: Any) -> str:
+def _as_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

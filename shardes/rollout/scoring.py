@@ -43,18 +43,21 @@ class Scorer:
 
     def score(self, rows: Sequence[Row], prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
         """Scores answers in one call; if that fails, one by one, so that only the failing ones suffer."""
+        if not rows:
+            return Scores([], 0)
         keys = sorted({key for row in rows for key in row} - {"prompt", "prompts", "completions"})
         answers = list(zip(rows, prompts, completions, strict=True))
         together = self._try(answers, keys)
         if together is not None:
             return together
-        alone = [self._try([answer], keys) or Scores([self._substitute], 1) for answer in answers]
+        failed = Scores([self._substitute], 1)
+        if len(answers) == 1:
+            return failed
+        alone = [self._try([answer], keys) or failed for answer in answers]
         return Scores([s.values[0] for s in alone], sum(s.num_failures for s in alone))
 
     def _try(self, answers: Sequence[tuple[Row, Prompt, str]], keys: Sequence[str]) -> Scores | None:
         """The scores of some answers, or None if the reward failed as a whole."""
-        if not answers:
-            return Scores([], 0)
         rows, prompts, completions = zip(*answers, strict=True)
         columns = {key: [row.get(key) for row in rows] for key in keys}
         try:

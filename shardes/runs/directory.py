@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,19 +12,10 @@ from filelock import FileLock, Timeout
 
 from shardes.config import Config, dump_config
 from shardes.errors import UserError
+from shardes.files import write_atomically
 from shardes.runs.journal import History, Journal
 
 logger = logging.getLogger(__name__)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file, so that a reader sees the old text or the new one whatever happens."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 class LineFile:

@@ -1,9 +1,8 @@
 """The numbers of metrics.jsonl, computed from the journal, so that they can be restored from it."""
 
-import math
 from typing import Any
 
-from shardes.es.fitness import mean_reward
+from shardes.es.fitness import mean_and_deviation
 from shardes.runs.journal import History
 
 
@@ -11,13 +10,12 @@ def iteration_metrics(history: History, iteration: int) -> dict[str, Any]:
     """What an iteration's members earned, and the centre before them if it was evaluated."""
     members = history.members[iteration].values()
     rewards = [record["reward"] for record in members if record["reward"] is not None]
-    mean = mean_reward(rewards)
-    variance = None if mean is None else math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards)
+    mean, std = mean_and_deviation(rewards) if rewards else (None, None)
     update = history.updates[iteration]
     return {
         "iteration": iteration,
         "reward_mean": mean,
-        "reward_std": None if variance is None else math.sqrt(variance),
+        "reward_std": std,
         "reward_min": min(rewards, default=None),
         "reward_max": max(rewards, default=None),
         **heldout_metrics(history, iteration),
