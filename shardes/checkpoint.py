@@ -15,6 +15,7 @@ import torch
 
 from shardes.config import FETCH_HINT
 from shardes.errors import UserError
+from shardes.noise.region import Region
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER_BYTES = 100_000_000
@@ -90,18 +91,23 @@ class Checkpoint:
                 )
             self.tensors[name] = stored
 
-    def read(self, name: str, *, start: int, out: torch.Tensor) -> None:
-        """Fills ``out`` (flat, any float dtype) with elements [start, start + len(out)) of a tensor."""
+    def read(self, name: str, *, region: Region, out: torch.Tensor) -> None:
+        """Fills ``out`` (flat, any float dtype) with a region's elements of a tensor, reading no others."""
         stored = self.tensors[name]
         width = stored.dtype.itemsize
         step = _READ_BYTES // width
         descriptor = os.open(stored.path, os.O_RDONLY)
         try:
-            for low in range(0, out.numel(), step):
-                here = out[low : low + step]
-                data = _read_exactly(descriptor, here.numel() * width, stored.offset + (start + low) * width)
-                self.bytes_read += len(data)
-                here.copy_(torch.frombuffer(data, dtype=stored.dtype))
+            for row in range(region.rows):
+                first = region.start + row * region.stride
+                into = out[row * region.length : (row + 1) * region.length]
+                for low in range(0, region.length, step):
+                    here = into[low : low + step]
+                    data = _read_exactly(
+                        descriptor, here.numel() * width, stored.offset + (first + low) * width
+                    )
+                    self.bytes_read += len(data)
+                    here.copy_(torch.frombuffer(data, dtype=stored.dtype))
         finally:
             os.close(descriptor)
 

@@ -5,24 +5,35 @@ from dataclasses import dataclass
 
 import torch
 
+from shardes.noise.region import Region
+
 
 @dataclass(frozen=True)
 class Run:
-    """Elements that are contiguous both in a shard and in the whole parameter.
+    """Rows of elements that follow each other in a shard, and lie a fixed stride apart in the parameter.
 
     Attributes:
         local_start: First element within the shard.
         global_start: Row-major index of the same element in the whole parameter.
-        length: Number of elements.
+        length: Elements in a row: contiguous both in the shard and in the parameter.
+        rows: Number of rows; they lie back to back in the shard.
+        stride: From the start of a row to the start of the next, in the whole parameter.
     """
 
     local_start: int
     global_start: int
     length: int
+    rows: int = 1
+    stride: int = 0
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements in all rows."""
+        return self.rows * self.length
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """The run's view of a flat tensor laid out like the shard."""
-        return flat[self.local_start : self.local_start + self.length]
+        return flat[self.local_start : self.local_start + self.num_elements]
 
 
 @dataclass(frozen=True)
@@ -52,4 +63,10 @@ class Shard:
     @property
     def num_owned(self) -> int:
         """Number of elements that this rank owns."""
-        return sum(run.length for run in self.runs)
+        return sum(run.num_elements for run in self.runs)
+
+    def region(self, run: Run) -> Region:
+        """Where a run's elements lie in the whole parameter."""
+        return Region(
+            self.param_id, self.num_elements, run.global_start, run.length, rows=run.rows, stride=run.stride
+        )

@@ -14,6 +14,7 @@ from shardes.checkpoint import Checkpoint
 from shardes.cli import cli
 from shardes.errors import UserError
 from shardes.export import check_destination, export_model
+from shardes.noise import Region
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import Trainer
@@ -130,7 +131,7 @@ def test_every_tensor_is_the_rounded_master_and_every_one_has_moved(runs, model_
     for key, tensor in stored.items():
         assert same_bits(tensor, parameters[key].detach())
         before = torch.empty(tensor.numel(), dtype=getattr(torch, dtype))
-        base.read(key, start=0, out=before)
+        base.read(key, region=Region(0, before.numel(), 0, before.numel()), out=before)
         assert (tensor.view(-1) != before).float().mean() > 0.5
 
 

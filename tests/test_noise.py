@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,22 +11,32 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardes.noise import NOISE_VERSION, accumulate, cpu, perturb, portable
-from shardes.noise import definition as noise
+from shardes import noise
+from shardes.noise import NOISE_VERSION, NoiseKind, Region, definition
+from tests.helpers.noise_oracle import FORMATS, accumulated, perturbed, same_bits
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_noise.json").read_text())
-SPANS = [(0, 0), (0, 1), (5, 1), (0, 63), (1, 63), (0, 64), (63, 2), (0, 65), (7, 500), (2**33 + 3, 130)]
-FORMATS = [torch.float32, torch.bfloat16, torch.float16]
+SIZE = 2**34
+REGIONS = [
+    *(
+        Region(7, SIZE, start, length)
+        for start, length in [(0, 0), (0, 1), (5, 1), (0, 63), (1, 63), (0, 64)]
+    ),
+    *(Region(7, SIZE, start, length) for start, length in [(63, 2), (0, 65), (7, 500), (2**33 + 3, 130)]),
+    *(Region(7, SIZE, start, length) for start, length in [(2047, 2), (2000, 5000), (SIZE - 70, 70)]),
+    Region(7, SIZE, 3, 7, rows=9, stride=40),
+    Region(7, SIZE, 10, 130, rows=5, stride=131),
+    Region(7, SIZE, 2030, 33, rows=40, stride=70),
+    Region(7, SIZE, 2**32 - 5, 3, rows=4, stride=2**30),
+    Region(7, SIZE, 64, 64, rows=3, stride=64),
+    Region(7, SIZE, 9, 5, rows=0, stride=5),
+]
+ADDRESS = {"seed": 2**40 + 5, "iteration": 3}
 
 
-def eps(start, length, **address):
-    address = {"seed": 2**40 + 5, "iteration": 3, "direction": 2, "param_id": 7} | address
-    return noise.normals(start=start, length=length, **address)
-
-
-def same_bits(a, b):
-    width = {4: torch.int32, 2: torch.int16}[a.element_size()]
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(width), b.contiguous().view(width))
+def eps(start, length, **changes):
+    address = {**ADDRESS, "direction": 2, "param_id": 7} | changes
+    return definition.normals(start=start, length=length, **address)
 
 
 def test_philox_gives_the_vectors_published_by_its_authors():
@@ -40,7 +51,7 @@ def test_philox_gives_the_vectors_published_by_its_authors():
         ),
     ]
     for counter, key, wanted in cases:
-        words = noise.philox(np.array(counter, np.uint32)[:, None], tuple(key))
+        words = definition.philox(np.array(counter, np.uint32)[:, None], tuple(key))
         assert words[:, 0].tolist() == wanted
 
 
@@ -48,61 +59,61 @@ def test_philox_gives_the_vectors_published_by_its_authors():
 def test_the_definition_has_not_drifted(case):
     assert GOLDEN["noise_version"] == NOISE_VERSION
     address = {k: v for k, v in case.items() if k != "bits"}
-    assert [f"{bits:08x}" for bits in noise.normals(**address).view(np.uint32)] == case["bits"]
+    assert [f"{bits:08x}" for bits in definition.normals(**address).view(np.uint32)] == case["bits"]
 
 
-@pytest.mark.parametrize("implementation", [cpu, portable])
+@pytest.mark.parametrize("kind", NoiseKind)
 @pytest.mark.parametrize(("source_dtype", "target_dtype"), list(itertools.product(FORMATS, FORMATS)))
-def test_perturb_equals_the_oracle(implementation, source_dtype, target_dtype):
-    for start, length in SPANS:
-        source = torch.linspace(-2, 2, length).to(source_dtype)
+def test_perturb_equals_the_oracle(source_dtype, target_dtype, kind):
+    for region in REGIONS:
+        source = torch.linspace(-2, 2, region.num_elements).to(source_dtype)
         before = source.clone()
-        target = torch.full((length,), 9.0).to(target_dtype)
-        words = (7 << 8, 2 << 8, 3)
-        implementation.perturb(source, target, start=start, sigma=0.01, words=words, key=(5, 2**8))
-        step = torch.from_numpy(np.float32(0.01) * eps(start, length))
-        assert same_bits(target, (source.to(target_dtype).float() + step).to(target_dtype))
+        target = torch.full((region.num_elements,), 9.0).to(target_dtype)
+        arguments = {"region": region, "sigma": 0.01, "direction": 2, "kind": kind, **ADDRESS}
+        noise.perturb(source, target, **arguments)
+        assert same_bits(target, perturbed(source, target_dtype, **arguments)), region
         assert same_bits(source, before)
 
 
-@pytest.mark.parametrize("implementation", [cpu, portable])
-def test_accumulate_equals_the_oracle(implementation):
-    directions, coefficients = [0, 5, 2, 9], [0.5, -0.25, 1e-3, 0.0]
-    for start, length in SPANS:
-        master = torch.linspace(-1, 1, length)
-        wanted = master.clone()
-        total = np.zeros(length, np.float32)
-        for direction, coefficient in zip(directions, coefficients, strict=True):
-            total = total + np.float32(coefficient) * eps(start, length, direction=direction)
-        wanted += torch.from_numpy(total)
-        words = [direction << 8 for direction in directions]
-        implementation.accumulate(
-            master,
-            start=start,
-            coefficients=coefficients,
-            word1=7 << 8,
-            direction_words=words,
-            word3=3,
-            key=(5, 2**8),
-        )
-        assert same_bits(master, wanted)
+@pytest.mark.parametrize("kind", NoiseKind)
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_accumulate_equals_the_oracle(dtype, kind):
+    for region in REGIONS:
+        master = torch.linspace(-1, 1, region.num_elements).to(dtype)
+        arguments = {"region": region, "kind": kind, **ADDRESS}
+        arguments |= {"directions": [0, 5, 2, 9], "coefficients": [0.5, -0.25, 1e-3, 0.0]}
+        wanted = accumulated(master, **arguments)
+        noise.accumulate(master, **arguments)
+        assert same_bits(master, wanted), region
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**64 - 1),
-    iteration=st.integers(0, noise.MAX_ITERATION),
-    direction=st.integers(0, noise.MAX_DIRECTION),
-    param_id=st.integers(0, noise.MAX_PARAM_ID),
-    start=st.integers(0, 2**41),
+    iteration=st.integers(0, definition.MAX_ITERATION),
+    direction=st.integers(0, definition.MAX_DIRECTION),
+    param_id=st.integers(0, definition.MAX_PARAM_ID),
+    start=st.integers(0, SIZE - 9000),
     length=st.integers(0, 200),
+    rows=st.integers(0, 4),
+    gap=st.integers(0, 2000),
+    kind=st.sampled_from(NoiseKind),
 )
-def test_any_address_gives_the_oracles_bits(seed, iteration, direction, param_id, start, length):
-    address = {"seed": seed, "iteration": iteration, "direction": direction, "param_id": param_id}
-    target = torch.empty(length)
-    perturb(torch.full((length,), -0.0), target, sigma=1.0, start=start, **address)
-    wanted = np.float32(-0.0) + noise.normals(start=start, length=length, **address)
-    assert same_bits(target, torch.from_numpy(wanted))
+def test_any_address_gives_the_oracles_bits(
+    seed, iteration, direction, param_id, start, length, rows, gap, kind
+):
+    region = Region(param_id, SIZE, start, length, rows=rows, stride=length + gap)
+    address = {"seed": seed, "iteration": iteration, "region": region, "kind": kind}
+    centre, target = torch.full((rows * length,), -0.0), torch.empty(rows * length)
+    noise.perturb(centre, target, sigma=1.0, direction=direction, **address)
+    wanted = perturbed(centre, torch.float32, sigma=1.0, direction=direction, **address)
+    assert same_bits(target, wanted)
+    steps = {"directions": [direction], "coefficients": [0.3]}
+    for dtype in FORMATS:
+        master = torch.full((rows * length,), 0.01, dtype=dtype)
+        moved = accumulated(master, **steps, **address)
+        noise.accumulate(master, **steps, **address)
+        assert same_bits(master, moved)
 
 
 def test_a_run_does_not_depend_on_where_it_is_cut():
@@ -113,16 +124,23 @@ def test_a_run_does_not_depend_on_where_it_is_cut():
 
 def test_threads_do_not_change_a_bit():
     source = torch.randn(300_001, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(500 * 601, generator=torch.Generator().manual_seed(1))
+    regions = [Region(0, SIZE, 77, 300_001), Region(1, SIZE, 5, 601, rows=500, stride=777)]
     results = []
     threads = torch.get_num_threads()
     try:
         for num_threads in (1, 2, 3):
             torch.set_num_threads(num_threads)
-            target, master = torch.empty_like(source), source.clone()
-            address = {"seed": 1, "iteration": 0, "param_id": 0, "start": 77}
-            perturb(source, target, sigma=0.1, direction=0, **address)
-            accumulate(master, coefficients=[0.1, 0.2], directions=[0, 1], **address)
-            results.append((target, master))
+            results.append([])
+            for values, region, kind in itertools.product((source, rows), regions, NoiseKind):
+                if values.numel() != region.num_elements:
+                    continue
+                address = {"seed": 1, "iteration": 0, "region": region, "kind": kind}
+                target, master, narrow = torch.empty_like(values), values.clone(), values.bfloat16()
+                noise.perturb(values, target, sigma=0.1, direction=0, **address)
+                noise.accumulate(master, coefficients=[0.1, 0.2], directions=[0, 1], **address)
+                noise.accumulate(narrow, coefficients=[0.1, 0.2], directions=[0, 1], **address)
+                results[-1] += [target, master, narrow]
     finally:
         torch.set_num_threads(threads)
     assert all(same_bits(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
@@ -130,9 +148,9 @@ def test_threads_do_not_change_a_bit():
 
 def test_every_part_of_the_address_changes_the_noise():
     base = {"seed": 1, "iteration": 1, "direction": 1, "param_id": 1}
-    reference = noise.normals(start=0, length=4096, **base)
+    reference = definition.normals(start=0, length=4096, **base)
     for other in (*({**base, k: 2} for k in base), {**base, "seed": 1 + 2**32}):
-        correlation = np.corrcoef(reference, noise.normals(start=0, length=4096, **other))[0, 1]
+        correlation = np.corrcoef(reference, definition.normals(start=0, length=4096, **other))[0, 1]
         assert abs(correlation) < 0.06  # four standard deviations
 
 
@@ -142,24 +160,24 @@ def test_float16_and_bfloat16_conversions_are_exact_for_every_pattern():
         values = every.view(dtype)
         finite = values[torch.isfinite(values.float())]
         wide = torch.empty(finite.numel())
-        address = {"seed": 0, "iteration": 0, "direction": 0, "param_id": 0, "start": 0}
-        perturb(finite, wide, sigma=0.0, **address)
-        step = torch.from_numpy(np.float32(0) * noise.normals(length=finite.numel(), **address))
-        assert same_bits(wide, finite.float() + step)
+        address = {"seed": 0, "iteration": 0, "direction": 0, "sigma": 0.0}
+        region = Region(0, SIZE, 0, finite.numel())
+        noise.perturb(finite, wide, region=region, **address)
+        assert same_bits(wide, perturbed(finite, torch.float32, region=region, **address))
         # Half-way points and their neighbours, overflow to infinity, subnormals.
         between = (finite.float()[:-1].double() + finite.float()[1:].double()).div(2).float()
         for nudge in (0, 1, -1):
             source = (between.view(torch.int32) + nudge).view(torch.float32)
             narrow = torch.empty(source.numel(), dtype=dtype)
-            perturb(source, narrow, sigma=0.0, **address)
-            step = torch.from_numpy(np.float32(0) * noise.normals(length=source.numel(), **address))
-            assert same_bits(narrow, (source.to(dtype).float() + step).to(dtype))
+            region = Region(0, SIZE, 0, source.numel())
+            noise.perturb(source, narrow, region=region, **address)
+            assert same_bits(narrow, perturbed(source, dtype, region=region, **address))
 
 
 def exact_normals(radius_bits, angle_bits):
     """Box-Muller in float64 from the same uniforms."""
-    u = noise.radius_uniform(radius_bits).astype(np.float64)
-    quadrant, turns = noise.angle_uniform(angle_bits)
+    u = definition.radius_uniform(radius_bits).astype(np.float64)
+    quadrant, turns = definition.angle_uniform(angle_bits)
     angle = 2 * np.pi * (quadrant / 4 + turns.astype(np.float64))
     radius = np.sqrt(-2 * np.log(u))
     return radius * np.cos(angle), radius * np.sin(angle)
@@ -171,30 +189,28 @@ def test_error_against_float64_is_below_1e_6_in_the_bulk_and_in_the_tails(top):
     radius_bits = rng.integers(0, top, 1_000_000, dtype=np.uint64).astype(np.uint32)
     angle_bits = rng.integers(0, 2**32, 1_000_000, dtype=np.uint64).astype(np.uint32)
     for near, exact in zip(
-        noise.box_muller(radius_bits, angle_bits), exact_normals(radius_bits, angle_bits), strict=True
+        definition.box_muller(radius_bits, angle_bits), exact_normals(radius_bits, angle_bits), strict=True
     ):
         assert np.abs(near - exact).max() < 1e-6
 
 
 def test_tails_reach_beyond_six_sigma_and_the_extreme_uniforms_are_finite():
-    cosine, _ = noise.box_muller(np.array([0], np.uint32), np.array([0], np.uint32))
+    cosine, _ = definition.box_muller(np.array([0], np.uint32), np.array([0], np.uint32))
     assert 6.6 < cosine[0] < 6.7
     for word in (0, 1, 2**32 - 1):
         edge = np.array([word] * 3, np.uint32)
-        assert np.isfinite(noise.box_muller(edge, np.array([0, 2**31, 2**32 - 1], np.uint32))).all()
+        assert np.isfinite(definition.box_muller(edge, np.array([0, 2**31, 2**32 - 1], np.uint32))).all()
 
 
-def test_a_radius_of_zero_is_positive_zero_in_every_implementation():
+def test_a_radius_of_zero_is_positive_zero():
     # u rounds to 1 in one call of 2**25; this address is such a one.
     address = {"seed": 0, "iteration": 0, "direction": 0, "param_id": 0}
-    wanted = noise.normals(start=99850920, length=1, **address)
+    wanted = definition.normals(start=99850920, length=1, **address)
     assert wanted[0] == 0
-    centre = torch.tensor([-0.0])
-    step = centre + torch.from_numpy(wanted)
-    for implementation in (cpu, portable):
-        target = torch.empty(1)
-        implementation.perturb(centre, target, start=99850920, sigma=1.0, words=(0, 0, 0), key=(0, 0))
-        assert same_bits(target, step)
+    centre, target = torch.tensor([-0.0]), torch.empty(1)
+    region = Region(address.pop("param_id"), SIZE, 99850920, 1)
+    noise.perturb(centre, target, region=region, sigma=1.0, **address)
+    assert same_bits(target, centre + torch.from_numpy(wanted))
 
 
 def test_moments_of_a_million_elements_are_those_of_the_normal_law():
@@ -206,9 +222,107 @@ def test_moments_of_a_million_elements_are_those_of_the_normal_law():
 
 
 def test_data_order_is_a_pure_function_without_repeats():
-    order = noise.data_order(100, seed=3, iteration=5, count=40)
+    order = definition.data_order(100, seed=3, iteration=5, count=40)
     assert len(set(order.tolist())) == 40
     assert order.min() >= 0
     assert order.max() < 100
-    assert np.array_equal(order, noise.data_order(100, seed=3, iteration=5, count=100)[:40])
-    assert not np.array_equal(order, noise.data_order(100, seed=3, iteration=6, count=40))
+    assert np.array_equal(order, definition.data_order(100, seed=3, iteration=5, count=100)[:40])
+    assert not np.array_equal(order, definition.data_order(100, seed=3, iteration=6, count=40))
+
+
+# Stochastic rounding.
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounded"),
+    [(torch.bfloat16, definition.round_to_bfloat16), (torch.float16, definition.round_to_float16)],
+)
+def test_stochastic_rounding_picks_a_neighbour_as_often_as_the_other_is_far(dtype, rounded):
+    every_bits = np.arange(2**16, dtype=np.uint32)
+    values = [1.0, 1.001, -1.001, 3.14159, 255.9, 0.00313, -7e-5, 6.1e-5, 3.3e-6, 5e-8, 1e-9, -0.0, 65000.0]
+    for value in map(np.float32, values):
+        found = (
+            torch.from_numpy(rounded(np.full(2**16, value), every_bits).view(np.int16)).view(dtype).double()
+        )
+        neighbours = found.unique()
+        assert len(neighbours) <= 2
+        assert neighbours.min() <= value <= neighbours.max()
+        # Over all random bits the mean is the value itself: unbiased.
+        assert abs(found.mean() - float(value)) <= 2.0**-40
+    for value, wanted in [(np.inf, np.inf), (-np.inf, -np.inf), (3.4e38, torch.finfo(dtype).max)]:
+        found = rounded(np.full(2**16, value, np.float32), every_bits).view(np.int16)
+        assert (torch.from_numpy(found).view(dtype).double() == wanted).all()
+    nan = rounded(np.full(3, np.nan, np.float32), every_bits[-3:]).view(np.int16)
+    assert torch.from_numpy(nan).view(dtype).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_small_updates_of_a_narrow_master_add_up(dtype):
+    # Each moves an element by a fiftieth of its step; rounding to nearest would lose them all.
+    size, coefficient = 20_000, 0.02 * float(torch.finfo(dtype).eps)
+    master, exact = torch.ones(size, dtype=dtype), torch.ones(size, dtype=torch.float64)
+    region = Region(1, size, 0, size)
+    for iteration in range(100):
+        eps = definition.normals(seed=3, iteration=iteration, direction=0, param_id=1, start=0, length=size)
+        exact += coefficient * torch.from_numpy(eps)
+        noise.accumulate(
+            master, region=region, coefficients=[coefficient], directions=[0], seed=3, iteration=iteration
+        )
+    error = master.double() - exact
+    # Independent roundings: the mean error is zero within five standard errors, and not along the way moved.
+    assert abs(error.mean()) < 5 * error.std() / size**0.5
+    assert abs(np.corrcoef(error.numpy(), (exact - 1).numpy())[0, 1]) < 5 / size**0.5
+    assert error.std() < 2 * torch.finfo(dtype).eps
+
+
+# Rademacher.
+
+
+def test_signs_are_balanced_and_bits_are_not_shared_between_elements():
+    sample = definition.signs(seed=1, iteration=0, direction=0, param_id=0, start=0, length=2**20)
+    assert set(sample.tolist()) == {-1.0, 1.0}
+    assert abs(sample.mean()) < 4 / 2**10
+    for lag in (1, 15, 16, 17, 512, 2048):
+        assert abs((sample[lag:] * sample[:-lag]).mean()) < 4 / (2**20 - lag) ** 0.5
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, 10, 0, 5), "param_id is -1"),
+        ((2**24, 10, 0, 5), "param_id is 16777216"),
+        ((0, 2**34 + 1, 0, 5), "17179869185 elements; wanted at most 17179869184"),
+        ((0, 10, 6, 5), "elements up to 11 do not lie inside parameter 0, which has 10"),
+        ((0, 10, -1, 5), "must not be negative"),
+        ((0, 100, 0, 5, 3, 4), "overlap"),
+        ((0, 100, 0, 5, 3, 50), "elements up to 105 do not lie inside"),
+    ],
+)
+def test_a_region_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Region(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(10, dtype=torch.float64), "is torch.float64; wanted float32, bfloat16 or float16"),
+        (torch.zeros(20)[::2], "is not contiguous"),
+        (torch.zeros(9), "has 9 elements, but its region has 10"),
+        (torch.zeros(10, device="meta"), "no noise kernel for the device meta"),
+    ],
+)
+def test_a_tensor_that_cannot_be_used_is_refused(tensor, message):
+    region, address = Region(0, 10, 0, 10), {"seed": 0, "iteration": 0}
+    good = torch.zeros(10, device=tensor.device)
+    calls = [
+        lambda: noise.perturb(tensor, good, region=region, sigma=1, direction=0, **address),
+        lambda: noise.perturb(good, tensor, region=region, sigma=1, direction=0, **address),
+        lambda: noise.accumulate(tensor, region=region, coefficients=[1], directions=[0], **address),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()

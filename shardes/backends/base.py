@@ -18,6 +18,7 @@ class Backend(ABC):
         shards: This rank's part of every parameter, sorted by name. The same parameters on every rank.
         aliases: Further names of tied weights.
         dtype: The model's dtype.
+        device: Where this rank's tensors are.
         lockstep_model: The model whose forward gathers what it needs; a collective where shards are spread,
             so that every rank must call it equally often.
     """
@@ -25,6 +26,7 @@ class Backend(ABC):
     shards: tuple[Shard, ...]
     aliases: set[str]
     dtype: torch.dtype
+    device: torch.device
     lockstep_model: nn.Module
 
     @property

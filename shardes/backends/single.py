@@ -21,6 +21,7 @@ class SingleBackend(Backend):
     def __init__(self, skeleton: PreTrainedModel, *, group: Group) -> None:
         self._group = group
         self.dtype = skeleton.dtype
+        self.device = group.device
         self.aliases = parameter_aliases(skeleton)
         storage = {
             name: torch.empty(parameter.shape, dtype=parameter.dtype, device=group.device)

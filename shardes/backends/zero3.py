@@ -70,6 +70,7 @@ class Zero3Backend(Backend):
         self._replica = skeleton
         self._replica_storage: dict[str, torch.Tensor] | None = None
         self.dtype = skeleton.dtype
+        self.device = group.device
         self.aliases = parameter_aliases(skeleton)
         if group.device.type == "cpu":
             # Its shared-memory collectives take a minute to compile at the first start, and gain nothing.

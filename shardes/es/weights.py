@@ -12,7 +12,7 @@ import torch
 from shardes import noise
 from shardes.backends.base import Backend
 from shardes.checkpoint import Checkpoint
-from shardes.es.digest import digest
+from shardes.es.digest import add_digest
 from shardes.shards import Run, Shard
 
 
@@ -47,7 +47,7 @@ class Weights:
         shapes = {shard.name: shard.shape for shard in self._backend.shards}
         checkpoint.check_matches(shapes, aliases=self._backend.aliases)
         for shard, run, master in self._runs():
-            checkpoint.read(shard.name, start=run.global_start, out=master)
+            checkpoint.read(shard.name, region=shard.region(run), out=master)
         self.centre()
 
     @torch.no_grad()
@@ -57,12 +57,11 @@ class Weights:
             noise.perturb(
                 master,
                 run.of(shard.local),
+                region=shard.region(run),
                 sigma=sigma,
                 seed=self._seed,
                 iteration=iteration,
                 direction=direction,
-                param_id=shard.param_id,
-                start=run.global_start,
             )
         self._backend.commit()
 
@@ -79,21 +78,19 @@ class Weights:
         for shard, run, master in self._runs():
             noise.accumulate(
                 master,
+                region=shard.region(run),
                 coefficients=coefficients,
                 directions=directions,
                 seed=self._seed,
                 iteration=iteration,
-                param_id=shard.param_id,
-                start=run.global_start,
             )
 
     def digest(self) -> int:
         """This rank's part of the weights digest; the whole is the sum over ranks modulo 2**64."""
-        parts = (
-            digest(master, param_id=shard.param_id, start=run.global_start)
-            for shard, run, master in self._runs()
-        )
-        return sum(parts) & 0xFFFFFFFFFFFFFFFF
+        total = torch.zeros(1, dtype=torch.int64, device=self._backend.device)
+        for shard, run, master in self._runs():
+            add_digest(total, master, region=shard.region(run))
+        return int(total.item()) & 0xFFFFFFFFFFFFFFFF
 
     def gather_centre(self, shard: Shard) -> torch.Tensor | None:
         """One whole parameter of the centre, on rank 0; None elsewhere. A collective."""

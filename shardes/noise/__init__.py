@@ -1,81 +1,126 @@
 """eps, the noise: a pure function of (seed, iteration, direction, parameter, element).
 
 The two operations below are all that the rest of the program needs. They pick the kernel that fits the
-device; every kernel gives the bits of ``definition.py``.
+device: numba's on a CPU, Triton's on a GPU. Every kernel gives the bits of ``definition.py``.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
-from shardes.noise import cpu, portable
-from shardes.noise.definition import NOISE_VERSION, Stream, data_order, seed_key
+from shardes.noise.definition import NOISE_VERSION, NoiseKind, data_order, seed_key
+from shardes.noise.region import Region
 
-__all__ = ["NOISE_VERSION", "accumulate", "data_order", "perturb"]
+__all__ = ["NOISE_VERSION", "NoiseKind", "Region", "accumulate", "data_order", "perturb"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def perturb(
     source: torch.Tensor,
     target: torch.Tensor,
     *,
+    region: Region,
     sigma: float,
     seed: int,
     iteration: int,
     direction: int,
-    param_id: int,
-    start: int,
+    kind: NoiseKind = NoiseKind.GAUSSIAN,
 ) -> None:
     """Writes ``round(centre + sigma * eps)`` to ``target``; the centre is ``source`` rounded to its dtype.
 
     Args:
-        source: The master, flat and contiguous; float32, bfloat16 or float16.
-        target: The working tensor, of the same length; any of the three dtypes. ``source`` is not written.
+        source: The master; float32, bfloat16 or float16, contiguous, one element for each of the region. It
+            is not written.
+        target: The working tensor; any of the three dtypes, otherwise like ``source``.
+        region: Which elements they are.
         sigma: Noise scale, used as float32.
         seed: The run's seed.
         iteration: Below 2**32.
         direction: Below 2**24.
-        param_id: Below 2**24.
-        start: Row-major index, in the whole parameter, of the first element.
+        kind: Which noise.
+
+    Raises:
+        ValueError: A tensor of another dtype, size or device, or one that is not contiguous.
     """
-    if source.numel() == 0:
+    _check("source", source, region)
+    _check("target", target, region)
+    if source.device != target.device:
+        raise ValueError(f"source is on {source.device} and target on {target.device}; wanted one device")
+    if region.num_elements == 0:
         return
-    words = (param_id << 8, direction << 8 | Stream.GAUSSIAN, iteration)
-    implementation = cpu.perturb if source.device.type == "cpu" else portable.perturb
-    implementation(source, target, start=start, sigma=sigma, words=words, key=seed_key(seed))
+    _kernels(source.device).perturb(
+        source,
+        target,
+        region,
+        sigma=sigma,
+        kind=kind,
+        words=(region.param_id << 8, direction << 8 | kind.stream, iteration),
+        key=seed_key(seed),
+    )
 
 
 def accumulate(
     master: torch.Tensor,
     *,
+    region: Region,
     coefficients: Sequence[float],
     directions: Sequence[int],
     seed: int,
     iteration: int,
-    param_id: int,
-    start: int,
+    kind: NoiseKind = NoiseKind.GAUSSIAN,
 ) -> None:
     """Adds ``sum_n coefficients[n] * eps(directions[n])`` to ``master``, in one pass.
 
-    The sum starts at 0 and goes in the order given, in float32, one multiplication and one addition a term.
+    The sum starts at 0 and goes in the order given, in float32, one multiplication and one addition a term. A
+    float32 master takes it as it is; a bfloat16 or float16 master is rounded stochastically, with bits that
+    are a pure function of (seed, iteration, parameter, element) too.
 
     Args:
-        master: float32, flat and contiguous; changed in place.
+        master: float32, bfloat16 or float16, contiguous; changed in place.
+        region: Which elements they are.
         coefficients: One per direction, used as float32.
         directions: Each below 2**24.
         seed: The run's seed.
         iteration: Below 2**32.
-        param_id: Below 2**24.
-        start: Row-major index, in the whole parameter, of the first element.
+        kind: Which noise.
+
+    Raises:
+        ValueError: A tensor of another dtype or size, or one that is not contiguous.
     """
-    if master.numel() == 0:
+    _check("master", master, region)
+    if region.num_elements == 0:
         return
-    implementation = cpu.accumulate if master.device.type == "cpu" else portable.accumulate
-    implementation(
+    _kernels(master.device).accumulate(
         master,
-        start=start,
+        region,
         coefficients=coefficients,
-        word1=param_id << 8,
-        direction_words=[direction << 8 | Stream.GAUSSIAN for direction in directions],
+        kind=kind,
+        word1=region.param_id << 8,
+        direction_words=[direction << 8 | kind.stream for direction in directions],
         word3=iteration,
         key=seed_key(seed),
     )
+
+
+def _check(name: str, tensor: torch.Tensor, region: Region) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(f"{name} is {tensor.dtype}; wanted float32, bfloat16 or float16")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous (strides {tensor.stride()}); pass a contiguous tensor")
+    if tensor.numel() != region.num_elements:
+        raise ValueError(f"{name} has {tensor.numel()} elements, but its region has {region.num_elements}")
+
+
+def _kernels(device: torch.device) -> ModuleType:
+    """The module whose kernels run on a device; imported when first used."""
+    if device.type == "cpu":
+        from shardes.noise import cpu
+
+        return cpu
+    if device.type == "cuda":
+        from shardes.noise import gpu
+
+        return gpu
+    raise ValueError(f"there is no noise kernel for the device {device}; use a CPU or a CUDA device")

@@ -4,7 +4,7 @@ docs/noise.md states the same in words. Nothing here may change without a new ``
 can only be replayed under the definition it was written with. The kernels import the constants from here.
 """
 
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,10 @@ PHILOX_W1 = 0xBB67AE85
 # A block is LANES calls, and each call yields four elements, one in each quarter of the block.
 LANES = 16
 BLOCK = 4 * LANES
+# One bit an element: a call's 4 * 32 bits serve elements LANES apart.
+SIGN_BLOCK = 128 * LANES
 
+MAX_ELEMENTS = 2**34
 MAX_ITERATION = 2**32 - 1
 MAX_DIRECTION = 2**24 - 1
 MAX_PARAM_ID = 2**24 - 1
@@ -49,6 +52,20 @@ class Stream(IntEnum):
 
     GAUSSIAN = 0
     DATA_ORDER = 1
+    RADEMACHER = 2
+    ROUNDING = 3
+
+
+class NoiseKind(StrEnum):
+    """The distribution of eps: standard normal, or +1 and -1 with equal probability."""
+
+    GAUSSIAN = "gaussian"
+    RADEMACHER = "rademacher"
+
+    @property
+    def stream(self) -> Stream:
+        """Whose counters it uses."""
+        return Stream[self.name]
 
 
 def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
@@ -151,6 +168,21 @@ def cos_sin_turns(
     return real, imaginary
 
 
+def element_words(
+    *, seed: int, iteration: int, direction: int, param_id: int, stream: Stream, start: int, length: int
+) -> NDArray[np.uint32]:
+    """The four words of every call of the blocks that a stretch of elements touches.
+
+    Returns:
+        uint32 of shape [4, blocks, LANES].
+    """
+    first_block = start // BLOCK
+    num_blocks = -(-(start + length) // BLOCK) - first_block
+    call = np.arange(num_blocks * LANES, dtype=np.uint64) + np.uint64(first_block * LANES)
+    counter = counter_words(call, iteration=iteration, direction=direction, param_id=param_id, stream=stream)
+    return philox(counter, seed_key(seed)).reshape(4, num_blocks, LANES)
+
+
 def normals(
     *, seed: int, iteration: int, direction: int, param_id: int, start: int, length: int
 ) -> NDArray[np.float32]:
@@ -167,19 +199,92 @@ def normals(
     Returns:
         float32 of shape [length].
     """
-    first_block = start // BLOCK
-    num_blocks = -(-(start + length) // BLOCK) - first_block
-    call = np.arange(num_blocks * LANES, dtype=np.uint64) + np.uint64(first_block * LANES)
-    words = philox(
-        counter_words(
-            call, iteration=iteration, direction=direction, param_id=param_id, stream=Stream.GAUSSIAN
-        ),
-        seed_key(seed),
+    words = element_words(
+        seed=seed,
+        iteration=iteration,
+        direction=direction,
+        param_id=param_id,
+        stream=Stream.GAUSSIAN,
+        start=start,
+        length=length,
     )
     quarters = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
-    eps = np.stack([quarter.reshape(num_blocks, LANES) for quarter in quarters], axis=1).reshape(-1)
-    offset = start - first_block * BLOCK
-    return eps[offset : offset + length]
+    return np.stack(quarters, axis=1).reshape(-1)[start % BLOCK :][:length]
+
+
+def signs(
+    *, seed: int, iteration: int, direction: int, param_id: int, start: int, length: int
+) -> NDArray[np.float32]:
+    """Rademacher noise: +1 or -1 with equal probability, one bit an element; arguments as in ``normals``.
+
+    Returns:
+        float32 of shape [length].
+    """
+    first_block = start // SIGN_BLOCK
+    num_blocks = -(-(start + length) // SIGN_BLOCK) - first_block
+    call = np.arange(num_blocks * LANES, dtype=np.uint64) + np.uint64(first_block * LANES)
+    counter = counter_words(
+        call, iteration=iteration, direction=direction, param_id=param_id, stream=Stream.RADEMACHER
+    )
+    words = philox(counter, seed_key(seed)).reshape(4, num_blocks, LANES)
+    bits = words[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
+    in_order = bits.transpose(1, 0, 3, 2).reshape(-1)  # block, word, bit, lane
+    offset = start - first_block * SIGN_BLOCK
+    return (np.float32(1) - np.float32(2) * in_order.astype(np.float32))[offset : offset + length]
+
+
+def rounding_bits(*, seed: int, iteration: int, param_id: int, start: int, length: int) -> NDArray[np.uint32]:
+    """The 16 random bits with which an update rounds each element; arguments as in ``normals``.
+
+    Returns:
+        uint32 of shape [length], each below 2**16.
+    """
+    words = element_words(
+        seed=seed,
+        iteration=iteration,
+        direction=0,
+        param_id=param_id,
+        stream=Stream.ROUNDING,
+        start=start,
+        length=length,
+    )
+    return words.transpose(1, 0, 2).reshape(-1)[start % BLOCK :][:length] >> np.uint32(16)
+
+
+def round_to_bfloat16(values: NDArray[np.float32], bits: NDArray[np.uint32]) -> NDArray[np.uint16]:
+    """Stochastic rounding: up with a probability of the distance to the lower neighbour.
+
+    A finite value stays finite. The payload of a NaN is not defined.
+
+    Args:
+        values: float32.
+        bits: Random, below 2**16, of the same shape.
+
+    Returns:
+        The bits of bfloat16, as uint16 of the same shape.
+    """
+    pattern = values.view(np.uint32)
+    magnitude = pattern & np.uint32(0x7FFFFFFF)
+    rounded = np.minimum((magnitude + bits) >> np.uint32(16), np.uint32(0x7F7F))
+    rounded = np.where(magnitude >= np.uint32(0x7F800000), magnitude >> np.uint32(16), rounded)
+    rounded = np.where(magnitude > np.uint32(0x7F800000), np.uint32(0x7FC0), rounded)
+    return (rounded | pattern >> np.uint32(16) & np.uint32(0x8000)).astype(np.uint16)
+
+
+def round_to_float16(values: NDArray[np.float32], bits: NDArray[np.uint32]) -> NDArray[np.uint16]:
+    """As ``round_to_bfloat16``; below 2**-14, where float16 has steps of 2**-24, to within 2**-40."""
+    pattern = values.view(np.uint32)
+    magnitude = pattern & np.uint32(0x7FFFFFFF)
+    # 13 bits of the significand go; the exponent's bias falls from 127 to 15.
+    normal = (magnitude - np.uint32(0x38000000) + (bits >> np.uint32(3))) >> np.uint32(13)
+    normal = np.minimum(normal, np.uint32(0x7BFF))
+    is_small = magnitude < np.uint32(0x38800000)
+    steps = np.where(is_small, magnitude, np.uint32(0)).view(np.float32) * np.float32(2.0**40)
+    small = (steps.astype(np.int32).astype(np.uint32) + bits) >> np.uint32(16)
+    rounded = np.where(is_small, small, normal)
+    rounded = np.where(magnitude == np.uint32(0x7F800000), np.uint32(0x7C00), rounded)
+    rounded = np.where(magnitude > np.uint32(0x7F800000), np.uint32(0x7E00), rounded)
+    return (rounded | pattern >> np.uint32(16) & np.uint32(0x8000)).astype(np.uint16)
 
 
 def data_order(size: int, *, seed: int, iteration: int, count: int) -> NDArray[np.int64]:
