@@ -16,17 +16,19 @@ from shardes.errors import UserError
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks of a job. With one rank and no process group, every collective is the identity.
+    """Ranks that work together, all of a job or some. With one rank, every collective is the identity.
 
     Attributes:
-        rank: This process's index.
+        rank: This process's index among them.
         world_size: Number of processes.
         device: Where this rank's tensors live.
+        process_group: What its collectives run over; None is torch's default group, or no group at all.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    process_group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -38,7 +40,7 @@ class Group:
         if self.world_size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.process_group)
         return total.tolist()
 
     def sum_int64(self, value: int) -> int:
@@ -46,7 +48,7 @@ class Group:
         wrapped = value & 0xFFFFFFFFFFFFFFFF
         if self.world_size > 1:
             total = torch.tensor([wrapped - (wrapped >> 63 << 64)], dtype=torch.int64, device=self.device)
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.process_group)
             wrapped = int(total.item()) & 0xFFFFFFFFFFFFFFFF
         return wrapped
 
@@ -55,7 +57,7 @@ class Group:
         if self.world_size == 1:
             return flag
         total = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
-        dist.all_reduce(total, op=dist.ReduceOp.MAX)
+        dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.process_group)
         return bool(total.item())
 
     def broadcast_json(self, value: Any) -> Any:
@@ -64,11 +66,11 @@ class Group:
             return value
         payload = json.dumps(value).encode() if self.is_main else b""
         size = torch.tensor([len(payload)], dtype=torch.int64, device=self.device)
-        dist.broadcast(size, src=0)
+        dist.broadcast(size, group=self.process_group, group_src=0)
         buffer = torch.zeros(int(size.item()), dtype=torch.uint8, device=self.device)
         if self.is_main:
             buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-        dist.broadcast(buffer, src=0)
+        dist.broadcast(buffer, group=self.process_group, group_src=0)
         return json.loads(bytes(buffer.cpu().numpy()))
 
     def barrier(self) -> None:

@@ -163,7 +163,7 @@ class Zero3Backend(Backend):
         parts = (
             [torch.empty_like(values) for _ in range(self._group.world_size)] if self._group.is_main else None
         )
-        dist.gather(values.contiguous(), parts, dst=0)
+        dist.gather(values.contiguous(), parts, group=self._group.process_group, group_dst=0)
         if parts is None:
             return None
         return torch.cat(parts)[: self._parameters[shard.name].ds_numel].view(shard.shape)
