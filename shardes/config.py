@@ -60,7 +60,7 @@ class ModelConfig(Section):
     path: Path
     """A local directory in Hugging Face format, with safetensors weights and a tokenizer."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """The dtype of the weights that generate, and of the exported model. The master is float32."""
+    """The dtype of the weights that generate, and of the exported model."""
     trust_remote_code: bool = False
     """Whether Python files inside the model directory may be run."""
 
@@ -111,6 +111,14 @@ class RolloutConfig(Section):
     """The longest answer, in tokens."""
 
 
+class WeightsConfig(Section):
+    """The master weights, which only updates write."""
+
+    master: Literal["float32", "model"] = "float32"
+    """``float32``: 4 more bytes a parameter, no update is lost. ``model``: the model's dtype, rounded
+    stochastically at every update, so that small steps survive on average."""
+
+
 class EsConfig(Section):
     """The algorithm (Qiu et al. 2025, arXiv 2509.24372)."""
 
@@ -120,6 +128,8 @@ class EsConfig(Section):
     """Number of updates."""
     population: int = Field(default=30, ge=2, lt=2**24)
     """Members evaluated per iteration."""
+    noise: Literal["gaussian", "rademacher"] = "gaussian"
+    """``gaussian``: standard normal, as in the paper. ``rademacher``: +1 or -1, much cheaper to compute."""
     sigma: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Scale of the noise on the weights."""
     alpha: float | Literal["auto"] = "auto"
@@ -177,6 +187,7 @@ class Config(Section):
     run: RunConfig
     parallel: ParallelConfig = ParallelConfig()
     rollout: RolloutConfig
+    weights: WeightsConfig = WeightsConfig()
     es: EsConfig
     eval: EvalConfig = EvalConfig()
     task: TaskConfig

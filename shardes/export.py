@@ -174,7 +174,7 @@ The weights after {iteration} iterations of evolution strategies (Qiu et al. 202
 task `{config.task.name or config.task.reward}`, made with shardes {__version__}. No gradient was computed.
 
 - base model: `{config.model.path.name}`, weights digest `{session.identity["base_weights_digest"]}`
-- these weights: dtype {config.model.dtype}, digest of the float32 master `{digest}`
+- these weights: dtype {config.model.dtype}, digest of the master `{digest}`
 
 ```json
 {json.dumps(settings, indent=2, sort_keys=True)}

@@ -19,7 +19,7 @@ from shardes.distributed import Group, process_group
 from shardes.errors import UserError
 from shardes.es.weights import Weights
 from shardes.modeling import load_tokenizer
-from shardes.noise import NOISE_VERSION
+from shardes.noise import NOISE_VERSION, NoiseKind
 from shardes.rollout.rollout import Rollout
 from shardes.rollout.scoring import Scorer
 from shardes.runs.journal import JOURNAL_VERSION
@@ -91,7 +91,12 @@ def open_session(config: Config) -> Iterator[Session]:
     needs_group = config.parallel.backend == "zero3"
     with process_group(timeout_seconds=config.parallel.timeout_seconds, always=needs_group) as group:
         backend = make_backend(config, group=group)
-        weights = Weights(backend, seed=config.es.seed)
+        weights = Weights(
+            backend,
+            seed=config.es.seed,
+            kind=NoiseKind(config.es.noise),
+            dtype=torch.float32 if config.weights.master == "float32" else backend.dtype,
+        )
         weights.load(checkpoint)
         identity = _identity(backend, checkpoint, _digest(group, backend, weights))
         logger.info(

@@ -1,8 +1,8 @@
 """The master weights of a rank's shards, and what ES does to them.
 
-The master is float32 and only ``update`` writes it. The centre is the master rounded to the model's dtype:
-what would be exported is what is searched around. A perturbed shard is computed from the master into the
-backend's working tensor in one pass, so there is nothing to restore and nothing drifts.
+Only ``update`` writes the master. The centre is the master rounded to the model's dtype: what would be
+exported is what is searched around. A perturbed shard is computed from the master into the backend's working
+tensor in one pass, so there is nothing to restore and nothing drifts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ from shardes import noise
 from shardes.backends.base import Backend
 from shardes.checkpoint import Checkpoint
 from shardes.es.digest import add_digest
+from shardes.noise import NoiseKind
 from shardes.shards import Run, Shard
 
 
@@ -22,13 +23,23 @@ class Weights:
     Args:
         backend: Where the working tensors live.
         seed: The key of the noise.
+        kind: Which noise.
+        dtype: Of the master. A narrow one is rounded stochastically at every update.
     """
 
-    def __init__(self, backend: Backend, *, seed: int) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        seed: int,
+        kind: NoiseKind = NoiseKind.GAUSSIAN,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._backend = backend
         self._seed = seed
+        self._kind = kind
         self._masters = {
-            shard.name: torch.zeros(shard.local.shape, dtype=torch.float32, device=shard.local.device)
+            shard.name: torch.zeros(shard.local.shape, dtype=dtype, device=shard.local.device)
             for shard in backend.shards
         }
 
@@ -39,7 +50,7 @@ class Weights:
                 yield shard, run, run.of(self._masters[shard.name])
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Reads this rank's elements, and no others, at the precision of the file.
+        """Reads this rank's elements, and no others, from the file's precision to the master's.
 
         Raises:
             UserError: The checkpoint does not fit the model.
@@ -62,6 +73,7 @@ class Weights:
                 seed=self._seed,
                 iteration=iteration,
                 direction=direction,
+                kind=self._kind,
             )
         self._backend.commit()
 
@@ -83,6 +95,7 @@ class Weights:
                 directions=directions,
                 seed=self._seed,
                 iteration=iteration,
+                kind=self._kind,
             )
 
     def digest(self) -> int:

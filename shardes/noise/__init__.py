@@ -92,13 +92,14 @@ def accumulate(
     _check("master", master, region)
     if region.num_elements == 0:
         return
+    stream = kind.stream
     _kernels(master.device).accumulate(
         master,
         region,
         coefficients=coefficients,
         kind=kind,
         word1=region.param_id << 8,
-        direction_words=[direction << 8 | kind.stream for direction in directions],
+        direction_words=[direction << 8 | stream for direction in directions],
         word3=iteration,
         key=seed_key(seed),
     )

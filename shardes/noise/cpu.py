@@ -18,6 +18,7 @@ from shardes.noise.cpu_math import (
     FORMATS,
     as_bits,
     as_float,
+    eight_normals,
     f32,
     four_normals,
     load,
@@ -31,56 +32,80 @@ from shardes.noise.definition import BLOCK, LANES, SIGN_BLOCK, NoiseKind, Stream
 from shardes.noise.region import Region
 from shardes.threads import split_over_threads
 
-# Elements; see split_over_threads.
-_MIN_PER_THREAD = 1 << 15
+# Elements of normals that a kernel makes in a step: a pair of blocks to perturb with, a block to add up.
+_PAIR = 2 * BLOCK
+_MIN_PER_THREAD = 1 << 15  # elements; see split_over_threads
 
 
 @nb.njit(inline="always")
-def _fill_normals(eps, block, scale, c1, c2, c3, k0, k1):
-    """eps[:64] = scale * the normals of a block."""
-    first_call = u64(block) * u64(LANES)
-    word1 = u32(c1 | u32(first_call >> u64(32)))
+def _fill_normals(eps, first_call, scale, c1, c2, c3, k0, k1):
+    """eps[:128] = scale * the normals of a pair of blocks."""
     for lane in range(LANES):
-        a, b, c, d = four_normals(lane, first_call, word1, c2, c3, k0, k1)
+        call = u32(u32(first_call) + u32(lane))
+        first, second = eight_normals(call, c2, u32(call + u32(LANES)), c2, c1, c3, k0, k1)
+        a, b, c, d = first
+        e, f, g, h = second
         eps[lane], eps[LANES + lane] = scale * a, scale * b
         eps[2 * LANES + lane], eps[3 * LANES + lane] = scale * c, scale * d
+        eps[4 * LANES + lane], eps[5 * LANES + lane] = scale * e, scale * f
+        eps[6 * LANES + lane], eps[7 * LANES + lane] = scale * g, scale * h
 
 
 @nb.njit(inline="always")
-def _add_normals(total, block, scale, c1, c2, c3, k0, k1):
-    """total[:64] += scale * the normals of a block."""
-    first_call = u64(block) * u64(LANES)
-    word1 = u32(c1 | u32(first_call >> u64(32)))
-    for lane in range(LANES):
-        a, b, c, d = four_normals(lane, first_call, word1, c2, c3, k0, k1)
-        total[lane] += scale * a
-        total[LANES + lane] += scale * b
-        total[2 * LANES + lane] += scale * c
-        total[3 * LANES + lane] += scale * d
+def _add_normals(total, first_call, coefficients, c1, directions, c3, k0, k1):
+    """Adds the normals of a block in all directions, each times its coefficient, to total[:64]."""
+    num_paired = directions.size - directions.size % 2
+    for n in range(0, num_paired, 2):
+        # Read here, not in the loop below: what is read there might, for all the compiler knows, be written.
+        scale0, scale1 = coefficients[n], coefficients[n + 1]
+        word20, word21 = directions[n], directions[n + 1]
+        for lane in range(LANES):
+            call = u32(u32(first_call) + u32(lane))
+            first, second = eight_normals(call, word20, call, word21, c1, c3, k0, k1)
+            a, b, c, d = first
+            e, f, g, h = second
+            total[lane] = (total[lane] + scale0 * a) + scale1 * e
+            total[LANES + lane] = (total[LANES + lane] + scale0 * b) + scale1 * f
+            total[2 * LANES + lane] = (total[2 * LANES + lane] + scale0 * c) + scale1 * g
+            total[3 * LANES + lane] = (total[3 * LANES + lane] + scale0 * d) + scale1 * h
+    for n in range(num_paired, directions.size):
+        scale0, word20 = coefficients[n], directions[n]
+        for lane in range(LANES):
+            call = u32(u32(first_call) + u32(lane))
+            a, b, c, d = four_normals(call, c1, word20, c3, k0, k1)
+            total[lane] += scale0 * a
+            total[LANES + lane] += scale0 * b
+            total[2 * LANES + lane] += scale0 * c
+            total[3 * LANES + lane] += scale0 * d
 
 
 @nb.njit(inline="always")
-def _fill_signs(eps, block, scale, c1, c2, c3, k0, k1):
+def _fill_signs(eps, first_call, scale, c1, c2, c3, k0, k1):
     """eps[:2048] = scale * the signs of a block."""
     eps[:] = f32(0)
-    _add_signs(eps, block, scale, c1, c2, c3, k0, k1)
+    _add_signs_of_one(eps, first_call, scale, c1, c2, c3, k0, k1)
 
 
 @nb.njit(inline="always")
-def _add_signs(total, block, scale, c1, c2, c3, k0, k1):
-    """total[:2048] += scale * the signs of a block."""
+def _add_signs(total, first_call, coefficients, c1, directions, c3, k0, k1):
+    """Adds the signs of a block in all directions, each times its coefficient, to total[:2048]."""
+    for n in range(directions.size):
+        _add_signs_of_one(total, first_call, coefficients[n], c1, directions[n], c3, k0, k1)
+
+
+@nb.njit(inline="always")
+def _add_signs_of_one(total, first_call, scale, c1, c2, c3, k0, k1):
     words = np.empty((4, LANES), np.uint32)
-    first_call = u64(block) * u64(LANES)
-    word1 = u32(c1 | u32(first_call >> u64(32)))
     for lane in range(LANES):
-        a, b, c, d = philox(u32(u32(first_call) + u32(lane)), word1, c2, c3, k0, k1)
+        a, b, c, d = philox(u32(u32(first_call) + u32(lane)), c1, c2, c3, k0, k1)
         words[0, lane], words[1, lane], words[2, lane], words[3, lane] = a, b, c, d
-    for word in range(4):
-        for bit in range(32):
-            here = total[(word * 32 + bit) * LANES :]
-            for lane in range(LANES):
-                sign = u32(words[word, lane] << u32(31 - bit)) & u32(0x80000000)
-                here[lane] += as_float(as_bits(scale) ^ sign)
+    # Four bits of four words in a step: the compiler checks once a step that the arrays do not overlap.
+    for first_bit in range(0, 32, 4):
+        for lane in range(LANES):
+            for word in range(4):
+                for bit in range(4):
+                    sign = u32(words[word, lane] << u32(31 - first_bit - bit)) & u32(0x80000000)
+                    total[(word * 32 + first_bit + bit) * LANES + lane] += as_float(as_bits(scale) ^ sign)
 
 
 @nb.njit(inline="always")
@@ -89,50 +114,46 @@ def _fill_rounding_bits(bits, block, c1, c3, k0, k1):
     first_call = u64(block) * u64(LANES)
     word1 = u32(c1 | u32(first_call >> u64(32)))
     for lane in range(LANES):
-        a, b, c, d = philox(u32(u32(first_call) + u32(lane)), word1, u32(Stream.ROUNDING), c3, k0, k1)
+        call = u32(u32(first_call) + u32(lane))
+        a, b, c, d = philox(call, word1, u32(Stream.ROUNDING), c3, k0, k1)
         bits[lane], bits[LANES + lane] = a >> u32(16), b >> u32(16)
         bits[2 * LANES + lane], bits[3 * LANES + lane] = c >> u32(16), d >> u32(16)
+
+
+@nb.njit(inline="always")
+def _place(step, size, per_row, start, stride, length):
+    """What a step handles: where its block starts, and the stretch of it that the row owns, perhaps empty.
+
+    Returns:
+        The block's first element, the stretch counted from there, and what to add to an index counted from
+        there to get the one within the tensor.
+    """
+    row, block_in_row = step // per_row, step % per_row
+    row_start = start + row * stride
+    block_start = (row_start // size + block_in_row) * size
+    begin = max(row_start - block_start, 0)
+    end = max(min(row_start + length - block_start, size), begin)
+    return block_start, begin, end, row * length + block_start - row_start
 
 
 @functools.cache
 def _perturb_kernel(kind: NoiseKind, source_format: int, target_format: int) -> Callable[..., None]:
     """The kernel for one kind and pair of formats; compiled when first used, then kept on disk by numba."""
-    fill, size = _BLOCKS[kind]
+    fill, size, per_call = _FILLS[kind]
 
     @nb.njit(nogil=True, cache=True, error_model="numpy")
-    def perturb(
-        first,
-        last,
-        per_row,
-        start,
-        stride,
-        length,
-        source,
-        target,
-        sigma,
-        c1,
-        c2,
-        c3,
-        k0,
-        k1,
-    ):
+    def perturb(first, last, geometry, source, target, sigma, words, key):
         eps = np.empty(size, np.float32)
-        row, block_in_row = first // per_row, first % per_row
-        for _ in range(first, last):
-            row_start = start + row * stride
-            block = row_start // size + block_in_row
-            low, high = max(block * size, row_start), min((block + 1) * size, row_start + length)
-            if low < high:
-                fill(eps, block, sigma, c1, c2, c3, k0, k1)
-                offset = row * length - row_start
-                here, there = source[low + offset : high + offset], target[low + offset : high + offset]
-                owned = eps[low - block * size :]
-                for j in range(here.size):
-                    centre = load(store(load(here[j], source_format), target_format), target_format)
-                    there[j] = store(centre + owned[j], target_format)
-            block_in_row += 1
-            if block_in_row == per_row:
-                row, block_in_row = row + 1, 0
+        (per_row, start, stride, length), (c1, c2, c3), (k0, k1) = geometry, words, key
+        for step in range(first, last):
+            block_start, begin, end, offset = _place(step, size, per_row, start, stride, length)
+            first_call = u64(block_start // per_call)
+            fill(eps, first_call, sigma, u32(c1 | u32(first_call >> u64(32))), c2, c3, k0, k1)
+            here, there = source[begin + offset : end + offset], target[begin + offset : end + offset]
+            owned = eps[begin:end]
+            for j in range(here.size):
+                centre = load(store(load(here[j], source_format), target_format), target_format)
+                there[j] = store(centre + owned[j], target_format)
 
     return perturb
 
@@ -140,55 +161,37 @@ def _perturb_kernel(kind: NoiseKind, source_format: int, target_format: int) -> 
 @functools.cache
 def _accumulate_kernel(kind: NoiseKind, master_format: int) -> Callable[..., None]:
     """As ``_perturb_kernel``."""
-    add, size = _SUMS[kind]
+    add, size, per_call = _SUMS[kind]
 
     @nb.njit(nogil=True, cache=True, error_model="numpy")
-    def accumulate(
-        first,
-        last,
-        per_row,
-        start,
-        stride,
-        length,
-        master,
-        coefficients,
-        c1,
-        c2,
-        c3,
-        k0,
-        k1,
-    ):
-        total, bits = np.empty(size, np.float32), np.empty(BLOCK, np.uint32)
-        row, block_in_row = first // per_row, first % per_row
-        for _ in range(first, last):
-            row_start = start + row * stride
-            block = row_start // size + block_in_row
-            low, high = max(block * size, row_start), min((block + 1) * size, row_start + length)
-            if low < high:
-                total[:] = f32(0)
-                for n in range(c2.size):
-                    add(total, block, coefficients[n], c1, c2[n], c3, k0, k1)
-                offset = row * length - row_start
-                here, owned = master[low + offset : high + offset], total[low - block * size :]
-                if master_format == FLOAT32:
-                    for j in range(here.size):
-                        here[j] = as_bits(as_float(here[j]) + owned[j])
-                else:
-                    for part in range(low // BLOCK, (high - 1) // BLOCK + 1):
-                        _fill_rounding_bits(bits, part, c1, c3, k0, k1)
-                        begin, end = max(part * BLOCK, low), min((part + 1) * BLOCK, high)
-                        for j in range(begin - low, end - low):
-                            moved = load(here[j], master_format) + owned[j]
-                            here[j] = store_randomly(moved, bits[low + j - part * BLOCK], master_format)
-            block_in_row += 1
-            if block_in_row == per_row:
-                row, block_in_row = row + 1, 0
+    def accumulate(first, last, geometry, master, coefficients, directions, words, key):
+        total, bits = np.empty(size, np.float32), np.empty(size, np.uint32)
+        (per_row, start, stride, length), (c1, c3), (k0, k1) = geometry, words, key
+        for step in range(first, last):
+            block_start, begin, end, offset = _place(step, size, per_row, start, stride, length)
+            first_call = u64(block_start // per_call)
+            word1 = u32(c1 | u32(first_call >> u64(32)))
+            total[:] = f32(0)
+            add(total, first_call, coefficients, word1, directions, c3, k0, k1)
+            here, owned = master[begin + offset : end + offset], total[begin:end]
+            if master_format == FLOAT32:
+                for j in range(here.size):
+                    here[j] = as_bits(as_float(here[j]) + owned[j])
+            else:
+                for part in range(size // BLOCK):
+                    block = block_start // BLOCK + part
+                    _fill_rounding_bits(bits[part * BLOCK :], block, c1, c3, k0, k1)
+                drawn = bits[begin:end]
+                for j in range(here.size):
+                    moved = load(here[j], master_format) + owned[j]
+                    here[j] = store_randomly(moved, drawn[j], master_format)
 
     return accumulate
 
 
-_BLOCKS = {NoiseKind.GAUSSIAN: (_fill_normals, BLOCK), NoiseKind.RADEMACHER: (_fill_signs, SIGN_BLOCK)}
-_SUMS = {NoiseKind.GAUSSIAN: (_add_normals, BLOCK), NoiseKind.RADEMACHER: (_add_signs, SIGN_BLOCK)}
+# How a kind is made, how many elements at a time, and how many of them a call of Philox serves.
+_FILLS = {NoiseKind.GAUSSIAN: (_fill_normals, _PAIR, 4), NoiseKind.RADEMACHER: (_fill_signs, SIGN_BLOCK, 128)}
+_SUMS = {NoiseKind.GAUSSIAN: (_add_normals, BLOCK, 4), NoiseKind.RADEMACHER: (_add_signs, SIGN_BLOCK, 128)}
 
 
 def perturb(
@@ -202,9 +205,8 @@ def perturb(
     key: tuple[int, int],
 ) -> None:
     """As ``shardes.noise.perturb``; ``words`` are the counter words 1 to 3."""
-    kernel = _perturb_kernel(kind, FORMATS[source.dtype], FORMATS[target.dtype])
-    numbers = (u32(word) for word in (*words, *key))
-    _over_blocks(kernel, region, _BLOCKS[kind][1], stored(source), stored(target), f32(sigma), *numbers)
+    kernel, size = _perturb_kernel(kind, FORMATS[source.dtype], FORMATS[target.dtype]), _FILLS[kind][1]
+    _over_blocks(kernel, region, size, stored(source), stored(target), f32(sigma), _words(words), _words(key))
 
 
 def accumulate(
@@ -225,11 +227,14 @@ def accumulate(
         _SUMS[kind][1],
         stored(master),
         np.asarray(coefficients, np.float32),
-        u32(word1),
         np.asarray(direction_words, np.uint32),
-        u32(word3),
-        *(u32(word) for word in key),
+        _words((word1, word3)),
+        _words(key),
     )
+
+
+def _words(numbers: Sequence[int]) -> tuple[np.uint32, ...]:
+    return tuple(u32(number) for number in numbers)
 
 
 def _over_blocks(kernel: Callable[..., None], region: Region, size: int, *arguments: Any) -> None:
@@ -240,10 +245,7 @@ def _over_blocks(kernel: Callable[..., None], region: Region, size: int, *argume
     split_over_threads(
         kernel,
         region.rows * per_row,
-        per_row,
-        start,
-        stride,
-        length,
+        (per_row, start, stride, length),
         *arguments,
         at_least=max(_MIN_PER_THREAD // size, 1),
     )

@@ -64,7 +64,7 @@ def tree(tmp_path, *, model, run_dir, **changes):
     }
     for key, value in changes.items():
         section, name = key.split("__")
-        values[section][name] = value
+        values.setdefault(section, {})[name] = value
     return json.loads(json.dumps(values, default=str))
 
 
