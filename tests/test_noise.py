@@ -233,6 +233,14 @@ def test_data_order_is_a_pure_function_without_repeats():
 # Stochastic rounding.
 
 
+def test_the_rounding_bits_and_the_signs_of_the_documentation():
+    address = {"seed": 1, "iteration": 2, "param_id": 4}
+    bits = definition.rounding_bits(start=60, length=4, **address)
+    assert bits.tolist() == [0x12B2, 0xF775, 0xAE9F, 0x5E5C]
+    found = definition.signs(direction=3, start=510, length=8, **address)
+    assert found.tolist() == [-1, -1, 1, 1, 1, 1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("dtype", "rounded"),
     [(torch.bfloat16, definition.round_to_bfloat16), (torch.float16, definition.round_to_float16)],

@@ -4,6 +4,8 @@ It is the sum modulo 2**64, over elements, of a mix of (parameter id, global ind
 does not care how its terms are spread over ranks. docs/noise.md defines it.
 """
 
+from types import ModuleType
+
 import torch
 
 from shardes.noise.region import Region
@@ -28,8 +30,15 @@ def add_digest(total: torch.Tensor, values: torch.Tensor, *, region: Region) -> 
         raise ValueError(f"wanted {region.num_elements} contiguous values; got {values.numel()}")
     if region.num_elements == 0:
         return
-    if values.device.type == "cuda":
-        from shardes.es import digest_gpu as kernels
-    else:
-        from shardes.es import digest_cpu as kernels  # type: ignore[no-redef]
-    kernels.add_digest(total, values, region)
+    _kernels(values.device).add_digest(total, values, region)
+
+
+def _kernels(device: torch.device) -> ModuleType:
+    """The module whose kernel runs on a device; imported when first used."""
+    if device.type == "cuda":
+        from shardes.es import digest_gpu
+
+        return digest_gpu
+    from shardes.es import digest_cpu
+
+    return digest_cpu

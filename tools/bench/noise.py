@@ -1,16 +1,19 @@
-"""Measures the noise's CPU kernels against ``torch.randn`` and against a plain copy.
+"""Measures the noise's kernels against torch's generator and against a plain copy.
 
-Two operations, each with float32 master weights:
+Every operation starts from float32 master weights, unless the update's master is narrow:
 
-- perturb: ``shardes.noise.perturb`` against ``torch.randn`` and ``add_`` in the target's dtype;
-- accumulate: ``shardes.noise.accumulate`` over some directions against ``randn``, ``mul_`` and ``add_`` for
-  each of them.
+- perturb: ``shardes.noise.perturb`` against ``randn`` and ``add_`` in the target's dtype;
+- update: ``shardes.noise.accumulate`` over some directions against ``randn``, ``mul_`` and ``add_`` for each;
+- raw: on a CPU, the update without coefficients and without a master: Philox and Box-Muller alone;
+- digest: the weights digest.
 
-Torch draws into a buffer that exists already, which is faster than a new tensor a call. The copy reads the
-master and writes the target (for accumulate: another master), as the operation itself does at least. The
-three take turns, so that a busy machine disturbs them all alike; the best turn is the one least disturbed.
+Torch has two sides: as the loop is commonly written, a new tensor for each draw, and into a buffer that
+exists already. The copy reads the master and writes the target (for update: another master), as the operation
+itself does at least. All sides take turns, so that a busy machine disturbs them alike; the best turn is the
+one least disturbed. On a GPU every turn is synchronised.
 
-    python tools/bench/noise.py --json benchmarks/noise.json
+    python tools/bench/noise.py --json benchmarks/noise-cpu.json
+    python tools/bench/noise.py --device cuda --elements 1073741824 --json benchmarks/noise-h200.json
 """
 
 import json
@@ -26,17 +29,25 @@ from typing import Any
 
 import click
 import numba
+import numpy as np
 import torch
 
 import shardes
 from shardes import noise
+from shardes.es.digest import add_digest
+from shardes.noise import NoiseKind, Region
+from shardes.noise.cpu_math import eight_normals, f32, u32
+from shardes.noise.definition import BLOCK, LANES
 
 SEED, SIGMA, COEFFICIENT = 1, 1e-3, 1e-4
 # Torch's worker threads spin for a while after an operation, on the cores that the next side needs.
 PAUSE_SECONDS = 0.02
-TARGETS = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+OPERATIONS = ("perturb", "update")
 
 Row = dict[str, Any]
+Side = Callable[[], object]
 
 
 def cpu_name() -> str:
@@ -52,10 +63,10 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def environment() -> dict[str, str]:
+def environment(device: str) -> dict[str, str]:
     """What the figures depend on."""
-    return {
-        "device": "cpu",
+    facts = {
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "cpu": cpu_name(),
         "cores": str(num_cores()),
         "simd": torch.backends.cpu.get_cpu_capability(),
@@ -67,120 +78,185 @@ def environment() -> dict[str, str]:
         "noise_version": str(noise.NOISE_VERSION),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    if device == "cuda":
+        import triton
+
+        facts["triton"] = triton.__version__
+    return facts
 
 
-def take_turns(sides: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:
+def take_turns(sides: dict[str, Side], *, device: str, repeats: int) -> dict[str, list[float]]:
     """Seconds of every side in every turn, after one turn that compiles and touches the memory."""
+    synchronise = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
         for name, side in sides.items():
             time.sleep(PAUSE_SECONDS)
+            synchronise()
             start = time.perf_counter()
             side()
+            synchronise()
             if turn > 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-def perturb_sides(elements: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """The three sides of perturb."""
-    generator = torch.Generator().manual_seed(SEED)
-    master = torch.randn(elements, generator=generator)
-    target, copied, weights, buffer = (torch.zeros(elements, dtype=dtype) for _ in range(4))
+def perturb_sides(size: int, dtype: torch.dtype, kind: NoiseKind, device: str) -> dict[str, Side]:
+    """The sides of perturb."""
+    generator = torch.Generator(device).manual_seed(SEED)
+    master = torch.randn(size, generator=generator, device=device)
+    target, copied, weights, buffer = (torch.zeros(size, dtype=dtype, device=device) for _ in range(4))
+    region = Region(0, size, 0, size)
 
     def ours() -> None:
-        address = {"seed": SEED, "iteration": 0, "direction": 0, "param_id": 0, "start": 0}
-        noise.perturb(master, target, sigma=SIGMA, **address)
+        address = {"seed": SEED, "iteration": 0, "direction": 0}
+        noise.perturb(master, target, region=region, sigma=SIGMA, kind=kind, **address)
 
     def torchs() -> None:
-        torch.randn(elements, generator=generator, dtype=dtype, out=buffer)
+        drawn = torch.randn(size, generator=generator, dtype=dtype, device=device)
+        weights.add_(drawn, alpha=SIGMA)
+
+    def buffered() -> None:
+        torch.randn(size, generator=generator, dtype=dtype, device=device, out=buffer)
         weights.add_(buffer, alpha=SIGMA)
 
-    return {"shardes": ours, "torch": torchs, "copy": lambda: copied.copy_(master)}
+    return {"shardes": ours, "torch": torchs, "buffered": buffered, "copy": lambda: copied.copy_(master)}
 
 
-def accumulate_sides(elements: int, directions: int) -> dict[str, Callable[[], object]]:
-    """The three sides of accumulate."""
-    generator = torch.Generator().manual_seed(SEED)
-    master, copied, weights, buffer = (torch.zeros(elements) for _ in range(4))
+def update_sides(
+    size: int, dtype: torch.dtype, kind: NoiseKind, device: str, directions: int
+) -> dict[str, Side]:
+    """The sides of update; torch always has a float32 master, as it could not add up in a narrow one."""
+    generator = torch.Generator(device).manual_seed(SEED)
+    master = torch.zeros(size, dtype=dtype, device=device)
+    copied = torch.zeros_like(master)
+    weights, buffer = (torch.zeros(size, device=device) for _ in range(2))
+    region = Region(0, size, 0, size)
 
     def ours() -> None:
         noise.accumulate(
             master,
+            region=region,
             coefficients=[COEFFICIENT] * directions,
             directions=range(directions),
             seed=SEED,
             iteration=0,
-            param_id=0,
-            start=0,
+            kind=kind,
         )
 
     def torchs() -> None:
         for _ in range(directions):
-            torch.randn(elements, generator=generator, out=buffer)
+            weights.add_(torch.randn(size, generator=generator, device=device).mul_(COEFFICIENT))
+
+    def buffered() -> None:
+        for _ in range(directions):
+            torch.randn(size, generator=generator, device=device, out=buffer)
             weights.add_(buffer.mul_(COEFFICIENT))
 
-    return {"shardes": ours, "torch": torchs, "copy": lambda: copied.copy_(master)}
+    sides: dict[str, Side] = {"shardes": ours, "torch": torchs, "buffered": buffered}
+    sides["copy"] = lambda: copied.copy_(master)
+    if device == "cpu" and kind == NoiseKind.GAUSSIAN and torch.get_num_threads() == 1:
+        words = np.arange(directions, dtype=np.uint32) << np.uint32(8)
+        sides["raw"] = lambda: _raw(size // BLOCK, words, u32(0), u32(0), u32(SEED), u32(0))
+    return sides
+
+
+@numba.njit(error_model="numpy")
+def _raw(num_blocks, directions, c1, c3, k0, k1):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Philox and Box-Muller alone; the sum keeps the compiler from leaving anything out."""
+    total = np.zeros(BLOCK, np.float32)
+    for block in range(num_blocks):
+        for n in range(0, directions.size - 1, 2):
+            word0, word1 = directions[n], directions[n + 1]
+            for lane in range(LANES):
+                call = u32(u32(block * LANES) + u32(lane))
+                first, second = eight_normals(call, word0, call, word1, c1, c3, k0, k1)
+                total[lane] += first[0] + second[0]
+                total[LANES + lane] += first[1] + second[1]
+                total[2 * LANES + lane] += first[2] + second[2]
+                total[3 * LANES + lane] += first[3] + second[3]
+    return f32(total.sum())
+
+
+def digest_sides(size: int, dtype: torch.dtype, device: str) -> dict[str, Side]:
+    """The sides of digest; torch has none."""
+    master = torch.randn(size, device=device).to(dtype)
+    copied, total = torch.zeros_like(master), torch.zeros(1, dtype=torch.int64, device=device)
+    region = Region(0, size, 0, size)
+    return {
+        "shardes": lambda: add_digest(total, master, region=region),
+        "copy": lambda: copied.copy_(master),
+    }
 
 
 def measure(
-    operation: str, dtype: torch.dtype, *, elements: int, directions: int, threads: int, repeats: int
+    operation: str,
+    dtype: torch.dtype,
+    kind: NoiseKind,
+    *,
+    size: int,
+    device: str,
+    directions: int,
+    threads: int,
+    repeats: int,
 ) -> Row:
-    """One row of the table. Speeds are in normals a second: elements times directions."""
+    """One row of the table. Speeds are in elements of noise a second: elements times directions."""
     torch.set_num_threads(threads)
-    if operation == "perturb":
-        directions = 1
-        sides = perturb_sides(elements, dtype)
+    if operation == "update":
+        sides = update_sides(size, dtype, kind, device, directions)
     else:
-        sides = accumulate_sides(elements, directions)
-    seconds = take_turns(sides, repeats=repeats)
+        directions = 1
+        is_digest = operation == "digest"
+        sides = digest_sides(size, dtype, device) if is_digest else perturb_sides(size, dtype, kind, device)
+    seconds = take_turns(sides, device=device, repeats=repeats)
     row: Row = {
         "operation": operation,
+        "kind": str(kind),
         "dtype": str(dtype).removeprefix("torch."),
         "directions": directions,
         "threads": threads,
-        "elements": elements,
+        "elements": size,
         "seconds": seconds,
     }
-    for kind, pick in (("best", min), ("median", statistics.median)):
-        ours, torchs, copy = (pick(seconds[name]) for name in ("shardes", "torch", "copy"))
-        row[kind] = {
-            "shardes_normals_per_second": elements * directions / ours,
-            "torch_normals_per_second": elements * directions / torchs,
-            "ratio_to_torch": torchs / ours,
-            "share_of_copy": copy / ours,
-        }
+    for name, pick in (("best", min), ("median", statistics.median)):
+        picked = {side: pick(turns) for side, turns in seconds.items()}
+        ours = picked["shardes"]
+        row[name] = {"elements_per_second": size * directions / ours, "share_of_copy": picked["copy"] / ours}
+        for side, figure in (("torch", "ratio_to_torch"), ("buffered", "ratio_to_buffered")):
+            row[name][figure] = picked[side] / ours if side in picked else None
+        row[name]["times_raw"] = ours / picked["raw"] if "raw" in picked else None
     return row
 
 
 HEADER = (
-    "operation   dtype     directions  threads |  shardes M/s  (median) |  torch M/s  (median) |"
-    "  ratio  (median) |  of a copy"
+    "operation  noise       dtype     directions  threads |    M/s | torch  buffered | of a copy | times raw"
 )
 
 
 def formatted(row: Row) -> str:
-    """A row under ``HEADER``."""
-    best, median = row["best"], row["median"]
+    """A row under ``HEADER``: the best turns."""
+
+    def number(value: float | None, width: int) -> str:
+        return " " * width if value is None else f"{value:>{width}.2f}"
+
+    best = row["best"]
     return (
-        f"{row['operation']:<11} {row['dtype']:<9} {row['directions']:>10}  {row['threads']:>7} |"
-        f"  {best['shardes_normals_per_second'] / 1e6:>11.0f}"
-        f"  {median['shardes_normals_per_second'] / 1e6:>8.0f} |"
-        f"  {best['torch_normals_per_second'] / 1e6:>9.0f}"
-        f"  {median['torch_normals_per_second'] / 1e6:>8.0f} |"
-        f"  {best['ratio_to_torch']:>5.2f}  {median['ratio_to_torch']:>8.2f} |"
-        f"  {best['share_of_copy']:>9.0%}"
+        f"{row['operation']:<10} {row['kind']:<11} {row['dtype']:<9} {row['directions']:>10}"
+        f"  {row['threads']:>7} | {best['elements_per_second'] / 1e6:>6.0f}"
+        f" | {number(best['ratio_to_torch'], 5)}  {number(best['ratio_to_buffered'], 8)}"
+        f" | {best['share_of_copy']:>9.0%} | {number(best['times_raw'], 9)}"
     )
 
 
 @click.command()
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--elements", type=click.IntRange(min=1), default=2**24, show_default=True)
 @click.option(
     "--directions",
     type=click.IntRange(min=1),
     default=8,
     show_default=True,
-    help="Of accumulate, in one pass.",
+    help="Of the update, in one pass.",
 )
 @click.option(
     "--threads", type=click.IntRange(min=1), multiple=True, help="Repeatable.  [default: 1 and all cores]"
@@ -195,24 +271,36 @@ def formatted(row: Row) -> str:
     help="Also write all figures here.",
 )
 def main(
-    *, elements: int, directions: int, threads: tuple[int, ...], repeats: int, json_path: Path | None
+    *,
+    device: str,
+    elements: int,
+    directions: int,
+    threads: tuple[int, ...],
+    repeats: int,
+    json_path: Path | None,
 ) -> None:
-    """Measure the noise on the CPU against torch and against a copy."""
-    facts = environment()
+    """Measure the noise against torch and against a copy."""
+    facts = environment(device)
     for key, value in facts.items():
         click.echo(f"{key}: {value}")
     click.echo(
-        f"\n{elements} elements; the best of {repeats} turns (and the median); M/s: million normals a second;"
+        f"\n{elements} elements; the best of {repeats} turns; M/s: million elements of noise a second;"
+        "\ntorch, buffered: its time over ours; of a copy: its time over ours, for all directions together;"
+        "\ntimes raw: our time over that of Philox and Box-Muller alone\n"
     )
-    click.echo("of a copy: its time over ours, for all directions together\n")
     click.echo(HEADER)
     rows = []
-    for num_threads in threads or dict.fromkeys((1, num_cores())):
-        for operation, dtype in (*(("perturb", dtype) for dtype in TARGETS), ("accumulate", torch.float32)):
+    cases = [(operation, dtype, kind) for kind in NoiseKind for operation in OPERATIONS for dtype in DTYPES]
+    # The digest knows no kind.
+    cases += [("digest", dtype, NoiseKind.GAUSSIAN) for dtype in DTYPES]
+    for num_threads in threads or ((1, num_cores()) if device == "cpu" else (1,)):
+        for operation, dtype, kind in cases:
             row = measure(
                 operation,
                 dtype,
-                elements=elements,
+                kind,
+                size=elements,
+                device=device,
                 directions=directions,
                 threads=num_threads,
                 repeats=repeats,
