@@ -9,7 +9,7 @@ from tests.helpers.exports import fingerprint
 from tests.helpers.models import tiny_model, tree
 from tests.helpers.ranks import ROOT, free_port, run_ranks
 
-BACKENDS, MODES, DTYPES = ("single", "zero3"), ("stream", "prompts"), ("float32", "bfloat16")
+BACKENDS, MODES, DTYPES = ("single", "zero3", "fsdp"), ("stream", "prompts"), ("float32", "bfloat16")
 
 
 def run_cases(tmp_path, name, trees, world_size):
@@ -65,8 +65,9 @@ def test_the_oracle_moves_every_weight_and_tells_members_apart(oracle, models):
 def test_exports_are_byte_identical(world_size, models, oracle, tmp_path):
     prints, lines = oracle
     combinations = list(itertools.product(BACKENDS, MODES, DTYPES))
-    # Untied, and another architecture, on the sharded backend only: it is the one that can go wrong.
-    keys = [("tied", *c) for c in combinations] + [("untied", "zero3", mode, "float32") for mode in MODES]
+    # Untied, and another architecture, on the sharded backends only: they are the ones that can go wrong.
+    untied = itertools.product(("zero3", "fsdp"), MODES, ("float32",))
+    keys = [("tied", *c) for c in combinations] + [("untied", *c) for c in untied]
     trees = [
         tree(
             tmp_path,
@@ -86,7 +87,20 @@ def test_exports_are_byte_identical(world_size, models, oracle, tmp_path):
             json.loads(line) for line in (tmp_path / f"run{i}/metrics.jsonl").read_text().splitlines()
         ]
         for line, wanted in zip(measured, map(json.loads, lines[kind, dtype]), strict=True):
-            for volatile in ("seconds", "peak_memory_bytes"):
+            for volatile in ("seconds", "rollout_mode", "peak_memory_bytes"):
                 line.pop(volatile, None)
                 wanted.pop(volatile, None)
             assert line == wanted
+
+
+@pytest.mark.slow
+def test_a_journal_replayed_in_tensor_parallel_shards_gives_the_same_bytes(tmp_path):
+    """Forwards sum in another order there, but the same rewards must give the same weights."""
+    model = tiny_model(tmp_path / "model", tied=True, num_heads=12, num_kv_heads=12)
+    run_dir = tmp_path / "run"
+    wanted = run_cases(tmp_path, "alone", [tree(tmp_path, model=model, run_dir=run_dir)], 1)
+    for backend, world_size in (("tensor_parallel", 2), ("tensor_parallel", 3), ("fsdp", 3)):
+        out = tmp_path / f"{backend}{world_size}"
+        arguments = ["-m", "shardes", "export", run_dir, out, "--backend", backend]
+        run_ranks(arguments, world_size=world_size, log_dir=tmp_path / f"{out.name}-logs")
+        assert [fingerprint(out)] == wanted, (backend, world_size)
