@@ -7,7 +7,12 @@ import hashlib
 import json
 import os
 import struct
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +41,38 @@ class StoredTensor:
         """Number of elements of the whole tensor."""
         return torch.Size(self.shape).numel()
 
+    def find(self, first: int, length: int) -> Iterator[tuple["StoredTensor", int, int]]:
+        """Where a range of elements lies: tensors of the files, each with a range of its own elements."""
+        yield self, first, length
+
+
+@dataclass(frozen=True)
+class JoinedTensor:
+    """Tensors of the files whose elements, one tensor after the other, are one parameter's.
+
+    Attributes:
+        pieces: The tensors.
+        shape: The parameter's shape, whose number of elements is that of all pieces.
+    """
+
+    pieces: tuple[StoredTensor, ...]
+    shape: tuple[int, ...]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Where each piece starts in the parameter, and where the last one ends."""
+        return list(accumulate((piece.num_elements for piece in self.pieces), initial=0))
+
+    def find(self, first: int, length: int) -> Iterator[tuple[StoredTensor, int, int]]:
+        """Where a range of elements lies: tensors of the files, each with a range of its own elements."""
+        starts = self._starts
+        for i in range(bisect_right(starts, first) - 1, len(self.pieces)):
+            low, high = max(first, starts[i]), min(first + length, starts[i + 1])
+            if low >= first + length:
+                return
+            if low < high:
+                yield self.pieces[i], low - starts[i], high - low
+
 
 class Checkpoint:
     """The weights of a model directory.
@@ -44,7 +81,7 @@ class Checkpoint:
         directory: A directory with ``*.safetensors`` files.
 
     Attributes:
-        tensors: Where each tensor lies, by name.
+        tensors: Where each tensor lies, by name; after ``join``, each parameter.
         header_sha256: Hash of all headers: names, shapes, dtypes and offsets.
         bytes_read: How many bytes of weights this process has read.
 
@@ -54,7 +91,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.tensors: dict[str, StoredTensor] = {}
+        self.tensors: dict[str, StoredTensor | JoinedTensor] = {}
         self.bytes_read = 0
         digest = hashlib.sha256()
         for path in _weight_files(directory):
@@ -91,25 +128,59 @@ class Checkpoint:
                 )
             self.tensors[name] = stored
 
+    def join(self, pieces: Mapping[str, Sequence[str]], *, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Names parameters instead of the files' tensors; twice is as good as once.
+
+        Args:
+            pieces: The tensors whose elements, one after the other, are a parameter's.
+            shapes: The parameters' shapes.
+
+        Raises:
+            UserError: The tensors do not add up to a parameter.
+        """
+        joined: dict[str, StoredTensor | JoinedTensor] = {}
+        for name, parts in pieces.items():
+            if len(parts) == 1:
+                joined[name] = self.tensors[parts[0]]
+                continue
+            tensors = tuple(
+                stored for part in parts if isinstance(stored := self.tensors[part], StoredTensor)
+            )
+            shape = shapes[name]
+            rows = {stored.shape[-1:] for stored in tensors}
+            total = sum(stored.num_elements for stored in tensors)
+            if rows != {shape[-1:]} or total != torch.Size(shape).numel():
+                raise UserError(
+                    f"model.path: {self.directory}: {name} has shape {shape} in the model, but the files "
+                    f"hold {len(tensors)} tensors for it, {parts[0]} the first, with {total} elements; files "
+                    "are missing, or config.json is not theirs"
+                )
+            joined[name] = JoinedTensor(tensors, shape)
+        self.tensors = joined
+
     def read(self, name: str, *, region: Region, out: torch.Tensor) -> None:
         """Fills ``out`` (flat, any float dtype) with a region's elements of a tensor, reading no others."""
-        stored = self.tensors[name]
+        filled = 0
+        with ExitStack() as files:
+            opened: dict[Path, int] = {}
+            for row in range(region.rows):
+                for stored, first, length in self.tensors[name].find(
+                    region.start + row * region.stride, region.length
+                ):
+                    if stored.path not in opened:
+                        opened[stored.path] = os.open(stored.path, os.O_RDONLY)
+                        files.callback(os.close, opened[stored.path])
+                    self._read_range(opened[stored.path], stored, first, out[filled : filled + length])
+                    filled += length
+
+    def _read_range(self, descriptor: int, stored: StoredTensor, first: int, out: torch.Tensor) -> None:
         width = stored.dtype.itemsize
         step = _READ_BYTES // width
-        descriptor = os.open(stored.path, os.O_RDONLY)
-        try:
-            for row in range(region.rows):
-                first = region.start + row * region.stride
-                into = out[row * region.length : (row + 1) * region.length]
-                for low in range(0, region.length, step):
-                    here = into[low : low + step]
-                    data = _read_exactly(
-                        descriptor, here.numel() * width, stored.offset + (first + low) * width
-                    )
-                    self.bytes_read += len(data)
-                    here.copy_(torch.frombuffer(data, dtype=stored.dtype))
-        finally:
-            os.close(descriptor)
+        for low in range(0, out.numel(), step):
+            here = out[low : low + step]
+            data = _read_exactly(descriptor, here.numel() * width, stored.offset + (first + low) * width)
+            self.bytes_read += len(data)
+            here.copy_(torch.frombuffer(data, dtype=stored.dtype))
 
     def check_matches(self, shapes: dict[str, tuple[int, ...]], *, aliases: set[str]) -> None:
         """Refuses a checkpoint whose tensors are not the model's parameters.
@@ -128,8 +199,8 @@ class Checkpoint:
                 f"model.path: {self.directory}: its tensors are not the model's parameters"
                 + (f"; missing from the files: {_listed(missing)}" if missing else "")
                 + (f"; unknown to the model: {_listed(extra)}" if extra else "")
-                + ". Architectures whose checkpoints transformers converts while loading are not supported: "
-                "load the model with transformers and save it again with save_original_format=False"
+                + ". Load the model with transformers and save it again with save_original_format=False, "
+                "which stores tensors as the model has them; or mend config.json, if it is not the files' own"
             )
         for name, shape in shapes.items():
             if self.tensors[name].shape != shape:

@@ -56,16 +56,22 @@ def train(config_path: Path, overrides: tuple[str, ...]) -> None:
     "--iteration", type=click.IntRange(min=0), help="Weights after this many updates; default: all."
 )
 @click.option("--base", type=_PATH, help="The base model's directory, if it was moved since the run.")
-@click.option("--backend", type=click.Choice(["single", "zero3"]), default="single", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(["single", "zero3", "fsdp", "tensor_parallel"]),
+    default="single",
+    show_default=True,
+)
 def export(run_dir: Path, out_dir: Path, iteration: int | None, base: Path | None, backend: str) -> None:
     """Write RUN_DIR's weights to OUT_DIR as a consolidated Hugging Face model.
 
-    The journal is replayed over the base model. With --backend zero3, started by a launcher, every rank
+    The journal is replayed over the base model. With another --backend, started by a launcher, every rank
     replays its own shards, so the model need not fit on one device.
     """
     from shardes.runs.journal import read_journal
 
-    changes = {"run.dir": str(run_dir), "parallel.backend": backend, "parallel.deepspeed": None}
+    changes: dict[str, str | None] = {"run.dir": str(run_dir), "parallel.backend": backend}
+    changes |= {"parallel.deepspeed": None, "parallel.shard_size": None, "rollout.mode": "auto"}
     if base is not None:
         changes["model.path"] = str(base)
     config = load_run_config(run_dir, changes)
@@ -86,7 +92,7 @@ def export(run_dir: Path, out_dir: Path, iteration: int | None, base: Path | Non
         session.check_base(history.header, run_dir)
         session.replay(history.updates[:wanted])
         export_model(session, out_dir, iteration=wanted, settings=history.header["settings"])
-        if session.group.is_main:
+        if session.mesh.world.is_main:
             click.echo(f"{out_dir}: the weights after {wanted} iterations, {config.model.dtype}")
 
 

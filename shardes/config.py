@@ -6,6 +6,7 @@ imported, so that a mistake is answered at once.
 
 import difflib
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -77,12 +78,21 @@ class RunConfig(Section):
 class ParallelConfig(Section):
     """How the model is spread over ranks. None of it changes a result."""
 
-    backend: Literal["zero3", "single"] = "zero3"
-    """``zero3``: DeepSpeed ZeRO-3 shards. ``single``: every rank holds the whole model."""
+    backend: Literal["zero3", "fsdp", "tensor_parallel", "single"] = "zero3"
+    """``zero3``: DeepSpeed ZeRO-3 shards. ``fsdp``: PyTorch FSDP2 shards. ``tensor_parallel``: matrices are
+    split by the model's own plan, shards stay where they are and activations are reduced; every rank works on
+    the same prompts, and results agree with the other backends to rounding. ``single``: every rank holds the
+    whole model."""
+    shard_size: int | None = Field(default=None, gt=0)
+    """Ranks that hold one replica of the model together; it must divide the number of ranks. Replicas
+    evaluate different members at the same time, and weights cross between the ranks of one replica only.
+    null: all ranks, or 1 for the backend ``single``, where it is the number of ranks that share a member's
+    prompts."""
     deepspeed: Path | None = None
     """A DeepSpeed JSON file for zero3; ``auto`` values are filled, unusable keys are refused."""
     timeout_seconds: int = Field(default=1800, gt=0)
-    """How long a collective waits for a rank before the job ends."""
+    """How long a rank waits for another before the job ends. At the end of an iteration it may have to wait
+    for as long as one member takes."""
     threads_per_rank: int | None = Field(default=None, gt=0)
     """CPU threads of each rank; null: what the launcher and torch decide. Results are compared bit for bit
     only between runs with the same number of threads."""
@@ -100,10 +110,15 @@ class ParallelConfig(Section):
 class RolloutConfig(Section):
     """How members answer prompts."""
 
-    mode: Literal["stream", "prompts"] = "prompts"
-    """``stream``: layers are gathered in every forward, all ranks in step. ``prompts``: the member's weights
-    are gathered once into a replica on every rank, then no collective is needed to generate. With the
-    backend ``single`` nothing is gathered and the two are the same."""
+    mode: Literal["auto", "stream", "prompts", "members"] = "auto"
+    """``stream``: layers are gathered in every forward, all ranks of a replica in step. ``prompts``: a
+    member's weights are gathered once into a whole model on every rank, which then generates without a
+    collective; the ranks share the prompts. ``members``: the centre is gathered once an iteration, and every
+    rank evaluates members of its own, adding their noise to a whole model; it holds two copies. ``auto``: the
+    last of the three that fits into the memory that is free, and the one before it where memory runs out all
+    the same; ``stream`` for ``tensor_parallel``, which has no other. All give the same bits. Where every
+    rank holds a whole model anyway (``single``, or a ``shard_size`` of 1), there is no second copy, and
+    ``members`` says only that ranks do not share prompts."""
     micro_batch_size: int = Field(default=32, gt=0)
     """Prompts per forward. Micro-batches are composed from the data alone, so results do not depend on the
     number of ranks; a different size may change the last bits."""
@@ -117,6 +132,9 @@ class WeightsConfig(Section):
     master: Literal["float32", "model"] = "float32"
     """``float32``: 4 more bytes a parameter, no update is lost. ``model``: the model's dtype, rounded
     stochastically at every update, so that small steps survive on average."""
+    master_device: Literal["device", "cpu"] = "device"
+    """Where the master is kept. ``cpu``: in pinned host memory, from which it passes through the accelerator
+    in chunks whenever it is read or updated; saves the master's bytes on the accelerator."""
 
 
 class EsConfig(Section):
@@ -136,6 +154,21 @@ class EsConfig(Section):
     """Step size; ``auto`` is sigma / 2, as in the paper."""
     schedule: Literal["constant", "linear"] = "constant"
     """``linear`` lowers alpha from its value to 0 over the iterations."""
+    trainable: list[str] = [".*"]
+    """Which parameters are trained: regular expressions for whole names as in the checkpoint. The last one
+    that matches a name decides: with a ``!`` before it the parameter is frozen, otherwise trained. What none
+    matches is frozen. Frozen parameters get no noise and take no master weights. The noise of the others
+    does not depend on the choice."""
+
+    @field_validator("trainable")
+    @classmethod
+    def _trainable_are_patterns(cls, value: list[str]) -> list[str]:
+        for pattern in value:
+            try:
+                re.compile(pattern.removeprefix("!"))
+            except re.error as error:
+                raise ValueError(f"got {value}; {pattern!r} is no regular expression: {error}") from None
+        return value
 
     @field_validator("alpha")
     @classmethod
@@ -192,6 +225,21 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     task: TaskConfig
 
+    @field_validator("rollout")
+    @classmethod
+    def _tensor_parallelism_streams(cls, value: RolloutConfig, info: ValidationInfo) -> RolloutConfig:
+        parallel = info.data.get("parallel")
+        if (
+            parallel is not None
+            and parallel.backend == "tensor_parallel"
+            and value.mode in ("prompts", "members")
+        ):
+            raise ValueError(
+                f"mode is {value.mode}, which gathers the whole model on every rank, but parallel.backend: "
+                "tensor_parallel never gathers it; set rollout.mode: stream, or parallel.backend: fsdp"
+            )
+        return value
+
     @property
     def alpha(self) -> float:
         """The step size as a number."""
@@ -204,6 +252,7 @@ class Config(Section):
             "model.path",
             "model.trust_remote_code",
             "rollout.mode",
+            "weights.master_device",
             "eval.every",
             "task.data",
             "task.reward",

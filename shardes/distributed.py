@@ -23,12 +23,14 @@ class Group:
         world_size: Number of processes.
         device: Where this rank's tensors live.
         process_group: What its collectives run over; None is torch's default group, or no group at all.
+        store: What all ranks of the job can read and write at any time; None without a process group.
     """
 
     rank: int
     world_size: int
     device: torch.device
     process_group: dist.ProcessGroup | None = None
+    store: dist.Store | None = None
 
     @property
     def is_main(self) -> bool:
@@ -60,6 +62,14 @@ class Group:
         dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.process_group)
         return bool(total.item())
 
+    def min(self, value: int) -> int:
+        """The smallest of the ranks' values."""
+        if self.world_size == 1:
+            return value
+        least = torch.tensor([value], dtype=torch.int64, device=self.device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.process_group)
+        return int(least.item())
+
     def broadcast_json(self, value: Any) -> Any:
         """Rank 0's value on every rank; it must be representable as JSON. Nothing is pickled."""
         if self.world_size == 1:
@@ -76,6 +86,69 @@ class Group:
     def barrier(self) -> None:
         """Waits until every rank is here."""
         self.any(False)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The ranks of a job as replicas of the model, each spread over as many ranks as the others.
+
+    Replicas evaluate different members at the same time. Weights cross between the ranks of one replica only.
+
+    Attributes:
+        world: All ranks. Replica i is the i-th run of consecutive ones, so that a replica stays on one
+            machine if it fits there.
+        shard: The ranks that hold one replica together, this one among them.
+    """
+
+    world: Group
+    shard: Group
+
+    @property
+    def num_replicas(self) -> int:
+        """How many times the model is held."""
+        return self.world.world_size // self.shard.world_size
+
+    @property
+    def replica(self) -> int:
+        """Which of them this rank helps to hold."""
+        return self.world.rank // self.shard.world_size
+
+    @property
+    def alone(self) -> Group:
+        """This rank by itself; its collectives are the identity."""
+        return Group(0, 1, self.world.device)
+
+
+def make_mesh(world: Group, *, shard_size: int | None, timeout_seconds: int) -> Mesh:
+    """Parts the ranks into replicas; a collective.
+
+    Args:
+        world: All ranks.
+        shard_size: Ranks that hold one replica; None: all.
+        timeout_seconds: How long a collective waits for a rank.
+
+    Raises:
+        UserError: The ranks cannot be parted so.
+    """
+    size = world.world_size if shard_size is None else shard_size
+    if world.world_size % size:
+        divisors = [str(n) for n in range(1, world.world_size + 1) if world.world_size % n == 0]
+        raise UserError(
+            f"parallel.shard_size: got {size}, which does not divide the {world.world_size} rank(s) of the "
+            f"job; wanted {' or '.join(divisors)}, or null"
+        )
+    if size == world.world_size:
+        return Mesh(world, world)
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    # Every rank makes every group, in one order: torch numbers them by it.
+    groups = [
+        dist.new_group(list(range(first, first + size)), timeout=timeout)
+        for first in range(0, world.world_size, size)
+    ]
+    return Mesh(
+        world,
+        Group(world.rank % size, size, world.device, groups[world.rank // size], world.store),
+    )
 
 
 @contextmanager
@@ -105,10 +178,11 @@ def process_group(*, timeout_seconds: int, always: bool) -> Iterator[Group]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+    store = None
     if world_size > 1 or always:
-        _init_process_group(rank, world_size, device, datetime.timedelta(seconds=timeout_seconds))
+        store = _init_process_group(rank, world_size, device, datetime.timedelta(seconds=timeout_seconds))
     try:
-        yield Group(rank, world_size, device)
+        yield Group(rank, world_size, device, store=store)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -116,7 +190,8 @@ def process_group(*, timeout_seconds: int, always: bool) -> Iterator[Group]:
 
 def _init_process_group(
     rank: int, world_size: int, device: torch.device, timeout: datetime.timedelta
-) -> None:
+) -> dist.Store:
+    """Makes torch's default group; returns the store that its ranks met at."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store: dist.Store
     if "MASTER_ADDR" not in os.environ:
@@ -136,3 +211,4 @@ def _init_process_group(
         # dead attempt's addresses and cannot connect.
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return store

@@ -60,7 +60,7 @@ def export_model(
     settings: Mapping[str, Any],
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Writes the centre as a Hugging Face directory; a collective, rank 0 writes.
+    """Writes the centre as a Hugging Face directory; a collective of all ranks, rank 0 writes.
 
     Parameters are gathered one at a time, tied ones once. Everything goes to a temporary directory, which is
     renamed at the end, so ``out`` either does not exist or is complete.
@@ -72,7 +72,7 @@ def export_model(
         settings: The same; what the run was told.
         max_file_bytes: Files are no larger, unless one parameter is.
     """
-    is_main = session.group.is_main
+    is_main = session.mesh.world.is_main
     digest = session.digest()
     out = out.resolve()
     temporary = out.with_name(f".{out.name}.incomplete")
@@ -88,7 +88,7 @@ def export_model(
                 for shard in file.shards:
                     _write_tensor(stream, session.weights.gather_centre(shard))
                 _flush(stream)
-        else:
+        elif session.mesh.replica == 0:
             for shard in file.shards:
                 session.weights.gather_centre(shard)
     if is_main:
@@ -97,7 +97,7 @@ def export_model(
             out.rmdir()
         temporary.rename(out)
         _sync_directory(out.parent)
-    session.group.barrier()
+    session.mesh.world.barrier()
 
 
 def _plan(shards: tuple[Shard, ...], itemsize: int, max_file_bytes: int) -> list[_File]:

@@ -15,11 +15,12 @@ from shardes import __version__
 from shardes.backends import Backend, make_backend
 from shardes.checkpoint import Checkpoint
 from shardes.config import Config
-from shardes.distributed import Group, process_group
+from shardes.distributed import Mesh, make_mesh, process_group
 from shardes.errors import UserError
 from shardes.es.weights import Weights
 from shardes.modeling import load_tokenizer
 from shardes.noise import NOISE_VERSION, NoiseKind
+from shardes.rollout.modes import Modes
 from shardes.rollout.rollout import Rollout
 from shardes.rollout.scoring import Scorer
 from shardes.runs.journal import JOURNAL_VERSION
@@ -28,6 +29,12 @@ from shardes.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
+# What rollout.mode: auto is for backends that leave no choice, and why.
+_ONLY_MODES = {
+    "single": ("prompts", "every rank holds a whole model, so nothing is gathered"),
+    "tensor_parallel": ("stream", "no rank ever holds a whole model"),
+}
+
 
 @dataclass(frozen=True)
 class Session:
@@ -35,7 +42,7 @@ class Session:
 
     Attributes:
         config: What the run was told.
-        group: The ranks.
+        mesh: The ranks.
         backend: Where the shards live.
         weights: The master shards.
         identity: What the weights and the noise are; part of the journal's header.
@@ -43,7 +50,7 @@ class Session:
     """
 
     config: Config
-    group: Group
+    mesh: Mesh
     backend: Backend
     weights: Weights
     identity: dict[str, Any]
@@ -74,8 +81,12 @@ class Session:
                 )
 
     def digest(self) -> str:
-        """The weights digest, in hexadecimal; a collective."""
-        return _digest(self.group, self.backend, self.weights)
+        """The weights digest, in hexadecimal; a collective of all ranks.
+
+        Raises:
+            RuntimeError: Replicas hold different weights.
+        """
+        return _digest(self.mesh, self.backend, self.weights)
 
 
 @contextmanager
@@ -88,38 +99,51 @@ def open_session(config: Config) -> Iterator[Session]:
     if config.parallel.threads_per_rank is not None:
         torch.set_num_threads(config.parallel.threads_per_rank)
     checkpoint = Checkpoint(config.model.path)
-    needs_group = config.parallel.backend == "zero3"
-    with process_group(timeout_seconds=config.parallel.timeout_seconds, always=needs_group) as group:
-        backend = make_backend(config, group=group)
+    parallel = config.parallel
+    is_single = parallel.backend == "single"
+    with process_group(timeout_seconds=parallel.timeout_seconds, always=not is_single) as world:
+        # Ranks that hold whole models need nobody, and the more members at a time the better.
+        shard_size = parallel.shard_size or (1 if is_single else None)
+        mesh = make_mesh(world, shard_size=shard_size, timeout_seconds=parallel.timeout_seconds)
+        backend = make_backend(config, group=mesh.shard)
         weights = Weights(
             backend,
             seed=config.es.seed,
             kind=NoiseKind(config.es.noise),
             dtype=torch.float32 if config.weights.master == "float32" else backend.dtype,
+            trainable=config.es.trainable,
+            on_host=config.weights.master_device == "cpu",
         )
         weights.load(checkpoint)
-        identity = _identity(backend, checkpoint, _digest(group, backend, weights))
+        identity = _identity(weights, checkpoint, _digest(mesh, backend, weights))
         logger.info(
-            "%s on %d rank(s), %s, %s",
-            config.parallel.backend,
-            group.world_size,
-            group.device.type,
+            "%s on %d rank(s), %d replica(s), %s, %s; %d of %d parameters are trained",
+            parallel.backend,
+            world.world_size,
+            mesh.num_replicas,
+            world.device.type,
             config.model.dtype,
+            sum(shard.num_elements for shard in weights.trained),
+            sum(shard.num_elements for shard in backend.shards),
         )
-        yield Session(config, group, backend, weights, identity, Spans())
+        yield Session(config, mesh, backend, weights, identity, Spans())
 
 
 def make_rollout(session: Session, task: Task) -> tuple[Rollout, Scorer]:
     """What answers and scores a task's problems with a session's model."""
     config = session.config
     scorer = Scorer(task, on_error=config.task.on_reward_error)
+    mode: str = config.rollout.mode
+    if mode == "auto" and config.parallel.backend in _ONLY_MODES:
+        mode, reason = _ONLY_MODES[config.parallel.backend]
+        logger.info("rollout.mode: auto is %s: %s", mode, reason)
     rollout = Rollout(
         session.backend,
         task=task,
         tokenizer=load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code),
-        group=session.group,
+        mesh=session.mesh,
         scorer=scorer,
-        mode=config.rollout.mode,
+        modes=Modes(mode, backend=session.backend, weights=session.weights, mesh=session.mesh),
         micro_batch_size=config.rollout.micro_batch_size,
         max_new_tokens=config.rollout.max_new_tokens,
         spans=session.spans,
@@ -127,13 +151,22 @@ def make_rollout(session: Session, task: Task) -> tuple[Rollout, Scorer]:
     return rollout, scorer
 
 
-def _digest(group: Group, backend: Backend, weights: Weights) -> str:
+def _digest(mesh: Mesh, backend: Backend, weights: Weights) -> str:
     digest = weights.digest()
-    return f"{group.sum_int64(digest) if backend.is_sharded else digest:016x}"
+    if backend.is_sharded:
+        digest = mesh.shard.sum_int64(digest)
+    if mesh.num_replicas > 1:
+        first = mesh.world.broadcast_json(digest)
+        if mesh.world.any(digest != first):
+            raise RuntimeError(
+                f"replica {mesh.replica} has the weights digest {digest:016x}, but replica 0 {first:016x}: "
+                "one of them has been corrupted"
+            )
+    return f"{digest:016x}"
 
 
-def _identity(backend: Backend, checkpoint: Checkpoint, base_digest: str) -> dict[str, Any]:
-    table = [[shard.param_id, shard.name, list(shard.shape)] for shard in backend.shards]
+def _identity(weights: Weights, checkpoint: Checkpoint, base_digest: str) -> dict[str, Any]:
+    table = [[shard.param_id, shard.name, list(shard.shape)] for shard in weights.trained]
     return {
         "journal_version": JOURNAL_VERSION,
         "noise_version": NOISE_VERSION,

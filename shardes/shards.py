@@ -1,6 +1,7 @@
 """Which elements of which parameter a rank holds."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,28 @@ class Run:
         """The run's view of a flat tensor laid out like the shard."""
         return flat[self.local_start : self.local_start + self.num_elements]
 
+    def parts(self, max_elements: int | None) -> Iterator["Run"]:
+        """The run in pieces of at most so many elements: whole rows, or parts of one; None: in one piece."""
+        if max_elements is None or self.num_elements <= max_elements:
+            yield self
+            return
+        rows = max(1, max_elements // self.length)
+        length = min(self.length, max_elements)
+        for row in range(0, self.rows, rows):
+            for low in range(0, self.length, length):
+                yield Run(
+                    self.local_start + row * self.length + low,
+                    self.global_start + row * self.stride + low,
+                    min(length, self.length - low),
+                    min(rows, self.rows - row),
+                    self.stride,
+                )
+
+    def inside(self, whole: torch.Tensor) -> torch.Tensor:
+        """The run's view, of shape [rows, length], of the whole parameter as a flat contiguous tensor."""
+        offset = whole.storage_offset() + self.global_start
+        return whole.as_strided((self.rows, self.length), (self.stride, 1), offset)
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -47,6 +70,8 @@ class Shard:
         local: The working tensor, flat and writable, of the model's dtype. It may be longer than what the
             runs cover: the rest is padding, which is never read or written.
         runs: The elements that this rank owns; empty if it owns none.
+        is_copy: Whether another rank of the group owns the same elements and counts them, so that this one
+            must not in a sum over ranks.
     """
 
     name: str
@@ -54,6 +79,7 @@ class Shard:
     shape: tuple[int, ...]
     local: torch.Tensor
     runs: tuple[Run, ...]
+    is_copy: bool = False
 
     @property
     def num_elements(self) -> int:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from shardes.errors import UserError
 from shardes.es.fitness import mean_reward, step_size, update_coefficients
 from shardes.noise import data_order
+from shardes.population import MemberResult, Population
 from shardes.runs.directory import RunDirectory
 from shardes.runs.metrics import heldout_metrics, iteration_metrics
 from shardes.session import Session, make_rollout
@@ -33,10 +34,17 @@ class Trainer:
         self._task = task
         self._session = session
         self._config = session.config
-        self._group = session.group
+        self._world = session.mesh.world
         self._weights = session.weights
         self._spans = session.spans
         self._rollout, self._scorer = make_rollout(session, task)
+        self._population = Population(
+            self._rollout,
+            mesh=session.mesh,
+            sigma=self._config.es.sigma,
+            timeout_seconds=self._config.parallel.timeout_seconds,
+            spans=self._spans,
+        )
         self._heldout = self._rollout.prepare(task.heldout) if task.heldout else None
         if self._heldout is None and self._config.eval.every:
             logger.info("no held-out evaluation: task.heldout_data is not given")
@@ -67,30 +75,27 @@ class Trainer:
     def _evaluate_members(self, iteration: int) -> list[float | None]:
         """The mean reward of every member."""
         problems = self._rollout.prepare(self._draw_problems(iteration))
-        rewards: list[float | None] = []
-        for member in range(self._config.es.population):
-            if (iteration, member) in self._known_rewards:
-                rewards.append(self._known_rewards[iteration, member])
-                continue
-            with self._spans("perturb"):
-                self._weights.perturb(iteration=iteration, direction=member, sigma=self._config.es.sigma)
-            evaluation = self._rollout.evaluate(problems)
-            rewards.append(mean_reward(evaluation.rewards))
-            self._record(
-                {
-                    "type": "member",
-                    "iteration": iteration,
-                    "member": member,
-                    "reward": rewards[-1],
-                    "num_failures": evaluation.num_failures,
-                    "num_tokens": evaluation.num_tokens,
-                }
-            )
+        members = range(self._config.es.population)
+        known: dict[int, float | None] = {
+            member: reward for (of, member), reward in self._known_rewards.items() if of == iteration
+        }
+
+        def record(result: MemberResult) -> None:
+            self._record({"type": "member", "iteration": iteration, **vars(result)})
+
+        results = self._population.evaluate_members(
+            [member for member in members if member not in known],
+            iteration=iteration,
+            problems=problems,
+            on_result=record,
+        )
+        earned = known | {member: result.reward for member, result in results.items()}
+        rewards = [earned[member] for member in members]
         if all(reward is None for reward in rewards):
             raise UserError(
                 f"task.reward: no answer of iteration {iteration} could be scored; the first failure was "
-                f"{self._scorer.first_failure or 'None for every answer'}. Mend the reward and start again: "
-                "nothing is lost"
+                f"{self._scorer.first_failure or 'None for every answer, or what another rank warns of'}. "
+                "Mend the reward and start again: nothing is lost"
             )
         return rewards
 
@@ -104,7 +109,7 @@ class Trainer:
             num_iterations=config.es.iterations,
         )
         coefficients = update_coefficients(rewards, alpha=alpha)
-        if self._group.is_main and not any(coefficients):
+        if self._world.is_main and not any(coefficients):
             logger.warning(
                 "iteration %d: all members earned the same, so nothing is learned from it; a larger "
                 "es.sigma, or a reward that tells bad answers apart, would help",
@@ -144,8 +149,7 @@ class Trainer:
             return
         if iteration == self._known_evaluation:
             return
-        self._weights.centre()
-        evaluation = self._rollout.evaluate(self._heldout)
+        evaluation = self._population.evaluate_centre(self._heldout)
         reward = mean_reward(evaluation.rewards)
         if self.run is not None:
             # Samples first: those without a journal entry are dropped and written again after a crash.
@@ -180,7 +184,8 @@ class Trainer:
             return
         line = iteration_metrics(self.run.history, iteration) | {
             "seconds": self._spans.take(),
-            "peak_memory_bytes": _peak_memory_bytes(self._group.device),
+            "rollout_mode": self._rollout.mode_name,
+            "peak_memory_bytes": _peak_memory_bytes(self._world.device),
             "weights_digest": digest,
         }
         self.run.metrics.write(line)
@@ -201,7 +206,7 @@ class Trainer:
     def _open_run(self) -> int:
         """Opens the run directory and replays what it holds; returns the first iteration to do."""
         state: dict[str, Any] = {}
-        if self._group.is_main:
+        if self._world.is_main:
             try:
                 settings = self._config.determinants()
                 header = {"type": "header", **self._session.identity, "settings": settings}
@@ -215,7 +220,7 @@ class Trainer:
                 }
             except UserError as error:
                 state = {"error": str(error)}
-        state = self._group.broadcast_json(state)
+        state = self._world.broadcast_json(state)
         if "error" in state:
             raise UserError(state["error"])
         first = len(state["updates"])
@@ -241,7 +246,7 @@ class Trainer:
             total=self._config.es.iterations,
             initial=first,
             unit="iteration",
-            disable=None if self._group.is_main else True,
+            disable=None if self._world.is_main else True,
         )
 
 

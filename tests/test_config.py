@@ -101,7 +101,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(key, nearest):
 def test_an_unknown_key_far_from_all_is_refused_with_all():
     message = refusal("eval.zzz", 1)
     assert "eval.zzz: unknown key; Known keys: every" in message
-    assert "es, eval, model, parallel, rollout, run, task" in refusal("qqqqqq", {})
+    assert "es, eval, model, parallel, rollout, run, task, weights" in refusal("qqqqqq", {})
 
 
 @pytest.mark.parametrize(
@@ -126,14 +126,19 @@ def test_an_unknown_key_far_from_all_is_refused_with_all():
         ("es.population", 1),
         ("es.population", 2**24),
         ("es.schedule", "cosine"),
+        ("es.trainable", "(.*"),
+        ("es.trainable", ["(.*"]),
         ("model.dtype", "int8"),
         ("model.path", 3),
         ("parallel.backend", "fdsp"),
+        ("parallel.shard_size", 0),
         ("parallel.timeout_seconds", 0),
         ("parallel.threads_per_rank", 0),
+        ("rollout.mode", "members-first"),
         ("rollout.max_new_tokens", 0),
         ("rollout.micro_batch_size", "many"),
         ("run.resume", "sometimes"),
+        ("weights.master_device", "disk"),
         ("eval.every", -1),
         ("task.name", "sudoku"),
         ("task.batch_size", 0),
@@ -281,10 +286,12 @@ FREE = [
     ("run.dir", "other"),
     ("run.resume", "never"),
     ("parallel.backend", "single"),
+    ("parallel.shard_size", 2),
     ("parallel.deepspeed", "ds.json"),
     ("parallel.timeout_seconds", 5),
     ("parallel.threads_per_rank", 2),
     ("rollout.mode", "stream"),
+    ("weights.master_device", "cpu"),
     ("eval.every", 3),
     ("es.iterations", 9),
     ("es.alpha", 5e-4),  # what auto stands for
@@ -301,6 +308,7 @@ BINDING = [
     ("es.sigma", 2e-3),
     ("es.alpha", 6e-4),
     ("es.schedule", "linear"),
+    ("es.trainable", [".*", "!.*norm.*"]),
     ("task.name", "countdown_short"),
     ("task.batch_size", 4),
     ("task.on_reward_error", 0.0),

@@ -199,7 +199,7 @@ def test_only_what_belongs_to_a_model_is_copied(run, model_dirs, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert f"digest of the float32 master `{session.digest()}`" in (tmp_path / "export/README.md").read_text()
+    assert f"digest of the master `{session.digest()}`" in (tmp_path / "export/README.md").read_text()
 
 
 def test_a_place_that_is_taken_is_refused(run, tmp_path, invoke):

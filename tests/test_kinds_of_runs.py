@@ -15,7 +15,7 @@ from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model, tree
 from tests.helpers.noise_oracle import accumulated, same_bits
-from tests.test_same_bits import run_cases
+from tests.helpers.runs import run_cases
 
 KINDS = {
     "signs": {"es__noise": "rademacher"},

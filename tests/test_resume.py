@@ -95,7 +95,7 @@ def steady_lines(path):
     """The lines of a file without what depends on the clock, or is not restored after a crash."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
-        for volatile in ("seconds", "peak_memory_bytes", "weights_digest"):
+        for volatile in ("seconds", "rollout_mode", "peak_memory_bytes", "weights_digest"):
             line.pop(volatile, None)
     return lines
 

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from shardes.distributed import Group
+from shardes.distributed import Group, Mesh
 from shardes.errors import UserError
 from shardes.modeling import load_tokenizer
 from shardes.rollout.batching import compose, tokenize
 from shardes.rollout.decode import TOKENS_PER_CHECK, answer_tokens, decode_greedily
+from shardes.rollout.modes import Modes
 from shardes.rollout.rollout import Rollout
 from shardes.rollout.scoring import Scorer
 from shardes.session import make_rollout, open_session
@@ -124,7 +125,7 @@ def decoded(model, batch, *, max_new_tokens, eos_ids):
     return padded, output.shape[1]
 
 
-@pytest.mark.parametrize("eos_ids", [[3], [17, 2], [22, 30, 4], [16], []], ids=str)
+@pytest.mark.parametrize("eos_ids", [[3], [17, 2], [22, 30, 4], [10], []], ids=str)
 @pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2"])
 def test_greedy_decoding_is_that_of_transformers(models, name, eos_ids):
     batch = batch_of({"qwen2": 0, "llama": 1, "gpt2": 3}[name])
@@ -205,24 +206,24 @@ def session(model_dirs, tmp_path):
         yield session
 
 
-def rollout_of(session, reward, *, group=None, mode="prompts"):
+def rollout_of(session, reward, *, mode="prompts", mesh=None):
     task = Task("test", ROWS, [], lambda row: row["prompt"], reward)
     return Rollout(
         session.backend,
         task=task,
         tokenizer=load_tokenizer(session.config.model.path, trust_remote_code=False),
-        group=group or session.group,
+        mesh=mesh or session.mesh,
         scorer=Scorer(task, on_error="exclude"),
-        mode=mode,
+        modes=Modes(mode, backend=session.backend, weights=session.weights, mesh=session.mesh),
         micro_batch_size=4,
         max_new_tokens=6,
         spans=session.spans,
     )
 
 
-def evaluated(session, reward, **arguments):
+def evaluated(session, reward, *, group=None, **arguments):
     rollout = rollout_of(session, reward, **arguments)
-    return rollout.evaluate(rollout.prepare(ROWS))
+    return rollout.evaluate(rollout.prepare(ROWS), group=group or session.mesh.world)
 
 
 def answers_alone(model_dir):
@@ -310,11 +311,12 @@ def test_an_evaluation_answers_with_the_weights_of_the_moment(session):
 
     rollout = rollout_of(session, reward)
     problems = rollout.prepare(ROWS)
-    first = rollout.evaluate(problems).rewards
+    world = session.mesh.world
+    first = rollout.evaluate(problems, group=world).rewards
     session.weights.perturb(iteration=0, direction=0, sigma=0.2)
-    assert rollout.evaluate(problems).rewards != first
+    assert rollout.evaluate(problems, group=world).rewards != first
     session.weights.centre()
-    assert rollout.evaluate(problems).rewards == first
+    assert rollout.evaluate(problems, group=world).rewards == first
 
 
 def test_the_end_tokens_are_those_of_the_generation_config(tmp_path):
@@ -325,8 +327,42 @@ def test_the_end_tokens_are_those_of_the_generation_config(tmp_path):
     assert {answer[-1] for answer in answers} & {3, 17}
     with open_session(make_config(tmp_path, model=path, run_dir=tmp_path / "run")) as session:
         rollout, _ = make_rollout(session, load_task(session.config.task))
-        found = {
-            sample.prompt: sample.token_ids for sample in rollout.evaluate(rollout.prepare(ROWS)).samples
-        }
+        evaluation = rollout.evaluate(rollout.prepare(ROWS), group=session.mesh.world)
+        found = {sample.prompt: sample.token_ids for sample in evaluation.samples}
     wanted = {row["prompt"]: answer for row, answer in zip(ROWS, answers, strict=True)}
     assert found == {prompt: wanted[prompt] for prompt in found}
+
+
+def test_where_ranks_share_batches_all_answer_the_same_and_the_first_scores(session, monkeypatch):
+    """As under tensor parallelism: two replicas of two ranks, each rank played in turn."""
+    whole = evaluated(session, lambda p, c, n: spread(p, c))
+    monkeypatch.setattr(type(session.backend), "shares_batches", True)
+    seen = {}
+    for rank in range(4):
+        world = LoneRank(rank, 4, torch.device("cpu"))
+        mesh = Mesh(world, LoneRank(rank % 2, 2, torch.device("cpu")))
+        rollout = rollout_of(session, lambda p, c, n: spread(p, c), mode="stream", mesh=mesh)
+        batches = []
+        monkeypatch.setattr(
+            rollout,
+            "_decode",
+            lambda model, batch, in_step, decode=rollout._decode, batches=batches: (
+                batches.append(batch.rows) or decode(model, batch, in_step)
+            ),
+        )
+        problems = rollout.prepare(ROWS)
+        # A team has every micro-batch; all ranks together share them by replica.
+        for group in (mesh.shard, world):
+            seen[rank, group.world_size] = rollout.evaluate(problems, group=group), tuple(batches)
+            batches.clear()
+    for replica in (0, 1):
+        for size in (2, 4):
+            first, second = seen[2 * replica, size], seen[2 * replica + 1, size]
+            assert first[1] == second[1]
+            assert second[0].rewards == [0.0] * len(ROWS)
+            assert second[0].samples == []
+        assert seen[2 * replica, 2][0].rewards == whole.rewards
+    parts = [seen[rank, 4][0].rewards for rank in (0, 2)]
+    assert [sum(pair) for pair in zip(*parts, strict=True)] == whole.rewards
+    assert all(0.0 in pair for pair in zip(*parts, strict=True))
+    assert [len(seen[rank, 4][1]) for rank in range(4)] == [2, 2, 1, 1]

@@ -7,22 +7,10 @@ import pytest
 
 from tests.helpers.exports import fingerprint
 from tests.helpers.models import tiny_model, tree
-from tests.helpers.ranks import ROOT, free_port, run_ranks
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import run_cases, steady_metrics
 
-BACKENDS, MODES, DTYPES = ("single", "zero3"), ("stream", "prompts"), ("float32", "bfloat16")
-
-
-def run_cases(tmp_path, name, trees, world_size):
-    """Trains and exports each tree on ``world_size`` ranks; returns fingerprints and run directories."""
-    cases = [
-        {"config": config, "export": str(tmp_path / f"{name}-export{i}"), "port": free_port()}
-        for i, config in enumerate(trees)
-    ]
-    path = tmp_path / f"{name}.json"
-    path.write_text(json.dumps(cases))
-    script = ROOT / "tests" / "helpers" / "train_cases.py"
-    run_ranks([script, path], world_size=world_size, log_dir=tmp_path / f"{name}-logs")
-    return [fingerprint(tmp_path / f"{name}-export{i}") for i in range(len(cases))]
+BACKENDS, MODES, DTYPES = ("single", "zero3", "fsdp"), ("stream", "prompts"), ("float32", "bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +32,7 @@ def oracle(models, tmp_path_factory):
         for kind, dtype in keys
     ]
     prints = run_cases(root, "oracle", trees, 1)
-    lines = {
-        key: (root / f"run-{key[0]}-{key[1]}" / "metrics.jsonl").read_text().splitlines() for key in keys
-    }
+    lines = {key: steady_metrics(root / f"run-{key[0]}-{key[1]}") for key in keys}
     return dict(zip(keys, prints, strict=True)), lines
 
 
@@ -54,9 +40,9 @@ def test_the_oracle_moves_every_weight_and_tells_members_apart(oracle, models):
     prints, lines = oracle
     assert len({json.dumps(p, sort_keys=True) for p in prints.values()}) == len(prints)
     for key in prints:
-        stds = [json.loads(line)["reward_std"] for line in lines[key][:-1]]
+        stds = [line["reward_std"] for line in lines[key][:-1]]
         assert min(stds) > 0
-        digests = [json.loads(line)["weights_digest"] for line in lines[key]]
+        digests = [line["weights_digest"] for line in lines[key]]
         assert len(set(digests[:-1])) == len(digests) - 1
 
 
@@ -65,8 +51,9 @@ def test_the_oracle_moves_every_weight_and_tells_members_apart(oracle, models):
 def test_exports_are_byte_identical(world_size, models, oracle, tmp_path):
     prints, lines = oracle
     combinations = list(itertools.product(BACKENDS, MODES, DTYPES))
-    # Untied, and another architecture, on the sharded backend only: it is the one that can go wrong.
-    keys = [("tied", *c) for c in combinations] + [("untied", "zero3", mode, "float32") for mode in MODES]
+    # Untied, and another architecture, on the sharded backends only: they are the ones that can go wrong.
+    untied = itertools.product(("zero3", "fsdp"), MODES, ("float32",))
+    keys = [("tied", *c) for c in combinations] + [("untied", *c) for c in untied]
     trees = [
         tree(
             tmp_path,
@@ -82,11 +69,17 @@ def test_exports_are_byte_identical(world_size, models, oracle, tmp_path):
     for i, (kind, backend, mode, dtype) in enumerate(keys):
         assert found[i] == prints[kind, dtype], (kind, backend, mode, dtype)
         # Not only the weights: every reward on the way, too.
-        measured = [
-            json.loads(line) for line in (tmp_path / f"run{i}/metrics.jsonl").read_text().splitlines()
-        ]
-        for line, wanted in zip(measured, map(json.loads, lines[kind, dtype]), strict=True):
-            for volatile in ("seconds", "peak_memory_bytes"):
-                line.pop(volatile, None)
-                wanted.pop(volatile, None)
-            assert line == wanted
+        assert steady_metrics(tmp_path / f"run{i}") == lines[kind, dtype]
+
+
+@pytest.mark.slow
+def test_a_journal_replayed_in_tensor_parallel_shards_gives_the_same_bytes(tmp_path):
+    """Forwards sum in another order there, but the same rewards must give the same weights."""
+    model = tiny_model(tmp_path / "model", tied=True, num_heads=12, num_kv_heads=12)
+    run_dir = tmp_path / "run"
+    wanted = run_cases(tmp_path, "alone", [tree(tmp_path, model=model, run_dir=run_dir)], 1)
+    for backend, world_size in (("tensor_parallel", 2), ("tensor_parallel", 3), ("fsdp", 3)):
+        out = tmp_path / f"{backend}{world_size}"
+        arguments = ["-m", "shardes", "export", run_dir, out, "--backend", backend]
+        run_ranks(arguments, world_size=world_size, log_dir=tmp_path / f"{out.name}-logs")
+        assert [fingerprint(out)] == wanted, (backend, world_size)

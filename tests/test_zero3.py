@@ -7,25 +7,23 @@ import sys
 import pytest
 import torch
 
+from tests.helpers.backend_cases import backend_case, check_backends
 from tests.helpers.models import tiny_model, tree
-from tests.helpers.ranks import ROOT, run_command, run_ranks
+from tests.helpers.ranks import run_command
 
 pytest.importorskip("deepspeed")
 
-SCRIPT = ROOT / "tests" / "helpers" / "zero3_checks.py"
-
 
 def check(tmp_path, *, world_size, dtype="float32", zero=None, tied=True):
-    model = tiny_model(tmp_path / "model", tied=tied)
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(tree(tmp_path, model=model, run_dir=tmp_path / "run", model__dtype=dtype)))
-    deepspeed = ""
+    changes = {"parallel__backend": "zero3", "model__dtype": dtype}
     if zero is not None:
-        deepspeed = tmp_path / "deepspeed.json"
+        changes["parallel__deepspeed"] = deepspeed = tmp_path / "deepspeed.json"
         deepspeed.write_text(
             json.dumps({"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 3, **zero}})
         )
-    return run_ranks([SCRIPT, config, deepspeed], world_size=world_size, log_dir=tmp_path / "logs")
+    model = tiny_model(tmp_path / "model", tied=tied)
+    case = backend_case(tmp_path, model=model, **changes)
+    return check_backends(tmp_path, [case], world_size=world_size)
 
 
 @pytest.mark.slow

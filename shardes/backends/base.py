@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 
+from shardes.conversion import Conversion
 from shardes.shards import Shard
 
 
@@ -21,6 +22,7 @@ class Backend(ABC):
         device: Where this rank's tensors are.
         lockstep_model: The model whose forward gathers what it needs; a collective where shards are spread,
             so that every rank must call it equally often.
+        conversion: How the files' tensors become the model's parameters; None: they have the same names.
     """
 
     shards: tuple[Shard, ...]
@@ -28,11 +30,21 @@ class Backend(ABC):
     dtype: torch.dtype
     device: torch.device
     lockstep_model: nn.Module
+    conversion: Conversion | None = None
 
     @property
     @abstractmethod
     def is_sharded(self) -> bool:
         """Whether ranks hold different elements; if so, a forward of ``lockstep_model`` is a collective."""
+
+    @property
+    def shares_batches(self) -> bool:
+        """Whether every rank must be given the same batch in a forward of ``lockstep_model``.
+
+        True of tensor parallelism, whose ranks compute parts of one forward. Otherwise each rank's forward is
+        of a batch of its own, even if it is a collective.
+        """
+        return False
 
     @abstractmethod
     def commit(self) -> None:
@@ -44,6 +56,15 @@ class Backend(ABC):
 
         The model and its storage are the same at every call, so what it holds lasts until the next call.
         """
+
+    def reserve(self) -> None:  # noqa: B027 - a backend without such storage has nothing to do
+        """Allocates what ``gathered`` fills, if that is storage of its own; no collective.
+
+        Memory that is not there is then missed here, by one rank alone and not in the midst of a collective.
+        """
+
+    def release(self) -> None:  # noqa: B027
+        """Frees what ``reserve`` allocated; the next ``reserve`` or ``gathered`` allocates it again."""
 
     @abstractmethod
     def gather_parameter(self, shard: Shard, values: torch.Tensor) -> torch.Tensor | None:

@@ -13,14 +13,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from shardes.backends.base import Backend
+from shardes.backends.layout import flat_layout
+from shardes.backends.replica import Replica
+from shardes.backends.sharded import GatheringBackend, make_shards
 from shardes.distributed import Group
 from shardes.errors import UserError
-from shardes.modeling import fill_parameters, parameter_aliases, parameter_ids
-from shardes.shards import Run, Shard
-
-# Bytes of a rank's shards that are copied together to be gathered at once.
-_BUCKET_BYTES = 16 * 2**20
+from shardes.modeling import parameter_aliases
 
 _RELIED_ON = ("ds_tensor", "ds_numel", "ds_shape", "ds_process_group")
 
@@ -42,7 +40,32 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-class Zero3Backend(Backend):
+class _Ranks:
+    """What DeepSpeed asks a job that parts its ranks itself: with whom parameters are sharded."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def get_data_parallel_group(self) -> Any:
+        return self._group.process_group or dist.group.WORLD
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._group.world_size
+
+    def get_data_parallel_rank(self) -> int:
+        return self._group.rank
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.get_data_parallel_group())
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+
+class Zero3Backend(GatheringBackend):
     """A model sharded by DeepSpeed ZeRO-3, without an optimizer.
 
     Args:
@@ -67,8 +90,6 @@ class Zero3Backend(Backend):
                 "parallel.backend: single"
             )
         self._group = group
-        self._replica = skeleton
-        self._replica_storage: dict[str, torch.Tensor] | None = None
         self.dtype = skeleton.dtype
         self.device = group.device
         self.aliases = parameter_aliases(skeleton)
@@ -78,9 +99,15 @@ class Zero3Backend(Backend):
         deepspeed.init_distributed(
             dist_backend="nccl" if group.device.type == "cuda" else "gloo", verbose=False
         )
+        ranks = _Ranks(group)
         with (
             no_init_weights(),
-            deepspeed.zero.Init(config_dict_or_path=deepspeed_config, mem_efficient_linear=False),
+            deepspeed.zero.Init(
+                data_parallel_group=ranks.get_data_parallel_group(),
+                config_dict_or_path=deepspeed_config,
+                mem_efficient_linear=False,
+                mpu=ranks,
+            ),
         ):
             model = AutoModelForCausalLM.from_config(
                 skeleton.config, dtype=skeleton.dtype, trust_remote_code=trust_remote_code
@@ -88,17 +115,19 @@ class Zero3Backend(Backend):
         model.tie_weights()
         model.generation_config = skeleton.generation_config
         _copy_buffers(skeleton, model)
-        self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
+        self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config, mpu=ranks)
         self._engine.eval()
         self.lockstep_model = model
         self._parameters = dict(sorted(model.named_parameters()))
         self._check_layout(skeleton)
-        self._buckets = _buckets(self._parameters)
-        ids = parameter_ids(list(self._parameters))
-        self.shards = tuple(
-            Shard(name, ids[name], tuple(parameter.ds_shape), parameter.ds_tensor.data, _runs(parameter))
+        self._layouts = {
+            name: flat_layout(parameter.ds_numel, world_size=group.world_size)
             for name, parameter in self._parameters.items()
-        )
+        }
+        local = {name: parameter.ds_tensor.data for name, parameter in self._parameters.items()}
+        self._replica = Replica(skeleton, shards=local, layouts=self._layouts, group=group)
+        shapes = {name: tuple(parameter.ds_shape) for name, parameter in self._parameters.items()}
+        self.shards = make_shards(local, layouts=self._layouts, shapes=shapes, group=group)
 
     def _check_layout(self, skeleton: nn.Module) -> None:
         """What is read here are private attributes of DeepSpeed: stop if they are not what they were."""
@@ -113,88 +142,16 @@ class Zero3Backend(Backend):
                 raise RuntimeError(
                     f"deepspeed sharded {name} as {parameter.ds_shape} {parameter.ds_tensor.dtype}"
                 )
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether there is more than one rank to shard over."""
-        return self._group.world_size > 1
+            rank, size = dist.get_rank(parameter.ds_process_group), parameter.ds_tensor.numel()
+            if rank != self._group.rank or size != -(-parameter.ds_numel // self._group.world_size):
+                raise RuntimeError(
+                    f"deepspeed gave rank {self._group.rank} of {self._group.world_size} part {rank} of "
+                    f"{name}, {size} of {parameter.ds_numel} elements"
+                )
 
     def commit(self) -> None:
         """Drops every gathered copy, so that the next forward gathers the shards anew."""
         self._engine.optimizer.empty_partition_cache()
-
-    def gathered(self) -> nn.Module:
-        """A hook-free replica, filled from all ranks' shards."""
-        if self._replica_storage is None:
-            self._replica_storage = self._build_replica()
-        for bucket in self._buckets:
-            self._gather_bucket(bucket, self._replica_storage)
-        return self._replica
-
-    def _gather_bucket(self, names: list[str], storage: dict[str, torch.Tensor]) -> None:
-        """Gathers parameters in one collective: small ones cost a collective's latency, not its bandwidth."""
-        local = [self._parameters[name].ds_tensor.data for name in names]
-        if len(names) == 1:
-            _all_gather(storage[names[0]], local[0])
-            return
-        sent = torch.cat(local)
-        received = sent.new_empty(self._group.world_size, sent.numel())
-        _all_gather(received.view(-1), sent)
-        for name, part in zip(names, received.split([t.numel() for t in local], dim=1), strict=True):
-            storage[name].view(self._group.world_size, -1).copy_(part)
-
-    def _build_replica(self) -> dict[str, torch.Tensor]:
-        storage, views = {}, {}
-        for name, parameter in self._parameters.items():
-            # Padded at its end, so that a gather needs no copy.
-            flat = torch.empty(
-                parameter.ds_tensor.numel() * self._group.world_size,
-                dtype=self.dtype,
-                device=self._group.device,
-            )
-            storage[name] = flat
-            views[name] = flat[: parameter.ds_numel].view(parameter.ds_shape)
-        fill_parameters(self._replica, views)
-        self._replica.to(self._group.device)
-        return storage
-
-    def gather_parameter(self, shard: Shard, values: torch.Tensor) -> torch.Tensor | None:
-        """The shards of one parameter, joined on rank 0 without the padding."""
-        parts = (
-            [torch.empty_like(values) for _ in range(self._group.world_size)] if self._group.is_main else None
-        )
-        dist.gather(values.contiguous(), parts, group=self._group.process_group, group_dst=0)
-        if parts is None:
-            return None
-        return torch.cat(parts)[: self._parameters[shard.name].ds_numel].view(shard.shape)
-
-
-def _all_gather(output: torch.Tensor, local: torch.Tensor) -> None:
-    # torch 2.13 renames the function and warns about the old name, the only one that 2.11 has.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(output, local)
-
-
-def _buckets(parameters: dict[str, Any]) -> list[list[str]]:
-    """Names to gather together: neighbours, as long as their shards fit into a bucket."""
-    buckets: list[list[str]] = []
-    size = _BUCKET_BYTES
-    for name, parameter in parameters.items():
-        num_bytes = parameter.ds_tensor.numel() * parameter.ds_tensor.element_size()
-        if size + num_bytes > _BUCKET_BYTES:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(name)
-        size += num_bytes
-    return buckets
-
-
-def _runs(parameter: Any) -> tuple[Run, ...]:
-    """The one run of elements that this rank owns, or none. What follows it in the shard is padding."""
-    length = parameter.ds_tensor.numel()
-    start = length * dist.get_rank(parameter.ds_process_group)
-    owned = max(0, min(length, parameter.ds_numel - start))
-    return (Run(0, start, owned),) if owned else ()
 
 
 def _copy_buffers(source: nn.Module, target: nn.Module) -> None:

@@ -1,18 +1,54 @@
 """Run on every rank: trains and exports a list of configurations, one after the other.
 
-python train_cases.py CASES.json, a list of {"config": tree, "export": directory, "port": number}
+python train_cases.py CASES.json, a list of {"config": tree, "export": directory, "port": number, "shortages":
+[[where, rank, call], ...]}: on that rank, that call (from 0) of "reserve" or of "decode" fails for want of
+memory.
 """
 
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
+from unittest import mock
+
+import torch
 
 from shardes.config import parse_config
 from shardes.export import export_model
+from shardes.rollout import rollout
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import Trainer
+
+ERRORS = {
+    "reserve": RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    "decode": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+}
+
+
+def failing(function, error, calls):
+    """The function, but for some of its calls."""
+    seen = []
+
+    def wrapper(*arguments, **keywords):
+        seen.append(None)
+        if len(seen) - 1 in calls:
+            raise error
+        return function(*arguments, **keywords)
+
+    return wrapper
+
+
+@contextlib.contextmanager
+def shortages(backend, wanted, rank):
+    places = {"reserve": (backend, "reserve"), "decode": (rollout, "decode_greedily")}
+    with contextlib.ExitStack() as stack:
+        for where, (owner, name) in places.items():
+            calls = {call for place, its_rank, call in wanted if (place, its_rank) == (where, rank)}
+            wrapper = failing(getattr(owner, name), ERRORS[where], calls)
+            stack.enter_context(mock.patch.object(owner, name, wrapper))
+        yield
 
 
 def main():
@@ -20,7 +56,8 @@ def main():
         # Every case has a store of its own, on a port of its own.
         os.environ["MASTER_PORT"] = str(case["port"])
         with open_session(parse_config(case["config"], source="case")) as session:
-            Trainer(session, load_task(session.config.task)).train()
+            with shortages(session.backend, case.get("shortages", []), session.mesh.world.rank):
+                Trainer(session, load_task(session.config.task)).train()
             iteration, settings = session.config.es.iterations, session.config.determinants()
             export_model(session, Path(case["export"]), iteration=iteration, settings=settings)
 

@@ -1,0 +1,46 @@
+"""DTensors, in which FSDP2 and tensor parallelism keep their shards: their meshes and their layouts."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from shardes.backends.layout import Layout, Split
+from shardes.distributed import Group
+
+
+def make_mesh(group: Group, *, axis: str) -> DeviceMesh:
+    """A one-dimensional mesh of a group's ranks, over the group's own communicator."""
+    process_group = group.process_group or dist.group.WORLD
+    assert process_group is not None, "a mesh needs a process group, even of one rank"
+    return DeviceMesh.from_group(process_group, group.device.type, mesh_dim_names=(axis,))
+
+
+def layout_of(parameter: torch.Tensor, *, world_size: int) -> Layout:
+    """How a DTensor is spread over its mesh; a plain tensor is whole on each of ``world_size`` ranks.
+
+    Raises:
+        RuntimeError: A placement that does not say which elements are whose.
+    """
+    shape = tuple(parameter.shape)
+    if not isinstance(parameter, DTensor):
+        return Layout(shape, (world_size,), (None,))
+    splits = tuple(_split(placement, parameter.ndim) for placement in parameter.placements)
+    return Layout(shape, tuple(parameter.device_mesh.shape), splits)
+
+
+def local_of(parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor, flat; the whole of a plain tensor."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local.detach().view(-1)
+
+
+def _split(placement: Any, num_dims: int) -> Split | None:
+    if placement.is_replicate():
+        return None
+    if not hasattr(placement, "dim"):
+        raise RuntimeError(f"a parameter is placed as {placement}, which does not say who owns what")
+    # Only torch's strided shards have a split_factor: the number of pieces that are split alike.
+    return Split(placement.dim % max(1, num_dims), getattr(placement, "split_factor", 1))

@@ -1,0 +1,99 @@
+"""What backends whose ranks hold different elements have in common."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shardes.backends.base import Backend
+from shardes.backends.layout import Layout
+from shardes.backends.replica import Replica, padded
+from shardes.distributed import Group
+from shardes.modeling import parameter_ids
+from shardes.shards import Shard
+
+
+def make_shards(
+    local: Mapping[str, torch.Tensor],
+    *,
+    layouts: Mapping[str, Layout],
+    shapes: Mapping[str, tuple[int, ...]],
+    group: Group,
+) -> tuple[Shard, ...]:
+    """This rank's shards, sorted by name.
+
+    Args:
+        local: The flat working tensor of each parameter.
+        layouts: How each is spread over the ranks.
+        shapes: The parameters' shapes; a layout may take a parameter as one row.
+        group: The ranks.
+    """
+    ids = parameter_ids(list(local))
+    return tuple(
+        Shard(
+            name,
+            ids[name],
+            shapes[name],
+            local[name],
+            layouts[name].runs((group.rank,)),
+            is_copy=layouts[name].is_replicated and not group.is_main,
+        )
+        for name in sorted(local)
+    )
+
+
+class ShardedBackend(Backend):
+    """Shards over a one-dimensional mesh of ranks, described by layouts.
+
+    A backend of this kind sets ``_group``, ``_layouts`` (by name) and what ``Backend`` asks for.
+    """
+
+    _group: Group
+    _layouts: Mapping[str, Layout]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether there is more than one rank to shard over."""
+        return self._group.world_size > 1
+
+    def gather_parameter(self, shard: Shard, values: torch.Tensor) -> torch.Tensor | None:
+        """The parts of one parameter, each put where it belongs, on rank 0."""
+        layout = self._layouts[shard.name]
+        if layout.is_replicated:
+            return values[: shard.num_elements].view(shard.shape) if self._group.is_main else None
+        runs = [layout.runs((rank,)) for rank in range(self._group.world_size)]
+        # A gather wants equal lengths: shorter parts are filled up.
+        size = max(sum(run.num_elements for run in of_rank) for of_rank in runs)
+        sent = padded(values[: shard.num_owned], size)
+        parts = [torch.empty_like(sent) for _ in runs] if self._group.is_main else None
+        dist.gather(sent, parts, group=self._group.process_group, group_dst=0)
+        if parts is None:
+            return None
+        whole = values.new_empty(math.prod(shard.shape))
+        for part, of_rank in zip(parts, runs, strict=True):
+            for run in of_rank:
+                run.inside(whole).copy_(run.of(part).view(run.rows, run.length))
+        return whole.view(shard.shape)
+
+
+class GatheringBackend(ShardedBackend):
+    """Shards whose parts lie back to back in the parameter, so that a gather gives the whole.
+
+    A backend of this kind sets ``_replica`` as well.
+    """
+
+    _replica: Replica
+
+    def gathered(self) -> nn.Module:
+        """A hook-free replica, filled from all ranks' shards."""
+        return self._replica.fill()
+
+    def reserve(self) -> None:
+        """Allocates the replica."""
+        self._replica.allocate()
+
+    def release(self) -> None:
+        """Frees the replica."""
+        self._replica.free()

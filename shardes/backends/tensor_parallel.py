@@ -1,0 +1,207 @@
+"""Tensor parallelism by the model's own plan: shards stay where they are and activations are reduced.
+
+transformers knows for each architecture which matrices are split by rows and which by columns. The noise and
+the update of a shard are what they are in every other backend, bit for bit; a forward sums partial products
+in another order, so logits agree with the other backends to rounding. What the plan does not split (norms,
+routers, some biases) is whole on every rank, where the same noise changes it alike.
+"""
+
+import copy
+import re
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers import __version__ as transformers_version
+
+from shardes.backends.dtensors import layout_of, local_of, make_mesh
+from shardes.backends.sharded import ShardedBackend, make_shards
+from shardes.distributed import Group
+from shardes.errors import UserError
+from shardes.modeling import parameter_aliases
+
+# Attention modules compute whole heads, so a plan that splits their outputs deals heads to ranks.
+_DEALS_HEADS = re.compile(r".*\b(self_attn|attention|attn)\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value)")
+
+
+class TensorParallelBackend(ShardedBackend):
+    """A model split by its tensor parallel plan. It is never whole on any rank.
+
+    Args:
+        skeleton: The model, parameters on meta, buffers real.
+        group: The ranks; a process group exists even if there is only one.
+
+    Raises:
+        UserError: transformers has no plan for the architecture, or the plan cannot take so many ranks.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel, *, group: Group) -> None:
+        self._group = group
+        self.dtype = skeleton.dtype
+        self.device = group.device
+        self.aliases = parameter_aliases(skeleton)
+        model = copy.deepcopy(skeleton).requires_grad_(False)
+        if group.world_size > 1:
+            _split(model, make_mesh(group, axis="tp"))
+        _allocate(model, group.device)
+        self.lockstep_model = model
+        parameters = dict(sorted(model.named_parameters()))
+        if {n: p.shape for n, p in parameters.items()} != {
+            n: p.shape for n, p in skeleton.named_parameters()
+        }:
+            raise RuntimeError("splitting changed which parameters the model has")
+        self._layouts = {
+            name: layout_of(parameter, world_size=group.world_size) for name, parameter in parameters.items()
+        }
+        local = {name: local_of(parameter) for name, parameter in parameters.items()}
+        shapes = {name: layout.shape for name, layout in self._layouts.items()}
+        self.shards = make_shards(local, layouts=self._layouts, shapes=shapes, group=group)
+
+    @property
+    def shares_batches(self) -> bool:
+        """Whether there is more than one rank: each computes a part of the same forward."""
+        return self._group.world_size > 1
+
+    def commit(self) -> None:
+        """Nothing to do: the shards are the parameters."""
+
+    def gathered(self) -> nn.Module:
+        """Refused: a model that is split this way is not made whole.
+
+        Raises:
+            UserError: Always, with more than one rank.
+        """
+        if self._group.world_size > 1:
+            raise UserError(
+                "rollout.mode: parallel.backend: tensor_parallel never gathers the model; set rollout.mode: "
+                "stream, or parallel.backend: fsdp"
+            )
+        return self.lockstep_model
+
+
+def _split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Applies the model's plan: parameters become DTensors, and forwards reduce what they must."""
+    try:
+        from transformers.distributed.configuration_utils import DistributedConfig
+        from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+    except ImportError:
+        raise UserError(
+            "parallel.backend: tensor_parallel needs transformers 5.23, whose plans it applies; this is "
+            f"{transformers_version}. Upgrade it, or set parallel.backend: fsdp"
+        ) from None
+    aliases = _untie(model)
+    try:
+        plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=mesh.size()))
+    except ValueError:
+        raise UserError(
+            f"parallel.backend: tensor_parallel: transformers has no tensor parallel plan for "
+            f"{type(model).__name__}; set parallel.backend: fsdp or zero3"
+        ) from None
+    _check_heads(model, plan, mesh.size())
+    for alias, name in aliases.items():
+        if plan.get(name) is None and plan.get(alias) is not None:
+            # One tensor cannot be whole in the embedding and split in the head: the head stays whole as well.
+            plan = {key: style for key, style in plan.items() if key not in (alias, alias.rpartition(".")[0])}
+    apply_tensor_parallelism(model, mesh, plan)
+    _check_experts(model, mesh.size())
+    _tie(model, aliases)
+
+
+def _check_heads(model: PreTrainedModel, plan: dict[str, str], num_ranks: int) -> None:
+    """Refuses ranks that cannot each have a whole number of heads.
+
+    Raises:
+        UserError: Names the numbers of heads.
+    """
+    if not any(style == "colwise" and _DEALS_HEADS.fullmatch(name) for name, style in plan.items()):
+        return
+    config = model.config.get_text_config()
+    heads = {"attention heads": config.num_attention_heads}
+    if getattr(config, "num_key_value_heads", None) is not None:
+        heads["key-value heads"] = config.num_key_value_heads
+    if any(number % num_ranks for number in heads.values()):
+        counts = " and ".join(f"{number} {name}" for name, number in heads.items())
+        raise UserError(
+            f"parallel.backend: tensor_parallel deals whole heads to ranks, but the model has {counts}, "
+            f"which {num_ranks} ranks cannot share equally; let fewer ranks hold the model "
+            "(parallel.shard_size), or set parallel.backend: fsdp"
+        )
+
+
+def _check_experts(model: PreTrainedModel, num_ranks: int) -> None:
+    """Refuses ranks whose parts of experts torch's grouped product cannot take.
+
+    Raises:
+        UserError: Names the parameter.
+    """
+    if getattr(model.config.get_text_config(), "_experts_implementation", None) != "grouped_mm":
+        return
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) and parameter.ndim == 3:
+            row = parameter.to_local().shape[-1]
+            if row * parameter.element_size() % 16:
+                raise UserError(
+                    f"parallel.backend: tensor_parallel: {num_ranks} ranks split {name}, of shape "
+                    f"{tuple(parameter.shape)}, into rows of {row} elements of {model.dtype}, but torch "
+                    "multiplies experts only if rows are a multiple of 16 bytes; let fewer ranks hold the "
+                    "model (parallel.shard_size), or set parallel.backend: fsdp"
+                )
+
+
+def _untie(model: nn.Module) -> dict[str, str]:
+    """Gives every name of a tied weight its own parameter, as plans expect; returns alias to first name."""
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        kept = first.setdefault(id(parameter), name)
+        if kept != name:
+            aliases[name] = kept
+            module, _, key = name.rpartition(".")
+            model.get_submodule(module)._parameters[key] = nn.Parameter(
+                torch.empty_like(parameter), requires_grad=False
+            )
+    return aliases
+
+
+def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
+    """Makes tied names share one tensor again.
+
+    Raises:
+        RuntimeError: The plan spreads the two in different ways.
+    """
+    for alias, name in aliases.items():
+        one, other = model.get_parameter(name), model.get_parameter(alias)
+        if getattr(one, "placements", None) != getattr(other, "placements", None):
+            raise RuntimeError(f"the plan splits {name} and {alias} differently, but they are tied")
+        module, _, key = alias.rpartition(".")
+        model.get_submodule(module)._parameters[key] = one
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Gives every parameter's local part storage; buffers are real already and move."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    made[id(parameter)] = _with_storage(parameter, device)
+                module._parameters[key] = made[id(parameter)]
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = None if buffer is None else buffer.to(device)
+
+
+def _with_storage(parameter: torch.Tensor, device: torch.device) -> nn.Parameter:
+    if not isinstance(parameter, DTensor):
+        return nn.Parameter(torch.zeros_like(parameter, device=device), requires_grad=False)
+    local = torch.zeros(parameter.to_local().shape, dtype=parameter.dtype, device=device)
+    spread = DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return nn.Parameter(spread, requires_grad=False)

@@ -1,0 +1,233 @@
+"""Having members evaluated: which ranks evaluate which, and how their results come together."""
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch.distributed as dist
+
+from shardes.distributed import Group, Mesh
+from shardes.es.fitness import mean_reward
+from shardes.rollout.memory import MemoryShortageError
+from shardes.rollout.rollout import Evaluation, Problems, Rollout
+from shardes.spans import Spans
+
+# How long rank 0 sleeps between two looks for results.
+_POLL_SECONDS = 0.005
+
+# Numbers the desks, alike on every rank, so that keys of the store are never used twice.
+_desks = itertools.count()
+
+
+@dataclass(frozen=True)
+class MemberResult:
+    """What a member earned.
+
+    Attributes:
+        member: Which.
+        reward: The mean over its answers; None if none counts.
+        num_failures: Rewards that failed.
+        num_tokens: Tokens generated.
+    """
+
+    member: int
+    reward: float | None
+    num_failures: int
+    num_tokens: int
+
+
+Evaluate = Callable[[int], MemberResult | None]
+OnResult = Callable[[MemberResult], None]
+
+
+class Population:
+    """Evaluates members and the centre, in whichever mode the rollout is.
+
+    Args:
+        rollout: Generates and scores.
+        mesh: The ranks.
+        sigma: Scale of the noise.
+        timeout_seconds: How long rank 0 waits for a result.
+        spans: Where the time goes.
+    """
+
+    def __init__(
+        self, rollout: Rollout, *, mesh: Mesh, sigma: float, timeout_seconds: int, spans: Spans
+    ) -> None:
+        self._rollout = rollout
+        self._mesh = mesh
+        self._sigma = sigma
+        self._timeout_seconds = timeout_seconds
+        self._spans = spans
+
+    def evaluate_members(
+        self, members: Sequence[int], *, iteration: int, problems: Problems, on_result: OnResult
+    ) -> dict[int, MemberResult]:
+        """What members earn; a collective of all ranks.
+
+        Args:
+            members: Which.
+            iteration: Whose noise.
+            problems: What they answer.
+            on_result: Called on rank 0 with each result, as soon as rank 0 knows of it.
+
+        Returns:
+            Results by member, on every rank.
+        """
+        results: dict[int, MemberResult] = {}
+        while missing := [member for member in members if member not in results]:
+            self._rollout.begin(problems)
+
+            def evaluate(member: int) -> MemberResult | None:
+                return self._evaluate(member, iteration=iteration, problems=problems)
+
+            results |= self._hand_out(missing, evaluate, on_result)
+            if len(results) < len(members):
+                self._rollout.step_down()
+        return results
+
+    def evaluate_centre(self, problems: Problems) -> Evaluation:
+        """What the centre earns; a collective of all ranks, which share the problems."""
+        while True:
+            self._rollout.begin(problems)
+            self._rollout.mode.centre()
+            try:
+                return self._rollout.evaluate(problems, group=self._mesh.world)
+            except MemoryShortageError:
+                self._rollout.step_down()
+
+    def _evaluate(self, member: int, *, iteration: int, problems: Problems) -> MemberResult | None:
+        """What a member earns, or None for too little memory; a collective of the team."""
+        mode = self._rollout.mode
+        with self._spans("perturb"):
+            mode.perturb(iteration=iteration, direction=member, sigma=self._sigma)
+        try:
+            found = self._rollout.evaluate(problems, group=mode.team)
+        except MemoryShortageError:
+            return None
+        return MemberResult(member, mean_reward(found.rewards), found.num_failures, found.num_tokens)
+
+    def _hand_out(
+        self, members: Sequence[int], evaluate: Evaluate, on_result: OnResult
+    ) -> dict[int, MemberResult]:
+        """Has members evaluated until all are, or one could not be."""
+        team, world = self._rollout.mode.team, self._mesh.world
+        if team.world_size < world.world_size:
+            assert world.store is not None, "several ranks have a store"
+            desk = Desk(
+                world,
+                team=team,
+                store=world.store,
+                number=next(_desks),
+                timeout_seconds=self._timeout_seconds,
+            )
+            return desk.hand_out(members, evaluate=evaluate, on_result=on_result, spans=self._spans)
+        results: dict[int, MemberResult] = {}
+        for member in members:
+            result = evaluate(member)
+            if result is None:
+                break
+            results[member] = result
+            on_result(result)
+        return results
+
+
+class Desk:
+    """Gives members to teams as these become free, and takes their results to rank 0; used once.
+
+    Teams talk through the store of the job: a counter says who is next, and a queue holds results until rank
+    0 takes them, which it does between members of its own. There is no collective of all ranks until the last
+    member is done, so no team waits for another. Which team evaluates which member depends on the clock; what
+    the member earns does not.
+
+    Args:
+        world: All ranks.
+        team: The ranks of this one's team.
+        store: The job's.
+        number: Tells this desk from all others of the job.
+        timeout_seconds: How long rank 0, with nothing left to do, waits for the next result.
+    """
+
+    def __init__(
+        self, world: Group, *, team: Group, store: dist.Store, number: int, timeout_seconds: float
+    ) -> None:
+        self._world = world
+        self._team = team
+        self._store = store
+        self._timeout_seconds = timeout_seconds
+        self._counter, self._mailbox = f"members{number}/next", f"members{number}/results"
+        # Rank 0's: what has come, and how many teams have said that they are done.
+        self._results: dict[int, MemberResult] = {}
+        self._num_done = 0
+
+    def hand_out(
+        self, members: Sequence[int], *, evaluate: Evaluate, on_result: OnResult, spans: Spans
+    ) -> dict[int, MemberResult]:
+        """Has members evaluated until all are, or one could not be; a collective of all ranks.
+
+        Returns:
+            Results by member, on every rank.
+        """
+        while (position := self._draw()) < len(members):
+            result = evaluate(members[position])
+            if result is None:
+                # The others finish the members that they have, and draw no more.
+                if self._team.is_main:
+                    self._store.add(self._counter, len(members))
+                break
+            self._post(asdict(result))
+            self._collect(on_result)
+        self._post(None)
+        with spans("wait"):
+            if self._world.is_main:
+                self._wait_for_all(on_result)
+            found = self._world.broadcast_json([asdict(result) for result in self._results.values()])
+        return {record["member"]: MemberResult(**record) for record in found}
+
+    def _draw(self) -> int:
+        """The position of the next member that nobody has; beyond the last if there is none."""
+        return self._team.broadcast_json(
+            self._store.add(self._counter, 1) - 1 if self._team.is_main else None
+        )
+
+    def _post(self, record: dict[str, object] | None) -> None:
+        """Sends a result to rank 0; None says that there will be no more from this team."""
+        if self._team.is_main:
+            self._store.queue_push(self._mailbox, json.dumps(record))
+
+    def _collect(self, on_result: OnResult) -> int:
+        """Takes what the mailbox holds, on rank 0; returns how much that was."""
+        if not self._world.is_main:
+            return 0
+        waiting = self._store.queue_len(self._mailbox)
+        for _ in range(waiting):
+            record = json.loads(self._store.queue_pop(self._mailbox))
+            if record is None:
+                self._num_done += 1
+            else:
+                result = MemberResult(**record)
+                self._results[result.member] = result
+                on_result(result)
+        return waiting
+
+    def _wait_for_all(self, on_result: OnResult) -> None:
+        """Takes results until every team is done.
+
+        Raises:
+            TimeoutError: Nothing has come for too long.
+        """
+        num_teams = self._world.world_size // self._team.world_size
+        deadline = time.monotonic() + self._timeout_seconds
+        while True:
+            if self._collect(on_result):
+                deadline = time.monotonic() + self._timeout_seconds
+            if self._num_done == num_teams:
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"no member's result for {self._timeout_seconds} s (parallel.timeout_seconds), and "
+                    f"{num_teams - self._num_done} of {num_teams} teams are still at work"
+                )
+            time.sleep(_POLL_SECONDS)

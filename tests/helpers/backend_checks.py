@@ -1,0 +1,195 @@
+"""Run on every rank: a backend's shards against plain tensors, after every way of writing them.
+
+python backend_checks.py CASES.json, a list of {"config": tree, "checks": names of further checks}
+"""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from shardes.backends import make_backend
+from shardes.checkpoint import Checkpoint
+from shardes.config import parse_config
+from shardes.distributed import Group, make_mesh, process_group
+from shardes.es.weights import Weights
+from tests.helpers.tracing import Trace
+
+NUM_MEMBERS = 4  # DeepSpeed starts to keep gathered copies once it has seen two whole forwards
+NUM_UPDATES = 3
+NUM_TRACES = 5
+SENTINEL = 1.8e25
+ACTIVATION_BYTES = 20_000  # of a forward of one token, generously
+
+
+def fill_padding(backend):
+    """Puts a sentinel behind the owned elements of every shard; returns where."""
+    tails = []
+    for shard in backend.shards:
+        tail = shard.local[shard.num_owned :]
+        tail.fill_(SENTINEL)
+        tails.append(tail)
+    return tails
+
+
+def assert_same(one, other, what):
+    assert torch.equal(one, other), (what, (one.float() - other.float()).abs().max())
+
+
+def assert_close(one, other, what):
+    """For sums in another order: a bfloat16 step is 2**-8, and layers add up."""
+    error = (one.float() - other.float()).abs().max() / other.float().abs().max()
+    assert error < {torch.float32: 1e-5, torch.bfloat16: 1e-1}[one.dtype], (what, error)
+
+
+class Case:
+    """A backend and the oracle, both loaded with the same model."""
+
+    def __init__(self, config, group):
+        self.config, self.group = config, group
+        self.backend = make_backend(config, group=group)
+        self.tails = fill_padding(self.backend)
+        self.weights = Weights(self.backend, seed=7)
+        checkpoint = Checkpoint(config.model.path)
+        self.weights.load(checkpoint)
+        self.bytes_read = checkpoint.bytes_read
+        alone = Group(0, 1, group.device)
+        changes = {"backend": "single", "deepspeed": None, "shard_size": None}
+        single = config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
+        self.oracle = make_backend(single, group=alone)
+        self.wanted = Weights(self.oracle, seed=7)
+        self.wanted.load(checkpoint)
+        vocab_size = self.oracle.lockstep_model.config.vocab_size
+        # Ranks have prompts of their own, unless the backend wants the same on all.
+        shift = 0 if self.backend.shares_batches else group.rank
+        self.ids = (torch.arange(24).view(4, 6) + shift) % vocab_size
+        self.assert_logits = assert_close if self.backend.shares_batches else assert_same
+
+    def check_load(self):
+        """A rank reads its own elements only, and together they read everything."""
+        owned = sum(shard.num_owned for shard in self.backend.shards)
+        assert self.bytes_read == owned * torch.float32.itemsize, "the files are float32"
+        counted = sum(shard.num_owned for shard in self.backend.shards if not shard.is_copy)
+        total = sum(shard.num_elements for shard in self.oracle.shards)
+        assert self.group.sum_int64(counted) == total
+        for mine, its in zip(self.backend.shards, self.oracle.shards, strict=True):
+            assert (mine.name, mine.param_id, mine.shape) == (its.name, its.param_id, its.shape)
+            if mine.num_owned < mine.num_elements:
+                rows = mine.shape[0] if self.config.parallel.backend == "fsdp" else 1
+                most = -(-max(rows, self.group.world_size) // self.group.world_size)
+                assert mine.num_owned <= most * -(-mine.num_elements // rows), mine.name
+
+    def forwards(self):
+        """What every way of running the model gives."""
+        yield "stream", self.backend.lockstep_model(self.ids).logits
+        if not self.backend.shares_batches:
+            yield "prompts", self.backend.gathered()(self.ids).logits
+
+    def check_forwards(self, what):
+        logits = self.oracle.lockstep_model(self.ids).logits
+        for name, found in self.forwards():
+            self.assert_logits(found, logits, (name, what))
+
+    def check_members(self):
+        for direction in range(NUM_MEMBERS):
+            for weights in (self.weights, self.wanted):
+                weights.perturb(iteration=0, direction=direction, sigma=0.1)
+            self.check_forwards(f"member {direction}")
+            self.check_shards(f"member {direction}")
+
+    def check_shards(self, what):
+        """Working and master elements are those of the oracle, bit for bit."""
+        for mine, its in zip(self.backend.shards, self.oracle.shards, strict=True):
+            pairs = [
+                (mine.local, its.local),
+                (self.weights._masters[mine.name], self.wanted._masters[its.name]),
+            ]
+            for run in mine.runs:
+                for found, wanted in pairs:
+                    rows = run.of(found).view(run.rows, run.length)
+                    assert_same(rows, run.inside(wanted), (what, mine.name, run))
+
+    def check_updates(self):
+        for iteration in range(NUM_UPDATES):
+            for weights in (self.weights, self.wanted):
+                weights.update(iteration=iteration, directions=[0, 1, 2], coefficients=[0.1, -0.2, 0.05])
+                weights.centre()
+            self.check_forwards(f"centre after update {iteration}")
+        self.check_shards("after the updates")
+        assert self.group.sum_int64(self.weights.digest()) == self.wanted.digest()
+        for mine, its in zip(self.backend.shards, self.oracle.shards, strict=True):
+            whole = self.weights.gather_centre(mine)
+            assert (whole is not None) == self.group.is_main
+            if self.group.is_main:
+                assert_same(whole, self.wanted.gather_centre(its), mine.name)
+
+    def check_padding(self):
+        for tail in self.tails:
+            assert (tail == torch.tensor(SENTINEL).to(tail.dtype)).all(), "padding was written"
+        return sum(tail.numel() for tail in self.tails)
+
+    def trace(self):
+        """Forwards of one token, each under new weights."""
+        held = [shard.local for shard in self.backend.shards] + list(self.weights._masters.values())
+        for _ in range(NUM_TRACES):
+            self.backend.commit()
+            with Trace(held) as trace:
+                self.backend.lockstep_model(torch.zeros(1, 1, dtype=torch.int64))
+            yield trace
+
+    def check_traffic(self):
+        """A forward gathers every parameter once, but for the padding of uneven shards."""
+        shards, world_size = self.backend.shards, self.group.world_size
+        least = sum(shard.num_elements for shard in shards) if world_size > 1 else 0
+        most = sum(shard.num_elements + world_size * math.prod(shard.shape[1:]) for shard in shards)
+        # Not the first: DeepSpeed learns from it what is needed again, and gathers a tied weight twice there.
+        counts = [trace.gathered for trace in self.trace()][1:]
+        assert least <= min(counts) <= max(counts) <= most, (least, counts, most)
+
+    def check_memory(self):
+        """No more is ever held than this rank's share, and twice the largest layer."""
+        itemsize = self.backend.dtype.itemsize
+        # The least of several: gloo's threads may hold a buffer a moment longer than the forward.
+        trace = min(self.trace(), key=lambda trace: trace.peak_bytes)
+        bound = trace.base_bytes + 2 * itemsize * largest_layer(self.oracle) + ACTIVATION_BYTES
+        report = f"peak {trace.peak_bytes} base {trace.base_bytes} bound {bound}"
+        sys.stdout.write(report + "\n")
+        assert trace.peak_bytes <= bound, report
+        elements = sum(shard.num_elements for shard in self.backend.shards)
+        share = elements * (itemsize + 4) / self.group.world_size
+        assert share * 0.9 <= trace.base_bytes <= share * 1.1, (trace.base_bytes, share)
+
+
+def largest_layer(oracle):
+    """Elements of the largest block, embedding or head."""
+    model = oracle.lockstep_model
+    layers = [*model.model.layers, model.get_input_embeddings(), model.get_output_embeddings()]
+    return max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+
+
+@torch.no_grad()
+def main():
+    torch.set_num_threads(1)
+    with process_group(timeout_seconds=60, always=True) as world:
+        for number, raw in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+            config = parse_config(raw["config"], source="case")
+            sys.stdout.write(f"case {number}: {config.parallel.backend} {config.model.path.name}\n")
+            sys.stdout.flush()
+            mesh = make_mesh(world, shard_size=config.parallel.shard_size, timeout_seconds=60)
+            case = Case(config, mesh.shard)
+            case.check_load()
+            for check in raw["checks"]:
+                getattr(case, f"check_{check}")()
+            case.check_members()
+            case.check_updates()
+            sys.stdout.write(f"padding {case.check_padding()} checked\n")
+            world.barrier()  # rank 0 keeps the store that others may still need
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # as shardes.cli.main does, and for the same reason

@@ -1,0 +1,103 @@
+"""Every architecture's checkpoint becomes the model that transformers loads from it."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import Transpose
+
+from shardes.backends import make_backend
+from shardes.checkpoint import Checkpoint
+from shardes.conversion import Conversion
+from shardes.distributed import Group
+from shardes.errors import UserError
+from shardes.es.weights import Weights
+from shardes.export import export_model
+from shardes.modeling import build_skeleton, load_model_config
+from shardes.session import open_session
+from tests.helpers.models import ARCHITECTURES, make_config, tiny_model
+
+ALONE = Group(0, 1, torch.device("cpu"))
+IDS = torch.arange(24).view(4, 6)
+
+
+def load(tmp_path, model):
+    backend = make_backend(make_config(tmp_path, model=model, run_dir=tmp_path / "run"), group=ALONE)
+    weights = Weights(backend, seed=1)
+    weights.load(Checkpoint(model))
+    return backend.lockstep_model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loaded_model_is_the_one_that_transformers_loads(architecture, original, tmp_path):
+    path = tiny_model(
+        tmp_path / "model", tied=False, architecture=architecture, save_original_format=original
+    )
+    wanted = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    found = load(tmp_path, path)
+    for (name, parameter), (its_name, its) in zip(
+        found.named_parameters(), wanted.named_parameters(), strict=True
+    ):
+        assert name == its_name
+        assert torch.equal(parameter, its), name
+    assert torch.equal(found(IDS).logits, wanted(IDS).logits)
+
+
+def rewrite(path, change):
+    """Replaces a model's tensors by what ``change`` makes of them."""
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def test_a_missing_expert_is_named(tmp_path):
+    path = tiny_model(tmp_path / "model", tied=False, architecture="mixtral")
+    rewrite(path, lambda tensors: tensors.pop("model.layers.1.block_sparse_moe.experts.3.w2.weight"))
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts\.down_proj .* hold 4 tensors for it"):
+        load(tmp_path, path)
+
+
+def test_a_missing_half_of_an_expert_is_named(tmp_path):
+    path = tiny_model(tmp_path / "model", tied=False, architecture="mixtral")
+    rewrite(path, lambda tensors: tensors.pop("model.layers.1.block_sparse_moe.experts.1.w3.weight"))
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts\.gate_up_proj .* hold 5 and 4 of its"):
+        load(tmp_path, path)
+
+
+def test_a_conversion_that_ranges_cannot_express_is_refused_by_name(tmp_path):
+    path = tiny_model(tmp_path / "model", tied=False, architecture="mixtral")
+    model_config = load_model_config(path, trust_remote_code=False)
+    conversion = Conversion(build_skeleton(model_config, dtype=torch.float32, trust_remote_code=False))
+    for converter in conversion._converters:
+        converter.operations = [Transpose(), *converter.operations]
+    with pytest.raises(UserError, match=r"w1\.weight .* would have to become .*save_original_format=False"):
+        conversion.join(Checkpoint(path).tensors)
+
+
+def test_two_tensors_for_one_parameter_are_refused(tmp_path):
+    path = tiny_model(tmp_path / "model", tied=False, architecture="gpt_neox")
+    rewrite(path, lambda tensors: tensors.update({"lm_head.weight": tensors["embed_out.weight"].clone()}))
+    with pytest.raises(UserError, match=r"embed_out\.weight and lm_head\.weight are both"):
+        load(tmp_path, path)
+
+
+def test_what_transformers_ignores_in_files_is_ignored(tmp_path, monkeypatch):
+    path = tiny_model(tmp_path / "model", tied=False, architecture="gpt_neox")
+    rewrite(path, lambda tensors: tensors.update({"gpt_neox.layers.0.attention.bias": torch.ones(1, 1)}))
+    load(tmp_path, path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe", "gpt_neox"])
+def test_an_export_of_a_converted_model_loads_in_transformers(architecture, tmp_path):
+    model = tiny_model(tmp_path / "model", tied=False, architecture=architecture)
+    with open_session(make_config(tmp_path, model=model, run_dir=tmp_path / "run")) as session:
+        session.weights.update(iteration=0, directions=[0], coefficients=[0.1])
+        session.weights.centre()
+        export_model(session, tmp_path / "export", iteration=1, settings={})
+        wanted = session.backend.lockstep_model(IDS).logits
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32).eval()
+    assert torch.equal(found(IDS).logits, wanted)

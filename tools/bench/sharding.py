@@ -1,0 +1,358 @@
+"""Measures what a member costs: seconds by part, bytes received and memory, for backends and rollout modes.
+
+A Llama of about 100 million random parameters is written to a temporary directory. Every combination of
+number of ranks, backend and mode is a job of its own under torchrun: one iteration to warm up, one that is
+measured, and one whose collectives are counted. The same prompts go through transformers' ``generate`` in
+one process.
+
+    python tools/bench/sharding.py --world-size 1 --world-size 2 --json benchmarks/sharding.json
+
+Seconds are a member's, an iteration's divided by the population: those of the job in the column "member", so
+that members evaluated at the same time share them, and those of rank 0 in the columns of parts. Received is
+what rank 0 receives for a member, counted at torch's collectives as the usual algorithms send it: of a gather
+over W ranks (W - 1) / W of its output, of a reduction twice that of its operand, of a broadcast all.
+"""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from shardes import __version__
+from shardes.config import ParallelConfig, RolloutConfig, parse_config
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = ROOT / "configs" / "quickstart" / "model"
+BACKENDS = get_args(ParallelConfig.model_fields["backend"].annotation)
+MODES = [mode for mode in get_args(RolloutConfig.model_fields["mode"].annotation) if mode != "auto"]
+PARTS = ("perturb", "gather", "rollout", "reward", "wait")
+SIGMA = 1e-3
+
+Row = dict[str, Any]
+
+
+def possible(backend: str, mode: str, *, shard_size: int) -> bool:
+    """Whether a mode is one of a backend's, and not the same as another of them."""
+    if backend == "single":
+        return mode == "prompts"
+    if mode == "members" and shard_size == 1:
+        return False
+    return mode == "stream" or backend != "tensor_parallel"
+
+
+def write_model(path: Path, *, layers: int) -> int:
+    """A random Llama and a tokenizer for it; returns the number of parameters."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        vocab_size=8192,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(path)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def write_problems(path: Path, *, num_prompts: int) -> None:
+    """Prompts of different lengths."""
+    rows = [{"prompt": f"{i}" + "+7" * (1 + i % 6) + "="} for i in range(num_prompts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def constant(prompts: list[Any], completions: list[str], **_: Any) -> list[float]:
+    """A reward that costs nothing."""
+    return [0.0] * len(completions)
+
+
+class ReceivedBytes(TorchDispatchMode):
+    """Adds up what this rank receives in collectives, taking them for those of the ranks of a replica."""
+
+    def __init__(self, shard_size: int) -> None:
+        super().__init__()
+        self._shard_size = shard_size
+        self.total = 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        space, _, name = function._schema.name.partition("::")
+        if space in ("c10d", "_c10d_functional"):
+            size = self._shard_size
+            share = {"gather": 1 - 1 / size, "reduce": 2 * (1 - 1 / size), "broadcast": 1.0}
+            found = result if space == "_c10d_functional" else args[0]
+            for kind, factor in share.items():
+                if kind in name and "wait" not in name:
+                    tensors = [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+                    self.total += factor * sum(t.numel() * t.element_size() for t in tensors)
+                    break
+        return result
+
+
+def peak_memory_bytes() -> int:
+    """Of the accelerator, if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def stopwatch(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds of a block to ``seconds[name]``."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def measure(tree: dict[str, Any], out: Path) -> None:
+    """One job, on each of its ranks; rank 0 writes what it found."""
+    from shardes.population import Population
+    from shardes.session import make_rollout, open_session
+    from shardes.tasks.loading import load_task
+
+    config = parse_config(tree, source="benchmark")
+    num_members = config.es.population
+    with open_session(config) as session:
+        world = session.mesh.world
+        task = load_task(config.task)
+        rollout, _ = make_rollout(session, task)
+        population = Population(
+            rollout,
+            mesh=session.mesh,
+            sigma=SIGMA,
+            timeout_seconds=config.parallel.timeout_seconds,
+            spans=session.spans,
+        )
+        problems = rollout.prepare(task.train)
+        seconds: dict[str, float] = {}
+        found = {}
+
+        def iteration(number: int, members: int) -> None:
+            nonlocal found
+            found = population.evaluate_members(
+                range(members), iteration=number, problems=problems, on_result=lambda _: None
+            )
+
+        def update(number: int) -> None:
+            coefficients = [1e-4] * num_members
+            session.weights.update(iteration=number, directions=range(num_members), coefficients=coefficients)
+
+        num_teams = world.world_size // rollout.mode.team.world_size
+        iteration(0, num_teams)
+        update(0)
+        world.barrier()
+        session.spans.take()
+        with stopwatch(seconds, "member"):
+            iteration(1, num_members)
+        parts = session.spans.take()
+        with stopwatch(seconds, "update"):
+            update(1)
+        peak = peak_memory_bytes()
+        # Only what is gathered for a whole iteration has to be counted over one.
+        num_counted = num_members if rollout.mode.name == "members" else num_teams
+        with ReceivedBytes(session.mesh.shard.world_size) as received:
+            iteration(2, num_counted)
+        row = {name: parts.get(name, 0.0) / num_members for name in PARTS}
+        row |= {name: value / num_members for name, value in seconds.items()}
+        row["received_bytes"] = received.total / num_counted
+        row["num_tokens"] = sum(result.num_tokens for result in found.values()) / num_counted
+        row["peak_memory_bytes"] = peak
+        if world.is_main:
+            out.write_text(json.dumps(row))
+
+
+def measure_plain(tree: dict[str, Any], out: Path) -> None:
+    """The same prompts through transformers' own ``generate``, micro-batch by micro-batch."""
+    from transformers import AutoModelForCausalLM
+
+    from shardes.modeling import load_tokenizer
+    from shardes.rollout.batching import compose, tokenize
+    from shardes.tasks.loading import load_task
+
+    config = parse_config(tree, source="benchmark")
+    torch.set_num_threads(config.parallel.threads_per_rank or torch.get_num_threads())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=False)
+    dtype = getattr(torch, config.model.dtype)
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype).to(device).eval()
+    tokens = [tokenize(row["prompt"], tokenizer) for row in load_task(config.task).train]
+    batches = compose(tokens, micro_batch_size=config.rollout.micro_batch_size, pad_id=tokenizer.pad_token_id)
+    seconds: dict[str, float] = {}
+    for turn in ("warm up", "member"):
+        with stopwatch(seconds, turn), torch.no_grad():
+            for batch in (b.to(device) for b in batches):
+                model.generate(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    do_sample=False,
+                    max_new_tokens=config.rollout.max_new_tokens,
+                )
+    out.write_text(json.dumps({"member": seconds["member"], "peak_memory_bytes": peak_memory_bytes()}))
+
+
+def start(tree: dict[str, Any], *, world_size: int, folder: Path) -> Row:
+    """Runs a job to its end; what rank 0 found, or why it failed."""
+    spec, out = folder / "job.json", folder / "found.json"
+    out.unlink(missing_ok=True)
+    spec.write_text(json.dumps(tree))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    is_plain = tree["parallel"]["backend"] == "single" and world_size == 0
+    command = [sys.executable, *([] if is_plain else launcher), __file__, "--job", str(spec), str(out)]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    if not torch.cuda.is_available():
+        env |= {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not out.exists():
+        lines = [line for line in done.stderr.splitlines() if "Error" in line]
+        return {"failure": lines[0].strip() if lines else f"exit status {done.returncode}"}
+    return json.loads(out.read_text())
+
+
+HEADER = (
+    "ranks  shard  backend          mode     |  member s |"
+    "  perturb   gather  rollout   reward     wait   update |  received MB  peak MB"
+)
+
+
+def formatted(row: Row) -> str:
+    """A row under ``HEADER``."""
+    place = f"{row['ranks']:>5}  {row['shard_size']:>5}  {row['backend']:<15}  {row['mode']:<8}"
+    if "failure" in row:
+        return f"{place} | {row['failure']}"
+    parts = " ".join(f"{row[name]:>8.3f}" if name in row else " " * 8 for name in (*PARTS, "update"))
+    received = f"{row['received_bytes'] / 1e6:>11.1f}" if "received_bytes" in row else " " * 11
+    return f"{place} | {row['member']:>9.3f} | {parts} |  {received}  {row['peak_memory_bytes'] / 1e6:>7.0f}"
+
+
+@click.command()
+@click.option(
+    "--world-size",
+    "world_sizes",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1, 2, 4),
+    show_default=True,
+)
+@click.option("--backend", "backends", type=click.Choice(BACKENDS), multiple=True, default=BACKENDS)
+@click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, default=MODES)
+@click.option(
+    "--shard-size", type=click.IntRange(min=1), help="Ranks of a replica.  [default: all; 1 for single]"
+)
+@click.option("--layers", type=click.IntRange(min=1), default=14, show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--members", type=click.IntRange(min=2), default=8, show_default=True)
+@click.option("--prompts", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--micro-batch", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of each rank.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--job", type=click.Path(path_type=Path), nargs=2, hidden=True)
+def main(
+    *,
+    world_sizes: tuple[int, ...],
+    backends: tuple[str, ...],
+    modes: tuple[str, ...],
+    shard_size: int | None,
+    layers: int,
+    dtype: str,
+    members: int,
+    prompts: int,
+    micro_batch: int,
+    new_tokens: int,
+    threads: int,
+    json_path: Path | None,
+    job: tuple[Path, Path] | None,
+) -> None:
+    """Measure what a member costs in every backend and rollout mode."""
+    if job is not None:
+        tree = json.loads(job[0].read_text())
+        (measure if "WORLD_SIZE" in os.environ else measure_plain)(tree, job[1])
+        sys.stdout.flush()
+        os._exit(0)  # as shardes.cli.main does, and for the same reason
+    with tempfile.TemporaryDirectory(prefix="shardes-bench-") as name:
+        folder = Path(name)
+        num_parameters = write_model(folder / "model", layers=layers)
+        write_problems(folder / "problems.jsonl", num_prompts=prompts)
+        facts = {
+            "parameters": num_parameters,
+            "dtype": dtype,
+            "members": members,
+            "prompts": prompts,
+            "micro_batch_size": micro_batch,
+            "max_new_tokens": new_tokens,
+            "threads_per_rank": threads,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "cores": os.cpu_count(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "shardes": __version__,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        for key, value in facts.items():
+            click.echo(f"{key}: {value}")
+        click.echo(f"\n{HEADER}")
+        rows: list[Row] = []
+
+        def run(ranks: int, backend: str, mode: str, size: int | None) -> None:
+            tree = {
+                "model": {"path": str(folder / "model"), "dtype": dtype},
+                "run": {"dir": str(folder / "run")},
+                "parallel": {"backend": backend, "threads_per_rank": threads, "shard_size": size},
+                "rollout": {
+                    "mode": mode,
+                    "micro_batch_size": micro_batch,
+                    "max_new_tokens": new_tokens,
+                },
+                "es": {"iterations": 1, "population": members, "sigma": SIGMA},
+                "task": {"data": str(folder / "problems.jsonl"), "reward": f"{__file__}:constant"},
+            }
+            shown = size or (1 if backend == "single" else ranks)
+            place = {"ranks": ranks or 1, "shard_size": shown or 1, "backend": backend, "mode": mode}
+            rows.append(place | start(tree, world_size=ranks, folder=folder))
+            if ranks == 0:
+                rows[-1] |= {"backend": "transformers", "mode": "generate"}
+            click.echo(formatted(rows[-1]))
+
+        run(0, "single", "prompts", None)
+        for ranks in world_sizes:
+            for backend in backends:
+                for mode in modes:
+                    if possible(backend, mode, shard_size=shard_size or ranks):
+                        run(ranks, backend, mode, shard_size)
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        command = ["python", *sys.argv]
+        json_path.write_text(json.dumps({"facts": facts, "command": command, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
