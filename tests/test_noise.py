@@ -314,6 +314,18 @@ def test_a_region_that_cannot_be_is_refused(arguments, message):
         Region(*arguments)
 
 
+def test_as_many_coefficients_as_directions_are_wanted():
+    with pytest.raises(ValueError, match="got 1 coefficients for 3 directions"):
+        noise.accumulate(
+            torch.zeros(10),
+            region=Region(0, 10, 0, 10),
+            coefficients=[0.5],
+            directions=range(3),
+            seed=0,
+            iteration=0,
+        )
+
+
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [

@@ -87,9 +87,12 @@ def accumulate(
         kind: Which noise.
 
     Raises:
-        ValueError: A tensor of another dtype or size, or one that is not contiguous.
+        ValueError: A tensor of another dtype or size, or one that is not contiguous; not as many coefficients
+            as directions.
     """
     _check("master", master, region)
+    if len(coefficients) != len(directions):
+        raise ValueError(f"got {len(coefficients)} coefficients for {len(directions)} directions")
     if region.num_elements == 0:
         return
     stream = kind.stream
