@@ -27,7 +27,7 @@ def check(tmp_path, *, world_size, dtype="float32", zero=None, tied=True):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("threshold", [0, 100, 100_000])
+@pytest.mark.parametrize("threshold", [100, 100_000])
 def test_no_gathered_copy_goes_stale(tmp_path, threshold):
     output = check(tmp_path, world_size=3, zero={"stage3_param_persistence_threshold": threshold})
     # Three ranks do not divide every parameter, so there is padding to leave alone.
@@ -38,11 +38,6 @@ def test_no_gathered_copy_goes_stale(tmp_path, threshold):
 def test_prefetching_as_little_as_possible_changes_nothing(tmp_path):
     zero = {"stage3_max_live_parameters": 1, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     check(tmp_path, world_size=2, zero=zero, tied=False)
-
-
-@pytest.mark.slow
-def test_bfloat16_and_default_settings(tmp_path):
-    check(tmp_path, world_size=2, dtype="bfloat16")
 
 
 @pytest.mark.slow
