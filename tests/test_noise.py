@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardes import noise
-from shardes.noise import NOISE_VERSION, NoiseKind, Region, definition
+from shardes.noise import NOISE_VERSION, NoiseKind, Region, cpu, definition
 from tests.helpers.noise_oracle import FORMATS, accumulated, perturbed, same_bits
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_noise.json").read_text())
@@ -346,3 +346,21 @@ def test_a_tensor_that_cannot_be_used_is_refused(tensor, message):
     for call in calls:
         with pytest.raises(ValueError, match=re.escape(message)):
             call()
+
+
+def test_no_kernel_is_compiled_again_for_another_member_iteration_or_shape():
+    address = {"seed": 2**63, "iteration": 2**32 - 1}
+    for kind in NoiseKind:
+        regions = [Region(0, SIZE, 0, 64), Region(9, SIZE, 2**33 + 1, 1), Region(3, SIZE, 5, 7, 300, 11)]
+        for region, direction in itertools.product(regions, (0, 2**24 - 1)):
+            master = torch.zeros(region.num_elements + 1)[1:]
+            noise.perturb(
+                master, master, region=region, sigma=1e-3, direction=direction, kind=kind, **address
+            )
+            steps = {
+                "coefficients": [0.1] * (direction % 7 + 1),
+                "directions": [direction] * (direction % 7 + 1),
+            }
+            noise.accumulate(master, region=region, kind=kind, **steps, **address)
+        kernels = [cpu._perturb_kernel(kind, 0, 0), cpu._accumulate_kernel(kind, 0)]
+        assert [len(kernel.signatures) for kernel in kernels] == [1, 1]

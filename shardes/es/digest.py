@@ -10,10 +10,6 @@ import torch
 
 from shardes.noise.region import Region
 
-# The finaliser of splitmix64 (Steele, Lea and Flood 2014) and two odd constants of 2**64/phi and 2**64/e.
-MIX_A, MIX_B = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-INDEX_FACTOR, PARAM_FACTOR = 0x9E3779B97F4A7C15, 0x5E2D58D8B3BCDF1B
-
 
 def add_digest(total: torch.Tensor, values: torch.Tensor, *, region: Region) -> None:
     """Adds the digest of some elements to ``total``, modulo 2**64.

@@ -4,13 +4,23 @@ import numba as nb
 import numpy as np
 import torch
 
-from shardes.es.digest import INDEX_FACTOR, MIX_A, MIX_B, PARAM_FACTOR
 from shardes.noise.cpu import stored
+from shardes.noise.definition import (
+    DIGEST_INDEX_FACTOR,
+    DIGEST_MIX_A,
+    DIGEST_MIX_B,
+    DIGEST_PARAM_FACTOR,
+)
 from shardes.noise.region import Region
 from shardes.threads import split_over_threads
 
 u64 = np.uint64
-_A, _B, _INDEX, _PARAM = u64(MIX_A), u64(MIX_B), u64(INDEX_FACTOR), u64(PARAM_FACTOR)
+_A, _B, _INDEX, _PARAM = (
+    u64(DIGEST_MIX_A),
+    u64(DIGEST_MIX_B),
+    u64(DIGEST_INDEX_FACTOR),
+    u64(DIGEST_PARAM_FACTOR),
+)
 # Elements handled before the next look at rows, and the least that is worth a thread.
 _PART, _PARTS_PER_THREAD = 1 << 12, 8
 

@@ -2,14 +2,20 @@
 
 import torch
 
-from shardes.es.digest import INDEX_FACTOR, MIX_A, MIX_B, PARAM_FACTOR
-from shardes.noise.definition import BLOCK, LANES
+from shardes.noise.definition import (
+    BLOCK,
+    DIGEST_INDEX_FACTOR,
+    DIGEST_MIX_A,
+    DIGEST_MIX_B,
+    DIGEST_PARAM_FACTOR,
+    LANES,
+)
 from shardes.noise.gpu import kernel, launch, place, within
 from shardes.noise.gpu_math import tl, triton
 from shardes.noise.region import Region
 
-_MIX_A, _MIX_B = tl.constexpr(MIX_A), tl.constexpr(MIX_B)
-_INDEX_FACTOR, _PARAM_FACTOR = tl.constexpr(INDEX_FACTOR), tl.constexpr(PARAM_FACTOR)
+_MIX_A, _MIX_B = tl.constexpr(DIGEST_MIX_A), tl.constexpr(DIGEST_MIX_B)
+_INDEX_FACTOR, _PARAM_FACTOR = tl.constexpr(DIGEST_INDEX_FACTOR), tl.constexpr(DIGEST_PARAM_FACTOR)
 _LANES = tl.constexpr(LANES)
 
 # A program makes one atomic addition, all of them to one address: it has 4096 elements before that.

@@ -46,6 +46,11 @@ LOG_TAIL = (
 SIN_TURNS = (6.283185005187988, -41.34154510498047, 81.5790023803711, -74.93680572509766)
 COS_TURNS = (-19.739208221435547, 64.93917083740234, -85.42823791503906, 58.76472473144531)
 
+# The weights digest: the finaliser of splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
+# number generators") and two odd constants of 2**64/phi and 2**64/e.
+DIGEST_MIX_A, DIGEST_MIX_B = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+DIGEST_INDEX_FACTOR, DIGEST_PARAM_FACTOR = 0x9E3779B97F4A7C15, 0x5E2D58D8B3BCDF1B
+
 
 class Stream(IntEnum):
     """What a counter is used for; streams never share a counter."""
