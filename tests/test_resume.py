@@ -51,7 +51,7 @@ def test_ten_kills_of_any_rank_at_random_moments_change_no_byte(tmp_path):
     pytest.importorskip("deepspeed")
     # No launcher is here to end the survivor of a kill: it is the time limit of collectives that does.
     config = write_config(
-        tmp_path, es__iterations=30, parallel__backend="zero3", parallel__timeout_seconds=20, eval__every=7
+        tmp_path, es__iterations=30, parallel__backend="zero3", parallel__timeout_seconds=12, eval__every=7
     )
     undisturbed = train(config, f"run.dir={tmp_path / 'undisturbed'}", "parallel.backend=single")
     assert undisturbed.returncode == 0, undisturbed.stderr

@@ -14,8 +14,10 @@ DTYPES = ("float32", "bfloat16")
 # Model, backend, mode, dtype. The other modes and meshes are test_mesh's.
 CASES = [
     ("tied", "single", "prompts", "float32"),
-    *(("tied", backend, "stream", "float32") for backend in ("zero3", "fsdp")),
-    *(("tied", backend, "prompts", "bfloat16") for backend in ("zero3", "fsdp")),
+    ("tied", "zero3", "stream", "float32"),
+    ("tied", "fsdp", "prompts", "bfloat16"),
+    ("tied", "fsdp", "stream", "float32"),
+    ("tied", "zero3", "prompts", "bfloat16"),
     # Another architecture, and a head of its own.
     ("untied", "zero3", "prompts", "float32"),
     ("untied", "fsdp", "stream", "bfloat16"),
@@ -56,9 +58,11 @@ def test_the_oracle_moves_every_weight_and_tells_members_apart(oracle, models):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 4])  # one rank is test_backends'
 def test_exports_are_byte_identical(world_size, models, oracle, tmp_path):
     prints, lines = oracle
+    # All on a number of ranks that divides nothing; on the others what the meshes' tests leave out.
+    cases = CASES if world_size == 3 else CASES[1:3]
     trees = [
         tree(
             tmp_path,
@@ -68,10 +72,10 @@ def test_exports_are_byte_identical(world_size, models, oracle, tmp_path):
             parallel__backend=backend,
             rollout__mode=mode,
         )
-        for i, (kind, backend, mode, dtype) in enumerate(CASES)
+        for i, (kind, backend, mode, dtype) in enumerate(cases)
     ]
     found = run_cases(tmp_path, "cases", trees, world_size)
-    for i, (kind, backend, mode, dtype) in enumerate(CASES):
+    for i, (kind, backend, mode, dtype) in enumerate(cases):
         assert found[i] == prints[kind, dtype], (kind, backend, mode, dtype)
         # Not only the weights: every reward on the way, too.
         assert steady_metrics(tmp_path / f"run{i}") == lines[kind, dtype]

@@ -27,9 +27,9 @@ def check(tmp_path, *, world_size, dtype="float32", zero=None, tied=True):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("threshold", [100, 100_000])
-def test_no_gathered_copy_goes_stale(tmp_path, threshold):
-    output = check(tmp_path, world_size=3, zero={"stage3_param_persistence_threshold": threshold})
+def test_no_gathered_copy_goes_stale(tmp_path):
+    # Some parameters stay gathered for good, the others while they are prefetched.
+    output = check(tmp_path, world_size=3, zero={"stage3_param_persistence_threshold": 100})
     # Three ranks do not divide every parameter, so there is padding to leave alone.
     assert all(int(n) > 0 for n in re.findall(r"padding (\d+) checked", output)[-1:])
 
