@@ -181,7 +181,9 @@ def launchers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher", ["deepspeed", "torchrun", pytest.param("accelerate", marks=pytest.mark.exhaustive)]
+)
 def test_launchers_train_and_show_a_mistake_once(tmp_path, model, launcher):
     pytest.importorskip("deepspeed")
     config = write_config(tmp_path, model, parallel__backend="zero3")

@@ -58,7 +58,10 @@ def test_the_oracle_moves_every_weight_and_tells_members_apart(oracle, models):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 3, 4])  # one rank is test_backends'
+@pytest.mark.parametrize(  # one rank is test_backends'
+    "world_size",
+    [pytest.param(2, marks=pytest.mark.exhaustive), 3, pytest.param(4, marks=pytest.mark.exhaustive)],
+)
 def test_exports_are_byte_identical(world_size, models, oracle, tmp_path):
     prints, lines = oracle
     # All on a number of ranks that divides nothing; on the others what the meshes' tests leave out.

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Runs the tests, after setting up. Arguments are passed on to pytest: tools/test.sh -m "not slow"
+# Runs the tests, after setting up. Arguments are passed on to pytest: tools/test.sh -m "not slow"; -m "" runs
+# also those that repeat a slow check on other numbers of ranks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 bash tools/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
-exec python -m pytest -n 2 --dist loadfile "$@"
+exec python -m pytest -n 2 --dist loadfile -m "not exhaustive" "$@"
