@@ -141,6 +141,7 @@ def wait_for_lines(path, count, ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(400)
 def test_kills_in_a_mesh_change_no_byte_and_lose_only_what_was_in_flight(tmp_path):
     path = tmp_path / "config.yaml"
