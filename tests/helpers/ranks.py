@@ -1,12 +1,14 @@
 """Starts real processes as a launcher would, with a hard time limit and nothing left behind."""
 
 import contextlib
+import functools
 import os
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.helpers.nursery import Nursery
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,8 +27,14 @@ def environment(**extra):
     return kept | threads | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"} | extra
 
 
+@functools.cache
+def nursery():
+    """This process's own; the first ranks wait for its imports."""
+    return Nursery(env=environment(), cwd=ROOT)
+
+
 class Ranks:
-    """``world_size`` processes of one script, in a group of their own each.
+    """``world_size`` processes of one Python script, in a group of their own each.
 
     Args:
         arguments: The script and what it is given.
@@ -46,26 +54,14 @@ class Ranks:
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=port,
             )
-            with log.open("ab") as stream:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *map(str, arguments)],
-                        env=env,
-                        stdout=stream,
-                        stderr=subprocess.STDOUT,
-                        stdin=subprocess.DEVNULL,
-                        cwd=ROOT,
-                        start_new_session=True,
-                    )
-                )
+            self.processes.append(nursery().start(arguments, env=env, log=log))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         for process in self.processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill_group()
             process.wait()
 
     def wait(self, timeout_seconds):
