@@ -124,6 +124,36 @@ class RolloutConfig(Section):
     number of ranks; a different size may change the last bits."""
     max_new_tokens: int = Field(gt=0)
     """The longest answer, in tokens."""
+    stop: list[str] = []
+    """Texts that end an answer, which keeps the first of them; end-of-sequence tokens always do."""
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """0: the most likely token is taken, as in the paper. Above: tokens are drawn, the logits divided by it.
+    The random numbers depend on seed, iteration, prompt, sample and position alone: all members have the
+    same."""
+    top_k: int | None = Field(default=None, gt=0)
+    """Tokens are drawn from that many of the most likely ones; null: from all."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Tokens are drawn from the most likely ones that together reach this probability."""
+    samples_per_prompt: int = Field(default=1, gt=0)
+    """Answers to each prompt; a member's reward is the mean over all of them."""
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_texts_are_texts(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError(f"got {value}; an empty text would end every answer before it begins")
+        return value
+
+    @field_validator("top_k", "top_p", "samples_per_prompt")
+    @classmethod
+    def _drawing_takes_a_temperature(cls, value: Any, info: ValidationInfo) -> Any:
+        default = cls.model_fields[str(info.field_name)].default
+        if value != default and info.data.get("temperature") == 0:
+            raise ValueError(
+                f"got {value}, but rollout.temperature is 0, so that the most likely token is always taken; "
+                f"set that above 0, or this to {default}"
+            )
+        return value
 
 
 class WeightsConfig(Section):

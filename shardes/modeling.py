@@ -51,6 +51,21 @@ def load_generation_config(path: Path, model_config: Any) -> GenerationConfig:
     return GenerationConfig.from_model_config(model_config)
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The model's end-of-sequence tokens, from its generation config or else the tokenizer."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    if ends is None:
+        return []
+    return [ends] if isinstance(ends, int) else list(ends)
+
+
+def max_positions(model: Any) -> int | None:
+    """Tokens of a prompt and its answer that the model was made for; None if it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def build_skeleton(model_config: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """A model whose parameters are on the meta device and whose buffers are real.
 

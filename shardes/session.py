@@ -144,8 +144,8 @@ def make_rollout(session: Session, task: Task) -> tuple[Rollout, Scorer]:
         mesh=session.mesh,
         scorer=scorer,
         modes=Modes(mode, backend=session.backend, weights=session.weights, mesh=session.mesh),
-        micro_batch_size=config.rollout.micro_batch_size,
-        max_new_tokens=config.rollout.max_new_tokens,
+        settings=config.rollout,
+        seed=config.es.seed,
         spans=session.spans,
     )
     return rollout, scorer

@@ -45,7 +45,7 @@ class Trainer:
             timeout_seconds=self._config.parallel.timeout_seconds,
             spans=self._spans,
         )
-        self._heldout = self._rollout.prepare(task.heldout) if task.heldout else None
+        self._heldout = self._rollout.prepare(task.heldout, iteration=0) if task.heldout else None
         if self._heldout is None and self._config.eval.every:
             logger.info("no held-out evaluation: task.heldout_data is not given")
         # What the journal knows of the first iteration to do: the job died in the middle of it.
@@ -74,7 +74,7 @@ class Trainer:
 
     def _evaluate_members(self, iteration: int) -> list[float | None]:
         """The mean reward of every member."""
-        problems = self._rollout.prepare(self._draw_problems(iteration))
+        problems = self._rollout.prepare(self._draw_problems(iteration), iteration=iteration)
         members = range(self._config.es.population)
         known: dict[int, float | None] = {
             member: reward for (of, member), reward in self._known_rewards.items() if of == iteration

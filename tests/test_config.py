@@ -136,6 +136,11 @@ def test_an_unknown_key_far_from_all_is_refused_with_all():
         ("parallel.threads_per_rank", 0),
         ("rollout.mode", "members-first"),
         ("rollout.max_new_tokens", 0),
+        ("rollout.stop", [""]),
+        ("rollout.temperature", -1),
+        ("rollout.top_p", 0),
+        ("rollout.top_k", 3),  # without a temperature
+        ("rollout.samples_per_prompt", 2),
         ("rollout.micro_batch_size", "many"),
         ("run.resume", "sometimes"),
         ("weights.master_device", "disk"),
@@ -301,6 +306,11 @@ BINDING = [
     ("model.dtype", "float32"),
     ("rollout.micro_batch_size", 3),
     ("rollout.max_new_tokens", 6),
+    ("rollout.stop", ["."]),
+    ("rollout.temperature", 0.7),
+    ("rollout.top_k", 5),
+    ("rollout.top_p", 0.9),
+    ("rollout.samples_per_prompt", 2),
     ("weights.master", "model"),
     ("es.seed", 1),
     ("es.noise", "rademacher"),
@@ -323,6 +333,7 @@ def determinants(tmp_path):
     def of(key="task.data", value=data):
         tree = with_key(key, value)
         tree["task"]["data"] = str(tree["task"]["data"]).replace("a/data.jsonl", str(data))
+        tree["rollout"].setdefault("temperature", 0.5)  # what is drawn depends on more keys
         return parse_config(tree, source="test").determinants()
 
     return of

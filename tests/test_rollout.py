@@ -1,4 +1,4 @@
-"""Micro-batches, greedy decoding against transformers' own, and what an evaluation reports."""
+"""Micro-batches, and what an evaluation reports."""
 
 import json
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM
 
+from shardes.config import RolloutConfig
 from shardes.distributed import Group, Mesh
 from shardes.errors import UserError
 from shardes.modeling import load_tokenizer
 from shardes.rollout.batching import compose, tokenize
-from shardes.rollout.decode import TOKENS_PER_CHECK, answer_tokens, decode_greedily
 from shardes.rollout.modes import Modes
 from shardes.rollout.rollout import Rollout
 from shardes.rollout.scoring import Scorer
@@ -24,7 +24,6 @@ from tests.helpers.models import make_config, tiny_model
 from tests.helpers.rewards import spread
 
 PAD = 0
-BUDGET = 14
 
 token_lists = st.lists(st.lists(st.integers(1, 36), min_size=1, max_size=9), max_size=20)
 
@@ -32,7 +31,7 @@ token_lists = st.lists(st.lists(st.integers(1, 36), min_size=1, max_size=9), max
 @settings(deadline=None)
 @given(prompts=token_lists, size=st.integers(1, 7))
 def test_micro_batches_hold_every_prompt_once_sorted_by_length_and_padded_on_the_left(prompts, size):
-    batches = compose(prompts, micro_batch_size=size, pad_id=PAD)
+    batches = compose(prompts, micro_batch_size=size, pad_id=PAD, max_new_tokens=6)
     rows = [row for batch in batches for row in batch.rows]
     assert sorted(rows) == list(range(len(prompts)))
     assert rows == sorted(rows, key=lambda row: (len(prompts[row]), row))
@@ -48,11 +47,13 @@ def test_micro_batches_hold_every_prompt_once_sorted_by_length_and_padded_on_the
 
 def test_micro_batches_depend_on_nothing_else(monkeypatch):
     prompts = [[1, 2], [3], [4, 5, 6], [7]]
-    first = compose(prompts, micro_batch_size=2, pad_id=PAD)
+    first = compose(prompts, micro_batch_size=2, pad_id=PAD, max_new_tokens=6)
     torch.manual_seed(5)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
-    for one, other in zip(first, compose(prompts, micro_batch_size=2, pad_id=PAD), strict=True):
+    for one, other in zip(
+        first, compose(prompts, micro_batch_size=2, pad_id=PAD, max_new_tokens=6), strict=True
+    ):
         assert one.rows == other.rows
         assert torch.equal(one.input_ids, other.input_ids)
     assert [batch.rows for batch in first] == [(1, 3), (0, 2)]
@@ -65,17 +66,6 @@ def model_dirs(tmp_path_factory):
         "qwen2": tiny_model(root / "qwen2", tied=True, seed=0),
         "llama": tiny_model(root / "llama", tied=False, architecture="llama", seed=1),
     }
-
-
-@pytest.fixture(scope="module")
-def models(model_dirs):
-    loaded = {name: AutoModelForCausalLM.from_pretrained(path) for name, path in model_dirs.items()}
-    torch.manual_seed(2)
-    # Learned positions: unlike rotary ones, they tell a shifted row from one that is not.
-    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 37}
-    config = GPT2Config(**sizes, initializer_range=0.5, bos_token_id=None, eos_token_id=1)
-    loaded["gpt2"] = AutoModelForCausalLM.from_config(config)
-    return {name: model.eval() for name, model in loaded.items()}
 
 
 def test_prompts_become_tokens_by_the_tokenizer_and_its_template(model_dirs):
@@ -92,111 +82,6 @@ def test_prompts_become_tokens_by_the_tokenizer_and_its_template(model_dirs):
         tokenize("", tokenizer)
 
 
-def batch_of(seed):
-    """Prompts of eight different-enough lengths, as one micro-batch."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts = [torch.randint(2, 37, (n,), generator=generator).tolist() for n in (3, 9, 1, 6, 9, 4, 2, 7)]
-    return compose(prompts, micro_batch_size=8, pad_id=PAD)[0]
-
-
-def generated(model, batch, *, max_new_tokens, eos_ids):
-    """What transformers generates, padded to the budget."""
-    model.generation_config.eos_token_id = list(eos_ids) or None
-    output = model.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=PAD,
-    )[:, batch.input_ids.shape[1] :]
-    return torch.nn.functional.pad(output, (0, max_new_tokens - output.shape[1]), value=PAD)
-
-
-def decoded(model, batch, *, max_new_tokens, eos_ids):
-    output = decode_greedily(
-        model,
-        batch.input_ids,
-        batch.attention_mask,
-        max_new_tokens=max_new_tokens,
-        eos_ids=eos_ids,
-        pad_id=PAD,
-    )
-    padded = torch.nn.functional.pad(output, (0, max_new_tokens - output.shape[1]), value=PAD)
-    return padded, output.shape[1]
-
-
-@pytest.mark.parametrize("eos_ids", [[3], [17, 2], [22, 30, 4], [10], []], ids=str)
-@pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2"])
-def test_greedy_decoding_is_that_of_transformers(models, name, eos_ids):
-    batch = batch_of({"qwen2": 0, "llama": 1, "gpt2": 3}[name])
-    wanted = generated(models[name], batch, max_new_tokens=BUDGET, eos_ids=eos_ids)
-    found, _ = decoded(models[name], batch, max_new_tokens=BUDGET, eos_ids=eos_ids)
-    assert found.tolist() == wanted.tolist()
-    lengths = {len(answer_tokens(row, eos_ids)) for row in found.tolist()}
-    assert BUDGET in lengths
-    if eos_ids:  # rows end at several places, and some not at all
-        assert len(lengths) >= 2
-        assert len({tuple(row) for row in found.tolist()}) >= 6
-
-
-@pytest.mark.parametrize("max_new_tokens", [1, 2, TOKENS_PER_CHECK, TOKENS_PER_CHECK + 1])
-@pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2"])
-def test_small_budgets_are_kept_exactly(models, name, max_new_tokens):
-    batch = batch_of(2)
-    wanted = generated(models[name], batch, max_new_tokens=max_new_tokens, eos_ids=[3])
-    found, width = decoded(models[name], batch, max_new_tokens=max_new_tokens, eos_ids=[3])
-    assert found.tolist() == wanted.tolist()
-    assert width <= max_new_tokens
-
-
-def test_decoding_stops_soon_after_every_row_has_ended(models):
-    batch = batch_of(0)
-    every = list(range(37))
-    found, width = decoded(models["qwen2"], batch, max_new_tokens=BUDGET, eos_ids=every)
-    assert width == TOKENS_PER_CHECK
-    assert found[:, 1:].eq(PAD).all()
-    assert (
-        found[:, 0].tolist() == generated(models["qwen2"], batch, max_new_tokens=1, eos_ids=[])[:, 0].tolist()
-    )
-
-
-def test_ranks_in_step_go_on_until_all_have_ended(models):
-    batch, looks = batch_of(0), []
-
-    def any_rank(unfinished):
-        looks.append(unfinished)
-        return len(looks) < 3  # another rank is busy for two looks more
-
-    output = decode_greedily(
-        models["qwen2"],
-        batch.input_ids,
-        batch.attention_mask,
-        max_new_tokens=100,
-        eos_ids=list(range(37)),
-        pad_id=PAD,
-        any_rank=any_rank,
-    )
-    assert looks == [False] * 3
-    assert output.shape[1] == 3 * TOKENS_PER_CHECK
-    assert output[:, 1:].eq(PAD).all()
-
-
-@pytest.mark.parametrize(
-    ("row", "eos_ids", "wanted"),
-    [
-        ([5, 1, 0, 0], [1], [5, 1]),
-        ([5, 6, 7], [1], [5, 6, 7]),
-        ([1, 1], [1], [1]),
-        ([5, 9, 1], [1, 9], [5, 9]),
-        ([5, 0, 7], [], [5, 0, 7]),
-        ([5, 0, 0], [0], [5, 0]),
-        ([], [1], []),
-    ],
-)
-def test_an_answer_ends_with_its_first_end_token(row, eos_ids, wanted):
-    assert answer_tokens(row, eos_ids) == wanted
-
-
 ROWS = [{"prompt": f"{i}" + "+7" * ((5 * i) % 4) + "=", "n": i} for i in range(11)]
 
 
@@ -206,7 +91,7 @@ def session(model_dirs, tmp_path):
         yield session
 
 
-def rollout_of(session, reward, *, mode="prompts", mesh=None):
+def rollout_of(session, reward, *, mode="prompts", mesh=None, changes=None):
     task = Task("test", ROWS, [], lambda row: row["prompt"], reward)
     return Rollout(
         session.backend,
@@ -215,15 +100,15 @@ def rollout_of(session, reward, *, mode="prompts", mesh=None):
         mesh=mesh or session.mesh,
         scorer=Scorer(task, on_error="exclude"),
         modes=Modes(mode, backend=session.backend, weights=session.weights, mesh=session.mesh),
-        micro_batch_size=4,
-        max_new_tokens=6,
+        settings=RolloutConfig(**({"max_new_tokens": 6, "micro_batch_size": 4} | (changes or {}))),
+        seed=0,
         spans=session.spans,
     )
 
 
 def evaluated(session, reward, *, group=None, **arguments):
     rollout = rollout_of(session, reward, **arguments)
-    return rollout.evaluate(rollout.prepare(ROWS), group=group or session.mesh.world)
+    return rollout.evaluate(rollout.prepare(ROWS, iteration=0), group=group or session.mesh.world)
 
 
 def answers_alone(model_dir):
@@ -310,7 +195,7 @@ def test_an_evaluation_answers_with_the_weights_of_the_moment(session):
         return spread(prompts, completions)
 
     rollout = rollout_of(session, reward)
-    problems = rollout.prepare(ROWS)
+    problems = rollout.prepare(ROWS, iteration=0)
     world = session.mesh.world
     first = rollout.evaluate(problems, group=world).rewards
     session.weights.perturb(iteration=0, direction=0, sigma=0.2)
@@ -327,7 +212,7 @@ def test_the_end_tokens_are_those_of_the_generation_config(tmp_path):
     assert {answer[-1] for answer in answers} & {3, 17}
     with open_session(make_config(tmp_path, model=path, run_dir=tmp_path / "run")) as session:
         rollout, _ = make_rollout(session, load_task(session.config.task))
-        evaluation = rollout.evaluate(rollout.prepare(ROWS), group=session.mesh.world)
+        evaluation = rollout.evaluate(rollout.prepare(ROWS, iteration=0), group=session.mesh.world)
         found = {sample.prompt: sample.token_ids for sample in evaluation.samples}
     wanted = {row["prompt"]: answer for row, answer in zip(ROWS, answers, strict=True)}
     assert found == {prompt: wanted[prompt] for prompt in found}
@@ -346,11 +231,11 @@ def test_where_ranks_share_batches_all_answer_the_same_and_the_first_scores(sess
         monkeypatch.setattr(
             rollout,
             "_decode",
-            lambda model, batch, in_step, decode=rollout._decode, batches=batches: (
-                batches.append(batch.rows) or decode(model, batch, in_step)
+            lambda model, batch, *args, decode=rollout._decode, batches=batches, **keywords: (
+                batches.append(batch.rows) or decode(model, batch, *args, **keywords)
             ),
         )
-        problems = rollout.prepare(ROWS)
+        problems = rollout.prepare(ROWS, iteration=0)
         # A team has every micro-batch; all ranks together share them by replica.
         for group in (mesh.shard, world):
             seen[rank, group.world_size] = rollout.evaluate(problems, group=group), tuple(batches)

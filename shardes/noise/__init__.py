@@ -9,10 +9,18 @@ from types import ModuleType
 
 import torch
 
-from shardes.noise.definition import NOISE_VERSION, NoiseKind, data_order, seed_key
+from shardes.noise.definition import NOISE_VERSION, NoiseKind, data_order, sampling_uniforms, seed_key
 from shardes.noise.region import Region
 
-__all__ = ["NOISE_VERSION", "NoiseKind", "Region", "accumulate", "data_order", "perturb"]
+__all__ = [
+    "NOISE_VERSION",
+    "NoiseKind",
+    "Region",
+    "accumulate",
+    "data_order",
+    "perturb",
+    "sampling_uniforms",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -59,6 +59,7 @@ class Stream(IntEnum):
     DATA_ORDER = 1
     RADEMACHER = 2
     ROUNDING = 3
+    SAMPLING = 4
 
 
 class NoiseKind(StrEnum):
@@ -304,3 +305,26 @@ def data_order(size: int, *, seed: int, iteration: int, count: int) -> NDArray[n
     )
     keys = words[0].astype(np.uint64) << np.uint64(32) | words[1].astype(np.uint64)
     return np.argsort(keys, kind="stable")[:count].astype(np.int64)
+
+
+def sampling_uniforms(
+    *, seed: int, iteration: int, prompt: int, sample: int, count: int
+) -> NDArray[np.float32]:
+    """The random numbers that draw the tokens of one answer: a pure function of its arguments.
+
+    Args:
+        seed: The run's seed, below 2**64.
+        iteration: Below 2**32.
+        prompt: Place in the batch of problems, below 2**24.
+        sample: Place among the answers to one prompt, below 2**24.
+        count: Number of positions.
+
+    Returns:
+        float32 in [0, 1), multiples of 2**-24, of shape [count].
+    """
+    call = np.arange(-(-count // 4), dtype=np.uint64)
+    words = philox(
+        counter_words(call, iteration=iteration, direction=sample, param_id=prompt, stream=Stream.SAMPLING),
+        seed_key(seed),
+    )
+    return (words.T.reshape(-1)[:count] >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)

@@ -9,6 +9,9 @@ import torch
 from shardes.errors import UserError
 from shardes.tasks.base import Prompt
 
+# Fewer tokens than this are computed with each prompt: putting them into every row would save nothing.
+LEAST_PREFIX = 16
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -18,16 +21,25 @@ class MicroBatch:
         rows: Which prompts, as indices into the sequence that was cut.
         input_ids: int64 of shape [rows, length].
         attention_mask: int64 of the same shape; 0 on padding.
+        budgets: Tokens that each answer may have, int64 of shape [rows], where the model's positions leave
+            some less than wanted; else None.
+        uniforms: Random numbers, if tokens are drawn: float32 of shape [rows, longest answer]; else None.
     """
 
     rows: tuple[int, ...]
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
+    budgets: torch.Tensor | None = None
+    uniforms: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
         return replace(
-            self, input_ids=self.input_ids.to(device), attention_mask=self.attention_mask.to(device)
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            budgets=None if self.budgets is None else self.budgets.to(device),
+            uniforms=None if self.uniforms is None else self.uniforms.to(device),
         )
 
 
@@ -53,12 +65,35 @@ def tokenize(prompt: Prompt, tokenizer: Any) -> list[int]:
     return list(ids)
 
 
-def compose(prompts: Sequence[list[int]], *, micro_batch_size: int, pad_id: int) -> list[MicroBatch]:
+def compose(
+    prompts: Sequence[list[int]],
+    *,
+    micro_batch_size: int,
+    pad_id: int,
+    max_new_tokens: int,
+    max_positions: int | None = None,
+) -> list[MicroBatch]:
     """Cuts tokenised prompts, sorted by length (then by index), into micro-batches.
 
     The cut depends on nothing but its arguments, so the tensors that a forward sees, and with them the bits
     it computes, are the same for every number of ranks.
+
+    Args:
+        prompts: Tokens of each.
+        micro_batch_size: The most prompts of a micro-batch.
+        pad_id: Fills the rows on the left.
+        max_new_tokens: The longest answer.
+        max_positions: Tokens that the model can tell the places of; None: any number.
+
+    Raises:
+        UserError: A prompt leaves no place for an answer.
     """
+    longest = max(map(len, prompts), default=0)
+    if max_positions is not None and longest >= max_positions:
+        raise UserError(
+            f"task: a prompt has {longest} tokens, but the model has {max_positions} positions "
+            "(max_position_embeddings), the answer's included; shorten or drop the prompt"
+        )
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
     batches = []
     for low in range(0, len(order), micro_batch_size):
@@ -69,5 +104,19 @@ def compose(prompts: Sequence[list[int]], *, micro_batch_size: int, pad_id: int)
         for i, row in enumerate(rows):
             input_ids[i, width - len(prompts[row]) :] = torch.tensor(prompts[row])
             attention_mask[i, width - len(prompts[row]) :] = 1
-        batches.append(MicroBatch(rows, input_ids, attention_mask))
+        budgets = None
+        if max_positions is not None and width + max_new_tokens > max_positions:
+            left = [max_positions - len(prompts[row]) for row in rows]
+            budgets = torch.tensor(left).clamp(max=max_new_tokens)
+        batches.append(MicroBatch(rows, input_ids, attention_mask, budgets))
     return batches
+
+
+def shared_prefix(prompts: Sequence[list[int]]) -> list[int]:
+    """The tokens with which all prompts begin, if it pays to compute them once; none of them whole."""
+    if len(prompts) < 2:
+        return []
+    first, last = min(prompts), max(prompts)  # in the order of lists, so all others begin as these two do
+    places = range(min(map(len, prompts)) - 1)
+    length = next((place for place in places if first[place] != last[place]), len(places))
+    return first[:length] if length >= LEAST_PREFIX else []

@@ -1,71 +1,287 @@
-"""Greedy decoding over a transformers model and its cache."""
+"""Decoding over a transformers model: its forward and its cache classes, in a loop of our own.
+
+Rows that have ended leave the batch and the cache at once, so that an iteration costs the tokens it generates
+and not rows times the longest answer.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
-# Tokens between two looks at whether every row has finished. A look is a host sync, and in lock-step also a
-# collective; decoding up to this many tokens too many costs less than looking after each.
-TOKENS_PER_CHECK = 4
+from shardes.errors import UserError
+from shardes.rollout.batching import MicroBatch
+from shardes.rollout.cache import SlabCache, make_slab
+from shardes.rollout.sampling import Sampling
+from shardes.rollout.stopping import StopTexts
+
+# Tokens between two looks at which rows have ended, where a look waits for a device or for other ranks:
+# decoding up to this many tokens too many costs less than looking after each.
+TOKENS_PER_CHECK = 8
+# A batch never shrinks below: matrix products of fewer rows use other kernels, with other bits.
+LEAST_ROWS = 4
 
 
-@torch.no_grad()
-def decode_greedily(
-    model: nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    *,
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
-    pad_id: int,
-    any_rank: Callable[[bool], bool] = bool,
-) -> torch.Tensor:
-    """The most likely token at each step, until every row has produced an end-of-sequence token.
+@dataclass(frozen=True)
+class Answers:
+    """What a micro-batch was answered.
+
+    Attributes:
+        tokens: Of each row, up to and including the one that ended it.
+        is_finite: Whether all the logits were by which a token was chosen.
+    """
+
+    tokens: list[list[int]]
+    is_finite: bool
+
+
+class Decoder:
+    """Answers micro-batches. Its cache is allocated once and serves all members.
 
     Args:
-        model: A causal language model.
-        input_ids: int64 of shape [rows, length], padded on the left.
-        attention_mask: int64 of the same shape.
+        eos_ids: Tokens that end an answer.
+        pad_id: Stands where there is no token.
         max_new_tokens: The longest answer.
-        eos_ids: Tokens that end an answer; the answer includes its first one.
-        pad_id: Fills what follows it.
-        any_rank: Whether the flag is set on any rank. In lock-step every rank goes on until all are done.
-
-    Returns:
-        int64 of shape [rows, new tokens], on the device of ``input_ids``.
+        stop: Texts that end an answer.
+        sampling: How tokens are drawn; None: the most likely one is taken.
     """
-    cache = DynamicCache(config=model.config)
-    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    ends = torch.tensor(list(eos_ids), dtype=torch.int64, device=input_ids.device)
-    finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    tokens: list[torch.Tensor] = []
-    step_ids = input_ids
-    while True:
-        logits = model(
-            input_ids=step_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        token = torch.where(finished, pad_id, logits[:, -1].argmax(dim=-1))
-        tokens.append(token)
-        finished = finished | torch.isin(token, ends)
-        if len(tokens) == max_new_tokens:
-            break
-        if len(tokens) % TOKENS_PER_CHECK == 0 and not any_rank(not bool(finished.all())):
-            break
-        step_ids = token[:, None]
-        position_ids = position_ids[:, -1:] + 1
-        attention_mask = torch.cat([attention_mask, torch.ones_like(step_ids)], dim=1)
-    return torch.stack(tokens, dim=1)
+
+    def __init__(
+        self,
+        *,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        max_new_tokens: int,
+        stop: StopTexts | None = None,
+        sampling: Sampling | None = None,
+    ) -> None:
+        self._eos_ids = list(eos_ids)
+        self._pad_id = pad_id
+        self._max_new_tokens = max_new_tokens
+        self._stop = stop
+        self._sampling = sampling
+        self._slab: SlabCache | None = None
+        self._prefix: SlabCache | None = None
+        self._has_begun = False
+
+    @torch.no_grad()
+    def begin(self, model: nn.Module, prefix: torch.Tensor | None = None) -> None:
+        """Comes before the micro-batches that are answered with the same weights.
+
+        Args:
+            model: A causal language model.
+            prefix: Tokens with which every prompt begins, int64 of shape [1, length]; what they leave in the
+                cache is computed here, once.
+        """
+        if not self._has_begun:
+            self._slab = make_slab(model.config)
+            self._has_begun = True
+        if prefix is None or self._slab is None:
+            self._prefix = None
+            return
+        self._prefix = self._prefix or SlabCache(len(self._slab.layers))
+        self._prefix.restart(rows=1, max_length=prefix.shape[1])
+        positions = torch.arange(prefix.shape[1], device=prefix.device)[None]
+        _forward(
+            model, prefix, cache=self._prefix, attention_mask=torch.ones_like(prefix), positions=positions
+        )
+
+    @torch.no_grad()
+    def decode(
+        self,
+        model: nn.Module,
+        batch: MicroBatch,
+        *,
+        any_rank: Callable[[bool], bool] | None = None,
+    ) -> Answers:
+        """Answers a micro-batch.
+
+        Args:
+            model: The model that ``begin`` was called with.
+            batch: The prompts.
+            any_rank: In lock-step, tells whether the flag is set on any rank; all go on until it is on none.
+
+        Raises:
+            UserError: The model keeps no cache.
+        """
+        device, stop = batch.input_ids.device, self._stop
+        # Looking at the device's data is free on the CPU, and so is leaving, unless others would wait.
+        always_looks = device.type == "cpu"
+        rows = _Rows(batch, self._prepared(model, batch), num_steps=self._max_new_tokens, pad_id=self._pad_id)
+        is_finite = torch.ones((), dtype=torch.bool, device=device)
+        logits = rows.prefill(model)
+        for step in range(self._max_new_tokens):
+            largest, token = logits.max(dim=-1)  # a NaN counts as the largest
+            is_finite &= (largest.isfinite() | rows.has_ended).all()
+            if self._sampling is not None:
+                assert batch.uniforms is not None, "drawing takes random numbers"
+                token = self._sampling.draw(logits, batch.uniforms[rows.indices, step])
+            rows.append(token, self._eos_ids)
+            num_tokens = step + 1
+            if num_tokens == self._max_new_tokens:
+                break
+            is_due = num_tokens % TOKENS_PER_CHECK == 0
+            if is_due or always_looks:
+                if stop:
+                    rows.end_where(lambda tokens: stop.find(tokens) is not None)
+                is_live = rows.compact()
+                if any_rank is None:
+                    if not is_live:
+                        break
+                elif is_due and not any_rank(is_live):
+                    break
+            logits = rows.step(model)
+        budgets = (
+            [self._max_new_tokens] * len(batch.rows) if batch.budgets is None else batch.budgets.tolist()
+        )
+        answers = [self._cut(row[:budget]) for row, budget in zip(rows.tokens.tolist(), budgets, strict=True)]
+        return Answers(answers, bool(is_finite))
+
+    def _prepared(self, model: nn.Module, batch: MicroBatch) -> Cache:
+        """A cache for a micro-batch, with the shared prefix in it."""
+        if self._slab is None:
+            return DynamicCache(config=model.config)
+        rows, width = batch.input_ids.shape
+        self._slab.restart(rows=rows, max_length=width + self._max_new_tokens)
+        if self._prefix is not None:
+            pads = width - batch.attention_mask.sum(dim=1)
+            self._slab.take_prefix(self._prefix, pads.tolist())
+        return self._slab
+
+    def _cut(self, tokens: list[int]) -> list[int]:
+        """An answer up to and including what ended it."""
+        ends = set(self._eos_ids)
+        length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+        if self._stop and (stop := self._stop.find(tokens[:length])) is not None:
+            length = stop
+        return tokens[:length]
 
 
-def answer_tokens(row: list[int], eos_ids: Sequence[int]) -> list[int]:
-    """A row of decoded tokens up to and including its first end-of-sequence token."""
-    ends = set(eos_ids)
-    length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-    return row[:length]
+class _Rows:
+    """The rows of a micro-batch that are being answered, and the state of each.
+
+    Attributes:
+        indices: Which row of the micro-batch each is, int64 of shape [live].
+        has_ended: bool of shape [live].
+        tokens: All answers so far, int64 of shape [rows of the micro-batch, num_steps].
+    """
+
+    def __init__(self, batch: MicroBatch, cache: Cache, *, num_steps: int, pad_id: int) -> None:
+        self._cache = cache
+        self._pad_id = pad_id
+        self._batch = batch
+        num_rows, self._width = batch.input_ids.shape
+        device = batch.input_ids.device
+        self.indices = torch.arange(num_rows, device=device)
+        self.has_ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
+        self.tokens = torch.full((num_rows, num_steps), pad_id, device=device)
+        self._num_tokens = 0
+        self._mask = batch.attention_mask.new_ones(num_rows, self._width + num_steps)
+        self._mask[:, : self._width] = batch.attention_mask
+        self._positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        # A row that has used up its budget goes on at its last position until it leaves.
+        self._limits = None if batch.budgets is None else self._positions[:, -1] + batch.budgets
+        self._token = batch.input_ids[:, -1]
+
+    def prefill(self, model: nn.Module) -> torch.Tensor:
+        """The logits after the prompts, of shape [live, vocabulary]."""
+        start = _num_cached(self._cache)
+        logits = _forward(
+            model,
+            self._batch.input_ids[:, start:],
+            cache=self._cache,
+            attention_mask=self._mask[:, : self._width],
+            positions=self._positions[:, start:],
+        )
+        if _num_cached(self._cache) != self._width:
+            raise UserError(
+                f"model.path: {type(model).__name__} keeps no key-value cache that transformers knows, so it "
+                "cannot generate; use another architecture"
+            )
+        self._positions = self._positions[:, -1:]
+        return logits
+
+    def step(self, model: nn.Module) -> torch.Tensor:
+        """The logits after the last token of each row, of shape [live, vocabulary]."""
+        self._positions = self._positions + 1
+        if self._limits is not None:
+            self._positions = torch.minimum(self._positions, self._limits[:, None])
+        return _forward(
+            model,
+            self._token[:, None],
+            cache=self._cache,
+            attention_mask=self._mask[:, : self._width + self._num_tokens],
+            positions=self._positions,
+        )
+
+    def append(self, token: torch.Tensor, eos_ids: Sequence[int]) -> None:
+        """Takes in the next token of each row; those of rows that have ended are dropped."""
+        self._token = token.masked_fill(self.has_ended, self._pad_id)
+        self.tokens[self.indices, self._num_tokens] = self._token
+        self._num_tokens += 1
+        for eos_id in eos_ids:
+            self.has_ended |= self._token == eos_id
+        if self._batch.budgets is not None:
+            self.has_ended |= self._batch.budgets[self.indices] <= self._num_tokens
+
+    def end_where(self, is_over: Callable[[list[int]], bool]) -> None:
+        """Ends the rows whose tokens say so."""
+        tokens = self.tokens[self.indices, : self._num_tokens].tolist()
+        over = [
+            not ended and is_over(row) for ended, row in zip(self.has_ended.tolist(), tokens, strict=True)
+        ]
+        self.has_ended |= torch.tensor(over, device=self.has_ended.device)
+
+    def compact(self) -> bool:
+        """Lets go of rows that have ended; returns whether any has not."""
+        ended = self.has_ended.tolist()
+        num_live = ended.count(False)
+        num_kept = max(num_live, min(LEAST_ROWS, len(ended)))
+        if num_kept < len(ended) and isinstance(self._cache, SlabCache):
+            sources = [row for row in range(num_kept, len(ended)) if not ended[row]]
+            targets = [row for row in range(num_kept) if ended[row]][: len(sources)]
+            self._keep(num_kept, sources, targets)
+        return num_live > 0
+
+    def _keep(self, num_kept: int, sources: list[int], targets: list[int]) -> None:
+        device = self.indices.device
+        here, there = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
+        assert isinstance(self._cache, SlabCache)
+        self._cache.keep(rows=num_kept, sources=here, targets=there)
+
+        def kept(state: torch.Tensor) -> torch.Tensor:
+            if sources:
+                state[there] = state[here]
+            return state[:num_kept]
+
+        self.indices, self.has_ended = kept(self.indices), kept(self.has_ended)
+        self._token, self._mask, self._positions = kept(self._token), kept(self._mask), kept(self._positions)
+        if self._limits is not None:
+            self._limits = kept(self._limits)
+
+
+def _num_cached(cache: Cache) -> int:
+    return cache.get_seq_length()
+
+
+def _forward(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    *,
+    cache: Cache,
+    attention_mask: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """The logits after the last of the tokens, of shape [rows, vocabulary]; the cache takes the tokens in."""
+    output: Any = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1]

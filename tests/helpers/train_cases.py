@@ -16,7 +16,7 @@ import torch
 
 from shardes.config import parse_config
 from shardes.export import export_model
-from shardes.rollout import rollout
+from shardes.rollout.decode import Decoder
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import Trainer
@@ -42,7 +42,7 @@ def failing(function, error, calls):
 
 @contextlib.contextmanager
 def shortages(backend, wanted, rank):
-    places = {"reserve": (backend, "reserve"), "decode": (rollout, "decode_greedily")}
+    places = {"reserve": (backend, "reserve"), "decode": (Decoder, "decode")}
     with contextlib.ExitStack() as stack:
         for where, (owner, name) in places.items():
             calls = {call for place, its_rank, call in wanted if (place, its_rank) == (where, rank)}

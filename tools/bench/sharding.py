@@ -150,7 +150,7 @@ def measure(tree: dict[str, Any], out: Path) -> None:
             timeout_seconds=config.parallel.timeout_seconds,
             spans=session.spans,
         )
-        problems = rollout.prepare(task.train)
+        problems = rollout.prepare(task.train, iteration=0)
         seconds: dict[str, float] = {}
         found = {}
 
@@ -203,7 +203,12 @@ def measure_plain(tree: dict[str, Any], out: Path) -> None:
     dtype = getattr(torch, config.model.dtype)
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype).to(device).eval()
     tokens = [tokenize(row["prompt"], tokenizer) for row in load_task(config.task).train]
-    batches = compose(tokens, micro_batch_size=config.rollout.micro_batch_size, pad_id=tokenizer.pad_token_id)
+    batches = compose(
+        tokens,
+        micro_batch_size=config.rollout.micro_batch_size,
+        pad_id=tokenizer.pad_token_id,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
     seconds: dict[str, float] = {}
     for turn in ("warm up", "member"):
         with stopwatch(seconds, turn), torch.no_grad():

@@ -1,0 +1,125 @@
+"""A key-value cache that is allocated once, written in place, and lets go of finished rows."""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+
+class SlabLayer(CacheLayerMixin):
+    """Keys and values of one layer, in storage that outlives the batch.
+
+    Tensors are [rows, heads, tokens, head size]. All tokens are kept, also those outside of a sliding window,
+    which is a matter of the attention mask.
+    """
+
+    # Masks are then always made while decoding, where transformers would otherwise look at the device's data
+    # to see whether one is needed, and wait for it.
+    is_compileable = True
+    is_sliding = False
+    is_initialized: bool
+    keys: Any
+    values: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+        self._rows = 0
+        self._shape = (0, 0)
+
+    def restart(self, *, rows: int, max_length: int) -> None:
+        """Forgets all tokens; the storage is replaced only if it is too small."""
+        self.length, self._rows = 0, rows
+        if self.is_initialized and (self.keys.shape[0] < rows or self.keys.shape[2] < max_length):
+            self.keys = self.values = None
+            self.is_initialized = False
+        self._shape = (max(rows, self._shape[0]), max(max_length, self._shape[1]))
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocates; called with the first keys and values, whose sizes were not known before."""
+        rows, max_length = self._shape
+        self.keys = key_states.new_zeros(rows, key_states.shape[1], max_length, key_states.shape[3])
+        self.values = value_states.new_zeros(rows, value_states.shape[1], max_length, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends tokens; returns all, as views of the storage."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[2]
+        self.keys[: self._rows, :, self.length : end] = key_states
+        self.values[: self._rows, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[: self._rows, :, :end], self.values[: self._rows, :, :end]
+
+    def keep(self, *, rows: int, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Keeps the first ``rows`` rows, after ``sources`` were copied over ``targets``."""
+        if len(sources):
+            for storage in (self.keys, self.values):
+                storage[targets, :, : self.length] = storage[sources, :, : self.length]
+        self._rows = rows
+
+    def take_prefix(self, prefix: Self, shifts: Sequence[int]) -> None:
+        """Fills each row with another layer's only row, moved to the right by as many tokens as it is padded.
+
+        What a shift moves beyond the prefix's length is left out, so that all rows have that length.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(prefix.keys, prefix.values)
+        self.length = prefix.length
+        low = 0
+        while low < len(shifts):
+            high = low + 1
+            while high < len(shifts) and shifts[high] == shifts[low]:
+                high += 1
+            shift = min(shifts[low], self.length)
+            for storage, source in ((self.keys, prefix.keys), (self.values, prefix.values)):
+                storage[low:high, :, :shift] = 0
+                storage[low:high, :, shift : self.length] = source[:1, :, : self.length - shift]
+            low = high
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that the next tokens see."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """Tokens that fit."""
+        return self._shape[1]
+
+
+class SlabCache(Cache):
+    """One ``SlabLayer`` for each layer of a model."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[SlabLayer() for _ in range(num_layers)])
+
+    def restart(self, *, rows: int, max_length: int) -> None:
+        """Makes room for a batch, and forgets the one before."""
+        for layer in self.layers:
+            layer.restart(rows=rows, max_length=max_length)
+
+    def keep(self, *, rows: int, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Drops all but the first ``rows`` rows, after ``sources`` were copied over ``targets``."""
+        for layer in self.layers:
+            layer.keep(rows=rows, sources=sources, targets=targets)
+
+    def take_prefix(self, prefix: Self, shifts: Sequence[int]) -> None:
+        """Begins every row with the tokens of another cache's only row (see ``SlabLayer``)."""
+        for layer, source in zip(self.layers, prefix.layers, strict=True):
+            layer.take_prefix(source, shifts)
+
+
+def make_slab(model_config: Any) -> SlabCache | None:
+    """A slab for a model; None if one of its layers keeps something else than keys and values."""
+    layers = DynamicCache(config=model_config).layers
+    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return None
+    return SlabCache(len(layers))
