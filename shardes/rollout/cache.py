@@ -1,6 +1,7 @@
 """A key-value cache that is allocated once, written in place, and lets go of finished rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -13,6 +14,11 @@ class SlabLayer(CacheLayerMixin):
 
     Tensors are [rows, heads, tokens, head size]. All tokens are kept, also those outside of a sliding window,
     which is a matter of the attention mask.
+
+    Attributes:
+        length: Tokens held.
+        column: Where the next token goes, int64 of shape [1], if a step is to have the same shapes whatever
+            the length: that then stays, and the whole storage is returned.
     """
 
     # Masks are then always made while decoding, where transformers would otherwise look at the device's data
@@ -26,6 +32,7 @@ class SlabLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.length = 0
+        self.column: torch.Tensor | None = None
         self._rows = 0
         self._shape = (0, 0)
 
@@ -50,6 +57,11 @@ class SlabLayer(CacheLayerMixin):
         """Appends tokens; returns all, as views of the storage."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.column is not None:
+            keys, values = self.keys[: self._rows], self.values[: self._rows]
+            keys.index_copy_(2, self.column, key_states)
+            values.index_copy_(2, self.column, value_states)
+            return keys, values
         end = self.length + key_states.shape[2]
         self.keys[: self._rows, :, self.length : end] = key_states
         self.values[: self._rows, :, self.length : end] = value_states
@@ -96,10 +108,16 @@ class SlabLayer(CacheLayerMixin):
 
 
 class SlabCache(Cache):
-    """One ``SlabLayer`` for each layer of a model."""
+    """One ``SlabLayer`` for each layer of a model.
 
-    def __init__(self, num_layers: int) -> None:
+    Args:
+        num_layers: How many.
+        has_windows: Whether some of the layers attend to the last tokens only.
+    """
+
+    def __init__(self, num_layers: int, *, has_windows: bool = False) -> None:
         super().__init__(layers=[SlabLayer() for _ in range(num_layers)])
+        self.has_windows = has_windows
 
     def restart(self, *, rows: int, max_length: int) -> None:
         """Makes room for a batch, and forgets the one before."""
@@ -111,6 +129,41 @@ class SlabCache(Cache):
         for layer in self.layers:
             layer.keep(rows=rows, sources=sources, targets=targets)
 
+    @contextmanager
+    def at(self, column: torch.Tensor) -> Iterator[None]:
+        """Within it, a token goes where ``column`` says, and its shapes do not depend on that."""
+        for layer in self.layers:
+            layer.column = column
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.column = None
+
+    def clear(self) -> None:
+        """Overwrites the storage: what is not finite would get through a mask."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys.zero_()
+                layer.values.zero_()
+
+    def advance(self) -> None:
+        """Counts a token that was written ``at`` the end."""
+        for layer in self.layers:
+            layer.length += 1
+
+    def capacity(self) -> tuple[int, int]:
+        """Rows and tokens that fit."""
+        return self.layers[0].keys.shape[0], self.layers[0].keys.shape[2]
+
+    def device(self) -> torch.device:
+        """Where the storage is."""
+        return self.layers[0].keys.device
+
+    def addresses(self) -> list[int]:
+        """Where the storage begins, of each layer."""
+        return [storage.data_ptr() for layer in self.layers for storage in (layer.keys, layer.values)]
+
     def take_prefix(self, prefix: Self, shifts: Sequence[int]) -> None:
         """Begins every row with the tokens of another cache's only row (see ``SlabLayer``)."""
         for layer, source in zip(self.layers, prefix.layers, strict=True):
@@ -120,6 +173,7 @@ class SlabCache(Cache):
 def make_slab(model_config: Any) -> SlabCache | None:
     """A slab for a model; None if one of its layers keeps something else than keys and values."""
     layers = DynamicCache(config=model_config).layers
-    if not layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+    kinds = {type(layer) for layer in layers}
+    if not layers or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return None
-    return SlabCache(len(layers))
+    return SlabCache(len(layers), has_windows=DynamicSlidingWindowLayer in kinds)

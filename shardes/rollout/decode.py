@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache
 from shardes.errors import UserError
 from shardes.rollout.batching import MicroBatch
 from shardes.rollout.cache import SlabCache, make_slab
+from shardes.rollout.graphs import CudaGraph, MakeGraph, StepGraphs, can_be_captured, ladder
 from shardes.rollout.sampling import Sampling
 from shardes.rollout.stopping import StopTexts
 
@@ -47,6 +48,7 @@ class Decoder:
         max_new_tokens: The longest answer.
         stop: Texts that end an answer.
         sampling: How tokens are drawn; None: the most likely one is taken.
+        make_graph: What captures a step, on the CPU; on CUDA devices it is ``CudaGraph``.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Decoder:
         max_new_tokens: int,
         stop: StopTexts | None = None,
         sampling: Sampling | None = None,
+        make_graph: MakeGraph | None = None,
     ) -> None:
         self._eos_ids = list(eos_ids)
         self._pad_id = pad_id
@@ -65,6 +68,8 @@ class Decoder:
         self._sampling = sampling
         self._slab: SlabCache | None = None
         self._prefix: SlabCache | None = None
+        self._make_graph = make_graph
+        self._graphs: StepGraphs | None = None
         self._has_begun = False
 
     @torch.no_grad()
@@ -113,6 +118,8 @@ class Decoder:
         rows = _Rows(batch, self._prepared(model, batch), num_steps=self._max_new_tokens, pad_id=self._pad_id)
         is_finite = torch.ones((), dtype=torch.bool, device=device)
         logits = rows.prefill(model)
+        # In lock-step a forward is a collective, which is not captured.
+        graphs = None if any_rank is not None else self._graphs_of(model, device)
         for step in range(self._max_new_tokens):
             largest, token = logits.max(dim=-1)  # a NaN counts as the largest
             is_finite &= (largest.isfinite() | rows.has_ended).all()
@@ -127,13 +134,18 @@ class Decoder:
             if is_due or always_looks:
                 if stop:
                     rows.end_where(lambda tokens: stop.find(tokens) is not None)
-                is_live = rows.compact()
+                is_live = rows.compact(ladder(len(batch.rows)) if graphs is not None else None)
                 if any_rank is None:
                     if not is_live:
                         break
                 elif is_due and not any_rank(is_live):
                     break
-            logits = rows.step(model)
+            if graphs is None or (captured := rows.replay(graphs)) is None:
+                logits = rows.step(model)
+            else:
+                logits = captured
+        if not bool(is_finite) and self._slab is not None:
+            self._slab.clear()
         budgets = (
             [self._max_new_tokens] * len(batch.rows) if batch.budgets is None else batch.budgets.tolist()
         )
@@ -150,6 +162,15 @@ class Decoder:
             pads = width - batch.attention_mask.sum(dim=1)
             self._slab.take_prefix(self._prefix, pads.tolist())
         return self._slab
+
+    def _graphs_of(self, model: nn.Module, device: torch.device) -> StepGraphs | None:
+        """What replays the model's steps; None if nothing does."""
+        make_graph = CudaGraph if device.type == "cuda" else self._make_graph
+        if make_graph is None or self._slab is None or not can_be_captured(model, self._slab):
+            return None
+        if self._graphs is None or not self._graphs.fits(model, self._slab):
+            self._graphs = StepGraphs(model, self._slab, make_graph=make_graph)
+        return self._graphs if self._graphs.is_usable else None
 
     def _cut(self, tokens: list[int]) -> list[int]:
         """An answer up to and including what ended it."""
@@ -201,14 +222,10 @@ class _Rows:
                 f"model.path: {type(model).__name__} keeps no key-value cache that transformers knows, so it "
                 "cannot generate; use another architecture"
             )
-        self._positions = self._positions[:, -1:]
         return logits
 
     def step(self, model: nn.Module) -> torch.Tensor:
         """The logits after the last token of each row, of shape [live, vocabulary]."""
-        self._positions = self._positions + 1
-        if self._limits is not None:
-            self._positions = torch.minimum(self._positions, self._limits[:, None])
         return _forward(
             model,
             self._token[:, None],
@@ -217,11 +234,19 @@ class _Rows:
             positions=self._positions,
         )
 
+    def replay(self, graphs: StepGraphs) -> torch.Tensor | None:
+        """The same by a captured step; None if there is none."""
+        mask = self._mask[:, : self._width + self._num_tokens]
+        return graphs.step(self._token, positions=self._positions, attention_mask=mask)
+
     def append(self, token: torch.Tensor, eos_ids: Sequence[int]) -> None:
         """Takes in the next token of each row; those of rows that have ended are dropped."""
         self._token = token.masked_fill(self.has_ended, self._pad_id)
         self.tokens[self.indices, self._num_tokens] = self._token
         self._num_tokens += 1
+        self._positions = self._positions[:, -1:] + 1
+        if self._limits is not None:
+            self._positions = torch.minimum(self._positions, self._limits[:, None])
         for eos_id in eos_ids:
             self.has_ended |= self._token == eos_id
         if self._batch.budgets is not None:
@@ -235,11 +260,18 @@ class _Rows:
         ]
         self.has_ended |= torch.tensor(over, device=self.has_ended.device)
 
-    def compact(self) -> bool:
-        """Lets go of rows that have ended; returns whether any has not."""
+    def compact(self, sizes: Sequence[int] | None = None) -> bool:
+        """Lets go of rows that have ended; returns whether any has not.
+
+        Args:
+            sizes: The numbers of rows that may be left, from the largest; None: any down to ``LEAST_ROWS``.
+        """
         ended = self.has_ended.tolist()
         num_live = ended.count(False)
-        num_kept = max(num_live, min(LEAST_ROWS, len(ended)))
+        if sizes is None:
+            num_kept = max(num_live, min(LEAST_ROWS, len(ended)))
+        else:
+            num_kept = min(size for size in sizes if size >= num_live)
         if num_kept < len(ended) and isinstance(self._cache, SlabCache):
             sources = [row for row in range(num_kept, len(ended)) if not ended[row]]
             targets = [row for row in range(num_kept) if ended[row]][: len(sources)]

@@ -1,0 +1,295 @@
+"""Measures answering: tokens per second of shardes' decode loop and of transformers' ``generate``.
+
+Both answer the same prompts with the same model, alternately, in one process. The model is a Llama of random
+parameters, so that answers never end by themselves; where each ends is drawn beforehand, from a geometric
+distribution with a mean of a third of the longest answer ("spread") or all at the longest ("equal"), and both
+sides are told alike. Prompts are of different lengths, and in a second set all begin with the same 48 tokens.
+
+    python tools/bench/rollout.py --json benchmarks/rollout-cpu.json
+
+The last rows are an iteration of the quickstart, 32 members of 64 prompts, perturbed and rewarded, once with
+the loop and once with ``generate`` in its place, by the number of prompts that are answered together.
+"""
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import torch
+
+from shardes import __version__
+
+ROOT = Path(__file__).parents[2]
+PREFIX_LENGTH = 48
+TURNS = 3
+
+Row = dict[str, Any]
+
+
+def random_model(*, layers: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """A Llama of 7 million parameters a layer, and 13 more."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        vocab_size=8192,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
+
+
+def random_prompts(num_prompts: int, *, prefix_length: int) -> list[list[int]]:
+    """Prompts of 8 to 40 tokens after what they share."""
+    generator = torch.Generator().manual_seed(1)
+
+    def some(count: int) -> list[int]:
+        return torch.randint(2, 8192, (count,), generator=generator).tolist()
+
+    prefix = some(prefix_length)
+    return [prefix + some(8 + (7 * i) % 33) for i in range(num_prompts)]
+
+
+def answer_lengths(num_prompts: int, *, longest: int, spread: bool) -> list[int]:
+    """Tokens of each answer: all the longest, or geometric with a third of it as the mean."""
+    if not spread:
+        return [longest] * num_prompts
+    generator = torch.Generator().manual_seed(2)
+    uniform = torch.rand(num_prompts, generator=generator, dtype=torch.float64)
+    lengths = 1 + torch.log1p(-uniform) / math.log(1 - 3 / longest)
+    return lengths.long().clamp(1, longest).tolist()
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for what a device has been told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def best_seconds(sides: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    """The least time of each side; they take turns, after a first one that does not count."""
+    seconds = dict.fromkeys(sides, math.inf)
+    for turn in range(TURNS + 1):
+        for name, run in sides.items():
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            if turn:
+                seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return seconds
+
+
+def compare(
+    model: Any, *, num_prompts: int, longest: int, micro_batch_size: int, spread: bool, shared: bool
+) -> Row:
+    """Both sides on one set of prompts."""
+    from transformers.generation import StoppingCriteria, StoppingCriteriaList
+
+    from shardes.rollout.batching import compose, shared_prefix
+    from shardes.rollout.decode import Decoder
+
+    device = model.device
+    prompts = random_prompts(num_prompts, prefix_length=PREFIX_LENGTH if shared else 0)
+    lengths = answer_lengths(num_prompts, longest=longest, spread=spread)
+    batches = []
+    for batch in compose(prompts, micro_batch_size=micro_batch_size, pad_id=0, max_new_tokens=longest):
+        budgets = torch.tensor([lengths[row] for row in batch.rows])
+        batches.append((replace(batch, budgets=budgets).to(device), budgets))
+    prefix = shared_prefix(prompts)
+    prefix_ids = torch.tensor([prefix], device=device) if prefix else None
+    decoder = Decoder(eos_ids=[], pad_id=0, max_new_tokens=longest)
+    answers: dict[str, list[list[int]]] = {}
+
+    class Ends(StoppingCriteria):
+        def __init__(self, width: int, budgets: torch.Tensor) -> None:
+            self._end = width + budgets.to(device)
+
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return self._end <= input_ids.shape[1]
+
+    def loop() -> None:
+        decoder.begin(model, prefix_ids)
+        answers["loop"] = [row for batch, _ in batches for row in decoder.decode(model, batch).tokens]
+
+    def generate() -> None:
+        answers["generate"] = []
+        for batch, budgets in batches:
+            width = batch.input_ids.shape[1]
+            with torch.no_grad():
+                output = model.generate(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    do_sample=False,
+                    max_new_tokens=int(budgets.max()),
+                    pad_token_id=0,
+                    stopping_criteria=StoppingCriteriaList([Ends(width, budgets)]),
+                )
+            rows = zip(output[:, width:].tolist(), budgets.tolist(), strict=True)
+            answers["generate"] += [row[:length] for row, length in rows]
+
+    seconds = best_seconds({"generate": generate, "loop": loop}, device)
+    pairs = list(zip(answers["generate"], answers["loop"], strict=True))
+    num_tokens = sum(lengths)
+    return {
+        "lengths": "spread" if spread else "equal",
+        "prefix": PREFIX_LENGTH if shared else 0,
+        "num_tokens": num_tokens,
+        "tokens_per_second": {name: num_tokens / value for name, value in seconds.items()},
+        "ratio": seconds["generate"] / seconds["loop"],
+        "equal_answers": sum(one == other for one, other in pairs) / len(pairs),
+    }
+
+
+def compare_on_the_quickstart(micro_batch_size: int) -> Row:
+    """An iteration of it, with the loop and with ``generate`` in its place."""
+    from shardes.config import load_config
+    from shardes.population import Population
+    from shardes.rollout.decode import Answers, Decoder
+    from shardes.session import make_rollout, open_session
+    from shardes.tasks.loading import load_task
+
+    overrides = [
+        "parallel.backend=single",
+        "run.dir=unused",
+        f"rollout.micro_batch_size={micro_batch_size}",
+    ]
+    config = load_config(ROOT / "configs" / "quickstart.yaml", overrides)
+    rewards: dict[str, list[Any]] = {}
+
+    def generated(self: Decoder, model: Any, batch: Any, *, any_rank: Any = None) -> Answers:
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                do_sample=False,
+                max_new_tokens=self._max_new_tokens,
+            )
+        return Answers([self._cut(row) for row in output[:, batch.input_ids.shape[1] :].tolist()], True)
+
+    with open_session(config) as session:
+        task = load_task(config.task)
+        rollout, _ = make_rollout(session, task)
+        population = Population(
+            rollout, mesh=session.mesh, sigma=config.es.sigma, timeout_seconds=60, spans=session.spans
+        )
+        problems = rollout.prepare(task.train[: config.task.batch_size], iteration=0)
+
+        def iteration(name: str) -> None:
+            found = population.evaluate_members(
+                range(config.es.population), iteration=0, problems=problems, on_result=lambda _: None
+            )
+            rewards[name] = [result.reward for _, result in sorted(found.items())]
+
+        def generate() -> None:
+            with mock.patch.object(Decoder, "decode", generated):
+                iteration("generate")
+
+        seconds = best_seconds({"generate": generate, "loop": lambda: iteration("loop")}, torch.device("cpu"))
+    pairs = list(zip(rewards["generate"], rewards["loop"], strict=True))
+    return {
+        "quickstart": True,
+        "micro_batch_size": micro_batch_size,
+        "seconds_per_iteration": seconds,
+        "ratio": seconds["generate"] / seconds["loop"],
+        "equal_rewards": sum(one == other for one, other in pairs) / len(pairs),
+    }
+
+
+@click.command()
+@click.option("--layers", type=click.IntRange(min=1), default=14, show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--prompts", type=click.IntRange(min=2), default=64, show_default=True)
+@click.option("--micro-batch", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(min=4), default=128, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--quickstart/--no-quickstart", default=True, show_default=True)
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
+def main(
+    *,
+    layers: int,
+    dtype: str,
+    device: str,
+    prompts: int,
+    micro_batch: int,
+    new_tokens: int,
+    threads: int,
+    quickstart: bool,
+    json_path: Path | None,
+) -> None:
+    """Measure the decode loop against transformers' generate."""
+    torch.set_num_threads(threads)
+    model = random_model(layers=layers, dtype=getattr(torch, dtype), device=torch.device(device))
+    facts = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": dtype,
+        "prompts": prompts,
+        "micro_batch_size": micro_batch,
+        "max_new_tokens": new_tokens,
+        "threads": threads,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "shardes": __version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    for key, value in facts.items():
+        click.echo(f"{key}: {value}")
+    click.echo("\nlengths  prefix | generate tok/s   loop tok/s   ratio | equal answers")
+    rows: list[Row] = []
+    for spread in (True, False):
+        for shared in (False, True):
+            row = compare(
+                model,
+                num_prompts=prompts,
+                longest=new_tokens,
+                micro_batch_size=micro_batch,
+                spread=spread,
+                shared=shared,
+            )
+            rows.append(row)
+            speed = row["tokens_per_second"]
+            click.echo(
+                f"{row['lengths']:<7}  {row['prefix']:>6} | {speed['generate']:>14.1f} {speed['loop']:>12.1f}"
+                f" {row['ratio']:>7.2f} | {row['equal_answers']:>13.3f}"
+            )
+    if quickstart and device == "cpu":
+        click.echo(
+            "\nquickstart, micro-batch | generate s/iteration   loop s/iteration   ratio | equal rewards"
+        )
+        for size in (32, 64):
+            row = compare_on_the_quickstart(size)
+            rows.append(row)
+            seconds = row["seconds_per_iteration"]
+            click.echo(
+                f"{size:>23} | {seconds['generate']:>20.2f} {seconds['loop']:>18.2f} {row['ratio']:>7.2f}"
+                f" | {row['equal_rewards']:>13.3f}"
+            )
+    if json_path is not None:
+        command = ["python", *sys.argv]
+        json_path.write_text(json.dumps({"facts": facts, "command": command, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
