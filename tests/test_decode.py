@@ -20,7 +20,7 @@ from shardes.rollout.decode import LEAST_ROWS, TOKENS_PER_CHECK, Answers, Decode
 from shardes.rollout.graphs import ladder
 from shardes.rollout.likelihood import completion_log_likelihoods, compose_completions
 from shardes.rollout.sampling import Sampling
-from shardes.rollout.stopping import StopTexts
+from shardes.rollout.stop_texts import StopTexts
 from tests.helpers.models import ARCHITECTURES, QUICKSTART, tiny_model
 
 PAD = 0

@@ -17,7 +17,7 @@ from shardes.rollout.batching import MicroBatch
 from shardes.rollout.cache import SlabCache, make_slab
 from shardes.rollout.graphs import CudaGraph, MakeGraph, StepGraphs, can_be_captured, ladder
 from shardes.rollout.sampling import Sampling
-from shardes.rollout.stopping import StopTexts
+from shardes.rollout.stop_texts import StopTexts
 
 # Tokens between two looks at which rows have ended, where a look waits for a device or for other ranks:
 # decoding up to this many tokens too many costs less than looking after each.

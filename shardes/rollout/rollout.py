@@ -16,7 +16,7 @@ from shardes.rollout.memory import MemoryShortageError, generation_bytes, is_sho
 from shardes.rollout.modes import Mode, Modes
 from shardes.rollout.sampling import Sampling
 from shardes.rollout.scoring import Scorer
-from shardes.rollout.stopping import StopTexts
+from shardes.rollout.stop_texts import StopTexts
 from shardes.spans import Spans
 from shardes.tasks.base import Prompt, Row, Task
 
