@@ -83,6 +83,23 @@ class Group:
         dist.broadcast(buffer, group=self.process_group, group_src=0)
         return json.loads(bytes(buffer.cpu().numpy()))
 
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on every rank; all representable as JSON. Nothing is pickled."""
+        if self.world_size == 1:
+            return [value]
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        size = torch.tensor([payload.numel()], dtype=torch.int64, device=self.device)
+        sizes = [torch.empty_like(size) for _ in range(self.world_size)]
+        dist.all_gather(sizes, size, group=self.process_group)
+        longest = max(int(each.item()) for each in sizes)
+        sent = torch.nn.functional.pad(payload, (0, longest - payload.numel()))
+        received = [torch.empty_like(sent) for _ in sizes]
+        dist.all_gather(received, sent, group=self.process_group)
+        return [
+            json.loads(bytes(each[: int(size.item())].cpu().numpy()))
+            for each, size in zip(received, sizes, strict=True)
+        ]
+
     def barrier(self) -> None:
         """Waits until every rank is here."""
         self.any(False)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shardes import __version__
 from shardes.errors import UserError
 from shardes.files import flush_to_disk, sync_directory, write_atomically

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 import torch.distributed as dist
 
 from shardes.distributed import Group, Mesh
-from shardes.es.fitness import mean_reward
 from shardes.rollout.memory import MemoryShortageError
 from shardes.rollout.rollout import Evaluation, Problems, Rollout
 from shardes.spans import Spans
@@ -27,15 +26,17 @@ class MemberResult:
 
     Attributes:
         member: Which.
-        reward: The mean over its answers; None if none counts.
+        reward: The mean over its answers; None if none counts, or if its logits were not finite.
         num_failures: Rewards that failed.
         num_tokens: Tokens generated.
+        is_finite: Whether its logits were.
     """
 
     member: int
     reward: float | None
     num_failures: int
     num_tokens: int
+    is_finite: bool = True
 
 
 Evaluate = Callable[[int], MemberResult | None]
@@ -107,7 +108,7 @@ class Population:
             found = self._rollout.evaluate(problems, group=mode.team)
         except MemoryShortageError:
             return None
-        return MemberResult(member, mean_reward(found.rewards), found.num_failures, found.num_tokens)
+        return MemberResult(member, found.reward, found.num_failures, found.num_tokens, found.is_finite)
 
     def _hand_out(
         self, members: Sequence[int], evaluate: Evaluate, on_result: OnResult

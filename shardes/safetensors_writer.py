@@ -4,14 +4,21 @@ import json
 import math
 import struct
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import Protocol
 
 import torch
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def write_header(stream: BinaryIO, tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> None:
+class Sink(Protocol):
+    """What takes bytes: a file, or something before one."""
+
+    def write(self, data: bytes | memoryview, /) -> object:
+        """Takes them all."""
+
+
+def write_header(stream: Sink, tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> None:
     """Begins a file; the values of its tensors must follow in the same order.
 
     Args:
@@ -29,6 +36,6 @@ def write_header(stream: BinaryIO, tensors: Sequence[tuple[str, torch.dtype, Seq
     stream.write(struct.pack("<Q", len(text)) + text)
 
 
-def write_values(stream: BinaryIO, values: torch.Tensor) -> None:
+def write_values(stream: Sink, values: torch.Tensor) -> None:
     """Writes a tensor's values, or some that come next of a larger one's."""
     stream.write(values.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)

@@ -80,13 +80,20 @@ class Session:
                     f"{self.config.model.path} it is {self.identity[key]}; give the run its base model back"
                 )
 
-    def digest(self) -> str:
+    def digest(self, *, is_rounded: bool = False) -> str:
         """The weights digest, in hexadecimal; a collective of all ranks.
+
+        Args:
+            is_rounded: Of the centre, what an export holds, instead of the master.
 
         Raises:
             RuntimeError: Replicas hold different weights.
         """
-        return _digest(self.mesh, self.backend, self.weights)
+        return self.combined(self.weights.digest(is_rounded=is_rounded))
+
+    def combined(self, part: int) -> str:
+        """The digest of which every rank has a part; see ``digest``."""
+        return _combined(self.mesh, self.backend, part)
 
 
 @contextmanager
@@ -115,7 +122,7 @@ def open_session(config: Config) -> Iterator[Session]:
             on_host=config.weights.master_device == "cpu",
         )
         weights.load(checkpoint)
-        identity = _identity(weights, checkpoint, _digest(mesh, backend, weights))
+        identity = _identity(weights, checkpoint, _combined(mesh, backend, weights.digest()))
         logger.info(
             "%s on %d rank(s), %d replica(s), %s, %s; %d of %d parameters are trained",
             parallel.backend,
@@ -151,8 +158,7 @@ def make_rollout(session: Session, task: Task) -> tuple[Rollout, Scorer]:
     return rollout, scorer
 
 
-def _digest(mesh: Mesh, backend: Backend, weights: Weights) -> str:
-    digest = weights.digest()
+def _combined(mesh: Mesh, backend: Backend, digest: int) -> str:
     if backend.is_sharded:
         digest = mesh.shard.sum_int64(digest)
     if mesh.num_replicas > 1:
@@ -174,4 +180,5 @@ def _identity(weights: Weights, checkpoint: Checkpoint, base_digest: str) -> dic
         "base_headers_sha256": checkpoint.header_sha256,
         "base_weights_digest": base_digest,
         "parameters_sha256": hashlib.sha256(json.dumps(table).encode()).hexdigest(),
+        "parameters": table,
     }

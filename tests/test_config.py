@@ -138,6 +138,10 @@ def test_an_unknown_key_far_from_all_is_refused_with_all():
         ("rollout.max_new_tokens", 0),
         ("rollout.micro_batch_size", "many"),
         ("run.resume", "sometimes"),
+        ("run.snapshot_every", -1),
+        ("run.keep_snapshots", 1),
+        ("es.min_valid_fraction", 1.5),
+        ("es.min_valid_fraction", float("nan")),
         ("weights.master_device", "disk"),
         ("eval.every", -1),
         ("task.name", "sudoku"),
@@ -285,6 +289,8 @@ FREE = [
     ("model.trust_remote_code", True),
     ("run.dir", "other"),
     ("run.resume", "never"),
+    ("run.snapshot_every", 5),
+    ("run.keep_snapshots", 3),
     ("parallel.backend", "single"),
     ("parallel.shard_size", 2),
     ("parallel.deepspeed", "ds.json"),
@@ -294,6 +300,7 @@ FREE = [
     ("weights.master_device", "cpu"),
     ("eval.every", 3),
     ("es.iterations", 9),
+    ("es.min_valid_fraction", 0.25),
     ("es.alpha", 5e-4),  # what auto stands for
     ("task.heldout_data", "held.jsonl"),
 ]

@@ -16,6 +16,7 @@ import torch
 from shardes import noise
 from shardes.backends.base import Backend
 from shardes.checkpoint import Checkpoint
+from shardes.errors import UserError
 from shardes.es.digest import add_digest
 from shardes.es.selection import select_trainable
 from shardes.noise import NoiseKind, Region
@@ -173,7 +174,7 @@ class Weights:
 
     @torch.no_grad()
     def update(self, *, iteration: int, directions: Sequence[int], coefficients: Sequence[float]) -> None:
-        """Moves the master: ``master += sum_n coefficients[n] * eps(directions[n])``; nothing if all are 0."""
+        """Moves the master: ``master += sum_n coefficients[n] * eps(directions[n])``; not if all are 0."""
         if not any(coefficients):
             return
         for _, region, _, master in self._on_device(writes=True):
@@ -227,10 +228,14 @@ class Weights:
         """This rank's part of the digest of an export's weights: what ``digest(is_rounded=True)`` must be.
 
         Raises:
-            UserError: The checkpoint does not fit the model.
+            UserError: The checkpoint does not fit the model, or its weights have another dtype.
         """
         shapes = {shard.name: shard.shape for shard in self._backend.shards}
         checkpoint.check_matches(shapes, aliases=self._backend.aliases)
+        for name, found in checkpoint.tensors.items():
+            for stored, *_ in found.find(0, 1):
+                if stored.dtype != self._backend.dtype:
+                    raise UserError(f"{name} is stored as {stored.dtype}; wanted {self._backend.dtype}")
         total = torch.zeros(1, dtype=torch.int64, device=self._backend.device)
         for shard in self._backend.shards:
             for run in () if shard.is_copy else shard.runs:

@@ -6,6 +6,7 @@ from typing import Any
 
 from shardes.backends.base import Backend
 from shardes.distributed import Group, Mesh
+from shardes.es.fitness import mean_reward
 from shardes.rollout.batching import MicroBatch, compose, tokenize
 from shardes.rollout.decode import answer_tokens, decode_greedily
 from shardes.rollout.memory import MemoryShortageError, generation_bytes, is_shortage
@@ -34,12 +35,19 @@ class Evaluation:
         num_failures: Rewards that failed.
         num_tokens: Tokens generated, padding not counted.
         samples: Answers of the first micro-batch; on the first of the ranks only.
+        is_finite: Whether all logits were finite; answers picked from others mean nothing.
     """
 
     rewards: list[float | None]
     num_failures: int
     num_tokens: int
     samples: list[Sample]
+    is_finite: bool = True
+
+    @property
+    def reward(self) -> float | None:
+        """The mean over the answers that count; None if none does, or if the answers mean nothing."""
+        return mean_reward(self.rewards) if self.is_finite else None
 
 
 @dataclass(frozen=True)

@@ -126,13 +126,13 @@ def read_journal(path: Path) -> tuple[History, str, int, int]:
             history.add(record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"run.dir: {path} line {number} is damaged ({error}); restore the file from a copy, or do again "
-                f"what it says from that line on: truncate --size={good_bytes} {path}"
+                f"run.dir: {path} line {number} is damaged ({error}); restore the file from a copy, or do "
+                f"again what it says from that line on: truncate --size={good_bytes} {path}"
             ) from None
         if record.get("journal_version", 0) > JOURNAL_VERSION:
             raise UserError(
-                f"run.dir: {path} has the journal version {record['journal_version']}, of a later shardes; this "
-                f"one reads versions up to {JOURNAL_VERSION}"
+                f"run.dir: {path} has the journal version {record['journal_version']}, of a later shardes; "
+                f"this one reads versions up to {JOURNAL_VERSION}"
             )
         link = checksum
         good_bytes += len(line) + 1

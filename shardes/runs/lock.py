@@ -1,10 +1,10 @@
 """One job at a time in a run directory, on one machine or on several that share it.
 
-The lock is the kernel's (``flock``), which it lifts when the holder dies. Some shared file systems keep such a
-lock to the machine it was taken on, so the file also says who holds it, and the holder signs it again every few
-seconds. A job that is given the kernel's lock but finds another machine's record watches it: if it is signed
-meanwhile, its owner lives; if not for ``SILENCE_SECONDS``, the owner is dead, and the lock is taken over. Only
-changes are looked at, never another machine's clock.
+The lock is the kernel's (``flock``), which it lifts when the holder dies. Some shared file systems keep such
+a lock to the machine it was taken on, so the file also says who holds it, and the holder signs it again every
+few seconds. A job that is given the kernel's lock but finds another machine's record watches it: if it is
+signed meanwhile, its owner lives; if not for ``SILENCE_SECONDS``, the owner is dead, and the lock is taken
+over. Only changes are looked at, never another machine's clock.
 """
 
 import datetime
@@ -23,8 +23,8 @@ from shardes.errors import StorageError, UserError
 
 logger = logging.getLogger(__name__)
 
-# How often the owner signs, and how long without a signature makes it dead: several signatures, so that a slow
-# disk or a long pause does not look like a death.
+# How often the owner signs, and how long without a signature makes it dead: several signatures, so that a
+# slow disk or a long pause does not look like a death.
 SIGNATURE_SECONDS = 5.0
 SILENCE_SECONDS = 30.0
 # How long a job that is just ending may still hold the kernel's lock.
@@ -51,7 +51,7 @@ class DirectoryLock:
             has_kernel_lock = self._take_kernel_lock()
             is_certain = self._outlive_owner(has_kernel_lock)
             now = _now()
-            self._mine = {
+            self._mine: dict[str, Any] = {
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 "machine": _machine(),
@@ -80,8 +80,9 @@ class DirectoryLock:
         """
         if not self._is_mine():
             raise StorageError(
-                f"run.dir: {self._path.parent} was taken over by {_described(self._read())} because this job "
-                f"gave no sign of life for {SILENCE_SECONDS:.0f} s; the other goes on with the run, this one ends"
+                f"run.dir: {self._path.parent} was taken over by {_described(self._read())}, because "
+                f"this job gave no sign of life for {SILENCE_SECONDS:.0f} s. The other goes on with the run; "
+                "this one ends"
             )
 
     def release(self) -> None:
@@ -176,9 +177,9 @@ class DirectoryLock:
     def _refusal(self) -> UserError:
         owner = self._read()
         return UserError(
-            f"run.dir: {self._path.parent} is in use by {_described(owner)}; wait for it, end it, or give another "
-            f"run.dir. The directory of a job that died on another machine is free {SILENCE_SECONDS:.0f} s after "
-            "its death"
+            f"run.dir: {self._path.parent} is in use by {_described(owner)}; wait for it, end it, or give "
+            "another run.dir. If it died on another machine, the directory is free "
+            f"{SILENCE_SECONDS:.0f} s after its death"
         )
 
 
