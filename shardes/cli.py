@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +14,7 @@ from shardes import __version__
 from shardes.config import Config, check_model_directory, load_config, load_run_config
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, StorageError, UserError
 from shardes.runs.journal import History, read_journal
+from shardes.stopping import Stopped, stop_signals
 from shardes.tasks.loading import load_task, read_rows
 
 # How long a rank that has a message waits for rank 0 to print the same one first.
@@ -41,13 +43,18 @@ def train(config_path: Path, overrides: tuple[str, ...]) -> None:
     # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
     check_model_directory(config.model.path)
     task = load_task(config.task)
-    from shardes.logs import configure_logging
+    from shardes.logs import configure_logging, tell_user
     from shardes.session import open_session
     from shardes.trainer import Trainer
 
     configure_logging()
-    with open_session(config) as session:
-        Trainer(session, task).train()
+    with stop_signals() as stop:
+        try:
+            with open_session(config, stop=stop) as session:
+                Trainer(session, task).train()
+        except Stopped:
+            if os.environ.get("RANK", "0") == "0":
+                tell_user(stop.farewell)
 
 
 _BASE = click.option("--base", type=_PATH, help="The base model's directory, if it was moved since the run.")
@@ -233,8 +240,15 @@ def env() -> None:
 
 def main(command: click.Command = cli) -> NoReturn:
     """Runs a command and ends the process with its status."""
-    status = run(command)
-    if "WORLD_SIZE" in os.environ:
+    is_launched = "WORLD_SIZE" in os.environ
+    try:
+        status = run(command)
+    except Exception:
+        if not is_launched:
+            raise
+        traceback.print_exc()
+        status = 1
+    if is_launched:
         # There was a process group. DeepSpeed keeps it, and so its threads, alive to the interpreter's very
         # end, where their destructors race and now and then abort a job whose work is done.
         sys.stdout.flush()

@@ -73,6 +73,12 @@ class RunConfig(Section):
     """The run directory; created if it does not exist."""
     resume: Literal["auto", "never"] = "auto"
     """``auto``: go on where the run stopped. ``never``: refuse a directory that already holds a run."""
+    stop_seconds: int = Field(default=20, ge=0)
+    """How long members in flight may go on when the job is asked to stop (SIGTERM or SIGUSR1 to any rank);
+    what is not finished by then is abandoned and evaluated again by the next job. Launchers and schedulers
+    commonly kill 30 seconds after SIGTERM."""
+    check_every: int = Field(default=1, gt=0)
+    """Iterations between comparisons of the replicas' weights digests."""
     snapshot_every: int = Field(default=0, ge=0)
     """Iterations between snapshots of the weights; 0: none. The journal alone is enough to go on from; with
     snapshots, only what came after the newest one is replayed. They take 4 bytes a parameter each, or the

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from shardes.agreement import check_agreement
 from shardes.errors import UserError
 from shardes.es.fitness import step_size, update_coefficients
 from shardes.noise import data_order
 from shardes.population import MemberResult, Population
+from shardes.rollout.rollout import Problems
 from shardes.runs.directory import RunDirectory
 from shardes.runs.metrics import heldout_metrics, iteration_metrics
 from shardes.runs.restore import restore_weights
@@ -46,6 +48,7 @@ class Trainer:
             mesh=session.mesh,
             sigma=self._config.es.sigma,
             timeout_seconds=self._config.parallel.timeout_seconds,
+            stop=session.stop,
             spans=self._spans,
         )
         self._heldout = self._rollout.prepare(task.heldout) if task.heldout else None
@@ -77,8 +80,9 @@ class Trainer:
             with self._progress(first) as bar:
                 for iteration in range(first, self._config.es.iterations):
                     self._evaluate_centre_if_due(iteration)
-                    rewards = self._evaluate_members(iteration)
-                    self._update(iteration, rewards)
+                    problems = self._rollout.prepare(self._draw_problems(iteration))
+                    rewards = self._evaluate_members(iteration, problems)
+                    self._update(iteration, problems, rewards)
                     bar.update()
             self._finish()
         finally:
@@ -86,9 +90,8 @@ class Trainer:
             if self.run is not None:
                 self.run.close()
 
-    def _evaluate_members(self, iteration: int) -> list[float | None]:
+    def _evaluate_members(self, iteration: int, problems: Problems) -> list[float | None]:
         """The mean reward of every member."""
-        problems = self._rollout.prepare(self._draw_problems(iteration))
         members = range(self._config.es.population)
         known: dict[int, float | None] = {
             member: reward for (of, member), reward in self._known_rewards.items() if of == iteration
@@ -134,7 +137,7 @@ class Trainer:
             "nothing is lost"
         )
 
-    def _update(self, iteration: int, rewards: list[float | None]) -> None:
+    def _update(self, iteration: int, problems: Problems, rewards: list[float | None]) -> None:
         """Rewards to coefficients, coefficients to disk, and only then to the weights."""
         config = self._config
         alpha = step_size(
@@ -144,6 +147,13 @@ class Trainer:
             num_iterations=config.es.iterations,
         )
         coefficients = update_coefficients(rewards, alpha=alpha)
+        check_agreement(
+            self._world,
+            iteration=iteration,
+            seed_and_sigma=[config.es.seed, config.es.sigma],
+            prompts=problems.fingerprint(),
+            coefficients=coefficients,
+        )
         if self._world.is_main and not any(coefficients):
             logger.warning(
                 "iteration %d: all members earned the same, so its update is skipped; a larger es.sigma, or "
@@ -185,7 +195,7 @@ class Trainer:
         """Records what the weights became, and takes a snapshot of them if one is due."""
         is_due = self._snapshots.is_due(iteration)
         with self._spans("digest"):
-            digest = self._session.digest()
+            digest = self._session.digest(compare=iteration % self._config.run.check_every == 0)
         # On disk before the snapshot is, because it is what the snapshot will be checked against.
         self._record({"type": "weights", "iteration": iteration, "digest": digest}, durable=is_due)
         if is_due:

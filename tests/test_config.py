@@ -289,6 +289,8 @@ FREE = [
     ("model.trust_remote_code", True),
     ("run.dir", "other"),
     ("run.resume", "never"),
+    ("run.stop_seconds", 5),
+    ("run.check_every", 5),
     ("run.snapshot_every", 5),
     ("run.keep_snapshots", 3),
     ("parallel.backend", "single"),

@@ -58,6 +58,10 @@ class Problems:
     prompts: list[Prompt]
     micro_batches: list[MicroBatch]
 
+    def fingerprint(self) -> bytes:
+        """What the model is asked, token by token: equal for equal problems, templates and tokenizers."""
+        return b"".join(batch.input_ids.cpu().numpy().tobytes() for batch in self.micro_batches)
+
 
 class Rollout:
     """Generates and scores.
