@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
+from shardes.config import Config
 from shardes.distributed import Group
 
 
@@ -36,6 +38,17 @@ def check_agreement(world: Group, **things: Any) -> None:
             + "; of ".join(differences)
             + ". Do all machines have the same files, versions and command line?"
         )
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """What all ranks must have been told alike: every key but paths, which may differ between machines."""
+    settings = {
+        f"{section}.{key}": value
+        for section, keys in config
+        for key, value in keys
+        if not isinstance(value, Path)
+    }
+    return settings | config.determinants()
 
 
 def _hash(thing: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from shardes.agreement import check_agreement
+from shardes.agreement import check_agreement, shared_settings
 from shardes.errors import UserError
 from shardes.es.fitness import step_size, update_coefficients
 from shardes.noise import data_order
@@ -75,6 +75,7 @@ class Trainer:
                 be too large. Whatever was recorded before is kept.
             StorageError: A file of the run cannot be written.
         """
+        check_agreement(self._world, **shared_settings(self._config))
         try:
             first = self._open_run()
             with self._progress(first) as bar:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from shardes.agreement import check_agreement
+from shardes.agreement import check_agreement, shared_settings
 from shardes.distributed import Group
+from tests.helpers.models import make_config
 
 
 @dataclass(frozen=True)
@@ -58,3 +59,15 @@ def test_a_rank_that_differs_is_named_with_the_thing_and_both_hashes(name, value
 
 def test_one_rank_agrees_with_itself():
     check_agreement(Group(0, 1, torch.device("cpu")), **THINGS)
+
+
+def test_settings_are_compared_but_paths_may_differ(tmp_path):
+    def settings(name, **changes):
+        root = tmp_path / name
+        root.mkdir()
+        return shared_settings(make_config(root, model=root / "model", run_dir=root / "run", **changes))
+
+    one = settings("one")
+    assert settings("two") == one, "other paths, equal contents"
+    assert settings("three", es__seed=1) != one
+    assert settings("four", eval__every=3) != one, "what a resume may change must be the same on all ranks"
