@@ -159,7 +159,7 @@ def journal(run_dir: Path, as_json: bool) -> None:
     _, history, good_bytes, num_bytes = _read_journal(run_dir)
     if as_json:
         with (run_dir / "journal.jsonl").open("rb") as file:
-            click.echo(file.read(good_bytes), nl=False)
+            click.echo(file.read(good_bytes).decode(), nl=False)
     else:
         click.echo("\n".join(report(history)))
     if num_bytes > good_bytes:
@@ -260,7 +260,7 @@ def main(command: click.Command = cli) -> NoReturn:
 def run(command: click.Command) -> int:
     """Runs a command; a user's mistake is shown as one message and makes the exit status 2."""
     try:
-        command.main(prog_name="shardes" if command is cli else None, standalone_mode=False)
+        status = command.main(prog_name="shardes" if command is cli else None, standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
@@ -274,7 +274,7 @@ def run(command: click.Command) -> int:
         return EXIT_FAILURE
     except click.Abort:
         return EXIT_INTERRUPTED
-    return 0
+    return status or 0  # a status if the command chose one, else nothing
 
 
 def _show_mistake(message: str) -> None:

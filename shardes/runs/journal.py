@@ -87,7 +87,7 @@ class Journal:
         """Writes a record; it survives the death of this process, and if durable that of the machine.
 
         Raises:
-            StorageError: It cannot be written; the file is as it was before.
+            StorageError: It cannot be written; the file is as it was before, and the journal of no more use.
         """
         line, link = _seal(record, self._link)
         self.history.add(record)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shardes.checkpoint import Checkpoint
+from shardes.errors import UserError
 from shardes.runs.snapshots import Snapshot, SnapshotError, find_snapshots, snapshot_path
 from shardes.session import Session
 
@@ -30,7 +31,7 @@ def restore_weights(
         sets_damaged_aside: Whether damaged snapshots are renamed, so that they no longer count as ones.
 
     Raises:
-        RuntimeError: The weights are not those that the journal says.
+        UserError: The weights are not those that the journal says.
     """
     world = session.mesh.world
     found = [each for each in find_snapshots(run_dir) if each <= len(updates) and each in digests]
@@ -55,10 +56,10 @@ def restore_weights(
     session.replay(updates[first:])
     wanted = digests.get(len(updates))
     if wanted is not None and (digest := session.digest()) != wanted:
-        raise RuntimeError(
-            f"the weights after {len(updates)} iterations have the digest {digest}, but the journal says "
-            f"{wanted}: this machine computes other numbers than the one before, or one of them is broken. "
-            f"To see where they part: shardes verify {run_dir}"
+        raise UserError(
+            f"run.dir: {run_dir}: the weights after {len(updates)} iterations have the digest {digest}, but "
+            f"the journal says {wanted}. This machine computes other numbers than the one before, or one of "
+            f"them is broken; to see where they part: shardes verify {run_dir}"
         )
 
 
