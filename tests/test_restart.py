@@ -67,9 +67,8 @@ def test_every_backend_goes_on_with_what_another_began(root, tmp_path):
     # And under tensor parallelism they are what the journal gives, on one process.
     assert export(run_dir, tmp_path / "replayed") == prints[3]
     assert_as_it_should_be(run_dir, tmp_path / "two-export3", 5)
-    logs = (tmp_path / "two-logs" / "rank0.log").read_text()
-    for iteration in (1, 2, 3):
-        assert f"over the snapshot of iteration {iteration}" in logs
+    # One that could not be read would have been renamed.
+    assert len(list((run_dir / "snapshots").iterdir())) == 2
 
 
 @pytest.mark.slow

@@ -337,7 +337,7 @@ def test_a_snapshot_of_another_run_is_not_believed(run, caplog):
 def test_weights_that_the_journal_does_not_have_end_the_job(run):
     history = run[-1]
     history.digests[ITERATIONS] = "0" * 16
-    with pytest.raises(UserError, match="the journal says 0000000000000000. This machine computes other"):
+    with pytest.raises(UserError, match=r"the journal says 0000000000000000\. This machine computes other"):
         restore(run)
 
 
