@@ -178,14 +178,10 @@ def processes_with(word):
 
 def workers_with(word):
     """Those of them that are ranks."""
-    return sorted(
-        pid
-        for pid, command in processes_with(word)
-        if " launch/train.py " in command
-        and "--config" in command
-        and "torchrun" not in command
-        and "deepspeed" not in command
-    )
+    ranks = [
+        pid for pid, command in processes_with(word) if command.split()[1:3] == ["-u", "launch/train.py"]
+    ]
+    return sorted(ranks)
 
 
 def wait_for(condition, log, *, seconds=90):
@@ -237,7 +233,7 @@ def test_sigterm_to_the_deepspeed_launcher_leaves_no_worker_and_loses_nothing(tm
 
 @pytest.mark.slow
 def test_torchrun_goes_on_by_itself_after_a_worker_was_killed(tmp_path, model, launched):
-    config = write_config(tmp_path, model, es__iterations=60, eval__every=0)
+    config = write_config(tmp_path, model, es__iterations=30, eval__every=0)
     journal = tmp_path / "run" / "journal.jsonl"
     torchrun = [SCRIPTS / "torchrun", "--nproc-per-node", "2", "--max-restarts", "1", "launch/train.py"]
     process, log = launched([*torchrun, "--config", config, "parallel.backend=fsdp"])
