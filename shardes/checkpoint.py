@@ -8,13 +8,13 @@ import json
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -74,89 +74,31 @@ class JoinedTensor:
                 yield self.pieces[i], low - starts[i], high - low
 
 
-class Checkpoint:
-    """The weights of a model directory.
+class Found(Protocol):
+    """A parameter that can be found in files."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole parameter."""
+
+    def find(self, first: int, length: int) -> Iterator[tuple[StoredTensor, int, int]]:
+        """Where a range of elements lies: tensors of the files, each with a range of its own elements."""
+
+
+class TensorReader:
+    """Reads ranges of parameters' elements, and no other bytes.
 
     Args:
-        directory: A directory with ``*.safetensors`` files.
+        tensors: Where each parameter lies, by name.
 
     Attributes:
-        tensors: Where each tensor lies, by name; after ``join``, each parameter.
-        header_sha256: Hash of all headers: names, shapes, dtypes and offsets.
+        tensors: The same.
         bytes_read: How many bytes of weights this process has read.
-
-    Raises:
-        UserError: No safetensors files, or a damaged one.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.tensors: dict[str, StoredTensor | JoinedTensor] = {}
+    def __init__(self, tensors: Mapping[str, Found]) -> None:
+        self.tensors = dict(tensors)
         self.bytes_read = 0
-        digest = hashlib.sha256()
-        for path in _weight_files(directory):
-            header = _read_header(path)
-            digest.update(header)
-            self._add_file(path, header)
-        self.header_sha256 = digest.hexdigest()
-
-    def _add_file(self, path: Path, header: bytes) -> None:
-        base, size = 8 + len(header), path.stat().st_size
-        for name, entry in json.loads(header).items():
-            if name == "__metadata__":
-                continue
-            where = f"model.path: {path}: {name}"
-            if not _is_entry(entry):
-                raise UserError(f"{where}: its entry in the header is damaged; fetch the file again")
-            if entry["dtype"] not in DTYPES:
-                raise UserError(
-                    f"{where} is stored as {entry['dtype']}; wanted one of {sorted(DTYPES)}. Quantised "
-                    "weights cannot be perturbed: use the model's unquantised version"
-                )
-            begin, end = entry["data_offsets"]
-            stored = StoredTensor(path, base + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            wanted = stored.num_elements * stored.dtype.itemsize
-            if end - begin != wanted:
-                raise UserError(
-                    f"{where} has {end - begin} bytes, but its shape {stored.shape} and dtype "
-                    f"{entry['dtype']} take {wanted}; fetch the file again"
-                )
-            if base + end > size:
-                raise UserError(
-                    f"{where} should end at byte {base + end}, but the file is cut short at {size}; fetch or "
-                    "copy it again"
-                )
-            self.tensors[name] = stored
-
-    def join(self, pieces: Mapping[str, Sequence[str]], *, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Names parameters instead of the files' tensors; twice is as good as once.
-
-        Args:
-            pieces: The tensors whose elements, one after the other, are a parameter's.
-            shapes: The parameters' shapes.
-
-        Raises:
-            UserError: The tensors do not add up to a parameter.
-        """
-        joined: dict[str, StoredTensor | JoinedTensor] = {}
-        for name, parts in pieces.items():
-            if len(parts) == 1:
-                joined[name] = self.tensors[parts[0]]
-                continue
-            tensors = tuple(
-                stored for part in parts if isinstance(stored := self.tensors[part], StoredTensor)
-            )
-            shape = shapes[name]
-            rows = {stored.shape[-1:] for stored in tensors}
-            total = sum(stored.num_elements for stored in tensors)
-            if rows != {shape[-1:]} or total != torch.Size(shape).numel():
-                raise UserError(
-                    f"model.path: {self.directory}: {name} has shape {shape} in the model, but the files "
-                    f"hold {len(tensors)} tensors for it, {parts[0]} the first, with {total} elements; files "
-                    "are missing, or config.json is not theirs"
-                )
-            joined[name] = JoinedTensor(tensors, shape)
-        self.tensors = joined
 
     def read(self, name: str, *, region: Region, out: torch.Tensor) -> None:
         """Fills ``out`` (flat, any float dtype) with a region's elements of a tensor, reading no others."""
@@ -181,6 +123,60 @@ class Checkpoint:
             data = _read_exactly(descriptor, here.numel() * width, stored.offset + (first + low) * width)
             self.bytes_read += len(data)
             here.copy_(torch.frombuffer(data, dtype=stored.dtype))
+
+
+class Checkpoint(TensorReader):
+    """The weights of a model directory.
+
+    Args:
+        directory: A directory with ``*.safetensors`` files.
+
+    Attributes:
+        tensors: Where each tensor lies, by name; after ``join``, each parameter.
+        header_sha256: Hash of all headers: names, shapes, dtypes and offsets.
+
+    Raises:
+        UserError: No safetensors files, or a damaged one.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        tensors: dict[str, StoredTensor] = {}
+        digest = hashlib.sha256()
+        for path in _weight_files(directory):
+            tensors |= stored_tensors(path, on_header=digest.update)
+        super().__init__(tensors)
+        self.header_sha256 = digest.hexdigest()
+
+    def join(self, pieces: Mapping[str, Sequence[str]], *, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Names parameters instead of the files' tensors; twice is as good as once.
+
+        Args:
+            pieces: The tensors whose elements, one after the other, are a parameter's.
+            shapes: The parameters' shapes.
+
+        Raises:
+            UserError: The tensors do not add up to a parameter.
+        """
+        joined: dict[str, Found] = {}
+        for name, parts in pieces.items():
+            if len(parts) == 1:
+                joined[name] = self.tensors[parts[0]]
+                continue
+            tensors = tuple(
+                stored for part in parts if isinstance(stored := self.tensors[part], StoredTensor)
+            )
+            shape = shapes[name]
+            rows = {stored.shape[-1:] for stored in tensors}
+            total = sum(stored.num_elements for stored in tensors)
+            if rows != {shape[-1:]} or total != torch.Size(shape).numel():
+                raise UserError(
+                    f"model.path: {self.directory}: {name} has shape {shape} in the model, but the files "
+                    f"hold {len(tensors)} tensors for it, {parts[0]} the first, with {total} elements; files "
+                    "are missing, or config.json is not theirs"
+                )
+            joined[name] = JoinedTensor(tensors, shape)
+        self.tensors = joined
 
     def check_matches(self, shapes: dict[str, tuple[int, ...]], *, aliases: set[str]) -> None:
         """Refuses a checkpoint whose tensors are not the model's parameters.
@@ -208,6 +204,51 @@ class Checkpoint:
                     f"model.path: {self.directory}: {name} has shape {self.tensors[name].shape}; config.json "
                     f"asks for {shape}"
                 )
+
+
+def stored_tensors(
+    path: Path, *, on_header: Callable[[bytes], object] = lambda header: None
+) -> dict[str, StoredTensor]:
+    """What a safetensors file holds, by name.
+
+    Args:
+        path: The file.
+        on_header: Called with its header.
+
+    Raises:
+        UserError: The file is damaged or cut short, or holds a dtype that is no float.
+        OSError: It cannot be read.
+    """
+    header = _read_header(path)
+    on_header(header)
+    base, size = 8 + len(header), path.stat().st_size
+    tensors: dict[str, StoredTensor] = {}
+    for name, entry in json.loads(header).items():
+        if name == "__metadata__":
+            continue
+        where = f"model.path: {path}: {name}"
+        if not _is_entry(entry):
+            raise UserError(f"{where}: its entry in the header is damaged; fetch the file again")
+        if entry["dtype"] not in DTYPES:
+            raise UserError(
+                f"{where} is stored as {entry['dtype']}; wanted one of {sorted(DTYPES)}. Quantised "
+                "weights cannot be perturbed: use the model's unquantised version"
+            )
+        begin, end = entry["data_offsets"]
+        stored = StoredTensor(path, base + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        wanted = stored.num_elements * stored.dtype.itemsize
+        if end - begin != wanted:
+            raise UserError(
+                f"{where} has {end - begin} bytes, but its shape {stored.shape} and dtype "
+                f"{entry['dtype']} take {wanted}; fetch the file again"
+            )
+        if base + end > size:
+            raise UserError(
+                f"{where} should end at byte {base + end}, but the file is cut short at {size}; fetch or "
+                "copy it again"
+            )
+        tensors[name] = stored
+    return tensors
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -4,14 +4,17 @@ import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from shardes import __version__
-from shardes.config import check_model_directory, load_config, load_run_config
-from shardes.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from shardes.config import Config, check_model_directory, load_config, load_run_config
+from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, StorageError, UserError
+from shardes.runs.journal import History, read_journal
+from shardes.stopping import Stopped, stop_signals
 from shardes.tasks.loading import load_task, read_rows
 
 # How long a rank that has a message waits for rank 0 to print the same one first.
@@ -40,13 +43,28 @@ def train(config_path: Path, overrides: tuple[str, ...]) -> None:
     # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
     check_model_directory(config.model.path)
     task = load_task(config.task)
-    from shardes.logs import configure_logging
+    from shardes.logs import configure_logging, tell_user
     from shardes.session import open_session
     from shardes.trainer import Trainer
 
     configure_logging()
-    with open_session(config) as session:
-        Trainer(session, task).train()
+    with stop_signals() as stop:
+        try:
+            with open_session(config, stop=stop) as session:
+                Trainer(session, task).train()
+        except Stopped:
+            if os.environ.get("RANK", "0") == "0":
+                tell_user(stop.farewell)
+
+
+_BASE = click.option("--base", type=_PATH, help="The base model's directory, if it was moved since the run.")
+_BACKEND = click.option(
+    "--backend",
+    type=click.Choice(["single", "zero3", "fsdp", "tensor_parallel"]),
+    default="single",
+    show_default=True,
+    help="Another than single spreads the model over the ranks of a launcher.",
+)
 
 
 @cli.command()
@@ -55,45 +73,120 @@ def train(config_path: Path, overrides: tuple[str, ...]) -> None:
 @click.option(
     "--iteration", type=click.IntRange(min=0), help="Weights after this many updates; default: all."
 )
-@click.option("--base", type=_PATH, help="The base model's directory, if it was moved since the run.")
-@click.option(
-    "--backend",
-    type=click.Choice(["single", "zero3", "fsdp", "tensor_parallel"]),
-    default="single",
-    show_default=True,
-)
+@_BASE
+@_BACKEND
 def export(run_dir: Path, out_dir: Path, iteration: int | None, base: Path | None, backend: str) -> None:
     """Write RUN_DIR's weights to OUT_DIR as a consolidated Hugging Face model.
 
-    The journal is replayed over the base model. With another --backend, started by a launcher, every rank
-    replays its own shards, so the model need not fit on one device.
+    The journal is replayed over the base model, or over the nearest snapshot before the iteration. With
+    another --backend, started by a launcher, every rank replays its own shards, so the model need not fit on
+    one device.
     """
-    from shardes.runs.journal import read_journal
-
-    changes: dict[str, str | None] = {"run.dir": str(run_dir), "parallel.backend": backend}
-    changes |= {"parallel.deepspeed": None, "parallel.shard_size": None, "rollout.mode": "auto"}
-    if base is not None:
-        changes["model.path"] = str(base)
-    config = load_run_config(run_dir, changes)
-    history, *_ = read_journal(run_dir / "journal.jsonl")
-    if history.header is None:
-        raise UserError(f"RUN_DIR {run_dir}: its journal is empty; nothing can be replayed")
+    config, header, history = _read_run(run_dir, base=base, backend=backend)
     available = len(history.updates)
     if iteration is not None and iteration > available:
         raise UserError(f"--iteration {iteration}: {run_dir} has {available} iterations; give at most that")
     wanted = available if iteration is None else iteration
     from shardes.export import check_destination, export_model
+    from shardes.files import cannot_write
     from shardes.logs import configure_logging
+    from shardes.runs.restore import restore_weights
     from shardes.session import open_session
 
     check_destination(out_dir)
     configure_logging()
     with open_session(config) as session:
-        session.check_base(history.header, run_dir)
-        session.replay(history.updates[:wanted])
-        export_model(session, out_dir, iteration=wanted, settings=history.header["settings"])
+        session.check_base(header, run_dir)
+        restore_weights(session, history.updates[:wanted], digests=history.digests, run_dir=run_dir)
+        try:
+            export_model(session, out_dir, iteration=wanted, settings=header["settings"])
+        except OSError as error:
+            raise cannot_write(out_dir, error) from error
         if session.mesh.world.is_main:
             click.echo(f"{out_dir}: the weights after {wanted} iterations, {config.model.dtype}")
+
+
+@cli.command()
+@click.argument("run_dir", type=_PATH)
+@click.option(
+    "--export", "export_dir", type=_PATH, help="An exported model that must hold the run's weights."
+)
+@_BASE
+@_BACKEND
+@click.pass_context
+def verify(
+    context: click.Context, run_dir: Path, export_dir: Path | None, base: Path | None, backend: str
+) -> None:
+    """Replay RUN_DIR's journal over the base model, and compare what RUN_DIR says with that.
+
+    Weights are compared by digest with the journal's and those in metrics.jsonl, after every iteration, and
+    with snapshots. The exit status is 1 if something differs, and the first iteration that does is named.
+    """
+    config, header, history = _read_run(run_dir, base=base, backend=backend)
+    if export_dir is not None and not export_dir.is_dir():
+        raise UserError(f"--export {export_dir}: is not a directory; give that of an exported model")
+    from shardes.logs import configure_logging
+    from shardes.session import open_session
+    from shardes.verify import verify_run
+
+    configure_logging()
+    with open_session(config) as session:
+        session.check_base(header, run_dir)
+        found = verify_run(session, history, run_dir=run_dir, export=export_dir)
+        if session.mesh.world.is_main:
+            click.echo(
+                f"{run_dir}: {found.num_iterations} iterations replayed, {found.num_compared} digests "
+                f"compared, {found.num_snapshots} snapshots read"
+            )
+            for iteration in found.export_iterations[-1:]:
+                click.echo(f"{export_dir}: the weights after {iteration} iterations")
+            for problem in found.problems:
+                click.echo(f"DIFFERENT: {problem}")
+            click.echo("something differs" if found.problems else "all is as it should be")
+    context.exit(EXIT_FAILURE if found.problems else 0)
+
+
+@cli.command()
+@click.argument("run_dir", type=_PATH)
+@click.option("--json", "as_json", is_flag=True, help="The records as JSON, one a line.")
+def journal(run_dir: Path, as_json: bool) -> None:
+    """Print RUN_DIR's journal for people: what the run is, and a line for every iteration.
+
+    Nothing is changed, and a run that is going on may be looked at.
+    """
+    from shardes.runs.report import report
+
+    _, history, good_bytes, num_bytes = _read_journal(run_dir)
+    if as_json:
+        with (run_dir / "journal.jsonl").open("rb") as file:
+            click.echo(file.read(good_bytes).decode(), nl=False)
+    else:
+        click.echo("\n".join(report(history)))
+    if num_bytes > good_bytes:
+        torn = f"its last line is incomplete ({num_bytes - good_bytes} bytes) and does not count"
+        click.echo(f"{run_dir}: {torn}", err=True)
+
+
+def _read_journal(run_dir: Path) -> tuple[dict[str, Any], History, int, int]:
+    """The header and all of a run's journal, how many of its bytes are whole lines, and how many it has."""
+    path = run_dir / "journal.jsonl"
+    if not path.is_file():
+        raise UserError(f"RUN_DIR {run_dir}: {path} does not exist; give the directory of a run")
+    history, _, good_bytes, num_bytes = read_journal(path)
+    if history.header is None:
+        raise UserError(f"RUN_DIR {run_dir}: its journal is empty; nothing can be replayed")
+    return history.header, history, good_bytes, num_bytes
+
+
+def _read_run(run_dir: Path, *, base: Path | None, backend: str) -> tuple[Config, dict[str, Any], History]:
+    """The configuration, for ranks of our own, and the journal of a run whose weights are wanted."""
+    changes: dict[str, str | None] = {"run.dir": str(run_dir), "parallel.backend": backend}
+    changes |= {"parallel.deepspeed": None, "parallel.shard_size": None, "rollout.mode": "auto"}
+    if base is not None:
+        changes["model.path"] = str(base)
+    config = load_run_config(run_dir, changes)
+    header, history, *_ = _read_journal(run_dir)
+    return config, header, history
 
 
 @cli.command()
@@ -147,8 +240,15 @@ def env() -> None:
 
 def main(command: click.Command = cli) -> NoReturn:
     """Runs a command and ends the process with its status."""
-    status = run(command)
-    if "WORLD_SIZE" in os.environ:
+    is_launched = "WORLD_SIZE" in os.environ
+    try:
+        status = run(command)
+    except Exception:
+        if not is_launched:
+            raise
+        traceback.print_exc()
+        status = 1
+    if is_launched:
         # There was a process group. DeepSpeed keeps it, and so its threads, alive to the interpreter's very
         # end, where their destructors race and now and then abort a job whose work is done.
         sys.stdout.flush()
@@ -160,7 +260,7 @@ def main(command: click.Command = cli) -> NoReturn:
 def run(command: click.Command) -> int:
     """Runs a command; a user's mistake is shown as one message and makes the exit status 2."""
     try:
-        command.main(prog_name="shardes" if command is cli else None, standalone_mode=False)
+        status = command.main(prog_name="shardes" if command is cli else None, standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
@@ -169,9 +269,12 @@ def run(command: click.Command) -> int:
     except UserError as error:
         _show_mistake(str(error))
         return EXIT_USER_ERROR
+    except StorageError as error:
+        _show_mistake(str(error))
+        return EXIT_FAILURE
     except click.Abort:
         return EXIT_INTERRUPTED
-    return 0
+    return status or 0  # a status if the command chose one, else nothing
 
 
 def _show_mistake(message: str) -> None:

@@ -73,6 +73,18 @@ class RunConfig(Section):
     """The run directory; created if it does not exist."""
     resume: Literal["auto", "never"] = "auto"
     """``auto``: go on where the run stopped. ``never``: refuse a directory that already holds a run."""
+    stop_seconds: int = Field(default=20, ge=0)
+    """How long members in flight may go on when the job is asked to stop (SIGTERM or SIGUSR1 to any rank);
+    what is not finished by then is abandoned and evaluated again by the next job. Launchers and schedulers
+    commonly kill 30 seconds after SIGTERM."""
+    check_every: int = Field(default=1, gt=0)
+    """Iterations between comparisons of the replicas' weights digests."""
+    snapshot_every: int = Field(default=0, ge=0)
+    """Iterations between snapshots of the weights; 0: none. The journal alone is enough to go on from; with
+    snapshots, only what came after the newest one is replayed. They take 4 bytes a parameter each, or the
+    model's dtype with ``weights.master: model``, and every rank must see ``run.dir``."""
+    keep_snapshots: int = Field(default=2, ge=2)
+    """How many snapshots are kept: the newest. The one before it is used if a snapshot turns out damaged."""
 
 
 class ParallelConfig(Section):
@@ -184,6 +196,9 @@ class EsConfig(Section):
     """Step size; ``auto`` is sigma / 2, as in the paper."""
     schedule: Literal["constant", "linear"] = "constant"
     """``linear`` lowers alpha from its value to 0 over the iterations."""
+    min_valid_fraction: float = Field(default=0.5, ge=0, le=1, allow_inf_nan=False)
+    """An iteration fails if fewer members than this part of the population can be judged, because their
+    rewards failed or their logits were not finite. One at least is needed in any case."""
     trainable: list[str] = [".*"]
     """Which parameters are trained: regular expressions for whole names as in the checkpoint. The last one
     that matches a name decides: with a ``!`` before it the parameter is frozen, otherwise trained. What none
@@ -284,6 +299,7 @@ class Config(Section):
             "rollout.mode",
             "weights.master_device",
             "eval.every",
+            "es.min_valid_fraction",
             "task.data",
             "task.reward",
         }

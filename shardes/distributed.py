@@ -3,6 +3,8 @@
 import datetime
 import json
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,13 @@ import torch
 import torch.distributed as dist
 
 from shardes.errors import UserError
+from shardes.stopping import Stop, Stopped
+from shardes.watch import Watch
+
+# Where rank 0 writes the name of the attempt that it has begun.
+_ATTEMPT = "attempt"
+# How often ranks look for each other while they meet.
+_MEETING_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,15 @@ class Group:
         dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.process_group)
         return bool(total.item())
 
+    def gather_int64(self, values: list[int]) -> list[list[int]]:
+        """Every rank's values, of which all have equally many, by rank."""
+        if self.world_size == 1:
+            return [values]
+        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
+        found = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(found, mine, group=self.process_group)
+        return [each.tolist() for each in found]
+
     def min(self, value: int) -> int:
         """The smallest of the ranks' values."""
         if self.world_size == 1:
@@ -82,6 +100,23 @@ class Group:
             buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
         dist.broadcast(buffer, group=self.process_group, group_src=0)
         return json.loads(bytes(buffer.cpu().numpy()))
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on every rank; all representable as JSON. Nothing is pickled."""
+        if self.world_size == 1:
+            return [value]
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        size = torch.tensor([payload.numel()], dtype=torch.int64, device=self.device)
+        sizes = [torch.empty_like(size) for _ in range(self.world_size)]
+        dist.all_gather(sizes, size, group=self.process_group)
+        longest = max(int(each.item()) for each in sizes)
+        sent = torch.nn.functional.pad(payload, (0, longest - payload.numel()))
+        received = [torch.empty_like(sent) for _ in sizes]
+        dist.all_gather(received, sent, group=self.process_group)
+        return [
+            json.loads(bytes(each[: int(size.item())].cpu().numpy()))
+            for each, size in zip(received, sizes, strict=True)
+        ]
 
     def barrier(self) -> None:
         """Waits until every rank is here."""
@@ -152,12 +187,17 @@ def make_mesh(world: Group, *, shard_size: int | None, timeout_seconds: int) -> 
 
 
 @contextmanager
-def process_group(*, timeout_seconds: int, always: bool) -> Iterator[Group]:
+def process_group(*, timeout_seconds: int, always: bool, stop: Stop, stop_seconds: int) -> Iterator[Group]:
     """Joins the job that the launcher's environment describes, and leaves it at the end.
+
+    A rank that leaves with an exception ends all ranks, with the exit status that the exception means, and
+    the message of the first one is printed once (see ``Watch``).
 
     Args:
         timeout_seconds: How long a collective waits for a rank.
         always: Make a process group even for one rank (DeepSpeed needs one).
+        stop: What the job is asked to stop by.
+        stop_seconds: How long it may go on after that.
 
     Yields:
         The group. The accelerator of this rank is made the current device.
@@ -178,37 +218,92 @@ def process_group(*, timeout_seconds: int, always: bool) -> Iterator[Group]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    store = None
-    if world_size > 1 or always:
-        store = _init_process_group(rank, world_size, device, datetime.timedelta(seconds=timeout_seconds))
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    watch = Watch(
+        rank=rank,
+        world_size=world_size,
+        stop=stop,
+        stop_seconds=stop_seconds,
+        timeout_seconds=timeout_seconds,
+    )
+    watch.start()
     try:
+        store = None
+        if world_size > 1 or always:
+            store = _meet(rank, world_size, timeout)
+            if world_size > 1:
+                watch.connect(store, host=os.environ["MASTER_ADDR"])
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         yield Group(rank, world_size, device, store=store)
+    except Stopped:
+        stop.wait_for_launcher()
+        raise
+    except BaseException as error:
+        watch.report(error)
+        raise
     finally:
+        watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _init_process_group(
-    rank: int, world_size: int, device: torch.device, timeout: datetime.timedelta
-) -> dist.Store:
-    """Makes torch's default group; returns the store that its ranks met at."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store: dist.Store
+def _meet(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """Meets the other ranks at the launcher's address; returns a store of this attempt alone."""
     if "MASTER_ADDR" not in os.environ:
         # Started by hand as one process. DeepSpeed reads these variables even when it adopts a group.
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
-        store = dist.HashStore()
-    else:
-        agent_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            world_size,
-            is_master=rank == 0 and not agent_hosts_store,
-            timeout=timeout,
-        )
-        # torchrun keeps its store across restarts; without a prefix of its own, a new attempt reads the
-        # dead attempt's addresses and cannot connect.
-        store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return store
+        return dist.HashStore()
+    agent_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=rank == 0 and not agent_hosts_store,
+        timeout=timeout,
+    )
+    return open_attempt(store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def open_attempt(store: dist.Store, *, rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """The part of a store in which the ranks of this attempt are among themselves; a collective.
+
+    torchrun keeps its store when it starts ranks anew, after a failure or because nodes have come or gone.
+    There they would find the addresses of the dead. No variable that torchrun sets is the same on all ranks
+    of an attempt and another in the next: nodes count the restarts each for itself, and changes of membership
+    not at all. So rank 0 makes a name up. A rank cannot tell an old name from the new one, but only the
+    living rank 0 answers: who is not answered looks for another name.
+
+    Args:
+        store: The launcher's.
+        rank: This process's.
+        world_size: Number of ranks.
+        timeout: How long a rank waits for another.
+
+    Raises:
+        TimeoutError: A rank did not come.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    mine = uuid.uuid4().hex
+    missing = set(range(1, world_size)) if rank == 0 else {0}
+    name = mine
+    if rank == 0:
+        store.set(_ATTEMPT, name)
+    while missing:
+        if rank == 0:
+            for other in [each for each in missing if store.check([f"{name}/here/{each}"])]:
+                store.set(f"{name}/welcome/{other}", store.get(f"{name}/here/{other}").decode())
+                missing.remove(other)
+        elif store.check([_ATTEMPT]):
+            name = store.get(_ATTEMPT).decode()
+            store.set(f"{name}/here/{rank}", mine)
+            welcome = f"{name}/welcome/{rank}"
+            if store.check([welcome]) and store.get(welcome).decode() == mine:
+                missing.clear()
+        if missing and time.monotonic() > deadline:
+            raise TimeoutError(
+                f"rank {rank} has waited {timeout.total_seconds():.0f} s (parallel.timeout_seconds) for "
+                f"rank(s) {', '.join(map(str, sorted(missing)))} to join"
+            )
+        if missing:
+            time.sleep(_MEETING_SECONDS)
+    return dist.PrefixStore(name, store)

@@ -1,5 +1,6 @@
 """The errors that end a run on purpose, and the exit status each of them means."""
 
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -8,4 +9,11 @@ class UserError(Exception):
     """The user's input cannot be used: one clear message, exit status 2, no traceback.
 
     The message says what was got, what was wanted, which key or line it concerns, and the remedy.
+    """
+
+
+class StorageError(Exception):
+    """A file cannot be written, for want of room, say: one clear message, exit status 1, no traceback.
+
+    What was recorded before is whole, so the same command goes on once the cause is gone.
     """

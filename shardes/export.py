@@ -1,25 +1,21 @@
 """Writing a model in Hugging Face format, one parameter at a time."""
 
 import json
-import os
 import shutil
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
+from typing import Any
 
 from shardes import __version__
 from shardes.errors import UserError
-from shardes.files import write_atomically
+from shardes.files import flush_to_disk, sync_directory, write_atomically
+from shardes.safetensors_writer import write_header, write_values
 from shardes.session import Session
 from shardes.shards import Shard
 
 MAX_FILE_BYTES = 5 * 2**30
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # What a model directory holds besides weights: tokenizer, chat template, generation config, own code.
 _COMPANIONS = (
     "generation_config.json",
@@ -84,10 +80,13 @@ def export_model(
     for file in files:
         if is_main:
             with (temporary / file.name).open("wb") as stream:
-                _write_header(stream, file, session.backend.dtype)
+                dtype = session.backend.dtype
+                write_header(stream, [(shard.name, dtype, shard.shape) for shard in file.shards])
                 for shard in file.shards:
-                    _write_tensor(stream, session.weights.gather_centre(shard))
-                _flush(stream)
+                    values = session.weights.gather_centre(shard)
+                    assert values is not None, "rank 0 receives every gathered parameter"
+                    write_values(stream, values)
+                flush_to_disk(stream)
         elif session.mesh.replica == 0:
             for shard in file.shards:
                 session.weights.gather_centre(shard)
@@ -96,7 +95,7 @@ def export_model(
         if out.exists():
             out.rmdir()
         temporary.rename(out)
-        _sync_directory(out.parent)
+        sync_directory(out.parent)
     session.mesh.world.barrier()
 
 
@@ -114,27 +113,6 @@ def _plan(shards: tuple[Shard, ...], itemsize: int, max_file_bytes: int) -> list
         _File(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
         for i, group in enumerate(groups, start=1)
     ]
-
-
-def _write_header(stream: BinaryIO, file: _File, dtype: torch.dtype) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for shard in file.shards:
-        end = offset + shard.num_elements * dtype.itemsize
-        header[shard.name] = {
-            "dtype": _DTYPE_NAMES[dtype],
-            "shape": list(shard.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    stream.write(struct.pack("<Q", len(text)) + text)
-
-
-def _write_tensor(stream: BinaryIO, tensor: torch.Tensor | None) -> None:
-    assert tensor is not None, "rank 0 receives every gathered parameter"
-    stream.write(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
 
 
 def _write_index(directory: Path, files: list[_File], itemsize: int) -> None:
@@ -187,16 +165,3 @@ model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 """
-
-
-def _flush(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

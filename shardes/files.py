@@ -1,14 +1,91 @@
 """Writing files so that whatever dies, a reader finds the old text or the new one."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
+from typing import IO, Any
+
+from shardes.errors import StorageError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file, so that a reader sees the old text or the new one whatever happens."""
+    """Replaces a file, so that a reader sees the old text or the new one whatever happens.
+
+    Raises:
+        OSError: It cannot be written; the old text is still there.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            flush_to_disk(file)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def flush_to_disk(file: IO[Any]) -> None:
+    """Makes what was written survive the death of the machine."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory, new and renamed ones, survive the death of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class AppendFile:
+    """A file that grows by whole pieces: of one that does not fit on the disk, nothing remains.
+
+    Args:
+        path: The file; created if it does not exist.
+        keep_bytes: What follows so many bytes is cut off at the start; None: nothing is.
+    """
+
+    def __init__(self, path: Path, *, keep_bytes: int | None = None) -> None:
+        self.path = path
+        # Without a buffer: one would keep what could not be written, and write it later.
+        self._file = path.open("ab", buffering=0)
+        if keep_bytes is not None:
+            self._file.truncate(keep_bytes)
+        self._num_bytes = os.fstat(self._file.fileno()).st_size
+        sync_directory(path.parent)
+
+    def append(self, data: bytes, *, durable: bool = False) -> None:
+        """Writes a piece; it survives the death of this process, and if durable that of the machine.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            if durable:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            # Where even this fails, the piece is a torn last line, which every reader drops.
+            with suppress(OSError):
+                self._file.truncate(self._num_bytes)
+            raise cannot_write(self.path, error) from error
+        self._num_bytes += len(data)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def cannot_write(path: Path, error: OSError) -> StorageError:
+    """The message for a file that cannot be written."""
+    return StorageError(
+        f"{path} cannot be written: {error.strerror or error}. What was recorded before is whole; mend the "
+        "cause (make room, say) and start the same command again, and it goes on from there"
+    )

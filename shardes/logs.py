@@ -23,3 +23,9 @@ def configure_logging() -> None:
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("shardes").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def tell_user(text: str) -> None:
+    """Prints a message on standard error, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()

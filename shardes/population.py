@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 import torch.distributed as dist
 
 from shardes.distributed import Group, Mesh
-from shardes.es.fitness import mean_reward
 from shardes.rollout.memory import MemoryShortageError
 from shardes.rollout.rollout import Evaluation, Problems, Rollout
 from shardes.spans import Spans
+from shardes.stopping import Stop, Stopped
 
 # How long rank 0 sleeps between two looks for results.
 _POLL_SECONDS = 0.005
@@ -27,15 +27,17 @@ class MemberResult:
 
     Attributes:
         member: Which.
-        reward: The mean over its answers; None if none counts.
+        reward: The mean over its answers; None if none counts, or if its logits were not finite.
         num_failures: Rewards that failed.
         num_tokens: Tokens generated.
+        is_finite: Whether its logits were.
     """
 
     member: int
     reward: float | None
     num_failures: int
     num_tokens: int
+    is_finite: bool = True
 
 
 Evaluate = Callable[[int], MemberResult | None]
@@ -50,16 +52,25 @@ class Population:
         mesh: The ranks.
         sigma: Scale of the noise.
         timeout_seconds: How long rank 0 waits for a result.
+        stop: Whether the job was asked to stop.
         spans: Where the time goes.
     """
 
     def __init__(
-        self, rollout: Rollout, *, mesh: Mesh, sigma: float, timeout_seconds: int, spans: Spans
+        self,
+        rollout: Rollout,
+        *,
+        mesh: Mesh,
+        sigma: float,
+        timeout_seconds: int,
+        stop: Stop,
+        spans: Spans,
     ) -> None:
         self._rollout = rollout
         self._mesh = mesh
         self._sigma = sigma
         self._timeout_seconds = timeout_seconds
+        self._stop = stop
         self._spans = spans
 
     def evaluate_members(
@@ -75,6 +86,9 @@ class Population:
 
         Returns:
             Results by member, on every rank.
+
+        Raises:
+            Stopped: On all ranks, if the job was asked to stop; no member is in flight any more.
         """
         results: dict[int, MemberResult] = {}
         while missing := [member for member in members if member not in results]:
@@ -89,7 +103,12 @@ class Population:
         return results
 
     def evaluate_centre(self, problems: Problems) -> Evaluation:
-        """What the centre earns; a collective of all ranks, which share the problems."""
+        """What the centre earns; a collective of all ranks, which share the problems.
+
+        Raises:
+            Stopped: On all ranks, if the job was asked to stop.
+        """
+        self._stop_if_asked()
         while True:
             self._rollout.begin(problems)
             self._rollout.mode.centre()
@@ -107,7 +126,7 @@ class Population:
             found = self._rollout.evaluate(problems, group=mode.team)
         except MemoryShortageError:
             return None
-        return MemberResult(member, mean_reward(found.rewards), found.num_failures, found.num_tokens)
+        return MemberResult(member, found.reward, found.num_failures, found.num_tokens, found.is_finite)
 
     def _hand_out(
         self, members: Sequence[int], evaluate: Evaluate, on_result: OnResult
@@ -122,16 +141,23 @@ class Population:
                 store=world.store,
                 number=next(_desks),
                 timeout_seconds=self._timeout_seconds,
+                stop=self._stop,
             )
             return desk.hand_out(members, evaluate=evaluate, on_result=on_result, spans=self._spans)
         results: dict[int, MemberResult] = {}
         for member in members:
+            self._stop_if_asked()
             result = evaluate(member)
             if result is None:
                 break
             results[member] = result
             on_result(result)
         return results
+
+    def _stop_if_asked(self) -> None:
+        """Raises ``Stopped`` on all ranks if one of them knows of a request to stop; a collective."""
+        if self._mesh.world.any(self._stop.is_requested):
+            raise Stopped
 
 
 class Desk:
@@ -148,15 +174,24 @@ class Desk:
         store: The job's.
         number: Tells this desk from all others of the job.
         timeout_seconds: How long rank 0, with nothing left to do, waits for the next result.
+        stop: Whether the job was asked to stop: then no member is given out any more.
     """
 
     def __init__(
-        self, world: Group, *, team: Group, store: dist.Store, number: int, timeout_seconds: float
+        self,
+        world: Group,
+        *,
+        team: Group,
+        store: dist.Store,
+        number: int,
+        timeout_seconds: float,
+        stop: Stop,
     ) -> None:
         self._world = world
         self._team = team
         self._store = store
         self._timeout_seconds = timeout_seconds
+        self._stop = stop
         self._counter, self._mailbox = f"members{number}/next", f"members{number}/results"
         # Rank 0's: what has come, and how many teams have said that they are done.
         self._results: dict[int, MemberResult] = {}
@@ -169,13 +204,14 @@ class Desk:
 
         Returns:
             Results by member, on every rank.
+
+        Raises:
+            Stopped: On all ranks, if the job was asked to stop.
         """
-        while (position := self._draw()) < len(members):
+        while (position := self._draw(len(members))) < len(members):
             result = evaluate(members[position])
             if result is None:
-                # The others finish the members that they have, and draw no more.
-                if self._team.is_main:
-                    self._store.add(self._counter, len(members))
+                self._shut(len(members))
                 break
             self._post(asdict(result))
             self._collect(on_result)
@@ -183,14 +219,26 @@ class Desk:
         with spans("wait"):
             if self._world.is_main:
                 self._wait_for_all(on_result)
-            found = self._world.broadcast_json([asdict(result) for result in self._results.values()])
+            # Rank 0 is the first to know of a request to stop, so it does if any team left because of one.
+            found, is_stopping = self._world.broadcast_json(
+                [[asdict(result) for result in self._results.values()], self._stop.is_requested]
+            )
+        if is_stopping:
+            raise Stopped
         return {record["member"]: MemberResult(**record) for record in found}
 
-    def _draw(self) -> int:
+    def _draw(self, num_members: int) -> int:
         """The position of the next member that nobody has; beyond the last if there is none."""
+        if self._stop.is_requested:
+            self._shut(num_members)
         return self._team.broadcast_json(
             self._store.add(self._counter, 1) - 1 if self._team.is_main else None
         )
+
+    def _shut(self, num_members: int) -> None:
+        """Has all teams finish the members that they have, and draw no more."""
+        if self._team.is_main:
+            self._store.add(self._counter, num_members)
 
     def _post(self, record: dict[str, object] | None) -> None:
         """Sends a result to rank 0; None says that there will be no more from this team."""

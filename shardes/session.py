@@ -25,6 +25,7 @@ from shardes.rollout.rollout import Rollout
 from shardes.rollout.scoring import Scorer
 from shardes.runs.journal import JOURNAL_VERSION
 from shardes.spans import Spans
+from shardes.stopping import Stop
 from shardes.tasks.base import Task
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Session:
         weights: The master shards.
         identity: What the weights and the noise are; part of the journal's header.
         spans: Where the time goes.
+        stop: Whether the job was asked to stop.
     """
 
     config: Config
@@ -55,6 +57,7 @@ class Session:
     weights: Weights
     identity: dict[str, Any]
     spans: Spans
+    stop: Stop
 
     def replay(self, updates: list[dict[str, Any]]) -> None:
         """Applies past updates to the base weights: afterwards they are those of the run, bit for bit."""
@@ -80,18 +83,30 @@ class Session:
                     f"{self.config.model.path} it is {self.identity[key]}; give the run its base model back"
                 )
 
-    def digest(self) -> str:
-        """The weights digest, in hexadecimal; a collective of all ranks.
+    def digest(self, *, is_rounded: bool = False, compare: bool = True) -> str:
+        """The weights digest of this rank's replica, in hexadecimal; a collective of all ranks.
+
+        Args:
+            is_rounded: Of the centre, what an export holds, instead of the master.
+            compare: Whether replicas are compared.
 
         Raises:
             RuntimeError: Replicas hold different weights.
         """
-        return _digest(self.mesh, self.backend, self.weights)
+        return self.combined(self.weights.digest(is_rounded=is_rounded), compare=compare)
+
+    def combined(self, part: int, *, compare: bool = True) -> str:
+        """The digest of which every rank has a part; see ``digest``."""
+        return _combined(self.mesh, self.backend, part, compare=compare)
 
 
 @contextmanager
-def open_session(config: Config) -> Iterator[Session]:
+def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Session]:
     """Joins the job, builds the model over its ranks, and loads the base weights.
+
+    Args:
+        config: What the run is told.
+        stop: What it is asked to stop by, besides other ranks.
 
     Raises:
         UserError: The model or the configuration cannot be used.
@@ -101,7 +116,13 @@ def open_session(config: Config) -> Iterator[Session]:
     checkpoint = Checkpoint(config.model.path)
     parallel = config.parallel
     is_single = parallel.backend == "single"
-    with process_group(timeout_seconds=parallel.timeout_seconds, always=not is_single) as world:
+    stop = stop or Stop()
+    with process_group(
+        timeout_seconds=parallel.timeout_seconds,
+        always=not is_single,
+        stop=stop,
+        stop_seconds=config.run.stop_seconds,
+    ) as world:
         # Ranks that hold whole models need nobody, and the more members at a time the better.
         shard_size = parallel.shard_size or (1 if is_single else None)
         mesh = make_mesh(world, shard_size=shard_size, timeout_seconds=parallel.timeout_seconds)
@@ -115,7 +136,7 @@ def open_session(config: Config) -> Iterator[Session]:
             on_host=config.weights.master_device == "cpu",
         )
         weights.load(checkpoint)
-        identity = _identity(weights, checkpoint, _digest(mesh, backend, weights))
+        identity = _identity(weights, checkpoint, _combined(mesh, backend, weights.digest(), compare=True))
         logger.info(
             "%s on %d rank(s), %d replica(s), %s, %s; %d of %d parameters are trained",
             parallel.backend,
@@ -126,7 +147,7 @@ def open_session(config: Config) -> Iterator[Session]:
             sum(shard.num_elements for shard in weights.trained),
             sum(shard.num_elements for shard in backend.shards),
         )
-        yield Session(config, mesh, backend, weights, identity, Spans())
+        yield Session(config, mesh, backend, weights, identity, Spans(), stop)
 
 
 def make_rollout(session: Session, task: Task) -> tuple[Rollout, Scorer]:
@@ -151,16 +172,20 @@ def make_rollout(session: Session, task: Task) -> tuple[Rollout, Scorer]:
     return rollout, scorer
 
 
-def _digest(mesh: Mesh, backend: Backend, weights: Weights) -> str:
-    digest = weights.digest()
+def _combined(mesh: Mesh, backend: Backend, digest: int, *, compare: bool) -> str:
     if backend.is_sharded:
         digest = mesh.shard.sum_int64(digest)
-    if mesh.num_replicas > 1:
+    if compare and mesh.num_replicas > 1:
         first = mesh.world.broadcast_json(digest)
         if mesh.world.any(digest != first):
+            found = mesh.world.gather_int64([digest - (digest >> 63 << 64)])
+            shown = ", ".join(
+                f"{found[rank][0] & 0xFFFFFFFFFFFFFFFF:016x} in replica {rank // mesh.shard.world_size}"
+                for rank in range(0, mesh.world.world_size, mesh.shard.world_size)
+            )
             raise RuntimeError(
-                f"replica {mesh.replica} has the weights digest {digest:016x}, but replica 0 {first:016x}: "
-                "one of them has been corrupted"
+                f"replicas hold different weights, so one of them was corrupted; their digests: {shown}. "
+                "The journal is good: go on with the same command, and look at the machine that differs"
             )
     return f"{digest:016x}"
 
@@ -174,4 +199,5 @@ def _identity(weights: Weights, checkpoint: Checkpoint, base_digest: str) -> dic
         "base_headers_sha256": checkpoint.header_sha256,
         "base_weights_digest": base_digest,
         "parameters_sha256": hashlib.sha256(json.dumps(table).encode()).hexdigest(),
+        "parameters": table,
     }

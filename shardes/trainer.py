@@ -1,18 +1,23 @@
 """The training loop: Algorithm 1 of Qiu et al. 2025 (arXiv 2509.24372), over shards."""
 
 import logging
+import math
 import resource
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from shardes.agreement import check_agreement, shared_settings
 from shardes.errors import UserError
-from shardes.es.fitness import mean_reward, step_size, update_coefficients
+from shardes.es.fitness import step_size, update_coefficients
 from shardes.noise import data_order
 from shardes.population import MemberResult, Population
+from shardes.rollout.rollout import Problems
 from shardes.runs.directory import RunDirectory
 from shardes.runs.metrics import heldout_metrics, iteration_metrics
+from shardes.runs.restore import restore_weights
+from shardes.runs.snapshotting import Snapshots
 from shardes.session import Session, make_rollout
 from shardes.tasks.base import Row, Task
 
@@ -43,6 +48,7 @@ class Trainer:
             mesh=session.mesh,
             sigma=self._config.es.sigma,
             timeout_seconds=self._config.parallel.timeout_seconds,
+            stop=session.stop,
             spans=self._spans,
         )
         self._heldout = self._rollout.prepare(task.heldout, iteration=0) if task.heldout else None
@@ -51,30 +57,42 @@ class Trainer:
         # What the journal knows of the first iteration to do: the job died in the middle of it.
         self._known_rewards: dict[tuple[int, int], float] = {}
         self._known_evaluation: int | None = None
+        self._snapshots = Snapshots(
+            self._config.run.dir,
+            every=self._config.run.snapshot_every,
+            keep=self._config.run.keep_snapshots,
+            mesh=session.mesh,
+            weights=session.weights,
+            is_sharded=session.backend.is_sharded,
+        )
         self.run: RunDirectory | None = None
 
     def train(self) -> None:
         """Trains; a collective.
 
         Raises:
-            UserError: The run directory cannot be used, or no answer could be scored.
+            UserError: The run directory cannot be used, too few members could be judged, or an update would
+                be too large. Whatever was recorded before is kept.
+            StorageError: A file of the run cannot be written.
         """
+        check_agreement(self._world, **shared_settings(self._config))
         try:
             first = self._open_run()
             with self._progress(first) as bar:
                 for iteration in range(first, self._config.es.iterations):
                     self._evaluate_centre_if_due(iteration)
-                    rewards = self._evaluate_members(iteration)
-                    self._update(iteration, rewards)
+                    problems = self._rollout.prepare(self._draw_problems(iteration), iteration=iteration)
+                    rewards = self._evaluate_members(iteration, problems)
+                    self._update(iteration, problems, rewards)
                     bar.update()
             self._finish()
         finally:
+            self._snapshots.close()
             if self.run is not None:
                 self.run.close()
 
-    def _evaluate_members(self, iteration: int) -> list[float | None]:
+    def _evaluate_members(self, iteration: int, problems: Problems) -> list[float | None]:
         """The mean reward of every member."""
-        problems = self._rollout.prepare(self._draw_problems(iteration), iteration=iteration)
         members = range(self._config.es.population)
         known: dict[int, float | None] = {
             member: reward for (of, member), reward in self._known_rewards.items() if of == iteration
@@ -91,15 +109,36 @@ class Trainer:
         )
         earned = known | {member: result.reward for member, result in results.items()}
         rewards = [earned[member] for member in members]
-        if all(reward is None for reward in rewards):
-            raise UserError(
-                f"task.reward: no answer of iteration {iteration} could be scored; the first failure was "
-                f"{self._scorer.first_failure or 'None for every answer, or what another rank warns of'}. "
-                "Mend the reward and start again: nothing is lost"
-            )
+        num_nonfinite = sum(not result.is_finite for result in results.values())
+        self._check_enough_rewards(rewards, iteration=iteration, num_nonfinite=num_nonfinite)
         return rewards
 
-    def _update(self, iteration: int, rewards: list[float | None]) -> None:
+    def _check_enough_rewards(
+        self, rewards: list[float | None], *, iteration: int, num_nonfinite: int
+    ) -> None:
+        """Ends the run if too few members could be judged to learn from them."""
+        num_judged = sum(reward is not None for reward in rewards)
+        wanted = max(1, math.ceil(self._config.es.min_valid_fraction * len(rewards)))
+        if num_judged >= wanted:
+            return
+        causes = []
+        if num_failed := len(rewards) - num_judged - num_nonfinite:
+            first = self._scorer.first_failure or "None for every answer, or what another rank warns of"
+            causes.append(
+                f"task.reward: {num_failed} had no answer that could be scored; the first failure was {first}"
+            )
+        if num_nonfinite:
+            causes.append(
+                f"es.sigma: {num_nonfinite} had logits that are not finite, which a smaller one, or a wider "
+                "model.dtype, may prevent"
+            )
+        raise UserError(
+            f"{num_judged} of the {len(rewards)} members of iteration {iteration} could be judged; wanted at "
+            f"least {wanted} (es.min_valid_fraction). {'; '.join(causes)}. Mend that and start again: "
+            "nothing is lost"
+        )
+
+    def _update(self, iteration: int, problems: Problems, rewards: list[float | None]) -> None:
         """Rewards to coefficients, coefficients to disk, and only then to the weights."""
         config = self._config
         alpha = step_size(
@@ -109,12 +148,22 @@ class Trainer:
             num_iterations=config.es.iterations,
         )
         coefficients = update_coefficients(rewards, alpha=alpha)
+        check_agreement(
+            self._world,
+            iteration=iteration,
+            seed_and_sigma=[config.es.seed, config.es.sigma],
+            prompts=problems.fingerprint(),
+            coefficients=coefficients,
+        )
         if self._world.is_main and not any(coefficients):
             logger.warning(
-                "iteration %d: all members earned the same, so nothing is learned from it; a larger "
-                "es.sigma, or a reward that tells bad answers apart, would help",
+                "iteration %d: all members earned the same, so its update is skipped; a larger es.sigma, or "
+                "a reward that tells bad answers apart, would help",
                 iteration,
             )
+        self._check_step(iteration, coefficients)
+        with self._spans("snapshot"):
+            self._snapshots.finish()
         self._record(
             {
                 "type": "update",
@@ -131,7 +180,28 @@ class Trainer:
                 directions=range(config.es.population),
                 coefficients=coefficients,
             )
+        self._keep_weights(iteration + 1)
         self._write_metrics(iteration)
+
+    def _check_step(self, iteration: int, coefficients: list[float]) -> None:
+        """Refuses an update after which a weight might not be finite, before anything of it is recorded."""
+        if self._world.any(self._weights.could_overflow(coefficients)):
+            raise UserError(
+                f"es.alpha: the update of iteration {iteration} could make a weight too large for its dtype, "
+                "or one is not finite already. Nothing of it was recorded: the weights before it can be "
+                "exported. Give another run.dir, and a smaller es.alpha or a wider model.dtype"
+            )
+
+    def _keep_weights(self, iteration: int) -> None:
+        """Records what the weights became, and takes a snapshot of them if one is due."""
+        is_due = self._snapshots.is_due(iteration)
+        with self._spans("digest"):
+            digest = self._session.digest(compare=iteration % self._config.run.check_every == 0)
+        # On disk before the snapshot is, because it is what the snapshot will be checked against.
+        self._record({"type": "weights", "iteration": iteration, "digest": digest}, durable=is_due)
+        if is_due:
+            with self._spans("snapshot"):
+                self._snapshots.begin(iteration, digest=digest)
 
     def _draw_problems(self, iteration: int) -> list[Row]:
         """The iteration's problems: a pure function of the seed and the iteration."""
@@ -150,8 +220,10 @@ class Trainer:
         if iteration == self._known_evaluation:
             return
         evaluation = self._population.evaluate_centre(self._heldout)
-        reward = mean_reward(evaluation.rewards)
+        reward = evaluation.reward
         if self.run is not None:
+            if not evaluation.is_finite:
+                logger.warning("iteration %d: the logits of the centre are not finite", iteration)
             # Samples first: those without a journal entry are dropped and written again after a crash.
             for sample in evaluation.samples:
                 self.run.samples.write({"iteration": iteration, **vars(sample)})
@@ -169,6 +241,8 @@ class Trainer:
         """Evaluates the final weights, and leaves the model at them."""
         last = self._config.es.iterations
         self._evaluate_centre_if_due(last)
+        with self._spans("snapshot"):
+            self._snapshots.finish()
         self._weights.centre()
         digest = self._session.digest()
         if self.run is not None:
@@ -177,16 +251,13 @@ class Trainer:
             logger.info("finished after %d iterations: %s", last, self.run.path)
 
     def _write_metrics(self, iteration: int) -> None:
-        """The iteration's line; what the weights became is part of it, so this is a collective."""
-        with self._spans("digest"):
-            digest = self._session.digest()
+        """The iteration's line."""
         if self.run is None:
             return
         line = iteration_metrics(self.run.history, iteration) | {
             "seconds": self._spans.take(),
             "rollout_mode": self._rollout.mode_name,
             "peak_memory_bytes": _peak_memory_bytes(self._world.device),
-            "weights_digest": digest,
         }
         self.run.metrics.write(line)
         logger.info(
@@ -201,20 +272,26 @@ class Trainer:
         """Appends to the journal, on the rank that keeps it."""
         if self.run is not None:
             with self._spans("io"):
-                self.run.journal.append(record, durable=durable)
+                self.run.record(record, durable=durable)
 
     def _open_run(self) -> int:
-        """Opens the run directory and replays what it holds; returns the first iteration to do."""
+        """Opens the run directory and restores what it holds; returns the first iteration to do."""
         state: dict[str, Any] = {}
         if self._world.is_main:
             try:
                 settings = self._config.determinants()
-                header = {"type": "header", **self._session.identity, "settings": settings}
+                header = {
+                    "type": "header",
+                    **self._session.identity,
+                    "settings": settings,
+                    "config": self._config.model_dump(mode="json"),
+                }
                 self.run = RunDirectory(self._config, header=header)
                 history = self.run.history
                 first = len(history.updates)
                 state = {
                     "updates": history.updates,
+                    "digests": list(history.digests.items()),
                     "pending": list(history.members.get(first, {}).values()),
                     "is_evaluated": first in history.evaluations,
                 }
@@ -223,10 +300,17 @@ class Trainer:
         state = self._world.broadcast_json(state)
         if "error" in state:
             raise UserError(state["error"])
-        first = len(state["updates"])
-        if first:
-            logger.info("replaying %d iterations", first)
-        self._session.replay(state["updates"])
+        self._snapshots.open()
+        first, digests = len(state["updates"]), dict(state["digests"])
+        restore_weights(
+            self._session,
+            state["updates"],
+            digests=digests,
+            run_dir=self._config.run.dir,
+            sets_damaged_aside=True,
+        )
+        if first and first not in digests:
+            self._keep_weights(first)
         self._known_evaluation = first if state["is_evaluated"] else None
         # A member without a reward is asked again: the user may have mended the reward function.
         self._known_rewards = {

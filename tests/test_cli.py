@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import yaml
 from shardes.tasks.countdown import problem_key
 from tests.helpers.inprocess import call
 from tests.helpers.models import tiny_model, tree
-from tests.helpers.ranks import free_port, run_command
+from tests.helpers.ranks import ROOT, free_port, run_command
 
 SCRIPTS = Path(sys.executable).parent
 
@@ -106,11 +108,20 @@ def test_a_reward_that_sometimes_raises_is_counted(tmp_path, model):
 
 
 def test_a_second_job_in_the_same_directory_is_refused(tmp_path, model):
-    from filelock import FileLock
-
     (tmp_path / "run").mkdir()
-    with FileLock(tmp_path / "run" / ".lock"):
-        assert_refused(train(write_config(tmp_path, model)), "run.dir", "in use by another job")
+    path = tmp_path / "run" / ".lock"
+    code = (
+        "import sys, pathlib; from shardes.runs.lock import DirectoryLock;"
+        f"DirectoryLock(pathlib.Path({str(path)!r})); print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        refused = train(write_config(tmp_path, model))
+        holder.kill()
+    assert_refused(refused, "run.dir", f"in use by process {holder.pid} on host {socket.gethostname()}")
+    assert train(write_config(tmp_path, model)).returncode == 0  # the dead hold nothing
 
 
 def test_missing_arguments_and_unknown_commands():
@@ -151,8 +162,12 @@ def test_a_damaged_run_configuration_is_refused(tmp_path, text, fragment):
 def test_an_empty_journal_has_nothing_to_export(tmp_path, model):
     (tmp_path / "run").mkdir()
     write_config(tmp_path, model).rename(tmp_path / "run" / "config.yaml")
-    result = call("shardes", "export", tmp_path / "run", tmp_path / "out")
-    assert_refused(result, "RUN_DIR", "its journal is empty")
+    commands = [("export", tmp_path / "run", tmp_path / "out"), ("verify", tmp_path / "run")]
+    for command in [*commands, ("journal", tmp_path / "run")]:
+        assert_refused(call("shardes", *command), "RUN_DIR", "journal.jsonl does not exist")
+    (tmp_path / "run" / "journal.jsonl").touch()
+    for command in [*commands, ("journal", tmp_path / "run")]:
+        assert_refused(call("shardes", *command), "RUN_DIR", "its journal is empty")
 
 
 def test_countdown_writes_problems(tmp_path):

@@ -5,6 +5,7 @@ import torch
 
 from shardes.distributed import Group, process_group
 from shardes.errors import UserError
+from shardes.stopping import Stop
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
@@ -14,7 +15,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with (
         pytest.raises(UserError, match=r"has 1 GPU\(s\), but rank 1 is number 2 on it"),
-        process_group(timeout_seconds=1, always=False),
+        process_group(timeout_seconds=1, always=False, stop=Stop(), stop_seconds=1),
     ):
         pass
 
@@ -24,5 +25,6 @@ def test_collectives_of_one_rank_are_the_identity():
     assert group.is_main
     assert group.sum_float64([0.1, -2.0]) == [0.1, -2.0]
     assert group.sum_int64(-1) == 2**64 - 1
+    assert group.gather_int64([3, -1]) == [[3, -1]]
     assert [group.any(flag) for flag in (True, False)] == [True, False]
     assert group.broadcast_json({"a": [1, None]}) == {"a": [1, None]}

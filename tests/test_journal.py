@@ -1,16 +1,18 @@
 """The journal and the run directory: what survives a death, and which damage is found."""
 
 import copy
+import errno
 import json
+import os
 import random
 
 import pytest
-from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardes.config import dump_config, parse_config
-from shardes.errors import UserError
+from shardes.errors import StorageError, UserError
+from shardes.runs import lock
 from shardes.runs.directory import LineFile, RunDirectory, read_lines, write_atomically
 from shardes.runs.journal import Journal, read_journal
 from tests.helpers.models import tree
@@ -31,6 +33,10 @@ def update(iteration, coefficients=(0.25, -1e-7)):
     return {"type": "update", "iteration": iteration, "coefficients": list(coefficients), "sigma": 1e-3}
 
 
+def weights(iteration, digest="00ff"):
+    return {"type": "weights", "iteration": iteration, "digest": digest}
+
+
 def evaluation(iteration, reward=0.5):
     return {"type": "evaluation", "iteration": iteration, "reward": reward}
 
@@ -41,9 +47,11 @@ RECORDS = [
     member(0, 0, 1 / 3),
     member(0, 1, None),
     update(0),
+    weights(1, "0123456789abcdef"),
     member(1, 1, -5e-324),
     member(1, 0, 1.7976931348623157e308),
     update(1),
+    weights(2),
     evaluation(2, None),
     member(2, 0, 0.1 + 0.2),
 ]
@@ -59,18 +67,20 @@ def path(tmp_path):
 
 def records_of(history):
     """What a history holds, in one comparable shape."""
-    return (history.header, history.updates, history.members, history.evaluations)
+    return (history.header, history.updates, history.members, history.evaluations, history.digests)
 
 
 def history_of(records):
-    members, evaluations = {}, {}
+    members, evaluations, digests = {}, {}, {}
     for record in records:
         if record["type"] == "member":
             members.setdefault(record["iteration"], {})[record["member"]] = record
         if record["type"] == "evaluation":
             evaluations[record["iteration"]] = record
+        if record["type"] == "weights":
+            digests[record["iteration"]] = record["digest"]
     header = records[0] if records else None
-    return (header, [r for r in records if r["type"] == "update"], members, evaluations)
+    return (header, [r for r in records if r["type"] == "update"], members, evaluations, digests)
 
 
 def refusal(path, data):
@@ -94,7 +104,7 @@ def test_what_is_appended_is_read_back_exactly(path):
 
 def test_a_journal_that_does_not_exist_is_empty(tmp_path):
     history, link, good_bytes, total_bytes = read_journal(tmp_path / "none.jsonl")
-    assert records_of(history) == (None, [], {}, {})
+    assert records_of(history) == (None, [], {}, {}, {})
     assert (link, good_bytes, total_bytes) == ("", 0, 0)
     assert not (tmp_path / "none.jsonl").exists()
 
@@ -107,17 +117,19 @@ def test_reopening_goes_on_with_the_same_chain(tmp_path, path):
     assert other.read_bytes() == path.read_bytes()
 
 
-def test_a_torn_last_line_is_dropped_wherever_it_was_cut(path):
+def test_a_torn_line_is_dropped_wherever_the_file_was_cut(path):
     data = path.read_bytes()
-    begin = data.rindex(b"\n", 0, len(data) - 1) + 1
-    for cut in range(begin, len(data)):
+    for cut in range(len(data) + 1):
         path.write_bytes(data[:cut])
-        assert records_of(read_journal(path)[0]) == history_of(RECORDS[:-1])
+        count = data.count(b"\n", 0, cut)
+        begin = data.rfind(b"\n", 0, cut) + 1
+        assert records_of(read_journal(path)[0]) == history_of(RECORDS[:count])
         assert path.stat().st_size == cut, "reading must not change the file"
         with Journal(path) as journal:
             assert journal.dropped_bytes == cut - begin
-            assert records_of(journal.history) == history_of(RECORDS[:-1])
-            journal.append(RECORDS[-1])
+            assert records_of(journal.history) == history_of(RECORDS[:count])
+            for record in RECORDS[count:]:
+                journal.append(record)
         assert path.read_bytes() == data
 
 
@@ -190,7 +202,10 @@ def test_a_line_that_is_no_record_is_found(path, line):
 
 @pytest.mark.parametrize(
     "record",
-    [HEADER, member(1, 0, 1.0), member(3, 0, 1.0), update(1), update(3), evaluation(1), {"type": "else"}],
+    [
+        *(HEADER, member(1, 0, 1.0), member(3, 0, 1.0), update(1), update(3), evaluation(1), weights(1)),
+        {"type": "else"},
+    ],
     ids=str,
 )
 def test_a_record_that_does_not_follow_is_refused(path, record):
@@ -211,6 +226,94 @@ def test_a_refused_record_does_not_harm_the_next(path):
 def test_the_first_record_must_be_the_header(tmp_path):
     with Journal(tmp_path / "j") as journal, pytest.raises(ValueError, match="header must be the first"):
         journal.append(update(0))
+
+
+def test_a_number_that_is_none_is_never_written(path):
+    before = path.read_bytes()
+    for value in (float("nan"), float("inf")):
+        with Journal(path) as journal, pytest.raises(ValueError, match="JSON"):
+            journal.append(update(2, [value]))
+    assert path.read_bytes() == before
+    line = before.splitlines()[-1].replace(b"0.30000000000000004", b"NaN")
+    assert f"line {len(RECORDS) + 1} is damaged" in refusal(path, before + line + b"\n")
+
+
+def test_damage_is_answered_with_the_way_to_do_the_rest_again(path):
+    data = path.read_bytes()
+    lines = data.splitlines(keepends=True)
+    changed = b"".join([*lines[:7], lines[7].replace(b"1", b"2"), *lines[8:]])
+    command = refusal(path, changed).rpartition("truncate --size=")[2].split()
+    os.truncate(command[1], int(command[0]))
+    assert records_of(read_journal(path)[0]) == history_of(RECORDS[:7])
+
+
+def test_a_journal_of_a_later_version_is_refused(tmp_path):
+    with Journal(tmp_path / "j") as journal:
+        journal.append(HEADER | {"journal_version": 99})
+    with pytest.raises(UserError, match="journal version 99, of a later shardes"):
+        read_journal(tmp_path / "j")
+
+
+class FullDisk:
+    """Takes the first bytes of a write and then no more."""
+
+    def __init__(self, monkeypatch, journal, *, num_bytes, number):
+        self._room, self._number = num_bytes, number
+        self._file = journal._file._file
+        monkeypatch.setattr(journal._file, "_file", self)
+
+    def write(self, data):
+        if not self._room:
+            raise OSError(self._number, os.strerror(self._number))
+        count = self._file.write(bytes(data[: self._room]))
+        self._room -= count
+        return count
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("num_bytes", [0, 1, 60])
+def test_a_record_that_does_not_fit_leaves_no_trace(path, monkeypatch, number, num_bytes):
+    before = path.read_bytes()
+    with Journal(path) as journal:
+        FullDisk(monkeypatch, journal, num_bytes=num_bytes, number=number)
+        with pytest.raises(StorageError) as caught:
+            journal.append(update(2), durable=True)
+    assert path.read_bytes() == before
+    message = str(caught.value)
+    assert str(path) in message
+    assert os.strerror(number) in message
+    assert "start the same command again" in message
+
+
+def test_a_short_write_is_gone_on_with(path, monkeypatch):
+    wanted = path.with_name("other.jsonl")
+    wanted.write_bytes(path.read_bytes())
+    with Journal(wanted) as journal:
+        journal.append(update(2))
+    with Journal(path) as journal:
+        disk = FullDisk(monkeypatch, journal, num_bytes=7, number=errno.EIO)
+        write = disk.write
+
+        def in_two_parts(data):
+            count = write(data)
+            disk._room = 10_000
+            return count
+
+        monkeypatch.setattr(disk, "write", in_two_parts)
+        journal.append(update(2))
+    assert path.read_bytes() == wanted.read_bytes()
+
+
+def test_a_record_that_could_not_be_brought_to_the_disk_is_taken_back(path, monkeypatch):
+    before = path.read_bytes()
+    with Journal(path) as journal, monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+        with pytest.raises(StorageError, match="broken"):
+            journal.append(update(2), durable=True)
+    assert path.read_bytes() == before
 
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -236,8 +339,7 @@ def test_history_keeps_every_number_exactly(tmp_path_factory, iterations):
 @pytest.fixture
 def settings_of(tmp_path, monkeypatch):
     """Configurations over one run directory; a lock that is held is noticed at once."""
-    acquire = FileLock.acquire
-    monkeypatch.setattr(FileLock, "acquire", lambda self, timeout=None, **rest: acquire(self, timeout=0))
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0)
 
     def make(**changes):
         config = tree(tmp_path, model="no/model", run_dir=tmp_path / "a" / "run", **changes)
@@ -268,10 +370,26 @@ def test_a_new_directory_holds_the_configuration_and_the_header(settings_of):
 
 def test_a_second_holder_is_refused(settings_of):
     with RunDirectory(settings_of(), header=HEADER) as run:
-        with pytest.raises(UserError, match="is in use by another job"):
+        with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on host "):
             RunDirectory(settings_of(), header=HEADER)
         run.journal.append(update(0))  # the first holder goes on
     assert len(read_journal(run.path / "journal.jsonl")[0].updates) == 1
+
+
+def test_what_only_describes_a_run_is_not_compared(settings_of):
+    described = {"config": {"run": {"dir": "a"}}, "parameters": [[0, "w", [2]]], "base_headers_sha256": "1"}
+    job(settings_of(), header=HEADER | described)
+    other = {"config": {}, "parameters": [], "base_headers_sha256": "2"}
+    assert job(settings_of(), header=HEADER | other)[0] == history_of([HEADER | described])
+
+
+def test_a_job_whose_directory_was_taken_over_writes_no_update(settings_of):
+    with RunDirectory(settings_of(), header=HEADER) as run:
+        text = (run.path / ".lock").read_text()
+        (run.path / ".lock").write_text(text.replace('"pid": ', '"pid": 9'))
+        with pytest.raises(StorageError, match=f"taken over by process 9{os.getpid()} on host"):
+            run.record(update(0), durable=True)
+    assert read_journal(run.path / "journal.jsonl")[0].updates == []
 
 
 def test_a_closed_directory_is_free(settings_of):
@@ -336,6 +454,7 @@ def test_a_damaged_journal_leaves_the_directory_free_and_unchanged(settings_of):
     path = config.run.dir / "journal.jsonl"
     path.write_bytes(path.read_bytes().replace(b"0.25", b"0.26"))
     before = {p.name: p.read_bytes() for p in config.run.dir.iterdir()}
+    assert before[".lock"] == b""
     for _ in range(2):
         with pytest.raises(UserError, match="line 2 is damaged"):
             job(config)
@@ -346,6 +465,16 @@ def test_a_directory_that_cannot_be_made_is_refused(settings_of, tmp_path):
     (tmp_path / "a").write_text("a file")
     with pytest.raises(UserError, match=r"run\.dir: .*cannot be made"):
         RunDirectory(settings_of(), header=HEADER)
+
+
+@pytest.mark.parametrize("name", [".lock", "journal.jsonl", "config.yaml.tmp", "metrics.jsonl.tmp"])
+def test_a_file_that_cannot_be_opened_is_named_and_the_directory_stays_free(settings_of, name):
+    config = settings_of()
+    (config.run.dir / name).mkdir(parents=True)  # as good as forbidden, and root may everything
+    with pytest.raises(UserError, match=rf"run\.dir: .*{name}.* cannot be written \(Is a directory\)"):
+        RunDirectory(config, header=HEADER)
+    (config.run.dir / name).rmdir()
+    job(config)
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):

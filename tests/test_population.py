@@ -12,6 +12,7 @@ import torch.distributed as dist
 from shardes.distributed import Group
 from shardes.population import Desk, MemberResult
 from shardes.spans import Spans
+from shardes.stopping import Stop, Stopped
 
 CPU = torch.device("cpu")
 
@@ -41,12 +42,13 @@ class ThreadGroup(Group):
         return found
 
 
-def play(num_ranks, members, evaluate, *, team_size=1, timeout_seconds=10):
+def play(num_ranks, members, evaluate, *, team_size=1, timeout_seconds=10, stop=None, told=None):
     """Runs a desk on every rank; returns what each got, and what rank 0 was told in which order."""
+    stop, told = stop or Stop(), [] if told is None else told
     store = dist.HashStore()
     world = Meeting(threading.Barrier(num_ranks))
     teams = [Meeting(threading.Barrier(team_size)) for _ in range(num_ranks // team_size)]
-    found, told, errors = {}, [], []
+    found, errors = {}, []
 
     def rank(number):
         desk = Desk(
@@ -55,6 +57,7 @@ def play(num_ranks, members, evaluate, *, team_size=1, timeout_seconds=10):
             store=store,
             number=3,
             timeout_seconds=timeout_seconds,
+            stop=stop,
         )
         try:
             found[number] = desk.hand_out(
@@ -132,6 +135,7 @@ def test_rank_0_is_told_of_others_results_between_its_own():
             store=store,
             number=0,
             timeout_seconds=10,
+            stop=Stop(),
         ).hand_out(
             range(12),
             evaluate=lambda member: evaluate(number, member),
@@ -163,6 +167,23 @@ def test_after_a_shortage_nobody_draws_and_what_is_done_is_kept():
     assert found[0] == found[1] == found[2] == {member: result_of(member) for member in evaluated}
     assert 3 <= len(evaluated) < 20
     assert len(told) == len(evaluated)
+
+
+@pytest.mark.parametrize("team_size", [1, 2])
+def test_when_asked_to_stop_what_is_in_flight_is_finished_and_all_ranks_stop(team_size):
+    stop, evaluated, told = Stop(), [], []
+
+    def evaluate(rank, member):
+        if rank == 3 and len(evaluated) >= 6:
+            stop.reason = "SIGTERM"
+        time.sleep(0.02)
+        evaluated.append(member)
+        return result_of(member)
+
+    with pytest.raises(Stopped):
+        play(4, range(100), evaluate, team_size=team_size, stop=stop, told=told)
+    assert sorted(result.member for result in told) == sorted(set(evaluated)), "rank 0 has every result"
+    assert 6 <= len(evaluated) < 20
 
 
 def test_rank_0_does_not_wait_for_ever():

@@ -13,7 +13,9 @@ def mean_reward(rewards: Sequence[float | None]) -> float | None:
 
 
 def mean_and_deviation(rewards: Sequence[float]) -> tuple[float, float]:
-    """Mean and population standard deviation; there must be at least one reward."""
+    """Mean and population standard deviation, exactly 0 for equal rewards; there must be at least one."""
+    if min(rewards) == max(rewards):
+        return rewards[0], 0.0  # the mean of equal numbers may differ from them in the last place
     mean = math.fsum(rewards) / len(rewards)
     return mean, math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards))
 

@@ -7,13 +7,16 @@ tensor in one pass, so there is nothing to restore and nothing drifts.
 Frozen parameters have no master: their working tensors are read from the file, and nothing writes them again.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 
 from shardes import noise
 from shardes.backends.base import Backend
 from shardes.checkpoint import Checkpoint
+from shardes.errors import UserError
 from shardes.es.digest import add_digest
 from shardes.es.selection import select_trainable
 from shardes.noise import NoiseKind, Region
@@ -21,6 +24,13 @@ from shardes.shards import Run, Shard
 
 # Elements of a master in host memory that are on the device at a time: 64 MiB of float32.
 CHUNK_ELEMENTS = 1 << 24
+
+
+class Source(Protocol):
+    """Where elements of parameters can be read from: a checkpoint, or a snapshot."""
+
+    def read(self, name: str, *, region: Region, out: torch.Tensor) -> None:
+        """Fills ``out``, flat, with a region's elements of a parameter."""
 
 
 class Weights:
@@ -112,8 +122,7 @@ class Weights:
         if self._backend.conversion is not None:
             checkpoint.join(self._backend.conversion.join(checkpoint.tensors), shapes=shapes)
         checkpoint.check_matches(shapes, aliases=self._backend.aliases)
-        for shard, run in self._runs(self.trained):
-            checkpoint.read(shard.name, region=shard.region(run), out=run.of(self._masters[shard.name]))
+        self.load_masters(checkpoint)
         frozen = torch.zeros(1, dtype=torch.int64, device=self._backend.device)
         for shard, run in self._runs(self._frozen):
             values, region = run.of(shard.local), shard.region(run)
@@ -121,8 +130,24 @@ class Weights:
             if not shard.is_copy:
                 add_digest(frozen, values, region=region)
         self._frozen_digest = int(frozen.item())
-        self.version += 1
         self.centre()
+
+    def load_masters(self, source: Source) -> None:
+        """Reads this rank's elements of the trained parameters, at the source's precision, into the masters.
+
+        The model does not see them before ``centre``. No collective.
+        """
+        for shard in self.trained:
+            for run in shard.runs:
+                for part in run.parts(CHUNK_ELEMENTS):
+                    source.read(shard.name, region=shard.region(part), out=part.of(self._masters[shard.name]))
+        self.version += 1
+
+    def owned_masters(self) -> Iterator[tuple[Shard, torch.Tensor]]:
+        """The masters that this rank keeps, laid out like their shards; no element is kept by two ranks."""
+        for shard in self.trained:
+            if shard.runs and not shard.is_copy:
+                yield shard, self._masters[shard.name]
 
     @torch.no_grad()
     def perturb(self, *, iteration: int, direction: int, sigma: float) -> None:
@@ -149,7 +174,9 @@ class Weights:
 
     @torch.no_grad()
     def update(self, *, iteration: int, directions: Sequence[int], coefficients: Sequence[float]) -> None:
-        """Moves the master: ``master += sum_n coefficients[n] * eps(directions[n])``."""
+        """Moves the master: ``master += sum_n coefficients[n] * eps(directions[n])``; not if all are 0."""
+        if not any(coefficients):
+            return
         for _, region, _, master in self._on_device(writes=True):
             noise.accumulate(
                 master,
@@ -164,12 +191,31 @@ class Weights:
             torch.cuda.synchronize(self._chunk.device)  # the host may read the masters next
         self.version += 1
 
-    def digest(self) -> int:
-        """This rank's part of the weights digest; the whole is the sum over ranks modulo 2**64."""
+    def could_overflow(self, coefficients: Sequence[float]) -> bool:
+        """Whether an update might make one of this rank's weights infinite, or one is not finite already.
+
+        The bound is on the master's side and on that of the model's dtype, which may be the narrower.
+        """
+        step = math.fsum(map(abs, coefficients)) * self.kind.largest
+        limit = torch.finfo(self._backend.dtype).max
+        for master in (run.of(self._masters[shard.name]) for shard, run in self._runs(self.trained)):
+            low, high = torch.aminmax(master)
+            # A NaN in the master is one in both; what is compared with NaN is not smaller.
+            if not max(float(high), -float(low)) + step < min(limit, torch.finfo(master.dtype).max):
+                return True
+        return False
+
+    def digest(self, *, is_rounded: bool = False) -> int:
+        """This rank's part of the weights digest; the whole is the sum over ranks modulo 2**64.
+
+        Args:
+            is_rounded: Of the centre, what an export holds, instead of the master.
+        """
         total = torch.zeros(1, dtype=torch.int64, device=self._backend.device)
         for shard, region, _, master in self._on_device():
             if not shard.is_copy:
-                add_digest(total, master, region=region)
+                values = master.to(self._backend.dtype) if is_rounded else master
+                add_digest(total, values, region=region)
         return (int(total.item()) + self._frozen_digest) & 0xFFFFFFFFFFFFFFFF
 
     def gather_centre(self, shard: Shard) -> torch.Tensor | None:
@@ -177,3 +223,27 @@ class Weights:
         master = self._masters.get(shard.name)
         values = shard.local if master is None else master.to(self._backend.dtype).to(self._backend.device)
         return self._backend.gather_parameter(shard, values)
+
+    def digest_of(self, checkpoint: Checkpoint) -> int:
+        """This rank's part of the digest of an export's weights: what ``digest(is_rounded=True)`` must be.
+
+        Raises:
+            UserError: The checkpoint does not fit the model, or its weights have another dtype.
+        """
+        shapes = {shard.name: shard.shape for shard in self._backend.shards}
+        checkpoint.check_matches(shapes, aliases=self._backend.aliases)
+        for name, found in checkpoint.tensors.items():
+            for stored, *_ in found.find(0, 1):
+                if stored.dtype != self._backend.dtype:
+                    raise UserError(f"{name} is stored as {stored.dtype}; wanted {self._backend.dtype}")
+        total = torch.zeros(1, dtype=torch.int64, device=self._backend.device)
+        for shard in self._backend.shards:
+            for run in () if shard.is_copy else shard.runs:
+                for part in run.parts(CHUNK_ELEMENTS):
+                    region = shard.region(part)
+                    values = torch.empty(
+                        part.num_elements, dtype=self._backend.dtype, device=self._backend.device
+                    )
+                    checkpoint.read(shard.name, region=region, out=values)
+                    add_digest(total, values, region=region)
+        return int(total.item()) & 0xFFFFFFFFFFFFFFFF

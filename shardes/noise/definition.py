@@ -73,6 +73,11 @@ class NoiseKind(StrEnum):
         """Whose counters it uses."""
         return Stream[self.name]
 
+    @property
+    def largest(self) -> float:
+        """What no eps exceeds in magnitude."""
+        return {NoiseKind.GAUSSIAN: 6.67, NoiseKind.RADEMACHER: 1.0}[self]
+
 
 def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
     """Philox4x32-10.

@@ -9,6 +9,7 @@ import torch
 from shardes.backends.base import Backend
 from shardes.config import RolloutConfig
 from shardes.distributed import Group, Mesh
+from shardes.es.fitness import mean_reward
 from shardes.modeling import end_tokens, max_positions
 from shardes.rollout.batching import MicroBatch, compose, shared_prefix, tokenize
 from shardes.rollout.decode import Answers, Decoder
@@ -40,7 +41,7 @@ class Evaluation:
         num_failures: Rewards that failed.
         num_tokens: Tokens generated, padding not counted.
         samples: Answers of the first micro-batch; on the first of the ranks only.
-        is_finite: Whether all logits were that tokens were chosen by.
+        is_finite: Whether all logits were finite; answers picked from others mean nothing.
     """
 
     rewards: list[float | None]
@@ -48,6 +49,11 @@ class Evaluation:
     num_tokens: int
     samples: list[Sample]
     is_finite: bool = True
+
+    @property
+    def reward(self) -> float | None:
+        """The mean over the answers that count; None if none does, or if the answers mean nothing."""
+        return mean_reward(self.rewards) if self.is_finite else None
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,10 @@ class Problems:
     def num_answers(self) -> int:
         """Of all prompts together."""
         return len(self.rows) * self.samples_per_prompt
+
+    def fingerprint(self) -> bytes:
+        """What the model is asked, token by token: equal for equal problems, templates and tokenizers."""
+        return b"".join(batch.input_ids.cpu().numpy().tobytes() for batch in self.micro_batches)
 
 
 class Rollout:

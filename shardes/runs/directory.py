@@ -8,12 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
-
 from shardes.config import Config, dump_config
-from shardes.errors import UserError
-from shardes.files import write_atomically
+from shardes.errors import StorageError, UserError
+from shardes.files import AppendFile, write_atomically
 from shardes.runs.journal import History, Journal
+from shardes.runs.lock import DirectoryLock
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +34,15 @@ class LineFile:
         lines = [line for line in read_lines(path) if keep(line)]
         self.num_lines = len(lines)
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = AppendFile(path)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Appends one object."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """Appends one object.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        self._file.append(json.dumps(line).encode() + b"\n")
         self.num_lines += 1
 
     def close(self) -> None:
@@ -73,31 +75,54 @@ class RunDirectory:
         samples: Some answers of each evaluation.
 
     Raises:
-        UserError: The directory is in use, damaged, or holds another run.
+        UserError: The directory is in use, damaged, cannot be written, or holds another run.
     """
 
     def __init__(self, config: Config, *, header: dict[str, Any]) -> None:
         self.path = config.run.dir
-        with ExitStack() as stack:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"run.dir: {self.path} cannot be made ({error.strerror})") from None
-            stack.callback(_lock(self.path).release)
-            self.journal = stack.enter_context(Journal(self.path / "journal.jsonl"))
-            if self.journal.dropped_bytes:
-                logger.warning("the journal's last line was incomplete and was dropped")
-            self._begin_or_resume(config, header)
-            write_atomically(self.path / "config.yaml", dump_config(config))
-            done = len(self.journal.history.updates)
-            self.metrics = LineFile(self.path / "metrics.jsonl", keep=lambda line: line["iteration"] < done)
-            stack.callback(self.metrics.close)
-            evaluations = self.journal.history.evaluations
-            self.samples = LineFile(
-                self.path / "samples.jsonl", keep=lambda line: line["iteration"] in evaluations
-            )
-            stack.callback(self.samples.close)
-            self._stack = stack.pop_all()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir: {self.path} cannot be made ({error.strerror})") from None
+        try:
+            with ExitStack() as stack:
+                self._open(stack, config, header)
+                self._stack = stack.pop_all()
+        except StorageError as error:
+            raise UserError(f"run.dir: {error}") from None
+        except OSError as error:
+            raise UserError(
+                f"run.dir: {error.filename or self.path} cannot be written ({error.strerror}); make it "
+                "writable, make room, or give another run.dir. What it holds is as it was"
+            ) from None
+
+    def _open(self, stack: ExitStack, config: Config, header: dict[str, Any]) -> None:
+        """Takes the lock, then opens or begins the files; ``stack`` closes them."""
+        self._lock = DirectoryLock(self.path / ".lock")
+        stack.callback(self._lock.release)
+        self.journal = stack.enter_context(Journal(self.path / "journal.jsonl"))
+        if self.journal.dropped_bytes:
+            logger.warning("the journal's last line was incomplete and was dropped")
+        self._begin_or_resume(config, header)
+        write_atomically(self.path / "config.yaml", dump_config(config))
+        done = len(self.journal.history.updates)
+        self.metrics = LineFile(self.path / "metrics.jsonl", keep=lambda line: line["iteration"] < done)
+        stack.callback(self.metrics.close)
+        evaluations = self.journal.history.evaluations
+        self.samples = LineFile(
+            self.path / "samples.jsonl", keep=lambda line: line["iteration"] in evaluations
+        )
+        stack.callback(self.samples.close)
+
+    def record(self, record: dict[str, Any], *, durable: bool = False) -> None:
+        """Appends to the journal; see ``Journal.append``.
+
+        Raises:
+            StorageError: It cannot be written, or another job has taken the directory over.
+        """
+        if durable:
+            self._lock.check()
+        self.journal.append(record, durable=durable)
 
     @property
     def history(self) -> History:
@@ -146,18 +171,6 @@ class RunDirectory:
         self.close()
 
 
-def _lock(path: Path) -> FileLock:
-    """A lock that the operating system lifts when its holder dies."""
-    lock = FileLock(path / ".lock")
-    try:
-        lock.acquire(timeout=5)
-    except Timeout:
-        raise UserError(
-            f"run.dir: {path} is in use by another job; wait for it, end it, or give another run.dir"
-        ) from None
-    return lock
-
-
 def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """One line for each key on which two headers differ."""
     old, new = _comparable(known), _comparable(wanted)
@@ -168,6 +181,10 @@ def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     ]
 
 
+# What a header has for readers: it is told in another way, or does not decide the run.
+_NOT_COMPARED = ("type", "settings", "shardes_version", "config", "parameters", "base_headers_sha256")
+
+
 def _comparable(header: dict[str, Any]) -> dict[str, Any]:
-    rest = {key: value for key, value in header.items() if key not in ("type", "settings", "shardes_version")}
+    rest = {key: value for key, value in header.items() if key not in _NOT_COMPARED}
     return rest | header["settings"]

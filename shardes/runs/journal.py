@@ -7,19 +7,20 @@ changed, lost or moved is found. The records:
 - ``member``: one member's reward, as soon as it is known.
 - ``evaluation``: the centre's held-out metrics, before the iteration's members.
 - ``update``: the coefficients of one iteration, on disk before the update is applied.
+- ``weights``: the digest of the weights after it.
 """
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from shardes.errors import UserError
+from shardes.files import AppendFile
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 
 
 @dataclass
@@ -31,12 +32,14 @@ class History:
         updates: One record per finished iteration, in order.
         members: Records by iteration and member.
         evaluations: Records by iteration.
+        digests: Digests of the weights, by the number of updates that they had had.
     """
 
     header: dict[str, Any] | None = None
     updates: list[dict[str, Any]] = field(default_factory=list)
     members: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    digests: dict[int, str] = field(default_factory=dict)
 
     def add(self, record: dict[str, Any]) -> None:
         """Takes in one record.
@@ -55,6 +58,8 @@ class History:
             self.evaluations[record["iteration"]] = record
         elif kind == "update" and record["iteration"] == len(self.updates):
             self.updates.append(record)
+        elif kind == "weights" and record["iteration"] == len(self.updates):
+            self.digests[record["iteration"]] = record["digest"]
         else:
             raise ValueError(f"a record {kind!r} of iteration {record.get('iteration')} does not belong here")
 
@@ -76,18 +81,18 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.history, self._link, good_bytes, total_bytes = read_journal(path)
         self.dropped_bytes = total_bytes - good_bytes
-        self._file = path.open("ab")
-        self._file.truncate(good_bytes)
+        self._file = AppendFile(path, keep_bytes=good_bytes)
 
     def append(self, record: dict[str, Any], *, durable: bool = False) -> None:
-        """Writes a record; it survives the death of this process, and if durable that of the machine."""
+        """Writes a record; it survives the death of this process, and if durable that of the machine.
+
+        Raises:
+            StorageError: It cannot be written; the file is as it was before, and the journal of no more use.
+        """
         line, link = _seal(record, self._link)
         self.history.add(record)
+        self._file.append(line + b"\n", durable=durable)
         self._link = link
-        self._file.write(line + b"\n")
-        self._file.flush()
-        if durable:
-            os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self
@@ -121,9 +126,14 @@ def read_journal(path: Path) -> tuple[History, str, int, int]:
             history.add(record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"run.dir: {path} line {number} is damaged ({error}); restore the file from a copy, or start "
-                "again in another run.dir"
+                f"run.dir: {path} line {number} is damaged ({error}); restore the file from a copy, or do "
+                f"again what it says from that line on: truncate --size={good_bytes} {path}"
             ) from None
+        if record.get("journal_version", 0) > JOURNAL_VERSION:
+            raise UserError(
+                f"run.dir: {path} has the journal version {record['journal_version']}, of a later shardes; "
+                f"this one reads versions up to {JOURNAL_VERSION}"
+            )
         link = checksum
         good_bytes += len(line) + 1
     return history, link, good_bytes, len(data)
@@ -131,7 +141,7 @@ def read_journal(path: Path) -> tuple[History, str, int, int]:
 
 def _seal(record: dict[str, Any], link: str) -> tuple[bytes, str]:
     """The line of a record without its break, and its checksum, which covers that of the line before."""
-    body = json.dumps(record, separators=(",", ":"), sort_keys=True)
+    body = json.dumps(record, separators=(",", ":"), sort_keys=True, allow_nan=False)
     checksum = hashlib.blake2b(f"{link}{body}".encode(), digest_size=8).hexdigest()
     sealed = json.dumps({**record, "checksum": checksum}, separators=(",", ":"), sort_keys=True)
     return sealed.encode(), checksum

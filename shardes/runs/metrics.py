@@ -21,10 +21,12 @@ def iteration_metrics(history: History, iteration: int) -> dict[str, Any]:
         **heldout_metrics(history, iteration),
         "num_members": len(members),
         "num_excluded_members": len(members) - len(rewards),
+        "num_nonfinite_members": sum(not record["is_finite"] for record in members),
         "num_reward_failures": sum(record["num_failures"] for record in members),
         "num_tokens": sum(record["num_tokens"] for record in members),
         "sigma": update["sigma"],
         "alpha": update["alpha"],
+        **({"weights_digest": digest} if (digest := history.digests.get(iteration + 1)) else {}),
     }
 
 

@@ -148,6 +148,7 @@ def measure(tree: dict[str, Any], out: Path) -> None:
             mesh=session.mesh,
             sigma=SIGMA,
             timeout_seconds=config.parallel.timeout_seconds,
+            stop=session.stop,
             spans=session.spans,
         )
         problems = rollout.prepare(task.train, iteration=0)

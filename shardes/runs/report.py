@@ -1,0 +1,75 @@
+"""A journal as a table, for people."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from shardes.runs.journal import History
+from shardes.runs.metrics import heldout_metrics, iteration_metrics
+
+_COLUMNS = {
+    "iteration": "iteration",
+    "members": "judged",
+    "reward_mean": "mean",
+    "reward_std": "std",
+    "reward_min": "min",
+    "reward_max": "max",
+    "heldout_reward": "held-out",
+    "sigma": "sigma",
+    "alpha": "alpha",
+    "weights_digest": "weights after it",
+}
+
+
+def report(history: History) -> Iterator[str]:
+    """The lines of the table: what the run is, then one line an iteration, then what has begun.
+
+    Args:
+        history: What a journal says; it has a header.
+    """
+    header = history.header
+    assert header is not None, "an empty journal has nothing to tell"
+    settings = header["settings"]
+    yield f"base model   {header['config']['model']['path']}, weights digest {header['base_weights_digest']}"
+    num_elements = sum(math.prod(shape) for *_, shape in header["parameters"])
+    yield f"trained      {len(header['parameters'])} parameters of {num_elements} elements"
+    yield (
+        f"noise        {settings['es.noise']}, version {header['noise_version']}, "
+        f"seed {settings['es.seed']}, population {settings['es.population']}"
+    )
+    yield f"written by   shardes {header['shardes_version']}, journal version {header['journal_version']}"
+    yield ""
+    lines = [iteration_metrics(history, iteration) for iteration in range(len(history.updates))]
+    rows = [[_shown(key, line) for key in _COLUMNS] for line in lines]
+    if rows:
+        yield from _aligned([list(_COLUMNS.values()), *rows])
+        yield ""
+    yield from _pending(history)
+
+
+def _pending(history: History) -> Iterator[str]:
+    """What is known of the iteration that has not ended."""
+    done = len(history.updates)
+    yield f"{done} iterations are done"
+    if reward := heldout_metrics(history, done):
+        yield f"held-out reward after them: {_number(reward['heldout_reward'])}"
+    if members := history.members.get(done):
+        yield f"iteration {done} has begun: {len(members)} of its members are known"
+
+
+def _shown(key: str, line: dict[str, Any]) -> str:
+    if key == "members":
+        return f"{line['num_members'] - line['num_excluded_members']}/{line['num_members']}"
+    return _number(line.get(key))
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _aligned(rows: list[list[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))

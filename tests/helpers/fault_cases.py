@@ -1,0 +1,123 @@
+"""Forks ranks that come to harm, case after case, from one process that has imported everything.
+
+python -m tests.helpers.fault_cases CASES.json, a list of {"config": path, "world_size": number, "fault":
+{"kind": ..., "rank": ..., "call": ...}, "overrides": {rank: [KEY=VALUE, ...]}}; writes [{"statuses": [...],
+"output": ...}, ...] to CASES.json.found. ``call`` counts what ``kind`` is about, from 0.
+"""
+
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from tests.helpers.ranks import free_port
+from tools.soak import command, fork, preload
+
+LIMIT_SECONDS = 60
+
+
+def nth_call(owner, name, call, do):
+    """Has ``do`` called in place of one call of a function; what it returns None for goes on as usual."""
+    original, calls = getattr(owner, name), iter(range(1_000_000))
+
+    def wrapper(*arguments, **named):
+        if next(calls) == call:
+            found = do()
+            if found is not None:
+                return found
+        return original(*arguments, **named)
+
+    setattr(owner, name, wrapper)
+
+
+def raise_one():
+    raise ArithmeticError("this rank has miscounted")
+
+
+def signal_self(number):
+    os.kill(os.getpid(), number)
+
+
+def signal_self_and_take_long(number):
+    os.kill(os.getpid(), number)
+    time.sleep(1000)
+
+
+def set_fault(kind, call):
+    import torch
+
+    from shardes.es.weights import Weights
+    from shardes.rollout.rollout import Problems, Rollout
+
+    if kind == "corrupt":
+        original, calls = Weights.update, iter(range(1_000_000))
+
+        def update(self, **arguments):
+            original(self, **arguments)
+            if next(calls) == call:
+                _, master = next(iter(self.owned_masters()))
+                master.view(-1)[3] += torch.finfo(master.dtype).eps * master.view(-1)[3].abs() + 1e-6
+
+        Weights.update = update
+        return
+    places = {
+        "raise": (Rollout, "evaluate", raise_one),
+        "hang": (Rollout, "evaluate", functools.partial(time.sleep, 1000)),
+        "die": (Rollout, "evaluate", functools.partial(signal_self, signal.SIGKILL)),
+        "interrupt": (Rollout, "evaluate", functools.partial(signal_self, signal.SIGINT)),
+        "stop": (Rollout, "evaluate", functools.partial(signal_self, signal.SIGUSR1)),
+        "slow_stop": (Rollout, "evaluate", functools.partial(signal_self_and_take_long, signal.SIGTERM)),
+        "prompts": (Problems, "fingerprint", lambda: b"other words"),
+    }
+    owner, name, do = places[kind]
+    nth_call(owner, name, call, do)
+
+
+def rank(number, case, port):
+    os.environ |= {
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(case["world_size"]),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    fault = case["fault"]
+    if fault and fault["rank"] == number:
+        set_fault(fault["kind"], fault["call"])
+    command(["train", "--config", case["config"], *case.get("overrides", {}).get(str(number), [])])
+
+
+def run(case, log):
+    port = free_port()
+    begin = time.monotonic()
+    children = [
+        fork(functools.partial(rank, number, case, port), log) for number in range(case["world_size"])
+    ]
+    statuses = {}
+    while len(statuses) < len(children):
+        for child in children:
+            found, status = os.waitpid(child, os.WNOHANG) if child not in statuses else (0, 0)
+            if found:
+                statuses[child] = os.waitstatus_to_exitcode(status)
+            elif child not in statuses and time.monotonic() - begin > LIMIT_SECONDS:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return {
+        "statuses": [statuses[child] for child in children],
+        "output": log.read_text(errors="replace"),
+    }
+
+
+def main():
+    path = Path(sys.argv[1])
+    cases = json.loads(path.read_text())
+    preload([])
+    found = [run(case, path.with_name(f"{path.name}.{number}.log")) for number, case in enumerate(cases)]
+    path.with_name(f"{path.name}.found").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
