@@ -8,7 +8,8 @@ import difflib
 import hashlib
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -208,39 +209,91 @@ class EsConfig(Section):
         return value
 
 
-class EvalConfig(Section):
-    """Held-out evaluation of the centre."""
+class RewardConfig(Section):
+    """One of several rewards."""
 
-    every: int = Field(default=10, ge=0)
-    """Iterations between evaluations, the last weights included; 0 means never."""
+    name: str | None = None
+    """The name of a built-in reward."""
+    path: str | None = None
+    """Or a function of your own, like ``task.reward``."""
+    weight: FiniteFloat = 1.0
+    """What its values are multiplied by in the sum."""
+    label: str | None = None
+    """What it is called in metrics; null: its name, or its function's."""
+    arguments: dict[str, Any] = {}
+    """Passed to the function by name, besides the columns."""
+
+    @model_validator(mode="after")
+    def _one_function(self) -> Self:
+        if (self.name is None) == (self.path is None):
+            raise ValueError("give each reward either name (a built-in reward) or path (a function), not both")
+        _check_reference(self.path, key="path")
+        return self
 
 
-class TaskConfig(Section):
-    """What is asked and how answers are judged, by a built-in task or by a reward of your own."""
+class SetConfig(Section):
+    """Some problems, and how answers to them are judged."""
 
     name: Literal["countdown", "countdown_short"] | None = None
     """A built-in task; null for your own reward."""
     data: Path
     """JSONL, one problem a line. Own rewards need a ``prompt`` column: text, or a list of chat messages."""
-    heldout_data: Path | None = None
-    """JSONL of held-out problems, never trained on."""
     reward: str | None = None
     """``package.module:function`` or ``path/to/file.py:function``, called as
     ``f(prompts, completions, **columns) -> list[float | None]``."""
-    batch_size: int | None = Field(default=None, gt=0)
-    """Problems per iteration, drawn anew for each; null: all of them, every time."""
-    on_reward_error: Literal["exclude"] | FiniteFloat = "exclude"
-    """What an answer counts whose reward raised or was not a number: nothing at all, or this number."""
+    rewards: list[RewardConfig] | None = None
+    """Several, which add up, each with a weight. With ``name``, they replace the built-in task's own."""
+    metric: Literal["accuracy", "cross_entropy", "log_likelihood"] | None = None
+    """What a task that compares likelihoods is rewarded with; null: what it has by itself."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.name is None) == (self.reward is None):
+        given = [value for value in (self.name, self.reward, self.rewards) if value]
+        if not given or (self.reward is not None and len(given) > 1):
             raise ValueError(
-                "give either name (a built-in task) or reward (a function of your own), not both"
+                "give either name (a built-in task), reward (a function of your own) or rewards (several); "
+                "only name and rewards may be given together"
             )
-        if self.reward is not None and ":" not in self.reward:
-            raise ValueError(f"reward must be 'module:function' or 'file.py:function'; got {self.reward!r}")
+        _check_reference(self.reward, key="reward")
         return self
+
+
+def _check_reference(value: str | None, *, key: str) -> None:
+    if value is not None and ":" not in value:
+        raise ValueError(f"{key} must be 'module:function' or 'file.py:function'; got {value!r}")
+
+
+class TaskConfig(SetConfig):
+    """What is asked and how answers are judged, by a built-in task or by rewards of your own."""
+
+    heldout_data: Path | None = None
+    """JSONL of held-out problems, never trained on."""
+    batch_size: int | None = Field(default=None, gt=0)
+    """Problems per iteration, drawn anew for each; null: all of them, every time."""
+    on_reward_error: Literal["exclude", "worst"] | FiniteFloat = "exclude"
+    """What an answer counts whose reward raised, hung, ended its process or was not a number: nothing at all,
+    the least reward of all answers of the iteration (of the evaluation, for the centre), or this number."""
+    reward_timeout_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    """How long the rewards of a micro-batch may take. Answers without one then count as failed."""
+    reward_workers: int = Field(default=16, ge=0)
+    """Processes in which rewards run, at most, on each rank. There is one at first, and more come while
+    answers wait. 0: rewards run inside the training process, where nothing stops one that hangs."""
+    reward_memory_bytes: int | None = Field(default=4 * 2**30, gt=0)
+    """Address space of such a process; null: no limit, as a reward with a model of its own may need."""
+
+
+class EvalConfig(Section):
+    """Held-out evaluation of the centre."""
+
+    every: int = Field(default=10, ge=0)
+    """Iterations between evaluations, the last weights included; 0 means never."""
+    sets: dict[str, SetConfig] = {}
+    """Further held-out sets by a name of your choice, also of other tasks, to see what is forgotten."""
+    save_best: bool = False
+    """Whether the weights with the highest held-out reward so far are kept as a Hugging Face directory,
+    ``best`` in the run directory. Any iteration's can be exported later without it."""
+    pass_reward: FiniteFloat = 1.0
+    """An answer passes if its reward is at least this: what pass@k of ``shardes evaluate`` counts."""
 
 
 class Config(Section):
@@ -283,14 +336,17 @@ class Config(Section):
             "model.trust_remote_code",
             "rollout.mode",
             "weights.master_device",
-            "eval.every",
             "task.data",
+            "task.heldout_data",
             "task.reward",
+            "task.reward_timeout_seconds",
+            "task.reward_workers",
+            "task.reward_memory_bytes",
         }
-        free |= {"task.heldout_data"}
         if self.es.schedule == "constant":
             free.add("es.iterations")
-        kept = {k: v for k, v in flat.items() if k not in free and not k.startswith(("run.", "parallel."))}
+        others = ("run.", "parallel.", "eval.")
+        kept = {k: v for k, v in flat.items() if k not in free and not k.startswith(others)}
         kept["es.alpha"] = self.alpha
         kept["task.data sha256"] = hashlib.sha256(self.task.data.read_bytes()).hexdigest()
         return kept
@@ -341,8 +397,7 @@ def parse_config(tree: dict[str, Any], *, source: str) -> Config:
     except ValidationError as error:
         problems: dict[str, list[str]] = {}
         for detail in error.errors():
-            # Keys are two levels deep; what pydantic adds are the members of a union.
-            location = [str(part) for part in detail["loc"][:2]]
+            location = _location(detail["loc"])
             problems.setdefault(".".join(location), []).append(_explain(detail, location))
         lines = [f"  {key}: {', or '.join(explanations)}" for key, explanations in problems.items()]
         raise UserError("\n".join([f"{source}: the configuration cannot be used", *lines])) from None
@@ -387,14 +442,45 @@ def _explain(detail: ErrorDetails, location: list[str]) -> str:
     return f"got {detail['input']!r}; {message[0].lower()}{message[1:]}"
 
 
+def _location(loc: tuple[int | str, ...]) -> list[str]:
+    """The part of a place in the tree that the user wrote: pydantic adds the members of unions."""
+    location: list[str] = []
+    section: type[BaseModel] | None = Config
+    parts = list(loc)
+    while parts and section is not None:
+        part = str(parts.pop(0))
+        location.append(part)
+        if part not in section.model_fields:
+            break
+        section, is_container = _section_of(section.model_fields[part].annotation)
+        if is_container and parts:
+            location.append(str(parts.pop(0)))
+    return location
+
+
+def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section that an annotation is about, and whether it holds several, by index or by name."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    for argument in get_args(annotation):
+        section, _ = _section_of(argument)
+        if section is not None:
+            is_optional = get_origin(annotation) in (Union, UnionType)
+            return section, not is_optional or _section_of(argument)[1]
+    return None, False
+
+
 def _keys_of(location: list[str]) -> list[str]:
     """The known keys of the section at ``location``."""
     section: type[BaseModel] = Config
-    for part in location:
-        annotation = section.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+    parts = list(location)
+    while parts:
+        found, is_container = _section_of(section.model_fields[parts.pop(0)].annotation)
+        if found is None:
             return []
-        section = annotation
+        section = found
+        if is_container and parts:
+            parts.pop(0)
     return list(section.model_fields)
 
 
@@ -410,7 +496,12 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, its paths absolute: it is read again from anywhere."""
-    tree = config.model_dump()
-    for section in tree.values():
-        section |= {key: str(path.absolute()) for key, path in section.items() if isinstance(path, Path)}
-    return yaml.safe_dump(tree, sort_keys=False)
+    return yaml.safe_dump(_with_absolute_paths(config.model_dump()), sort_keys=False)
+
+
+def _with_absolute_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_absolute_paths(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_with_absolute_paths(part) for part in value]
+    return str(value.absolute()) if isinstance(value, Path) else value
