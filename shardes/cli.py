@@ -12,7 +12,7 @@ import click
 from shardes import __version__
 from shardes.config import check_model_directory, load_config, load_run_config
 from shardes.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
-from shardes.tasks.loading import load_task, read_rows
+from shardes.tasks.loading import load_task
 
 # How long a rank that has a message waits for rank 0 to print the same one first.
 _WAIT_FOR_MAIN_SECONDS = 10
@@ -108,19 +108,31 @@ def plot(run_dirs: tuple[Path, ...], out: Path) -> None:
 
 
 @cli.command()
+@click.argument("task", type=click.Choice(["countdown", "sudoku", "arithmetic", "arc"]))
 @click.argument("out", type=_PATH)
 @click.option("--num-problems", type=click.IntRange(min=1), default=200, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--exclude", type=_PATH, help="A JSONL file of problems that OUT must not have, in any order.")
-def countdown(out: Path, num_problems: int, seed: int, exclude: Path | None) -> None:
-    """Write Countdown problems to OUT as JSONL, each with a solution."""
-    from shardes.files import write_atomically
-    from shardes.tasks.countdown import check_row, generate_problems, problem_key
+@click.option("--exclude", type=_PATH, help="A file of problems that OUT must not have, in any order.")
+@click.option("--source", type=_PATH, help="For arc, which is not made: a directory of puzzles, *.json.")
+def make_data(
+    task: str, out: Path, num_problems: int, seed: int, exclude: Path | None, source: Path | None
+) -> None:
+    """Write problems of TASK to OUT as JSONL: made ones, or for arc those of a data set.
 
-    known = [] if exclude is None else read_rows(exclude, key="--exclude", check=check_row)
-    excluded = {problem_key(row) for row in known}
-    candidates = generate_problems(num_problems + len(excluded), seed=seed)
-    rows = [row for row in candidates if problem_key(row) not in excluded][:num_problems]
+    Problems are a function of the arguments alone. Each has a solution, and no two are the same.
+    """
+    from shardes.files import write_atomically
+    from shardes.tasks.generating import convert_arc, make_problems
+
+    if (source is None) == (task == "arc"):
+        raise UserError(
+            "--source: give a directory of ARC puzzles for the task arc, and for no other task; "
+            f"got the task {task}"
+        )
+    if source is not None:
+        rows = convert_arc(source)
+    else:
+        rows = make_problems(task, num_problems, seed=seed, exclude=exclude)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, "".join(json.dumps(row) + "\n" for row in rows))
     click.echo(f"{out}: {len(rows)} problems")

@@ -5,7 +5,6 @@ imported, so that a mistake is answered at once.
 """
 
 import difflib
-import hashlib
 import re
 from pathlib import Path
 from types import UnionType
@@ -29,6 +28,11 @@ from shardes.errors import UserError
 FETCH_HINT = (
     "give a local model directory (fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
 )
+
+
+def is_hub_reference(source: Path) -> bool:
+    """Whether ``task.data`` means a data set of the Hugging Face hub, and no path."""
+    return str(source).startswith("hf:")
 
 
 def check_model_directory(path: Path) -> None:
@@ -226,18 +230,54 @@ class RewardConfig(Section):
     @model_validator(mode="after")
     def _one_function(self) -> Self:
         if (self.name is None) == (self.path is None):
-            raise ValueError("give each reward either name (a built-in reward) or path (a function), not both")
+            raise ValueError(
+                "give each reward either name (a built-in reward) or path (a function), not both"
+            )
         _check_reference(self.path, key="path")
         return self
+
+
+TaskName = Literal[
+    "arc",
+    "arithmetic",
+    "boolq",
+    "classification",
+    "conciseness",
+    "copa",
+    "countdown",
+    "countdown_short",
+    "exact_match",
+    "gsm8k",
+    "math",
+    "multiple_choice",
+    "perplexity",
+    "regex",
+    "sst2",
+    "sudoku",
+]
+
+# Tasks whose classes the user may name.
+LABEL_WORD_TASKS = ("boolq", "classification", "sst2")
 
 
 class SetConfig(Section):
     """Some problems, and how answers to them are judged."""
 
-    name: Literal["countdown", "countdown_short"] | None = None
-    """A built-in task; null for your own reward."""
+    name: TaskName | None = None
+    """A built-in task (docs/tasks.md); null for your own reward."""
     data: Path
-    """JSONL, one problem a line. Own rewards need a ``prompt`` column: text, or a list of chat messages."""
+    """The problems: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; ``DIRECTORY[@SPLIT]``,
+    a data set saved to disk; or ``hf:NAME[:SUBSET][@SPLIT]``, one of the Hugging Face hub. Own rewards need
+    a ``prompt`` column (text, or a list of chat messages) or a ``template``."""
+    columns: dict[str, str] = {}
+    """Names for columns: from the name that the task or template uses to the one in the data."""
+    template: str | None = None
+    """The prompt as a Jinja template over the columns; null: the task's own, or the column ``prompt``."""
+    system: str | None = None
+    """A system message; makes the prompt a chat, for the tokenizer's chat template. An empty text: a chat
+    without one. null: the prompt stays what it is."""
+    label_words: list[str] | None = None
+    """One word for each class of ``classification``, ``sst2`` or ``boolq``; null: the task's own words."""
     reward: str | None = None
     """``package.module:function`` or ``path/to/file.py:function``, called as
     ``f(prompts, completions, **columns) -> list[float | None]``."""
@@ -255,6 +295,10 @@ class SetConfig(Section):
                 "only name and rewards may be given together"
             )
         _check_reference(self.reward, key="reward")
+        if self.label_words and self.name not in LABEL_WORD_TASKS:
+            raise ValueError(f"label_words are for {', '.join(LABEL_WORD_TASKS)}; got name: {self.name}")
+        if self.name == "classification" and not self.label_words:
+            raise ValueError("classification needs label_words, one for each class, e.g. [bad, good]")
         return self
 
 
@@ -267,9 +311,18 @@ class TaskConfig(SetConfig):
     """What is asked and how answers are judged, by a built-in task or by rewards of your own."""
 
     heldout_data: Path | None = None
-    """JSONL of held-out problems, never trained on."""
+    """Held-out problems, never trained on; in any form that ``data`` may have."""
+    heldout_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Instead of ``heldout_data``: the part of the problems of ``data`` that is held out. Which ones depends
+    on their content and ``split_seed`` alone, not on their order or ``es.seed``."""
+    split_seed: int = Field(default=0, ge=0)
+    """Another seed holds out other problems."""
     batch_size: int | None = Field(default=None, gt=0)
-    """Problems per iteration, drawn anew for each; null: all of them, every time."""
+    """Problems per iteration; null: all of them, every time."""
+    sampling: Literal["random", "epochs", "fixed"] = "random"
+    """Which problems an iteration gets, as a function of ``es.seed`` and the iteration. ``random``: drawn
+    anew. ``epochs``: all problems in random order, then all of them in another, and so on. ``fixed``: the
+    same ones every time, drawn once."""
     on_reward_error: Literal["exclude", "worst"] | FiniteFloat = "exclude"
     """What an answer counts whose reward raised, hung, ended its process or was not a number: nothing at all,
     the least reward of all answers of the iteration (of the evaluation, for the centre), or this number."""
@@ -280,6 +333,13 @@ class TaskConfig(SetConfig):
     answers wait. 0: rewards run inside the training process, where nothing stops one that hangs."""
     reward_memory_bytes: int | None = Field(default=4 * 2**30, gt=0)
     """Address space of such a process; null: no limit, as a reward with a model of its own may need."""
+
+    @field_validator("heldout_fraction")
+    @classmethod
+    def _one_heldout_source(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("heldout_data") is not None:
+            raise ValueError(f"got {value}, but heldout_data is given as well; remove one of the two")
+        return value
 
 
 class EvalConfig(Section):
@@ -328,8 +388,13 @@ class Config(Section):
         """The step size as a number."""
         return self.es.sigma / 2 if self.es.alpha == "auto" else self.es.alpha
 
-    def determinants(self) -> dict[str, Any]:
-        """The flattened keys that decide the result: what a resumed run must share with its journal."""
+    def determinants(self, *, data_sha256: str) -> dict[str, Any]:
+        """The flattened keys that decide the result: what a resumed run must share with its journal.
+
+        Args:
+            data_sha256: A hash of the training rows as they were read: the same problems may come from
+                another file or format.
+        """
         flat = _flatten(self.model_dump(mode="json"))
         free = {
             "model.path",
@@ -337,7 +402,10 @@ class Config(Section):
             "rollout.mode",
             "weights.master_device",
             "task.data",
+            "task.columns",
             "task.heldout_data",
+            "task.heldout_fraction",
+            "task.split_seed",
             "task.reward",
             "task.reward_timeout_seconds",
             "task.reward_workers",
@@ -348,7 +416,7 @@ class Config(Section):
         others = ("run.", "parallel.", "eval.")
         kept = {k: v for k, v in flat.items() if k not in free and not k.startswith(others)}
         kept["es.alpha"] = self.alpha
-        kept["task.data sha256"] = hashlib.sha256(self.task.data.read_bytes()).hexdigest()
+        kept["task.data sha256"] = data_sha256
         return kept
 
 
@@ -484,14 +552,9 @@ def _keys_of(location: list[str]) -> list[str]:
     return list(section.model_fields)
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def _flatten(tree: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The keys of all sections by their dotted names."""
+    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
 
 
 def dump_config(config: Config) -> str:
@@ -504,4 +567,6 @@ def _with_absolute_paths(value: Any) -> Any:
         return {key: _with_absolute_paths(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_with_absolute_paths(part) for part in value]
-    return str(value.absolute()) if isinstance(value, Path) else value
+    if isinstance(value, Path):
+        return str(value if is_hub_reference(value) else value.absolute())
+    return value

@@ -9,12 +9,13 @@ from tqdm import tqdm
 
 from shardes.errors import UserError
 from shardes.es.fitness import mean_reward, step_size, update_coefficients
-from shardes.noise import data_order
 from shardes.population import MemberResult, Population
 from shardes.runs.directory import RunDirectory
 from shardes.runs.metrics import heldout_metrics, iteration_metrics
+from shardes.sampling import draw_batch
 from shardes.session import Session, make_rollout
 from shardes.tasks.base import Row, Task
+from shardes.tasks.data import rows_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -134,12 +135,15 @@ class Trainer:
         self._write_metrics(iteration)
 
     def _draw_problems(self, iteration: int) -> list[Row]:
-        """The iteration's problems: a pure function of the seed and the iteration."""
-        train, count = self._task.train, self._config.task.batch_size
-        if count is None or count >= len(train):
-            return list(train)
-        order = data_order(len(train), seed=self._config.es.seed, iteration=iteration, count=count)
-        return [train[row] for row in order]
+        """The iteration's problems."""
+        drawn = draw_batch(
+            len(self._task.train),
+            batch_size=self._config.task.batch_size,
+            sampling=self._config.task.sampling,
+            seed=self._config.es.seed,
+            iteration=iteration,
+        )
+        return [self._task.train[row] for row in drawn]
 
     def _evaluate_centre_if_due(self, iteration: int) -> None:
         """Held-out reward of the weights after ``iteration`` updates, every few iterations and at the end."""
@@ -208,7 +212,7 @@ class Trainer:
         state: dict[str, Any] = {}
         if self._world.is_main:
             try:
-                settings = self._config.determinants()
+                settings = self._config.determinants(data_sha256=rows_sha256(self._task.train))
                 header = {"type": "header", **self._session.identity, "settings": settings}
                 self.run = RunDirectory(self._config, header=header)
                 history = self.run.history

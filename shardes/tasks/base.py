@@ -74,11 +74,13 @@ class Definition:
 
     Attributes:
         make_prompt: Turns a row into a prompt.
-        check_row: Raises ``UserError`` for a row that it cannot use; its second argument names the row's place
-            in messages, such as ``task.data: file.jsonl line 3``.
+        check_row: Raises ``UserError`` for a row that it cannot use; its second argument names the row's
+            place in messages, such as ``task.data: file.jsonl line 3``.
         rewards: The components of a generation task; empty for a likelihood task.
         choices: What may follow a row's prompt, for a likelihood task; None for a generation task.
         metric: What a likelihood task is rewarded with, unless ``task.metric`` says otherwise.
+        row_key: Names a row's problem: rows with the same key are never parted by ``task.heldout_fraction``.
+            None: a problem is all the columns of its row.
     """
 
     make_prompt: Callable[[Row], Prompt]
@@ -86,6 +88,7 @@ class Definition:
     rewards: tuple[Component, ...] = ()
     choices: Callable[[Row], Choices] | None = None
     metric: Metric = "cross_entropy"
+    row_key: Callable[[Row], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Task:
         name: The name shown in logs.
         train: Rows that members are evaluated on.
         heldout: Rows that only the centre is evaluated on; may be empty.
-        make_prompt: Turns a row into a prompt.
+        make_prompt: Turns a row into a prompt; it does not fail for these rows.
         rewards: Judge completions of a generation task; empty for a likelihood task.
         choices: What may follow a row's prompt, for a likelihood task; None for a generation task.
         metric: What a likelihood task is rewarded with.

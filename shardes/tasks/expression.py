@@ -122,7 +122,8 @@ class _Parser:
             return self._parenthesised()
         if not token[:1].isdigit():
             raise ExpressionError(f"{token or 'the end'!r} where a number or '(' belongs")
-        value = Fraction(token)
+        # An integer need not go through Fraction's own parser, which takes longer than all the rest.
+        value = Fraction(int(token)) if token.isdecimal() else Fraction(token)
         self._literals.append(value)
         return value
 
