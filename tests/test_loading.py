@@ -1,4 +1,4 @@
-"""Data files and rewards of the user's own: what is read, what is refused, what a failing reward costs."""
+"""Rewards of the user's own: where they are found, and what a failing one costs."""
 
 import json
 import math
@@ -13,93 +13,6 @@ from shardes.tasks.base import Task
 from shardes.tasks.loading import import_reward, load_task
 
 REWARD = "tests/helpers/rewards.py:spread"
-LINE_SEPARATOR = chr(0x2028)
-
-
-def rows_of(tmp_path, content, *, key="data"):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    good = tmp_path / "good.jsonl"
-    good.write_text('{"prompt": "p"}\n')
-    paths = {"data": good} | {key: path}
-    task = load_task(TaskConfig(reward=REWARD, **paths))
-    return list(task.train if key == "data" else task.heldout)
-
-
-def refusal(tmp_path, content, **arguments):
-    with pytest.raises(UserError) as caught:
-        rows_of(tmp_path, content, **arguments)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("key", ["data", "heldout_data"])
-def test_a_line_that_is_not_json_is_named_by_file_and_number(tmp_path, key):
-    message = refusal(tmp_path, '{"prompt": "a"}\n\n{"prompt": \n', key=key)
-    assert message.startswith(f"task.{key}: {tmp_path / 'rows.jsonl'} line 3: not JSON")
-
-
-@pytest.mark.parametrize("line", ["[1]", '"text"', "3", "null"])
-def test_a_line_that_is_no_object_is_refused(tmp_path, line):
-    message = refusal(tmp_path, f'{{"prompt": "a"}}\n{line}\n')
-    assert "line 2" in message
-    assert "one JSON object" in message
-
-
-def test_empty_lines_are_allowed_wherever_they_are(tmp_path):
-    content = '\n  \n{"prompt": "a", "x": 1}\r\n\r\n\t\n{"prompt": "b"}'
-    assert rows_of(tmp_path, content) == [{"prompt": "a", "x": 1}, {"prompt": "b"}]
-
-
-@pytest.mark.parametrize("content", ["", "\n", " \n\t\n"])
-def test_a_file_without_rows_is_refused(tmp_path, content):
-    assert "has no rows" in refusal(tmp_path, content)
-
-
-def test_a_file_that_cannot_be_read_is_refused(tmp_path):
-    for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(UserError, match="cannot be read") as caught:
-            load_task(TaskConfig(reward=REWARD, data=path))
-        assert str(caught.value).startswith(f"task.data: {path} ")
-
-
-def test_bytes_that_are_not_utf8_are_refused_with_their_place(tmp_path):
-    message = refusal(tmp_path, b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
-    assert "is not UTF-8 text" in message
-    assert "at byte 28" in message
-
-
-def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
-    prompt = f"one{LINE_SEPARATOR}two\x85three"
-    content = json.dumps({"prompt": prompt}, ensure_ascii=False) + '\n{"prompt": "b"}\n'
-    assert LINE_SEPARATOR in content
-    assert [row["prompt"] for row in rows_of(tmp_path, content)] == [prompt, "b"]
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"text": "a"},
-        {"prompt": None},
-        {"prompt": ""},
-        {"prompt": 3},
-        {"prompt": []},
-        {"prompt": ["a"]},
-        {"prompt": [{"role": "user"}]},
-        {"prompt": {"role": "user", "content": "a"}},
-    ],
-    ids=str,
-)
-def test_a_row_without_a_usable_prompt_is_refused(tmp_path, row):
-    message = refusal(tmp_path, '{"prompt": "a"}\n' + json.dumps(row))
-    assert f"line 2: prompt is {row.get('prompt')!r}" in message
-
-
-def test_prompts_are_passed_on_as_they_are(tmp_path):
-    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u", "name": "n"}]
-    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": chat}) + '\n{"prompt": " a "}\n')
-    task = load_task(TaskConfig(reward=REWARD, data=tmp_path / "d.jsonl"))
-    assert [task.make_prompt(row) for row in task.train] == [chat, " a "]
-    assert task.heldout == []
 
 
 def write_module(tmp_path, name, text):

@@ -5,6 +5,7 @@ The libraries that Parquet and data sets need are imported when such data are re
 
 import csv
 import hashlib
+import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -165,12 +166,14 @@ def _of_json(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
 
 
 def _of_csv(text: str, source: Path, key: str, *, delimiter: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     lines: list[tuple[int, list[str]]] = []
+    first = 1
     try:
         for cells in reader:
             if cells:
-                lines.append((reader.line_num, cells))
+                lines.append((first, cells))
+            first = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{key}: {source} line {reader.line_num}: not CSV ({error})") from None
     if not lines:

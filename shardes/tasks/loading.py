@@ -12,7 +12,6 @@ from shardes.tasks.registry import REWARDS, definition_of
 from shardes.tasks.rewards import components
 from shardes.tasks.templates import check_prompt, prompt_maker
 
-
 # Rewards of the user's own judge answers to the rows' own prompts, which are checked for every task.
 _OWN = Definition(prompt_column, check_row=lambda row, where: None)
 
