@@ -91,6 +91,14 @@ class Definition:
     row_key: Callable[[Row], str] | None = None
 
 
+def all_rewards(tasks: Sequence["Task"]) -> list[Component]:
+    """The rewards of several tasks, each once."""
+    found: list[Component] = []
+    for task in tasks:
+        found += [component for component in task.rewards if component not in found]
+    return found
+
+
 @dataclass(frozen=True)
 class Task:
     """A task with its data: what is asked, and how an answer is judged.
