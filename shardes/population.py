@@ -107,9 +107,7 @@ class Population:
             self._rollout.begin(problems)
             self._rollout.mode.centre()
             try:
-                return self._rollout.evaluate(
-                    problems, group=self._mesh.world, keeps_samples=keeps_samples
-                )
+                return self._rollout.evaluate(problems, group=self._mesh.world, keeps_samples=keeps_samples)
             except MemoryShortageError:
                 self._rollout.step_down()
 

@@ -63,6 +63,4 @@ def settled(
     least = min((reward for reward in rewards if reward is not None), default=None)
     if on_error != "worst":
         return list(rewards)
-    return [
-        least if failed else reward for reward, failed in zip(rewards, has_failed, strict=True)
-    ]
+    return [least if failed else reward for reward, failed in zip(rewards, has_failed, strict=True)]

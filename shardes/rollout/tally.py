@@ -174,8 +174,7 @@ class AnswerTally:
             return totals[number * size : (number + 1) * size]
 
         rewards = [
-            None if is_excluded else reward
-            for reward, is_excluded in zip(column(0), column(1), strict=True)
+            None if is_excluded else reward for reward, is_excluded in zip(column(0), column(1), strict=True)
         ]
         components = {
             name: [
@@ -188,9 +187,7 @@ class AnswerTally:
             index: Sample(sample.prompt, sample.completion, sample.token_ids, rewards[index])
             for index, sample in sorted(self._samples.items())
         }
-        return Evaluation(
-            rewards, [bool(flag) for flag in column(2)], components, int(totals[-1]), samples
-        )
+        return Evaluation(rewards, [bool(flag) for flag in column(2)], components, int(totals[-1]), samples)
 
 
 @dataclass(frozen=True)
