@@ -10,8 +10,10 @@ from typing import NoReturn
 import click
 
 from shardes import __version__
-from shardes.config import check_model_directory, load_config, load_run_config
+from shardes.config import Config, check_model_directory, load_config, load_run_config
 from shardes.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from shardes.sandbox.pool import make_rewards
+from shardes.tasks.base import Task
 from shardes.tasks.loading import load_task
 
 # How long a rank that has a message waits for rank 0 to print the same one first.
@@ -39,21 +41,66 @@ def train(config_path: Path, overrides: tuple[str, ...]) -> None:
     config = load_config(config_path, list(overrides))
     # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
     check_model_directory(config.model.path)
-    task = load_task(config.task)
-    from shardes.logs import configure_logging
-    from shardes.session import open_session
-    from shardes.trainer import Trainer
+    task, heldout_sets = _load_tasks(config)
+    # Processes for rewards come before threads, process groups and accelerators.
+    with make_rewards(config.task, [task, *heldout_sets.values()]) as rewards:
+        from shardes.logs import configure_logging
+        from shardes.session import open_session
+        from shardes.trainer import Trainer
 
-    configure_logging()
-    with open_session(config) as session:
-        Trainer(session, task).train()
+        configure_logging()
+        with open_session(config) as session:
+            Trainer(session, task, rewards=rewards, heldout_sets=heldout_sets).train()
+
+
+def _load_tasks(config: Config) -> tuple[Task, dict[str, Task]]:
+    """The task, and the further held-out sets by name."""
+    task = load_task(config.task)
+    return task, {name: load_task(part, key=f"eval.sets.{name}") for name, part in config.eval.sets.items()}
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.option("--model", required=True, help="A model directory, or RUN_DIR[@K] or RUN_DIR@best of a run.")
+@click.option("--config", "config_path", type=_PATH, help="What is asked; default: the run's configuration.")
+@click.option("--out", type=_PATH, help="A JSONL file for every answer.")
+@click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False)
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
+def evaluate(model: str, config_path: Path | None, out: Path | None, overrides: tuple[str, ...]) -> None:
+    """Print what a model earns on held-out problems, as JSON, with 95% confidence intervals.
+
+    KEY=VALUE changes a key of the configuration, for example rollout.samples_per_prompt=8 and
+    rollout.temperature=0.7. Start it with a launcher to use several ranks.
+    """
+    from shardes.subject import find_subject
+
+    subject = find_subject(model, config_path=config_path, overrides=list(overrides))
+    config = subject.config
+    check_model_directory(config.model.path)
+    task, heldout_sets = _load_tasks(config)
+    with make_rewards(config.task, [task, *heldout_sets.values()]) as rewards:
+        from shardes.evaluation import evaluate as evaluate_model
+        from shardes.files import write_atomically
+        from shardes.logs import configure_logging
+        from shardes.session import open_session
+
+        configure_logging()
+        with open_session(config) as session:
+            subject.restore(session)
+            sets, lines = evaluate_model(session, task, rewards=rewards, heldout_sets=heldout_sets)
+            if session.mesh.world.is_main:
+                if out is not None:
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(out, "".join(json.dumps(line) + "\n" for line in lines))
+                click.echo(
+                    json.dumps({"model": model, "iteration": subject.iteration, "sets": sets}, indent=2)
+                )
 
 
 @cli.command()
 @click.argument("run_dir", type=_PATH)
 @click.argument("out_dir", type=_PATH)
 @click.option(
-    "--iteration", type=click.IntRange(min=0), help="Weights after this many updates; default: all."
+    "--iteration", help="Weights after this many updates, or best: by held-out reward; default: all."
 )
 @click.option("--base", type=_PATH, help="The base model's directory, if it was moved since the run.")
 @click.option(
@@ -62,7 +109,7 @@ def train(config_path: Path, overrides: tuple[str, ...]) -> None:
     default="single",
     show_default=True,
 )
-def export(run_dir: Path, out_dir: Path, iteration: int | None, base: Path | None, backend: str) -> None:
+def export(run_dir: Path, out_dir: Path, iteration: str | None, base: Path | None, backend: str) -> None:
     """Write RUN_DIR's weights to OUT_DIR as a consolidated Hugging Face model.
 
     The journal is replayed over the base model. With another --backend, started by a launcher, every rank
@@ -78,10 +125,7 @@ def export(run_dir: Path, out_dir: Path, iteration: int | None, base: Path | Non
     history, *_ = read_journal(run_dir / "journal.jsonl")
     if history.header is None:
         raise UserError(f"RUN_DIR {run_dir}: its journal is empty; nothing can be replayed")
-    available = len(history.updates)
-    if iteration is not None and iteration > available:
-        raise UserError(f"--iteration {iteration}: {run_dir} has {available} iterations; give at most that")
-    wanted = available if iteration is None else iteration
+    wanted = history.iteration_of(iteration, key="--iteration")
     from shardes.export import check_destination, export_model
     from shardes.logs import configure_logging
     from shardes.session import open_session

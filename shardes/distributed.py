@@ -83,6 +83,23 @@ class Group:
         dist.broadcast(buffer, group=self.process_group, group_src=0)
         return json.loads(bytes(buffer.cpu().numpy()))
 
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank; they must be representable as JSON. Nothing is pickled."""
+        if self.world_size == 1:
+            return [json.loads(json.dumps(value))]
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = len(payload)
+        dist.all_reduce(sizes, group=self.process_group)
+        buffer = torch.zeros(int(sizes.max().item()), dtype=torch.uint8, device=self.device)
+        buffer[: len(payload)] = payload.to(self.device)
+        parts = [torch.empty_like(buffer) for _ in range(self.world_size)]
+        dist.all_gather(parts, buffer, group=self.process_group)
+        return [
+            json.loads(bytes(part[:size].cpu().numpy()))
+            for part, size in zip(parts, sizes.tolist(), strict=True)
+        ]
+
     def barrier(self) -> None:
         """Waits until every rank is here."""
         self.any(False)

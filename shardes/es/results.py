@@ -37,8 +37,8 @@ class MemberResult:
 def member_rewards(results: Sequence[MemberResult], *, on_error: str | float) -> list[float | None]:
     """The reward of each member, by the rule for failed rewards.
 
-    With ``worst``, every failed reward counts as the least that any answer of any of the members earned. It is
-    a function of what all members earned, whatever the order in which that became known.
+    With ``worst``, every failed reward counts as the least that any answer of any of the members earned: a
+    function of what all members earned, whatever the order in which that became known.
 
     Args:
         results: All members of an iteration.

@@ -20,8 +20,8 @@ class Scores:
     """Rewards of some answers.
 
     Attributes:
-        values: One per answer: the weighted sum of its components; None where the reward failed or no component
-            applies.
+        values: One per answer: the weighted sum of its components; None where the reward failed or no
+            component applies.
         has_failed: One per answer: whether a component raised, hung, or returned no usable number.
         components: By name, each component's values before weights.
     """

@@ -1,7 +1,7 @@
 """What the answers to a batch of problems earn: put together from micro-batches, then from ranks.
 
-Each rank enters what it knows into a vector of zeros, so that the sum over ranks is exact, and every rank works
-out the same evaluation from it.
+Each rank enters what it knows into a vector of zeros, so that the sum over ranks is exact, and every rank
+works out the same evaluation from it.
 """
 
 import math
@@ -12,14 +12,12 @@ from typing import Any, Protocol
 import torch
 
 from shardes.errors import UserError
-
 from shardes.es.fitness import mean_reward
 from shardes.es.results import MemberResult
 from shardes.rollout.batching import tokenize
 from shardes.rollout.decode import Answers
 from shardes.rollout.scoring import PendingVerdicts, Scorer
 from shardes.tasks.base import Choices, Metric, Prompt, Row
-
 
 Found = Answers | list[torch.Tensor]
 """The answers to a micro-batch of prompts; or the log-likelihoods of the completions in one of pairs."""
@@ -212,9 +210,9 @@ def choice_set(
 ) -> ChoiceSet:
     """Tokenises what may follow each prompt.
 
-    Prompt and completion are tokenised apart, so that a prompt's tokens are the same whatever follows. A prompt
-    without text becomes the tokenizer's first token (``bos``); where there is none, the completion's first token
-    takes its place and is not scored itself.
+    Prompt and completion are tokenised apart, so that a prompt's tokens are the same whatever follows. A
+    prompt without text becomes the tokenizer's first token (``bos``); where there is none, the completion's
+    first token takes its place and is not scored itself.
 
     Raises:
         UserError: A completion has no tokens to score, or more than the model has positions for.
@@ -230,14 +228,15 @@ def choice_set(
             pair = (start, tokens) if start else (tokens[:1], tokens[1:])
             if not pair[1]:
                 raise UserError(
-                    f"task: the completion {completion!r} of the prompt {as_text(prompt)[:80]!r} has no tokens "
-                    "to score; give every completion some text"
+                    f"task: the completion {completion!r} of the prompt {as_text(prompt)[:80]!r} has no "
+                    "tokens to score; give every completion some text"
                 )
             length = len(pair[0]) + len(pair[1])
             if max_positions is not None and length > max_positions:
                 raise UserError(
-                    f"task: the prompt {as_text(prompt)[:80]!r} and a completion of it have {length} tokens, but "
-                    f"the model has {max_positions} positions (max_position_embeddings); shorten or drop them"
+                    f"task: the prompt {as_text(prompt)[:80]!r} and a completion of it have {length} tokens, "
+                    f"but the model has {max_positions} positions (max_position_embeddings); shorten or drop "
+                    "them"
                 )
             pairs.append(pair)
         first_pairs.append(len(pairs))

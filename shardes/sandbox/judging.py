@@ -278,8 +278,8 @@ def import_function(reference: str) -> RewardFunction:
         module: Any = _module_of_file(Path(source)) if source.endswith(".py") else _module_of_name(source)
     except (Exception, SystemExit) as error:
         raise ValueError(
-            f"{source} cannot be imported ({type(error).__name__}: {error}); give package.module:function, or "
-            "path/to/file.py:function relative to where the command is started"
+            f"{source} cannot be imported ({type(error).__name__}: {error}); give package.module:function, "
+            "or path/to/file.py:function relative to where the command is started"
         ) from None
     function = getattr(module, name, None)
     if not callable(function):

@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
+from shardes.config import TaskConfig
 from shardes.errors import UserError
 from shardes.sandbox.judging import MAX_REWARD, Answers, Judge, Verdicts, reference_of
 from shardes.sandbox.template import HEADER
-from shardes.tasks.base import Component
+from shardes.tasks.base import Component, Task, all_rewards
 
 # How long the import of a reward may take.
 IMPORT_SECONDS = 600.0
@@ -69,6 +70,31 @@ class DirectRewards:
         future: Future[list[Verdicts]] = Future()
         future.set_result(self._judge.judge(which, answers))
         return future
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+def make_rewards(config: TaskConfig, tasks: Sequence[Task]) -> "DirectRewards | Sandbox":
+    """Where the rewards of some tasks run, as the configuration has it.
+
+    Raises:
+        UserError: A function does not exist, or importing it fails.
+    """
+    components = all_rewards(tasks)
+    if not components or config.reward_workers == 0:
+        return DirectRewards(components)
+    return Sandbox(
+        components,
+        timeout_seconds=config.reward_timeout_seconds,
+        max_workers=config.reward_workers,
+        memory_bytes=config.reward_memory_bytes,
+    )
 
 
 class _Template:
@@ -134,10 +160,10 @@ class _Worker:
 class Sandbox:
     """Rewards that run in worker processes of their own.
 
-    A call judges some answers together. If it has not ended after half of the time limit, or if it failed, its
-    answers are also judged one by one in other workers, for at most the other half; these results count if the
-    call fails or does not end within the limit. So answers whose reward hangs fail by themselves, and however
-    many hang, they cost the time limit once.
+    A call judges some answers together. If it has not ended after half of the time limit, or if it failed,
+    its answers are also judged one by one in other workers, for at most the other half; these results count if
+    the call fails or does not end within the limit. So answers whose reward hangs fail by themselves, and as
+    long as there are workers for all of them, they cost the time limit once.
 
     Args:
         components: All that will ever be asked about.

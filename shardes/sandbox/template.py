@@ -2,9 +2,9 @@
 
 The template is started as a fresh interpreter before the training process has threads, an accelerator or a
 process group, so nothing of these reaches a worker, and a new worker takes milliseconds. It runs nothing but
-this module. Over its socket it takes single-letter commands: ``f`` with a socket: fork a worker that serves it,
-and answer with its process id; ``k`` and a process id: kill that worker and all that it started, and answer
-with how it ended. When the socket closes, or its parent dies, it kills all workers and ends.
+this module. Over its socket it takes single-letter commands: ``f`` with a socket: fork a worker that serves
+it, and answer with its process id; ``k`` and a process id: kill that worker and all that it started, and
+answer with how it ended. When the socket closes, or its parent dies, it kills all workers and ends.
 """
 
 import contextlib
