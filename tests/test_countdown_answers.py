@@ -1,4 +1,4 @@
-"""Our Countdown reward against the paper's rule, on recorded answers that are right or wrong by construction."""
+"""The Countdown reward against the paper's rule, on recorded answers, right or wrong by construction."""
 
 import json
 import re

@@ -1,5 +1,6 @@
 """Grids of digits, as rows give them and as a model writes them."""
 
+import json
 import re
 from typing import Any
 
@@ -32,7 +33,8 @@ def answered_grid(response: str) -> Grid | None:
     """The grid in the last ``<answer>`` pair of a response.
 
     One line a row, each cell one digit, with spaces, commas, bars or nothing between them; rows may be in
-    brackets. Lines of anything else make it no grid: nothing is guessed.
+    brackets. Or all rows as a list of lists in JSON. Anything else in between makes it no grid: nothing is
+    guessed.
 
     Returns:
         The grid; None if there is no pair or no grid in it, or rows differ in length.
@@ -40,6 +42,12 @@ def answered_grid(response: str) -> Grid | None:
     answer = last_answer(response)
     if answer is None or len(answer) > _MAX_CHARACTERS:
         return None
+    if answer.lstrip().startswith("[["):
+        try:
+            listed = json.loads(answer)
+        except (ValueError, RecursionError):
+            return None
+        return listed if is_grid(listed) else None
     lines = [line for line in answer.splitlines() if line.strip(" \t[](),")]
     if not lines or not all(map(_LINE.fullmatch, lines)):
         return None

@@ -1,13 +1,13 @@
 """200 answers to Countdown problems, right and wrong by construction, and the paper's rule for judging them.
 
-``python -m tests.helpers.countdown_answers`` writes tests/data/countdown_answers.jsonl again: one object a line
-with the problem, the response, its ``kind``, whether it is ``right`` and has the ``form`` (by construction, no
-grader asked), and what the paper's rule makes of it.
+``python -m tests.helpers.countdown_answers`` writes tests/data/countdown_answers.jsonl again: an object a
+line with the problem, the response, its ``kind``, whether it is ``right`` and has the ``form`` (by
+construction, no grader asked), and what the paper's rule makes of it.
 
-The rule is written from its description, and with an evaluator that cannot hang in place of Python's ``eval``:
+The rule is written from its description, with an evaluator that cannot hang in place of Python's ``eval``:
 
-- answer: what the first ``<answer>`` pair holds consists of digits, ``+-*/()`` and spaces; its runs of digits,
-  sorted, are the given numbers; and its value in Python's arithmetic is within 1e-5 of the target;
+- answer: what the first ``<answer>`` pair holds consists of digits, ``+-*/()`` and spaces; its runs of
+  digits, sorted, are the given numbers; and its value in Python's arithmetic is within 1e-5 of the target;
 - format: the response is ``<think>``, anything, ``</think>``, one line break, ``<answer>``, anything,
   ``</answer>``.
 """
@@ -146,11 +146,11 @@ def _hand_made():
         ("the target alone", "40", [8, 2, 4], 40, False),
         ("implicit product", "2(3+4)", [2, 3, 4], 14, False),
         ("implicit product", "(2)(7)", [2, 7], 14, False),
-        ("other signs", "3×5-2", [3, 5, 2], 13, False),
-        ("other signs", "12÷4", [12, 4], 3, False),
-        ("other signs", "3*5−2", [3, 5, 2], 13, False),
+        ("other signs", "3\u00d75-2", [3, 5, 2], 13, False),
+        ("other signs", "12\u00f74", [12, 4], 3, False),
+        ("other signs", "3*5\u22122", [3, 5, 2], 13, False),
         ("other signs", "[8+2]*4", [8, 2, 4], 40, False),
-        ("other digits", "٣+٥", [3, 5], 8, False),
+        ("other digits", "\u0663+\u0665", [3, 5], 8, False),
         ("LaTeX", r"3 \times 5 - 2", [3, 5, 2], 13, False),
         ("LaTeX", r"\frac{12}{4}", [12, 4], 3, False),
         ("LaTeX", "$3*5-2$", [3, 5, 2], 13, False),
