@@ -13,7 +13,7 @@ from shardes.config import Config, TaskName, dump_config, load_config, parse_con
 from shardes.errors import UserError
 from shardes.tasks.registry import LABEL_WORD_TASKS, TASKS
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 MINIMAL = {
     "model": {"path": "a/model"},
     "run": {"dir": "a/run"},
@@ -53,8 +53,10 @@ def write(tmp_path, text):
     return path
 
 
-def test_there_are_shipped_configurations():
-    assert "quickstart.yaml" in [path.name for path in CONFIGS]
+def test_there_is_a_shipped_configuration_of_every_task():
+    names = {path.stem: load_config(path, []).task.name for path in CONFIGS}
+    assert names.pop("quickstart") == "countdown_short"
+    assert names == {name: name for name in get_args(TaskName) if name != "countdown_short"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -64,7 +66,7 @@ def test_shipped_configurations_are_accepted_and_keep_every_value_they_give(path
     for section, keys in yaml.safe_load(path.read_text()).items():
         for key, value in keys.items():
             found = resolved[section][key]
-            if isinstance(getattr(getattr(config, section), key), Path):
+            if isinstance(getattr(getattr(config, section), key), Path) and not value.startswith("hf:"):
                 assert found == str(Path(value).absolute()), f"{section}.{key}"
             elif value is not None:
                 assert type(value)(found) == value, f"{section}.{key}"
