@@ -42,6 +42,12 @@ def test_the_papers_rule_agrees_but_for_the_cases_that_the_documentation_lists()
     answer, form = disagreements("answer"), disagreements("format")
     assert answer.total() == 28
     assert form.total() == 16
+    differing = [
+        row
+        for row, *values in zip(ROWS, ours("answer"), ours("format"), strict=True)
+        if list(row["paper"].values()) != values
+    ]
+    assert f"agrees on the other {len(ROWS) - len(differing)}:" in DOCS.read_text()
     listed = {kind: tuple(map(int, counts)) for kind, *counts in documented}
     assert listed == {kind: (kinds[kind], answer[kind], form[kind]) for kind in answer | form}
 
