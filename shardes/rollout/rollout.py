@@ -228,7 +228,7 @@ class Rollout:
         # In step, ranks of a replica go on for as long as its first has a micro-batch.
         leader = (group.rank - shard.rank) // together if is_in_step else place
         batches = problems.micro_batches
-        is_broken = False
+        is_short = is_broken = False
         for first in range(0, len(batches), stride):
             mine = first + place
             if first + leader >= len(batches):
@@ -239,14 +239,18 @@ class Rollout:
             is_counted = not is_idle and (together == 1 or shard.is_main)
             with self._spans("rollout"):
                 found = self._forward(model, problems, batch, is_first=first == 0, is_in_step=is_in_step)
+                if found is not None and is_counted:
+                    tally.take(batch.rows, found, is_first=mine == 0)
             if found is None:
-                return Pending(tally, group, is_short=True, is_broken=is_broken)
+                is_short = True
+                break
             if isinstance(found, Answers):
                 is_broken |= not found.is_finite
-            if is_counted:
-                with self._spans("reward"):
-                    tally.take(batch.rows, found, is_first=mine == 0)
-        return Pending(tally, group, is_short=False, is_broken=is_broken)
+            with self._spans("reward"):
+                tally.send(is_last=False)
+        with self._spans("reward"):
+            tally.send(is_last=True)
+        return Pending(tally, group, is_short, is_broken)
 
     def finish(self, pending: Pending) -> Evaluation:
         """Waits for the scores and brings them together; a collective of the group.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from shardes.sandbox.judging import Answers, Verdicts
 from shardes.sandbox.pool import Rewards
-from shardes.tasks.base import Prompt, Row, Task
+from shardes.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
@@ -56,15 +56,9 @@ class Scorer:
         self._substitute = None if isinstance(on_error, str) else float(on_error)
         self.first_failure: str | None = None
 
-    def submit(
-        self,
-        rows: Sequence[Row],
-        prompts: Sequence[Prompt],
-        completions: Sequence[str],
-        token_ids: Sequence[list[int]],
-    ) -> PendingVerdicts:
-        """Has answers judged; ``collect`` turns what comes back into scores."""
-        return self._rewards.submit(self.task.rewards, Answers.of(rows, prompts, completions, token_ids))
+    def submit(self, batches: Sequence[Answers]) -> list[PendingVerdicts]:
+        """Has batches of answers judged; ``collect`` turns what comes back into scores."""
+        return self._rewards.submit(self.task.rewards, batches)
 
     def collect(self, pending: PendingVerdicts) -> Scores:
         """Waits for the verdicts, and adds them up."""

@@ -5,6 +5,7 @@ works out the same evaluation from it.
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,7 +18,11 @@ from shardes.es.results import MemberResult
 from shardes.rollout.batching import tokenize
 from shardes.rollout.decode import Answers
 from shardes.rollout.scoring import PendingVerdicts, Scorer
+from shardes.sandbox.judging import Answers as JudgedAnswers
 from shardes.tasks.base import Choices, Metric, Prompt, Row
+
+# Micro-batches of less than this go to the rewards with the next one: waking them takes a while, too.
+SEND_SECONDS = 0.05
 
 Found = Answers | list[torch.Tensor]
 """The answers to a micro-batch of prompts; or the log-likelihoods of the completions in one of pairs."""
@@ -88,6 +93,9 @@ class Tally(Protocol):
             is_first: Whether it is the first micro-batch of all.
         """
 
+    def send(self, *, is_last: bool) -> None:
+        """Comes after each micro-batch and after the last: begins what ``totals`` waits for."""
+
     def totals(self) -> list[float]:
         """What this rank knows; zeros elsewhere."""
 
@@ -124,7 +132,10 @@ class AnswerTally:
         self._text = text
         self._keeps_samples = keeps_samples
         self._num_answers = len(rows) * samples_per_prompt
-        self._pending: list[tuple[Sequence[int], PendingVerdicts]] = []
+        self._indices: list[Sequence[int]] = []
+        self._pending: list[PendingVerdicts] = []
+        self._unsent: list[JudgedAnswers] = []
+        self._last_sent = time.monotonic()
         self._num_tokens = 0
         self._samples: dict[int, Sample] = {}
 
@@ -136,18 +147,26 @@ class AnswerTally:
         prompts = [self._prompts[row] for row in asked]
         completions = [self._text(answer) for answer in answers]
         rows = [self._rows[row] for row in asked]
-        self._pending.append((indices, self._scorer.submit(rows, prompts, completions, answers)))
+        self._indices.append(indices)
+        self._unsent.append(JudgedAnswers.of(rows, prompts, completions, answers))
         self._num_tokens += sum(map(len, answers))
         if is_first or self._keeps_samples:
             for index, prompt, completion, ids in zip(indices, prompts, completions, answers, strict=True):
                 self._samples[index] = Sample(as_text(prompt), completion, list(ids), None)
+
+    def send(self, *, is_last: bool) -> None:
+        """Has answers judged, unless further ones will come soon."""
+        if is_last or time.monotonic() - self._last_sent > SEND_SECONDS:
+            self._pending += self._scorer.submit(self._unsent)
+            self._unsent = []
+            self._last_sent = time.monotonic()
 
     def totals(self) -> list[float]:
         """Waits for the scores, and enters them by answer."""
         size, names = self._num_answers, self._names
         rewards, excluded, failed = [0.0] * size, [0.0] * size, [0.0] * size
         components = {name: [0.0] * (2 * size) for name in names}
-        for indices, pending in self._pending:
+        for indices, pending in zip(self._indices, self._pending, strict=True):
             scores = self._scorer.collect(pending)
             for place, index in enumerate(indices):
                 value = scores.values[place]
@@ -265,6 +284,9 @@ class LikelihoodTally:
         for index, values in zip(indices, found, strict=True):
             self._sums[index] = float(values.double().sum())
             self._num_tokens += len(values)
+
+    def send(self, *, is_last: bool) -> None:
+        """There is nothing to wait for."""
 
     def totals(self) -> list[float]:
         """The log-likelihood of each pair."""

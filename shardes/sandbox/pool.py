@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -43,8 +43,10 @@ T = TypeVar("T")
 class Rewards(Protocol):
     """Where rewards run."""
 
-    def submit(self, components: Sequence[Component], answers: Answers) -> "Future[list[Verdicts]]":
-        """Has answers judged; the result is one verdict for each component."""
+    def submit(
+        self, components: Sequence[Component], batches: Sequence[Answers]
+    ) -> "list[Future[list[Verdicts]]]":
+        """Has batches of answers judged, each by itself; a result is one verdict for each component."""
 
 
 class DirectRewards:
@@ -64,12 +66,15 @@ class DirectRewards:
         except ValueError as error:
             raise UserError(f"task.reward: {error}") from None
 
-    def submit(self, components: Sequence[Component], answers: Answers) -> "Future[list[Verdicts]]":
+    def submit(
+        self, components: Sequence[Component], batches: Sequence[Answers]
+    ) -> "list[Future[list[Verdicts]]]":
         """Judges answers before it returns."""
         which = [self._components.index(component) for component in components]
-        future: Future[list[Verdicts]] = Future()
-        future.set_result(self._judge.judge(which, answers))
-        return future
+        futures: list[Future[list[Verdicts]]] = [Future() for _ in batches]
+        for future, answers in zip(futures, batches, strict=True):
+            future.set_result(self._judge.judge(which, answers))
+        return futures
 
     def __enter__(self) -> Self:
         return self
@@ -161,9 +166,9 @@ class Sandbox:
     """Rewards that run in worker processes of their own.
 
     A call judges some answers together. If it has not ended after half of the time limit, or if it failed,
-    its answers are also judged one by one in other workers, for at most the other half; these results count if
-    the call fails or does not end within the limit. So answers whose reward hangs fail by themselves, and as
-    long as there are workers for all of them, they cost the time limit once.
+    its answers are also judged one by one in other workers, for at most the other half; these results count
+    if the call fails or does not end within the limit. So answers whose reward hangs fail by themselves, and
+    as long as there are workers for all of them, they cost the time limit once.
 
     Args:
         components: All that will ever be asked about.
@@ -203,10 +208,20 @@ class Sandbox:
             self.close()
             raise
 
-    def submit(self, components: Sequence[Component], answers: Answers) -> "Future[list[Verdicts]]":
+    def submit(
+        self, components: Sequence[Component], batches: Sequence[Answers]
+    ) -> "list[Future[list[Verdicts]]]":
         """Has answers judged by worker processes."""
         which = [self._components.index(component) for component in components]
-        return self._run(self._judge(which, answers))
+        futures: list[Future[list[Verdicts]]] = [Future() for _ in batches]
+
+        def judge() -> None:
+            for future, answers in zip(futures, batches, strict=True):
+                self._background(self._judge_into(future, which, answers))
+
+        # One call for all: waking a sleeping thread is what costs.
+        self._loop.call_soon_threadsafe(judge)
+        return futures
 
     def close(self) -> None:
         """Ends all processes."""
@@ -243,40 +258,57 @@ class Sandbox:
         for worker in self._idle:
             worker.writer.close()
 
+    async def _judge_into(self, future: "Future[list[Verdicts]]", which: list[int], answers: Answers) -> None:
+        try:
+            future.set_result(await self._judge(which, answers))
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
+        except Exception as error:
+            future.set_exception(error)
+
     async def _judge(self, which: list[int], answers: Answers) -> list[Verdicts]:
         """The verdict of each component, whatever happens."""
         half = self._timeout_seconds / 2
-        has_begun = asyncio.Event()
-        together = self._background(
-            self._ask(which, answers, limit=self._timeout_seconds, has_begun=has_begun)
-        )
         alone: list[asyncio.Task[list[Verdicts] | str]] = []
-        if len(answers) > 1:
-            await asyncio.wait({together, self._background(has_begun.wait())}, return_when="FIRST_COMPLETED")
-            await asyncio.wait({together}, timeout=half)
-            if not together.done() or isinstance(together.result(), str):
-                alone = [self._background(self._ask(which, answer, limit=half)) for answer in answers.alone()]
+        timers: list[asyncio.TimerHandle] = []
+
+        def judge_alone() -> None:
+            if not alone and len(answers) > 1:
+                alone.extend(self._background(self._ask(which, one, limit=half)) for one in answers.alone())
+                self._loop.call_soon(self._grow)  # once they wait: whoever is busy may be for long
+
+        def begin() -> None:
+            timers.append(self._loop.call_later(half, judge_alone))
+
         try:
-            found = await together
-            if isinstance(found, str) and alone:
-                parts = [_or_failed(part, len(which), 1) for part in await asyncio.gather(*alone)]
-                joined = [Verdicts.joined(column) for column in zip(*parts, strict=True)]
-                for verdicts in joined:
-                    verdicts.first_failure = verdicts.first_failure or found
-                return joined
-            return _or_failed(found, len(which), len(answers))
+            found = await self._ask(which, answers, limit=self._timeout_seconds, begin=begin)
+            if isinstance(found, list):
+                return found
+            judge_alone()
+            if not alone:
+                return _or_failed(found, len(which), len(answers))
+            parts = [_or_failed(part, len(which), 1) for part in await asyncio.gather(*alone)]
+            joined = [Verdicts.joined(column) for column in zip(*parts, strict=True)]
+            for verdicts in joined:
+                verdicts.first_failure = verdicts.first_failure or found
+            return joined
         finally:
-            for task in alone:
-                task.cancel()
+            for scheduled in [*timers, *alone]:
+                scheduled.cancel()
 
     async def _ask(
-        self, which: list[int], answers: Answers, *, limit: float, has_begun: asyncio.Event | None = None
+        self,
+        which: list[int],
+        answers: Answers,
+        *,
+        limit: float,
+        begin: Callable[[], None] = lambda: None,
     ) -> list[Verdicts] | str:
-        """What a worker says, or why it says nothing."""
+        """What a worker says, or why it says nothing; ``begin`` is called when it gets to work."""
         for _ in range(2):
             worker = await self._acquire()
-            if has_begun is not None:
-                has_begun.set()
+            begin()
             try:
                 async with asyncio.timeout(limit):
                     reply = await worker.ask((which, answers))
