@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from shardes.batches import draw_batch
 from shardes.errors import UserError
 from shardes.es.fitness import mean_reward, step_size, update_coefficients
 from shardes.es.results import MemberResult, member_rewards, settled
@@ -17,7 +18,6 @@ from shardes.population import Population
 from shardes.rollout.rollout import Problems
 from shardes.runs.directory import RunDirectory
 from shardes.runs.metrics import heldout_metrics, iteration_metrics
-from shardes.sampling import draw_batch
 from shardes.sandbox.pool import Rewards
 from shardes.session import Session, make_rollout
 from shardes.tasks.base import Row, Task
