@@ -156,7 +156,7 @@ class AnswerTally:
 
     def send(self, *, is_last: bool) -> None:
         """Has answers judged, unless further ones will come soon."""
-        if is_last or time.monotonic() - self._last_sent > SEND_SECONDS:
+        if self._unsent and (is_last or time.monotonic() - self._last_sent > SEND_SECONDS):
             self._pending += self._scorer.submit(self._unsent)
             self._unsent = []
             self._last_sent = time.monotonic()

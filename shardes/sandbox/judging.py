@@ -240,7 +240,7 @@ def _number(given: Any) -> float | None:
     if isinstance(given, str | bytes):
         return None
     try:
-        value = float(given)
+        value = float(given.item() if hasattr(given, "item") else given)
     except Exception:  # a hostile object may raise anything
         return None
     return value if abs(value) < MAX_REWARD else None

@@ -203,7 +203,7 @@ class Sandbox:
         self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
         self._thread.start()
         try:
-            self._run(self._add_worker()).result()
+            self._run(self._new_worker()).result()
         except BaseException:
             self.close()
             raise
@@ -366,11 +366,11 @@ class Sandbox:
         """Starts a worker for everyone who waits, as far as there may be more."""
         num_wanted = sum(not place.done() for place in self._waiting) - self._num_starting
         for _ in range(min(num_wanted, self._max_workers - self._num_workers)):
-            self._background(self._add_worker_or_fail())
+            self._background(self._add_worker(self._new_worker()))
 
-    async def _add_worker_or_fail(self) -> None:
+    async def _add_worker(self, new: Coroutine[Any, Any, None]) -> None:
         try:
-            await self._add_worker()
+            await new
         except (UserError, OSError) as error:
             if self._num_workers:
                 return
@@ -379,10 +379,13 @@ class Sandbox:
                     place.set_exception(RuntimeError(f"no process for rewards can be started: {error}"))
             self._waiting.clear()
 
-    async def _add_worker(self) -> None:
-        """Starts a worker and has it import the rewards."""
+    def _new_worker(self) -> Coroutine[Any, Any, None]:
+        """Starts a worker and has it import the rewards; counted from now on, not from when that begins."""
         self._num_workers += 1
         self._num_starting += 1
+        return self._start_worker()
+
+    async def _start_worker(self) -> None:
         try:
             worker = await self._fork()
         except BaseException:
