@@ -7,7 +7,8 @@ import pytest
 
 from shardes.config import SetConfig
 from shardes.errors import UserError
-from shardes.sandbox.judging import import_function, reference_of
+from shardes.sandbox.judging import Answers, import_function, reference_of
+from shardes.sandbox.pool import Sandbox
 from shardes.tasks.base import Choices
 from shardes.tasks.boxed import boxed_reward, expression_reward
 from shardes.tasks.matching import regex_reward, think_answer_reward
@@ -233,3 +234,16 @@ def test_without_math_verify_math_is_refused_by_name(monkeypatch):
     # Numbers and equal texts need no package.
     columns = {"answer": ["0.5", "x"]}
     assert expression_reward(["", ""], [r"\boxed{\frac12}", r"\boxed{x}"], **columns) == [1.0, 1.0]
+
+
+@pytest.mark.slow
+def test_an_expression_that_never_ends_costs_the_time_limit_and_no_other_answer():
+    pytest.importorskip("math_verify")
+    completions = [r"\boxed{(1+x)^2}", r"\boxed{(x+y+z)^{99}}", r"\boxed{2x+1+x^2}", r"\boxed{x^2}"]
+    answers = Answers.of([{"answer": "x^2+2x+1"}] * 4, ["p"] * 4, completions, [[]] * 4)
+    (component,) = TASKS["math"].rewards
+    with Sandbox([component], timeout_seconds=10, max_workers=4, memory_bytes=None) as rewards:
+        (future,) = rewards.submit([component], [answers])
+        (verdicts,) = future.result(120)
+    assert verdicts.values == [1.0, None, 1.0, 0.0]
+    assert verdicts.has_failed == [False, True, False, False]

@@ -21,7 +21,7 @@ from shardes.tasks.rows import column, text_column, wrong
 _MAX_CHARACTERS = 300
 _NUMBER = re.compile(r"[-+]?[0-9][0-9,]*(?:\.[0-9]+)?")
 _COSTLY = re.compile(
-    r"\^\s*\{?\s*-?\s*[0-9]{4}"  # an exponent of four digits or more
+    r"\^\s*\{?\s*-?\s*[0-9]{4}|[)}\]]\s*\^\s*\{?\s*[0-9]{3}"  # a large exponent, of a sum above all
     r"|\^\s*\{[^{}]*\^|[)}]\s*\^.*\^|\*\*"  # a power of a power
     r"|[0-9]{3}\s*!|!\s*[)}]?\s*!"  # the factorial of a large number, or of a factorial
     r"|[0-9]{20}"
