@@ -316,6 +316,12 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
 
 
 FREE = [
+    ("eval.sets", {"other": {"name": "countdown", "data": "other.jsonl"}}),
+    ("eval.save_best", True),
+    ("eval.pass_reward", 0.5),
+    ("task.reward_timeout_seconds", 5.0),
+    ("task.reward_workers", 0),
+    ("task.reward_memory_bytes", None),
     ("model.path", "elsewhere"),
     ("model.trust_remote_code", True),
     ("run.dir", "other"),
@@ -336,6 +342,8 @@ FREE = [
     ("task.split_seed", 1),
 ]
 BINDING = [
+    ("task.rewards", [{"path": "m:f", "weight": 0.5}]),
+    ("task.metric", "accuracy"),
     ("model.dtype", "float32"),
     ("rollout.micro_batch_size", 3),
     ("rollout.max_new_tokens", 6),
