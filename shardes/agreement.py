@@ -42,13 +42,17 @@ def check_agreement(world: Group, **things: Any) -> None:
 
 def shared_settings(config: Config) -> dict[str, Any]:
     """What all ranks must have been told alike: every key but paths, which may differ between machines."""
-    settings = {
+    return {
         f"{section}.{key}": value
-        for section, keys in config
-        for key, value in keys
-        if not isinstance(value, Path)
+        for section, keys in _without_paths(config.model_dump()).items()
+        for key, value in keys.items()
     }
-    return settings | config.determinants()
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(part) for key, part in value.items() if not isinstance(part, Path)}
+    return [_without_paths(part) for part in value] if isinstance(value, list) else value
 
 
 def _hash(thing: Any) -> int:

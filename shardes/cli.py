@@ -14,8 +14,10 @@ from shardes import __version__
 from shardes.config import Config, check_model_directory, load_config, load_run_config
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, StorageError, UserError
 from shardes.runs.journal import History, read_journal
+from shardes.sandbox.pool import make_rewards
 from shardes.stopping import Stopped, stop_signals
-from shardes.tasks.loading import load_task, read_rows
+from shardes.tasks.base import Task
+from shardes.tasks.loading import load_task
 
 # How long a rank that has a message waits for rank 0 to print the same one first.
 _WAIT_FOR_MAIN_SECONDS = 10
@@ -42,19 +44,64 @@ def train(config_path: Path, overrides: tuple[str, ...]) -> None:
     config = load_config(config_path, list(overrides))
     # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
     check_model_directory(config.model.path)
-    task = load_task(config.task)
-    from shardes.logs import configure_logging, tell_user
-    from shardes.session import open_session
-    from shardes.trainer import Trainer
+    task, heldout_sets = _load_tasks(config)
+    # Processes for rewards come before threads, process groups and accelerators.
+    with make_rewards(config.task, [task, *heldout_sets.values()]) as rewards:
+        from shardes.logs import configure_logging, tell_user
+        from shardes.session import open_session
+        from shardes.trainer import Trainer
 
-    configure_logging()
-    with stop_signals() as stop:
-        try:
-            with open_session(config, stop=stop) as session:
-                Trainer(session, task).train()
-        except Stopped:
-            if os.environ.get("RANK", "0") == "0":
-                tell_user(stop.farewell)
+        configure_logging()
+        with stop_signals() as stop:
+            try:
+                with open_session(config, stop=stop) as session:
+                    Trainer(session, task, rewards=rewards, heldout_sets=heldout_sets).train()
+            except Stopped:
+                if os.environ.get("RANK", "0") == "0":
+                    tell_user(stop.farewell)
+
+
+def _load_tasks(config: Config) -> tuple[Task, dict[str, Task]]:
+    """The task, and the further held-out sets by name."""
+    task = load_task(config.task)
+    return task, {name: load_task(part, key=f"eval.sets.{name}") for name, part in config.eval.sets.items()}
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.option("--model", required=True, help="A model directory, or RUN_DIR[@K] or RUN_DIR@best of a run.")
+@click.option("--config", "config_path", type=_PATH, help="What is asked; default: the run's configuration.")
+@click.option("--out", type=_PATH, help="A JSONL file for every answer.")
+@click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False)
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
+def evaluate(model: str, config_path: Path | None, out: Path | None, overrides: tuple[str, ...]) -> None:
+    """Print what a model earns on held-out problems, as JSON, with 95% confidence intervals.
+
+    KEY=VALUE changes a key of the configuration, for example rollout.samples_per_prompt=8 and
+    rollout.temperature=0.7. Start it with a launcher to use several ranks.
+    """
+    from shardes.subject import find_subject
+
+    subject = find_subject(model, config_path=config_path, overrides=list(overrides))
+    config = subject.config
+    check_model_directory(config.model.path)
+    task, heldout_sets = _load_tasks(config)
+    with make_rewards(config.task, [task, *heldout_sets.values()]) as rewards:
+        from shardes.evaluation import evaluate as evaluate_model
+        from shardes.files import write_atomically
+        from shardes.logs import configure_logging
+        from shardes.session import open_session
+
+        configure_logging()
+        with open_session(config) as session:
+            subject.restore(session)
+            sets, lines = evaluate_model(session, task, rewards=rewards, heldout_sets=heldout_sets)
+            if session.mesh.world.is_main:
+                if out is not None:
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(out, "".join(json.dumps(line) + "\n" for line in lines))
+                click.echo(
+                    json.dumps({"model": model, "iteration": subject.iteration, "sets": sets}, indent=2)
+                )
 
 
 _BASE = click.option("--base", type=_PATH, help="The base model's directory, if it was moved since the run.")
@@ -71,11 +118,11 @@ _BACKEND = click.option(
 @click.argument("run_dir", type=_PATH)
 @click.argument("out_dir", type=_PATH)
 @click.option(
-    "--iteration", type=click.IntRange(min=0), help="Weights after this many updates; default: all."
+    "--iteration", help="Weights after this many updates, or best: by held-out reward; default: all."
 )
 @_BASE
 @_BACKEND
-def export(run_dir: Path, out_dir: Path, iteration: int | None, base: Path | None, backend: str) -> None:
+def export(run_dir: Path, out_dir: Path, iteration: str | None, base: Path | None, backend: str) -> None:
     """Write RUN_DIR's weights to OUT_DIR as a consolidated Hugging Face model.
 
     The journal is replayed over the base model, or over the nearest snapshot before the iteration. With
@@ -83,10 +130,7 @@ def export(run_dir: Path, out_dir: Path, iteration: int | None, base: Path | Non
     one device.
     """
     config, header, history = _read_run(run_dir, base=base, backend=backend)
-    available = len(history.updates)
-    if iteration is not None and iteration > available:
-        raise UserError(f"--iteration {iteration}: {run_dir} has {available} iterations; give at most that")
-    wanted = available if iteration is None else iteration
+    wanted = history.iteration_of(iteration, key="--iteration")
     from shardes.export import check_destination, export_model
     from shardes.files import cannot_write
     from shardes.logs import configure_logging
@@ -201,19 +245,31 @@ def plot(run_dirs: tuple[Path, ...], out: Path) -> None:
 
 
 @cli.command()
+@click.argument("task", type=click.Choice(["countdown", "sudoku", "arithmetic", "arc"]))
 @click.argument("out", type=_PATH)
 @click.option("--num-problems", type=click.IntRange(min=1), default=200, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--exclude", type=_PATH, help="A JSONL file of problems that OUT must not have, in any order.")
-def countdown(out: Path, num_problems: int, seed: int, exclude: Path | None) -> None:
-    """Write Countdown problems to OUT as JSONL, each with a solution."""
-    from shardes.files import write_atomically
-    from shardes.tasks.countdown import check_row, generate_problems, problem_key
+@click.option("--exclude", type=_PATH, help="A file of problems that OUT must not have, in any order.")
+@click.option("--source", type=_PATH, help="For arc, which is not made: a directory of puzzles, *.json.")
+def make_data(
+    task: str, out: Path, num_problems: int, seed: int, exclude: Path | None, source: Path | None
+) -> None:
+    """Write problems of TASK to OUT as JSONL: made ones, or for arc those of a data set.
 
-    known = [] if exclude is None else read_rows(exclude, key="--exclude", check=check_row)
-    excluded = {problem_key(row) for row in known}
-    candidates = generate_problems(num_problems + len(excluded), seed=seed)
-    rows = [row for row in candidates if problem_key(row) not in excluded][:num_problems]
+    Problems are a function of the arguments alone. Each has a solution, and no two are the same.
+    """
+    from shardes.files import write_atomically
+    from shardes.tasks.generating import convert_arc, make_problems
+
+    if (source is None) == (task == "arc"):
+        raise UserError(
+            "--source: give a directory of ARC puzzles for the task arc, and for no other task; "
+            f"got the task {task}"
+        )
+    if source is not None:
+        rows = convert_arc(source)
+    else:
+        rows = make_problems(task, num_problems, seed=seed, exclude=exclude)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, "".join(json.dumps(row) + "\n" for row in rows))
     click.echo(f"{out}: {len(rows)} problems")

@@ -5,10 +5,10 @@ imported, so that a mistake is answered at once.
 """
 
 import difflib
-import hashlib
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -28,6 +28,11 @@ from shardes.errors import UserError
 FETCH_HINT = (
     "give a local model directory (fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
 )
+
+
+def is_hub_reference(source: Path) -> bool:
+    """Whether ``task.data`` means a data set of the Hugging Face hub, and no path."""
+    return str(source).startswith("hf:")
 
 
 def check_model_directory(path: Path) -> None:
@@ -223,39 +228,147 @@ class EsConfig(Section):
         return value
 
 
+class RewardConfig(Section):
+    """One of several rewards."""
+
+    name: str | None = None
+    """The name of a built-in reward."""
+    path: str | None = None
+    """Or a function of your own, like ``task.reward``."""
+    weight: FiniteFloat = 1.0
+    """What its values are multiplied by in the sum."""
+    label: str | None = None
+    """What it is called in metrics; null: its name, or its function's."""
+    arguments: dict[str, Any] = {}
+    """Passed to the function by name, besides the columns."""
+
+    @model_validator(mode="after")
+    def _one_function(self) -> Self:
+        if (self.name is None) == (self.path is None):
+            raise ValueError(
+                "give each reward either name (a built-in reward) or path (a function), not both"
+            )
+        _check_reference(self.path, key="path")
+        return self
+
+
+TaskName = Literal[
+    "arc",
+    "arithmetic",
+    "boolq",
+    "classification",
+    "conciseness",
+    "copa",
+    "countdown",
+    "countdown_short",
+    "exact_match",
+    "gsm8k",
+    "math",
+    "multiple_choice",
+    "perplexity",
+    "regex",
+    "sst2",
+    "sudoku",
+]
+
+# Tasks whose classes the user may name.
+LABEL_WORD_TASKS = ("boolq", "classification", "sst2")
+
+
+class SetConfig(Section):
+    """Some problems, and how answers to them are judged."""
+
+    name: TaskName | None = None
+    """A built-in task (docs/tasks.md); null for your own reward."""
+    data: Path
+    """The problems: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; ``DIRECTORY[@SPLIT]``,
+    a data set saved to disk; or ``hf:NAME[:SUBSET][@SPLIT]``, one of the Hugging Face hub. Own rewards need
+    a ``prompt`` column (text, or a list of chat messages) or a ``template``."""
+    columns: dict[str, str] = {}
+    """Names for columns: from the name that the task or template uses to the one in the data."""
+    template: str | None = None
+    """The prompt as a Jinja template over the columns; null: the task's own, or the column ``prompt``."""
+    system: str | None = None
+    """A system message; makes the prompt a chat, for the tokenizer's chat template. An empty text: a chat
+    without one. null: the prompt stays what it is."""
+    label_words: list[str] | None = None
+    """One word for each class of ``classification``, ``sst2`` or ``boolq``; null: the task's own words."""
+    reward: str | None = None
+    """``package.module:function`` or ``path/to/file.py:function``, called as
+    ``f(prompts, completions, **columns) -> list[float | None]``."""
+    rewards: list[RewardConfig] | None = None
+    """Several, which add up, each with a weight. With ``name``, they replace the built-in task's own."""
+    metric: Literal["accuracy", "cross_entropy", "log_likelihood"] | None = None
+    """What a task that compares likelihoods is rewarded with; null: what it has by itself."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [value for value in (self.name, self.reward, self.rewards) if value]
+        if not given or (self.reward is not None and len(given) > 1):
+            raise ValueError(
+                "give either name (a built-in task), reward (a function of your own) or rewards (several); "
+                "only name and rewards may be given together"
+            )
+        _check_reference(self.reward, key="reward")
+        if self.label_words and self.name not in LABEL_WORD_TASKS:
+            raise ValueError(f"label_words are for {', '.join(LABEL_WORD_TASKS)}; got name: {self.name}")
+        if self.name == "classification" and not self.label_words:
+            raise ValueError("classification needs label_words, one for each class, e.g. [bad, good]")
+        return self
+
+
+def _check_reference(value: str | None, *, key: str) -> None:
+    if value is not None and ":" not in value:
+        raise ValueError(f"{key} must be 'module:function' or 'file.py:function'; got {value!r}")
+
+
+class TaskConfig(SetConfig):
+    """What is asked and how answers are judged, by a built-in task or by rewards of your own."""
+
+    heldout_data: Path | None = None
+    """Held-out problems, never trained on; in any form that ``data`` may have."""
+    heldout_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Instead of ``heldout_data``: the part of the problems of ``data`` that is held out. Which ones depends
+    on their content and ``split_seed`` alone, not on their order or ``es.seed``."""
+    split_seed: int = Field(default=0, ge=0)
+    """Another seed holds out other problems."""
+    batch_size: int | None = Field(default=None, gt=0)
+    """Problems per iteration; null: all of them, every time."""
+    sampling: Literal["random", "epochs", "fixed"] = "random"
+    """Which problems an iteration gets, as a function of ``es.seed`` and the iteration. ``random``: drawn
+    anew. ``epochs``: all problems in random order, then all of them in another, and so on. ``fixed``: the
+    same ones every time, drawn once."""
+    on_reward_error: Literal["exclude", "worst"] | FiniteFloat = "exclude"
+    """What an answer counts whose reward raised, hung, ended its process or was not a number: nothing at all,
+    the least reward of all answers of the iteration (of the evaluation, for the centre), or this number."""
+    reward_timeout_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    """How long the rewards of a micro-batch may take. Answers without one then count as failed."""
+    reward_workers: int = Field(default=16, ge=0)
+    """Processes in which rewards run, at most, on each rank. There is one at first, and more come while
+    answers wait. 0: rewards run inside the training process, where nothing stops one that hangs."""
+    reward_memory_bytes: int | None = Field(default=4 * 2**30, gt=0)
+    """Address space of such a process; null: no limit, as a reward with a model of its own may need."""
+
+    @field_validator("heldout_fraction")
+    @classmethod
+    def _one_heldout_source(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("heldout_data") is not None:
+            raise ValueError(f"got {value}, but heldout_data is given as well; remove one of the two")
+        return value
+
+
 class EvalConfig(Section):
     """Held-out evaluation of the centre."""
 
     every: int = Field(default=10, ge=0)
     """Iterations between evaluations, the last weights included; 0 means never."""
-
-
-class TaskConfig(Section):
-    """What is asked and how answers are judged, by a built-in task or by a reward of your own."""
-
-    name: Literal["countdown", "countdown_short"] | None = None
-    """A built-in task; null for your own reward."""
-    data: Path
-    """JSONL, one problem a line. Own rewards need a ``prompt`` column: text, or a list of chat messages."""
-    heldout_data: Path | None = None
-    """JSONL of held-out problems, never trained on."""
-    reward: str | None = None
-    """``package.module:function`` or ``path/to/file.py:function``, called as
-    ``f(prompts, completions, **columns) -> list[float | None]``."""
-    batch_size: int | None = Field(default=None, gt=0)
-    """Problems per iteration, drawn anew for each; null: all of them, every time."""
-    on_reward_error: Literal["exclude"] | FiniteFloat = "exclude"
-    """What an answer counts whose reward raised or was not a number: nothing at all, or this number."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.name is None) == (self.reward is None):
-            raise ValueError(
-                "give either name (a built-in task) or reward (a function of your own), not both"
-            )
-        if self.reward is not None and ":" not in self.reward:
-            raise ValueError(f"reward must be 'module:function' or 'file.py:function'; got {self.reward!r}")
-        return self
+    sets: dict[str, SetConfig] = {}
+    """Further held-out sets by a name of your choice, also of other tasks, to see what is forgotten."""
+    save_best: bool = False
+    """Whether the weights with the highest held-out reward so far are kept as a Hugging Face directory,
+    ``best`` in the run directory. Any iteration's can be exported later without it."""
+    pass_reward: FiniteFloat = 1.0
+    """An answer passes if its reward is at least this: what pass@k of ``shardes evaluate`` counts."""
 
 
 class Config(Section):
@@ -290,25 +403,36 @@ class Config(Section):
         """The step size as a number."""
         return self.es.sigma / 2 if self.es.alpha == "auto" else self.es.alpha
 
-    def determinants(self) -> dict[str, Any]:
-        """The flattened keys that decide the result: what a resumed run must share with its journal."""
+    def determinants(self, *, data_sha256: str) -> dict[str, Any]:
+        """The flattened keys that decide the result: what a resumed run must share with its journal.
+
+        Args:
+            data_sha256: A hash of the training rows as they were read: the same problems may come from
+                another file or format.
+        """
         flat = _flatten(self.model_dump(mode="json"))
         free = {
             "model.path",
             "model.trust_remote_code",
             "rollout.mode",
             "weights.master_device",
-            "eval.every",
             "es.min_valid_fraction",
             "task.data",
+            "task.columns",
+            "task.heldout_data",
+            "task.heldout_fraction",
+            "task.split_seed",
             "task.reward",
+            "task.reward_timeout_seconds",
+            "task.reward_workers",
+            "task.reward_memory_bytes",
         }
-        free |= {"task.heldout_data"}
         if self.es.schedule == "constant":
             free.add("es.iterations")
-        kept = {k: v for k, v in flat.items() if k not in free and not k.startswith(("run.", "parallel."))}
+        others = ("run.", "parallel.", "eval.")
+        kept = {k: v for k, v in flat.items() if k not in free and not k.startswith(others)}
         kept["es.alpha"] = self.alpha
-        kept["task.data sha256"] = hashlib.sha256(self.task.data.read_bytes()).hexdigest()
+        kept["task.data sha256"] = data_sha256
         return kept
 
 
@@ -357,8 +481,7 @@ def parse_config(tree: dict[str, Any], *, source: str) -> Config:
     except ValidationError as error:
         problems: dict[str, list[str]] = {}
         for detail in error.errors():
-            # Keys are two levels deep; what pydantic adds are the members of a union.
-            location = [str(part) for part in detail["loc"][:2]]
+            location = _location(detail["loc"])
             problems.setdefault(".".join(location), []).append(_explain(detail, location))
         lines = [f"  {key}: {', or '.join(explanations)}" for key, explanations in problems.items()]
         raise UserError("\n".join([f"{source}: the configuration cannot be used", *lines])) from None
@@ -403,30 +526,63 @@ def _explain(detail: ErrorDetails, location: list[str]) -> str:
     return f"got {detail['input']!r}; {message[0].lower()}{message[1:]}"
 
 
+def _location(loc: tuple[int | str, ...]) -> list[str]:
+    """The part of a place in the tree that the user wrote: pydantic adds the members of unions."""
+    location: list[str] = []
+    section: type[BaseModel] | None = Config
+    parts = list(loc)
+    while parts and section is not None:
+        part = str(parts.pop(0))
+        location.append(part)
+        if part not in section.model_fields:
+            break
+        section, is_container = _section_of(section.model_fields[part].annotation)
+        if is_container and parts:
+            location.append(str(parts.pop(0)))
+    return location
+
+
+def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section that an annotation is about, and whether it holds several, by index or by name."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    for argument in get_args(annotation):
+        section, _ = _section_of(argument)
+        if section is not None:
+            is_optional = get_origin(annotation) in (Union, UnionType)
+            return section, not is_optional or _section_of(argument)[1]
+    return None, False
+
+
 def _keys_of(location: list[str]) -> list[str]:
     """The known keys of the section at ``location``."""
     section: type[BaseModel] = Config
-    for part in location:
-        annotation = section.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+    parts = list(location)
+    while parts:
+        found, is_container = _section_of(section.model_fields[parts.pop(0)].annotation)
+        if found is None:
             return []
-        section = annotation
+        section = found
+        if is_container and parts:
+            parts.pop(0)
     return list(section.model_fields)
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def _flatten(tree: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The keys of all sections by their dotted names."""
+    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
 
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, its paths absolute: it is read again from anywhere."""
-    tree = config.model_dump()
-    for section in tree.values():
-        section |= {key: str(path.absolute()) for key, path in section.items() if isinstance(path, Path)}
-    return yaml.safe_dump(tree, sort_keys=False)
+    return yaml.safe_dump(_with_absolute_paths(config.model_dump()), sort_keys=False)
+
+
+def _with_absolute_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_absolute_paths(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_with_absolute_paths(part) for part in value]
+    if isinstance(value, Path):
+        return str(value if is_hub_reference(value) else value.absolute())
+    return value

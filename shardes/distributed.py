@@ -102,20 +102,20 @@ class Group:
         return json.loads(bytes(buffer.cpu().numpy()))
 
     def gather_json(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank, on every rank; all representable as JSON. Nothing is pickled."""
+        """Every rank's value, on every rank; they must be representable as JSON. Nothing is pickled."""
         if self.world_size == 1:
-            return [value]
-        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        size = torch.tensor([payload.numel()], dtype=torch.int64, device=self.device)
-        sizes = [torch.empty_like(size) for _ in range(self.world_size)]
-        dist.all_gather(sizes, size, group=self.process_group)
-        longest = max(int(each.item()) for each in sizes)
-        sent = torch.nn.functional.pad(payload, (0, longest - payload.numel()))
-        received = [torch.empty_like(sent) for _ in sizes]
-        dist.all_gather(received, sent, group=self.process_group)
+            return [json.loads(json.dumps(value))]
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = len(payload)
+        dist.all_reduce(sizes, group=self.process_group)
+        buffer = torch.zeros(int(sizes.max().item()), dtype=torch.uint8, device=self.device)
+        buffer[: len(payload)] = payload.to(self.device)
+        parts = [torch.empty_like(buffer) for _ in range(self.world_size)]
+        dist.all_gather(parts, buffer, group=self.process_group)
         return [
-            json.loads(bytes(each[: int(size.item())].cpu().numpy()))
-            for each, size in zip(received, sizes, strict=True)
+            json.loads(bytes(part[:size].cpu().numpy()))
+            for part, size in zip(parts, sizes.tolist(), strict=True)
         ]
 
     def barrier(self) -> None:

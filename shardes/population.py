@@ -3,14 +3,17 @@
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
 from shardes.distributed import Group, Mesh
+from shardes.es.results import MemberResult
 from shardes.rollout.memory import MemoryShortageError
-from shardes.rollout.rollout import Evaluation, Problems, Rollout
+from shardes.rollout.rollout import Pending, Problems, Rollout
+from shardes.rollout.tally import Evaluation
 from shardes.spans import Spans
 from shardes.stopping import Stop, Stopped
 
@@ -21,27 +24,31 @@ _POLL_SECONDS = 0.005
 _desks = itertools.count()
 
 
+T = TypeVar("T")
+OnResult = Callable[[MemberResult], None]
+
+
 @dataclass(frozen=True)
-class MemberResult:
-    """What a member earned.
+class Evaluate(Generic[T]):
+    """How a member is evaluated, in two steps, so that its rewards are computed while the next one answers.
 
     Attributes:
-        member: Which.
-        reward: The mean over its answers; None if none counts, or if its logits were not finite.
-        num_failures: Rewards that failed.
-        num_tokens: Tokens generated.
-        is_finite: Whether its logits were.
+        start: Has it answer; returns what ``finish`` needs.
+        finish: What it earned, once that is known; None if there was too little memory.
     """
 
-    member: int
-    reward: float | None
-    num_failures: int
-    num_tokens: int
-    is_finite: bool = True
+    start: Callable[[int], T]
+    finish: Callable[[T], MemberResult | None]
 
-
-Evaluate = Callable[[int], MemberResult | None]
-OnResult = Callable[[MemberResult], None]
+    def each(self, members: Iterator[int]) -> Iterator[MemberResult | None]:
+        """Evaluates members in their order; each has been started when the one before it is finished."""
+        started: list[T] = []
+        for member in members:
+            started.append(self.start(member))
+            if len(started) > 1:
+                yield self.finish(started.pop(0))
+        for last in started:
+            yield self.finish(last)
 
 
 class Population:
@@ -94,16 +101,20 @@ class Population:
         while missing := [member for member in members if member not in results]:
             self._rollout.begin(problems)
 
-            def evaluate(member: int) -> MemberResult | None:
-                return self._evaluate(member, iteration=iteration, problems=problems)
+            def start(member: int) -> tuple[int, Pending]:
+                return member, self._start(member, iteration=iteration, problems=problems)
 
-            results |= self._hand_out(missing, evaluate, on_result)
+            results |= self._hand_out(missing, Evaluate(start, self._finish), on_result)
             if len(results) < len(members):
                 self._rollout.step_down()
         return results
 
-    def evaluate_centre(self, problems: Problems) -> Evaluation:
+    def evaluate_centre(self, problems: Problems, *, keeps_samples: bool = False) -> Evaluation:
         """What the centre earns; a collective of all ranks, which share the problems.
+
+        Args:
+            problems: What it answers.
+            keeps_samples: Whether every answer is kept, on the rank that gave it.
 
         Raises:
             Stopped: On all ranks, if the job was asked to stop.
@@ -113,23 +124,27 @@ class Population:
             self._rollout.begin(problems)
             self._rollout.mode.centre()
             try:
-                return self._rollout.evaluate(problems, group=self._mesh.world)
+                return self._rollout.evaluate(problems, group=self._mesh.world, keeps_samples=keeps_samples)
             except MemoryShortageError:
                 self._rollout.step_down()
 
-    def _evaluate(self, member: int, *, iteration: int, problems: Problems) -> MemberResult | None:
-        """What a member earns, or None for too little memory; a collective of the team."""
+    def _start(self, member: int, *, iteration: int, problems: Problems) -> Pending:
+        """Has a member answer; a collective of the team."""
         mode = self._rollout.mode
         with self._spans("perturb"):
             mode.perturb(iteration=iteration, direction=member, sigma=self._sigma)
+        return self._rollout.start(problems, group=mode.team)
+
+    def _finish(self, started: tuple[int, Pending]) -> MemberResult | None:
+        """What a member earns, or None for too little memory; a collective of the team."""
+        member, pending = started
         try:
-            found = self._rollout.evaluate(problems, group=mode.team)
+            return self._rollout.finish(pending).result_of(member)
         except MemoryShortageError:
             return None
-        return MemberResult(member, found.reward, found.num_failures, found.num_tokens, found.is_finite)
 
     def _hand_out(
-        self, members: Sequence[int], evaluate: Evaluate, on_result: OnResult
+        self, members: Sequence[int], evaluate: Evaluate[Any], on_result: OnResult
     ) -> dict[int, MemberResult]:
         """Has members evaluated until all are, or one could not be."""
         team, world = self._rollout.mode.team, self._mesh.world
@@ -145,18 +160,33 @@ class Population:
             )
             return desk.hand_out(members, evaluate=evaluate, on_result=on_result, spans=self._spans)
         results: dict[int, MemberResult] = {}
-        for member in members:
-            self._stop_if_asked()
-            result = evaluate(member)
+        is_short = is_stopping = False
+
+        def left() -> Iterator[int]:
+            nonlocal is_stopping
+            for member in members:
+                is_stopping = is_stopping or self._is_asked_to_stop()
+                if is_short or is_stopping:
+                    return  # the one already started is finished all the same
+                yield member
+
+        for result in evaluate.each(left()):
             if result is None:
-                break
-            results[member] = result
-            on_result(result)
+                is_short = True
+            else:
+                results[result.member] = result
+                on_result(result)
+        if is_stopping:
+            raise Stopped
         return results
+
+    def _is_asked_to_stop(self) -> bool:
+        """Whether one of the ranks knows of a request to stop; a collective of all."""
+        return self._mesh.world.any(self._stop.is_requested)
 
     def _stop_if_asked(self) -> None:
         """Raises ``Stopped`` on all ranks if one of them knows of a request to stop; a collective."""
-        if self._mesh.world.any(self._stop.is_requested):
+        if self._is_asked_to_stop():
             raise Stopped
 
 
@@ -196,9 +226,10 @@ class Desk:
         # Rank 0's: what has come, and how many teams have said that they are done.
         self._results: dict[int, MemberResult] = {}
         self._num_done = 0
+        self._is_short = False
 
     def hand_out(
-        self, members: Sequence[int], *, evaluate: Evaluate, on_result: OnResult, spans: Spans
+        self, members: Sequence[int], *, evaluate: Evaluate[Any], on_result: OnResult, spans: Spans
     ) -> dict[int, MemberResult]:
         """Has members evaluated until all are, or one could not be; a collective of all ranks.
 
@@ -208,12 +239,13 @@ class Desk:
         Raises:
             Stopped: On all ranks, if the job was asked to stop.
         """
-        while (position := self._draw(len(members))) < len(members):
-            result = evaluate(members[position])
+        for result in evaluate.each(self._drawn(members)):
             if result is None:
-                self._shut(len(members))
-                break
-            self._post(asdict(result))
+                if not self._is_short:
+                    self._shut(len(members))
+                self._is_short = True
+            else:
+                self._post(asdict(result))
             self._collect(on_result)
         self._post(None)
         with spans("wait"):
@@ -226,6 +258,11 @@ class Desk:
         if is_stopping:
             raise Stopped
         return {record["member"]: MemberResult(**record) for record in found}
+
+    def _drawn(self, members: Sequence[int]) -> Iterator[int]:
+        """This team's members, each drawn when it is asked for."""
+        while not self._is_short and (position := self._draw(len(members))) < len(members):
+            yield members[position]
 
     def _draw(self, num_members: int) -> int:
         """The position of the next member that nobody has; beyond the last if there is none."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,10 @@ from shardes.rollout.modes import Modes
 from shardes.rollout.rollout import Rollout
 from shardes.rollout.scoring import Scorer
 from shardes.runs.journal import JOURNAL_VERSION
+from shardes.sandbox.pool import DirectRewards, Rewards
 from shardes.spans import Spans
 from shardes.stopping import Stop
-from shardes.tasks.base import Task
+from shardes.tasks.base import Task, all_rewards
 
 logger = logging.getLogger(__name__)
 
@@ -150,17 +151,32 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
         yield Session(config, mesh, backend, weights, identity, Spans(), stop)
 
 
-def make_rollout(session: Session, task: Task) -> tuple[Rollout, Scorer]:
-    """What answers and scores a task's problems with a session's model."""
-    config = session.config
-    scorer = Scorer(task, on_error=config.task.on_reward_error)
+def make_rollout(
+    session: Session, task: Task, *, rewards: Rewards | None = None, others: Mapping[str, Task] | None = None
+) -> tuple[Rollout, Scorer, dict[str, Scorer]]:
+    """What answers and scores a task's problems with a session's model.
+
+    Args:
+        session: The model.
+        task: What it is trained on.
+        rewards: Where rewards run; None: in this process.
+        others: Further tasks by name.
+
+    Returns:
+        The rollout, the task's scorer, and those of the others.
+    """
+    config, others = session.config, others or {}
+    if rewards is None:
+        rewards = DirectRewards(all_rewards([task, *others.values()]))
+    on_error = config.task.on_reward_error
+    scorer = Scorer(task, rewards=rewards, on_error=on_error)
+    scorers = {name: Scorer(other, rewards=rewards, on_error=on_error) for name, other in others.items()}
     mode: str = config.rollout.mode
     if mode == "auto" and config.parallel.backend in _ONLY_MODES:
         mode, reason = _ONLY_MODES[config.parallel.backend]
         logger.info("rollout.mode: auto is %s: %s", mode, reason)
     rollout = Rollout(
         session.backend,
-        task=task,
         tokenizer=load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code),
         mesh=session.mesh,
         scorer=scorer,
@@ -169,7 +185,7 @@ def make_rollout(session: Session, task: Task) -> tuple[Rollout, Scorer]:
         seed=config.es.seed,
         spans=session.spans,
     )
-    return rollout, scorer
+    return rollout, scorer, scorers
 
 
 def _combined(mesh: Mesh, backend: Backend, digest: int, *, compare: bool) -> str:

@@ -3,23 +3,29 @@
 import logging
 import math
 import resource
+import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from shardes.agreement import check_agreement, shared_settings
+from shardes.batches import draw_batch
 from shardes.errors import UserError
-from shardes.es.fitness import step_size, update_coefficients
-from shardes.noise import data_order
-from shardes.population import MemberResult, Population
+from shardes.es.fitness import mean_reward, step_size, update_coefficients
+from shardes.es.results import MemberResult, member_rewards, settled
+from shardes.export import export_model
+from shardes.population import Population
 from shardes.rollout.rollout import Problems
 from shardes.runs.directory import RunDirectory
 from shardes.runs.metrics import heldout_metrics, iteration_metrics
 from shardes.runs.restore import restore_weights
 from shardes.runs.snapshotting import Snapshots
+from shardes.sandbox.pool import Rewards
 from shardes.session import Session, make_rollout
 from shardes.tasks.base import Row, Task
+from shardes.tasks.data import rows_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +36,31 @@ class Trainer:
     Args:
         session: The model with its base weights.
         task: What it is trained on.
+        rewards: Where rewards run; None: in this process.
+        heldout_sets: Further tasks by name, on whose rows the centre is evaluated, too.
 
     Attributes:
         run: The run directory, on rank 0; None elsewhere.
     """
 
-    def __init__(self, session: Session, task: Task) -> None:
+    def __init__(
+        self,
+        session: Session,
+        task: Task,
+        *,
+        rewards: Rewards | None = None,
+        heldout_sets: Mapping[str, Task] | None = None,
+    ) -> None:
         self._task = task
         self._session = session
         self._config = session.config
         self._world = session.mesh.world
         self._weights = session.weights
         self._spans = session.spans
-        self._rollout, self._scorer = make_rollout(session, task)
+        heldout_sets = heldout_sets or {}
+        self._rollout, self._scorer, scorers = make_rollout(
+            session, task, rewards=rewards, others=heldout_sets
+        )
         self._population = Population(
             self._rollout,
             mesh=session.mesh,
@@ -52,11 +70,18 @@ class Trainer:
             spans=self._spans,
         )
         self._heldout = self._rollout.prepare(task.heldout, iteration=0) if task.heldout else None
-        if self._heldout is None and self._config.eval.every:
-            logger.info("no held-out evaluation: task.heldout_data is not given")
+        self._heldout_sets = {
+            name: self._rollout.prepare(other.train, iteration=0, scorer=scorers[name])
+            for name, other in heldout_sets.items()
+        }
+        if self._heldout is None and not self._heldout_sets and self._config.eval.every:
+            logger.info("no held-out evaluation: neither task.heldout_data nor eval.sets is given")
         # What the journal knows of the first iteration to do: the job died in the middle of it.
-        self._known_rewards: dict[tuple[int, int], float] = {}
+        self._known_results: dict[tuple[int, int], MemberResult] = {}
         self._known_evaluation: int | None = None
+        self._known_heldout_reward: float | None = None
+        self._best_reward: float | None = None
+        self._settings = self._config.determinants(data_sha256=rows_sha256(task.train))
         self._snapshots = Snapshots(
             self._config.run.dir,
             every=self._config.run.snapshot_every,
@@ -75,7 +100,7 @@ class Trainer:
                 be too large. Whatever was recorded before is kept.
             StorageError: A file of the run cannot be written.
         """
-        check_agreement(self._world, **shared_settings(self._config))
+        check_agreement(self._world, **shared_settings(self._config) | self._settings)
         try:
             first = self._open_run()
             with self._progress(first) as bar:
@@ -94,9 +119,7 @@ class Trainer:
     def _evaluate_members(self, iteration: int, problems: Problems) -> list[float | None]:
         """The mean reward of every member."""
         members = range(self._config.es.population)
-        known: dict[int, float | None] = {
-            member: reward for (of, member), reward in self._known_rewards.items() if of == iteration
-        }
+        known = {member: result for (of, member), result in self._known_results.items() if of == iteration}
 
         def record(result: MemberResult) -> None:
             self._record({"type": "member", "iteration": iteration, **vars(result)})
@@ -107,8 +130,9 @@ class Trainer:
             problems=problems,
             on_result=record,
         )
-        earned = known | {member: result.reward for member, result in results.items()}
-        rewards = [earned[member] for member in members]
+        earned = known | results
+        on_error = self._config.task.on_reward_error
+        rewards = member_rewards([earned[member] for member in members], on_error=on_error)
         num_nonfinite = sum(not result.is_finite for result in results.values())
         self._check_enough_rewards(rewards, iteration=iteration, num_nonfinite=num_nonfinite)
         return rewards
@@ -204,38 +228,69 @@ class Trainer:
                 self._snapshots.begin(iteration, digest=digest)
 
     def _draw_problems(self, iteration: int) -> list[Row]:
-        """The iteration's problems: a pure function of the seed and the iteration."""
-        train, count = self._task.train, self._config.task.batch_size
-        if count is None or count >= len(train):
-            return list(train)
-        order = data_order(len(train), seed=self._config.es.seed, iteration=iteration, count=count)
-        return [train[row] for row in order]
+        """The iteration's problems."""
+        drawn = draw_batch(
+            len(self._task.train),
+            batch_size=self._config.task.batch_size,
+            sampling=self._config.task.sampling,
+            seed=self._config.es.seed,
+            iteration=iteration,
+        )
+        return [self._task.train[row] for row in drawn]
 
     def _evaluate_centre_if_due(self, iteration: int) -> None:
-        """Held-out reward of the weights after ``iteration`` updates, every few iterations and at the end."""
+        """Held-out rewards after ``iteration`` updates, every few iterations and at the end."""
         every = self._config.eval.every
         is_last = iteration == self._config.es.iterations
-        if self._heldout is None or every == 0 or not (is_last or iteration % every == 0):
+        if every == 0 or not (is_last or iteration % every == 0):
+            return
+        if self._heldout is None and not self._heldout_sets:
             return
         if iteration == self._known_evaluation:
+            self._save_if_best(iteration, self._known_heldout_reward)
             return
-        evaluation = self._population.evaluate_centre(self._heldout)
-        reward = evaluation.reward
+        record: dict[str, Any] = {"type": "evaluation", "iteration": iteration}
+        if self._heldout is not None:
+            record |= self._evaluate_centre(iteration, self._heldout, name=None)
+        sets = {
+            name: self._evaluate_centre(iteration, problems, name=name)
+            for name, problems in self._heldout_sets.items()
+        }
+        if sets:
+            record["sets"] = sets
+        self._record(record)
+        self._save_if_best(iteration, record.get("reward"))
+
+    def _evaluate_centre(self, iteration: int, problems: Problems, *, name: str | None) -> dict[str, Any]:
+        """What the centre earns on some held-out problems; samples of its answers are written."""
+        evaluation = self._population.evaluate_centre(problems)
+        on_error = self._config.task.on_reward_error
+        reward = mean_reward(settled(evaluation.rewards, evaluation.has_failed, on_error=on_error))
         if self.run is not None:
             if not evaluation.is_finite:
                 logger.warning("iteration %d: the logits of the centre are not finite", iteration)
             # Samples first: those without a journal entry are dropped and written again after a crash.
-            for sample in evaluation.samples:
-                self.run.samples.write({"iteration": iteration, **vars(sample)})
-            self._record(
-                {
-                    "type": "evaluation",
-                    "iteration": iteration,
-                    "reward": reward,
-                    "num_failures": evaluation.num_failures,
-                }
-            )
-            logger.info("iteration %d: held-out reward %s", iteration, _shown(reward))
+            of = {} if name is None else {"set": name}
+            for sample in evaluation.samples.values():
+                self.run.samples.write({"iteration": iteration, **of, **vars(sample)})
+            on = "" if name is None else f" on {name}"
+            logger.info("iteration %d: held-out reward%s %s", iteration, on, _shown(reward))
+        components = evaluation.component_means()
+        return {"reward": reward, "num_failures": evaluation.num_failures, "components": components}
+
+    def _save_if_best(self, iteration: int, reward: float | None) -> None:
+        """Exports the centre if it is the best yet, and if that is wanted; a collective."""
+        if not self._config.eval.save_best or reward is None:
+            return
+        if self._best_reward is not None and reward <= self._best_reward:
+            return
+        self._best_reward = reward
+        best = self._config.run.dir / "best"
+        with self._spans("io"):
+            if self._world.is_main:
+                shutil.rmtree(best, ignore_errors=True)
+            self._world.barrier()
+            export_model(self._session, best, iteration=iteration, settings=self._settings)
 
     def _finish(self) -> None:
         """Evaluates the final weights, and leaves the model at them."""
@@ -279,11 +334,10 @@ class Trainer:
         state: dict[str, Any] = {}
         if self._world.is_main:
             try:
-                settings = self._config.determinants()
                 header = {
                     "type": "header",
                     **self._session.identity,
-                    "settings": settings,
+                    "settings": self._settings,
                     "config": self._config.model_dump(mode="json"),
                 }
                 self.run = RunDirectory(self._config, header=header)
@@ -293,7 +347,8 @@ class Trainer:
                     "updates": history.updates,
                     "digests": list(history.digests.items()),
                     "pending": list(history.members.get(first, {}).values()),
-                    "is_evaluated": first in history.evaluations,
+                    "evaluation": history.evaluations.get(first),
+                    "best_reward": history.best_reward(before=first),
                 }
             except UserError as error:
                 state = {"error": str(error)}
@@ -311,10 +366,13 @@ class Trainer:
         )
         if first and first not in digests:
             self._keep_weights(first)
-        self._known_evaluation = first if state["is_evaluated"] else None
+        if state["evaluation"] is not None:
+            self._known_evaluation = first
+            self._known_heldout_reward = state["evaluation"].get("reward")
+        self._best_reward = state["best_reward"]
         # A member without a reward is asked again: the user may have mended the reward function.
-        self._known_rewards = {
-            (first, record["member"]): record["reward"]
+        self._known_results = {
+            (first, record["member"]): MemberResult.of_record(record)
             for record in state["pending"]
             if record["reward"] is not None
         }

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shardes.tasks.countdown import problem_key
 from tests.helpers.inprocess import call
 from tests.helpers.models import tiny_model, tree
 from tests.helpers.ranks import ROOT, free_port, run_command
@@ -168,18 +167,6 @@ def test_an_empty_journal_has_nothing_to_export(tmp_path, model):
     (tmp_path / "run" / "journal.jsonl").touch()
     for command in [*commands, ("journal", tmp_path / "run")]:
         assert_refused(call("shardes", *command), "RUN_DIR", "its journal is empty")
-
-
-def test_countdown_writes_problems(tmp_path):
-    train, heldout = tmp_path / "data" / "train.jsonl", tmp_path / "data" / "heldout.jsonl"
-    assert call("shardes", "countdown", train, "--num-problems", "20").returncode == 0
-    # The same seed would give the same problems, were they not excluded.
-    result = call("shardes", "countdown", heldout, "--num-problems", "30", "--exclude", train)
-    assert result.returncode == 0, result.stderr
-    keys = [[problem_key(json.loads(line)) for line in p.read_text().splitlines()] for p in (train, heldout)]
-    assert [len(set(k)) for k in keys] == [20, 30]
-    assert not set(keys[0]) & set(keys[1])
-    assert_refused(call("shardes", "countdown", heldout, "--exclude", tmp_path / "no"), "--exclude")
 
 
 def launchers():

@@ -1,18 +1,19 @@
 """Configuration: what is accepted, what each mistake is answered with, and what a resume may change."""
 
 import copy
-import hashlib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardes.config import Config, dump_config, load_config, parse_config
+from shardes.config import Config, TaskName, dump_config, load_config, parse_config
 from shardes.errors import UserError
+from shardes.tasks.registry import LABEL_WORD_TASKS, TASKS
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 MINIMAL = {
     "model": {"path": "a/model"},
     "run": {"dir": "a/run"},
@@ -52,8 +53,10 @@ def write(tmp_path, text):
     return path
 
 
-def test_there_are_shipped_configurations():
-    assert "quickstart.yaml" in [path.name for path in CONFIGS]
+def test_there_is_a_shipped_configuration_of_every_task():
+    names = {path.stem: load_config(path, []).task.name for path in CONFIGS}
+    assert names.pop("quickstart") == "countdown_short"
+    assert names == {name: name for name in get_args(TaskName) if name != "countdown_short"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -63,7 +66,7 @@ def test_shipped_configurations_are_accepted_and_keep_every_value_they_give(path
     for section, keys in yaml.safe_load(path.read_text()).items():
         for key, value in keys.items():
             found = resolved[section][key]
-            if isinstance(getattr(getattr(config, section), key), Path):
+            if isinstance(getattr(getattr(config, section), key), Path) and not value.startswith("hf:"):
                 assert found == str(Path(value).absolute()), f"{section}.{key}"
             elif value is not None:
                 assert type(value)(found) == value, f"{section}.{key}"
@@ -149,7 +152,11 @@ def test_an_unknown_key_far_from_all_is_refused_with_all():
         ("es.min_valid_fraction", float("nan")),
         ("weights.master_device", "disk"),
         ("eval.every", -1),
-        ("task.name", "sudoku"),
+        ("task.name", "sudoku9"),
+        ("task.sampling", "sorted"),
+        ("task.heldout_fraction", 1),
+        ("task.heldout_fraction", 0),
+        ("task.columns", ["a"]),
         ("task.batch_size", 0),
         ("task.on_reward_error", "ignore"),
         ("model", "a/model"),
@@ -203,6 +210,29 @@ def test_a_task_has_exactly_one_reward(name, reward, words):
     message = refusal("task", {"data": "d", "name": name, "reward": reward})
     assert "  task: " in message
     assert words in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"name": "countdown", "label_words": ["a", "b"]},
+            "label_words are for boolq, classification, sst2",
+        ),
+        ({"name": "classification"}, "classification needs label_words"),
+    ],
+)
+def test_label_words_are_for_tasks_that_have_labels(changes, words):
+    assert words in refusal("task", {"data": "d"} | changes)
+
+
+def test_every_built_in_task_can_be_named():
+    assert set(get_args(TaskName)) == set(TASKS) | set(LABEL_WORD_TASKS)
+
+
+def test_a_data_set_of_the_hub_is_no_path():
+    config = parsed("task.data", "hf:some/name:main@train")
+    assert yaml.safe_load(dump_config(config))["task"]["data"] == "hf:some/name:main@train"
 
 
 def test_text_that_is_a_number_is_a_number(tmp_path):
@@ -290,6 +320,12 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
 
 
 FREE = [
+    ("eval.sets", {"other": {"name": "countdown", "data": "other.jsonl"}}),
+    ("eval.save_best", True),
+    ("eval.pass_reward", 0.5),
+    ("task.reward_timeout_seconds", 5.0),
+    ("task.reward_workers", 0),
+    ("task.reward_memory_bytes", None),
     ("model.path", "elsewhere"),
     ("model.trust_remote_code", True),
     ("run.dir", "other"),
@@ -310,8 +346,13 @@ FREE = [
     ("es.min_valid_fraction", 0.25),
     ("es.alpha", 5e-4),  # what auto stands for
     ("task.heldout_data", "held.jsonl"),
+    ("task.columns", {"numbers": "cards"}),  # what it makes of the rows is compared, as for the next two
+    ("task.heldout_fraction", 0.5),
+    ("task.split_seed", 1),
 ]
 BINDING = [
+    ("task.rewards", [{"path": "m:f", "weight": 0.5}]),
+    ("task.metric", "accuracy"),
     ("model.dtype", "float32"),
     ("rollout.micro_batch_size", 3),
     ("rollout.max_new_tokens", 6),
@@ -330,20 +371,19 @@ BINDING = [
     ("es.trainable", [".*", "!.*norm.*"]),
     ("task.name", "countdown_short"),
     ("task.batch_size", 4),
+    ("task.sampling", "epochs"),
+    ("task.template", "{{ numbers }}"),
+    ("task.system", "Be brief."),
     ("task.on_reward_error", 0.0),
 ]
 
 
 @pytest.fixture
-def determinants(tmp_path):
-    data = tmp_path / "data.jsonl"
-    data.write_bytes(b"one\n")
-
-    def of(key="task.data", value=data):
+def determinants():
+    def of(key="es.iterations", value=7, *, data_sha256="of the rows"):
         tree = with_key(key, value)
-        tree["task"]["data"] = str(tree["task"]["data"]).replace("a/data.jsonl", str(data))
         tree["rollout"].setdefault("temperature", 0.5)  # what is drawn depends on more keys
-        return parse_config(tree, source="test").determinants()
+        return parse_config(tree, source="test").determinants(data_sha256=data_sha256)
 
     return of
 
@@ -362,16 +402,23 @@ def test_a_resume_may_not_change(determinants, key, value):
 def test_every_key_is_known_to_be_free_or_binding(determinants):
     every = {f"{s}.{k}" for s, field in Config.model_fields.items() for k in field.annotation.model_fields}
     judged = {key for key, _ in FREE + BINDING}
-    assert every - judged == {"task.data", "task.reward"}  # by content; by the user's own care
-    assert set(determinants()) == {key for key, _ in BINDING} | {"task.data sha256"}
+    assert every - judged == {
+        "task.data",  # by content
+        "task.reward",  # by the user's own care
+        "task.label_words",  # of tasks that the minimal configuration does not name; see below
+    }
+    assert set(determinants()) == {key for key, _ in BINDING} | {"task.label_words", "task.data sha256"}
 
 
-def test_data_binds_by_content_and_iterations_only_under_a_linear_schedule(determinants, tmp_path):
-    (tmp_path / "copy.jsonl").write_bytes(b"one\n")
-    (tmp_path / "other.jsonl").write_bytes(b"two\n")
-    assert determinants("task.data", tmp_path / "copy.jsonl") == determinants()
-    assert determinants()["task.data sha256"] == hashlib.sha256(b"one\n").hexdigest()
-    assert determinants("task.data", tmp_path / "other.jsonl") != determinants()
+def test_label_words_bind(determinants):
+    task = {"name": "sst2", "data": "d", "label_words": ["bad", "good"]}
+    assert determinants("task", task) != determinants("task", task | {"label_words": ["awful", "good"]})
+
+
+def test_data_bind_by_content_and_iterations_only_under_a_linear_schedule(determinants):
+    assert determinants("task.data", "another/place.csv") == determinants()
+    assert determinants()["task.data sha256"] == "of the rows"
+    assert determinants(data_sha256="of others") != determinants()
     es = {"schedule": "linear", "iterations": 7}
     assert determinants("es", es) != determinants("es", es | {"iterations": 8})
 

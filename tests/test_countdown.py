@@ -9,17 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardes.errors import UserError
-from shardes.tasks.base import Task
 from shardes.tasks.countdown import (
-    Countdown,
+    CHAT,
+    SHORT,
     check_row,
     generate_problems,
     problem_key,
     split_problems,
 )
 
-CHAT = Countdown()
-SHORT = Countdown("short")
+
+def judge(style, response, numbers, target, *, prompt=""):
+    """The task's components for one response: answer and format."""
+    columns = {"numbers": [list(numbers)], "target": [target], "other": [None]}
+    values = [component.function([prompt], [response], **columns) for component in style.rewards]
+    assert all(len(value) == 1 for value in values)
+    return tuple(value[0] for value in values)
 
 
 def chat(expression, thoughts="let me see"):
@@ -27,8 +32,8 @@ def chat(expression, thoughts="let me see"):
 
 
 def reward_of(style, response, numbers=(3, 5, 2), target=13, prompt=""):
-    (reward,) = style.reward([prompt], [response], numbers=[list(numbers)], target=[target])
-    return reward
+    parts = judge(style, response, numbers, target, prompt=prompt)
+    return sum(c.weight * part for c, part in zip(style.rewards, parts, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -66,15 +71,15 @@ def reward_of(style, response, numbers=(3, 5, 2), target=13, prompt=""):
     ],
 )
 def test_answer(expression, numbers, target, answer):
-    assert CHAT.judge(chat(expression), numbers, target)[0] == answer
-    assert SHORT.judge(f"<answer>{expression}</answer>", numbers, target) == (answer, 1)
+    assert judge(CHAT, chat(expression), numbers, target)[0] == answer
+    assert judge(SHORT, f"<answer>{expression}</answer>", numbers, target) == (answer, 1)
 
 
 @pytest.mark.parametrize("digits", [50, 100_000])
 def test_a_huge_number_or_answer_is_worth_nothing_and_costs_nothing(digits):
     start = time.perf_counter()
     for expression in ("9" * digits, "9*" * digits + "9", "(" * digits, "-" * digits + "9", " " * digits):
-        assert CHAT.judge(chat(expression), [9], 9) == (0, 1)
+        assert judge(CHAT, chat(expression), [9], 9) == (0, 1)
     assert time.perf_counter() - start < 1
 
 
@@ -86,7 +91,7 @@ def test_judging_takes_linear_time(piece):
     start = time.perf_counter()
     for response in (piece * 100_000, f"<think>{piece * 100_000}", chat("1", thoughts=piece * 100_000)):
         for style in (CHAT, SHORT):
-            style.judge(response, [1], 1)
+            judge(style, response, [1], 1)
     assert time.perf_counter() - start < 2
 
 
@@ -119,7 +124,7 @@ def test_judging_takes_linear_time(piece):
     ],
 )
 def test_chat_format(response, answer, form):
-    assert CHAT.judge(response, [3, 5, 2], 13) == (answer, form)
+    assert judge(CHAT, response, [3, 5, 2], 13) == (answer, form)
     assert reward_of(CHAT, response) == pytest.approx(answer + 0.1 * form)
 
 
@@ -140,7 +145,7 @@ def test_chat_format(response, answer, form):
     ],
 )
 def test_short_format(response, answer, form):
-    assert SHORT.judge(response, [3, 5, 2], 13) == (answer, form)
+    assert judge(SHORT, response, [3, 5, 2], 13) == (answer, form)
     assert reward_of(SHORT, response) == pytest.approx(answer + 0.1 * form)
 
 
@@ -166,22 +171,19 @@ def test_prompts():
 
 
 @pytest.mark.parametrize("style", [CHAT, SHORT])
-def test_fits_a_task_and_can_be_sent_to_another_process(style):
-    rows = [
-        {"numbers": [3, 5, 2], "target": 13, "source": "a"},
-        {"numbers": [1, 1], "target": 2, "source": "b"},
-    ]
-    task = pickle.loads(pickle.dumps(Task("countdown", rows, [], style.make_prompt, style.reward)))
-    columns = {key: [row[key] for row in task.train] for key in rows[0]}
+def test_the_parts_are_named_weighted_and_judge_several_answers_at_once(style):
+    assert [(c.name, c.weight) for c in style.rewards] == [("answer", 1.0), ("format", 0.1)]
+    answer, form = (component.function for component in style.rewards)
     completions = ["<answer>3*5-2</answer>", "<answer>1+1+0</answer>"]
-    rewards = task.reward([task.make_prompt(row) for row in rows], completions, **columns)
-    form = 0.1 * (style is SHORT)
-    assert rewards == pytest.approx([1 + form, form])
+    columns = {"numbers": [[3, 5, 2], [1, 1]], "target": [13, 2], "source": ["a", "b"]}
+    assert answer(["", ""], completions, **columns) == [1, 0]
+    assert form(["", ""], completions, **columns) == [float(style is SHORT)] * 2
+    assert pickle.loads(pickle.dumps(answer)) is answer
 
 
 def test_columns_of_another_length_are_an_error():
     with pytest.raises(ValueError, match="shorter"):
-        SHORT.reward(["", ""], ["", ""], numbers=[[1]], target=[1])
+        SHORT.rewards[0].function(["", ""], ["", ""], numbers=[[1]], target=[1])
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_check_row_accepts(row):
     ],
 )
 def test_check_row_refuses(key, row):
-    with pytest.raises(UserError, match=rf"data\.jsonl line 7: key '{key}' is .*; wanted: ") as caught:
+    with pytest.raises(UserError, match=rf"data\.jsonl line 7: column '{key}' is .*; wanted: ") as caught:
         check_row(row, "data.jsonl line 7")
     assert len(str(caught.value)) < 300
 
@@ -324,6 +326,6 @@ def test_shares_that_do_not_sum_to_one():
 @given(st.text(max_size=60), st.sampled_from([CHAT, SHORT]))
 def test_any_response_is_judged(text, style):
     for response in (text, f"<answer>{text}</answer>", chat(text)):
-        answer, form = style.judge(response, [1, 2], 3)
+        answer, form = judge(style, response, [1, 2], 3)
         assert answer in (0.0, 1.0)
         assert form in (0.0, 1.0)

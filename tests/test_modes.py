@@ -248,6 +248,6 @@ def test_backends_without_a_choice_make_none(tmp_path, caplog, backend, wanted):
     model = tiny_model(tmp_path / "model", tied=True)
     config = make_config(tmp_path, model=model, run_dir=tmp_path / "run", parallel__backend=backend)
     with caplog.at_level(logging.INFO), open_session(config) as session:
-        rollout, _ = make_rollout(session, load_task(config.task))
+        rollout, *_ = make_rollout(session, load_task(config.task))
         assert rollout.mode.name == wanted
     assert f"rollout.mode: auto is {wanted}: " in caplog.text

@@ -3,14 +3,16 @@
 import threading
 import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from shardes.distributed import Group
-from shardes.population import Desk, MemberResult
+from shardes.distributed import Group, Mesh
+from shardes.es.results import MemberResult
+from shardes.population import Desk, Evaluate, Population
 from shardes.spans import Spans
 from shardes.stopping import Stop, Stopped
 
@@ -42,6 +44,11 @@ class ThreadGroup(Group):
         return found
 
 
+def whole(evaluate):
+    """An evaluation that is all done when it is finished."""
+    return Evaluate(lambda member: member, evaluate)
+
+
 def play(num_ranks, members, evaluate, *, team_size=1, timeout_seconds=10, stop=None, told=None):
     """Runs a desk on every rank; returns what each got, and what rank 0 was told in which order."""
     stop, told = stop or Stop(), [] if told is None else told
@@ -62,7 +69,7 @@ def play(num_ranks, members, evaluate, *, team_size=1, timeout_seconds=10, stop=
         try:
             found[number] = desk.hand_out(
                 members,
-                evaluate=lambda member: evaluate(number, member),
+                evaluate=whole(lambda member: evaluate(number, member)),
                 on_result=told.append if number == 0 else None,
                 spans=Spans(),
             )
@@ -138,7 +145,7 @@ def test_rank_0_is_told_of_others_results_between_its_own():
             stop=Stop(),
         ).hand_out(
             range(12),
-            evaluate=lambda member: evaluate(number, member),
+            evaluate=whole(lambda member: evaluate(number, member)),
             on_result=told_now.append,
             spans=Spans(),
         )
@@ -151,6 +158,45 @@ def test_rank_0_is_told_of_others_results_between_its_own():
     assert len(order) >= 2
     assert order[0] < order[1], "what the other had done was known before rank 0 ended its second member"
     assert len(told_now) == 12
+
+
+def test_each_member_is_started_before_the_one_before_it_is_finished():
+    log = []
+
+    def start(member):
+        log.append(("start", member))
+        return member
+
+    def finish(member):
+        log.append(("finish", member))
+        return None if member == 2 else result_of(member)
+
+    found = list(Evaluate(start, finish).each(iter(range(4))))
+    assert found == [None if member == 2 else result_of(member) for member in range(4)]
+    starts, finishes = [[m for what, m in log if what == word] for word in ("start", "finish")]
+    assert starts == finishes == [0, 1, 2, 3]
+    for member in range(3):
+        assert log.index(("finish", member)) == log.index(("start", member + 1)) + 1
+    assert list(Evaluate(start, finish).each(iter([]))) == []
+
+
+@pytest.mark.parametrize("num_members", [1, 2, 5])
+def test_after_a_shortage_the_member_in_flight_is_finished_and_no_other_is_started(num_members):
+    started = []
+
+    def start(member):
+        started.append(member)
+        return member
+
+    world = Group(0, 1, CPU)
+    rollout = SimpleNamespace(mode=SimpleNamespace(team=world))
+    population = Population(rollout, mesh=Mesh(world, world), sigma=0.1, timeout_seconds=1, spans=Spans())
+    evaluate = Evaluate(start, lambda member: None if member == 0 else result_of(member))
+    told = []
+    found = population._hand_out(range(num_members), evaluate, told.append)
+    assert started == [0, 1][:num_members]
+    assert found == {member: result_of(member) for member in started if member}
+    assert told == list(found.values())
 
 
 def test_after_a_shortage_nobody_draws_and_what_is_done_is_kept():
@@ -194,11 +240,11 @@ def test_rank_0_does_not_wait_for_ever():
             begun.set()
             gone.wait(3)
         else:
-            begun.wait(10)  # so that each has a member
+            begun.wait(10)  # so that each has members
         return result_of(member)
 
     try:
         with pytest.raises(TimeoutError, match=r"parallel\.timeout_seconds\), and 1 of 2 teams"):
-            play(2, range(2), evaluate, timeout_seconds=0.3)
+            play(2, range(4), evaluate, timeout_seconds=0.3)
     finally:
         gone.set()

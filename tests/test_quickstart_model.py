@@ -7,10 +7,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shardes.tasks.countdown import Countdown, check_row, problem_key, split_problems
+from shardes.tasks.countdown import (
+    answer_reward,
+    check_row,
+    problem_key,
+    short_format_reward,
+    short_prompt,
+    split_problems,
+)
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart"
-TASK = Countdown("short")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +58,7 @@ def test_the_tokenizer_that_auto_tokenizer_loads_is_the_one_that_was_made(tokeni
 
 def test_what_is_encoded_is_decoded(tokenizer):
     for row in TRAIN + HELDOUT:
-        text = f"{TASK.make_prompt(row)}<answer>{next(solutions_of(row))}</answer>"
+        text = f"{short_prompt(row)}<answer>{next(solutions_of(row))}</answer>"
         ids = tokenizer(text)["input_ids"]
         assert len(ids) == 9 + 7
         assert tokenizer.decode(ids) == text
@@ -87,15 +93,15 @@ def test_every_row_is_a_valid_solvable_problem():
 
 
 def test_no_row_is_there_twice_and_no_problem_on_both_sides():
-    texts = [TASK.make_prompt(row) for row in TRAIN + HELDOUT]
+    texts = [short_prompt(row) for row in TRAIN + HELDOUT]
     assert len(set(texts)) == len(texts)
     assert not {problem_key(row) for row in TRAIN} & {problem_key(row) for row in HELDOUT}
     # All orders of a problem's numbers are there, so none is left over for the model's pre-training.
     for rows in (TRAIN, HELDOUT):
-        prompts = {TASK.make_prompt(row) for row in rows}
+        prompts = {short_prompt(row) for row in rows}
         for row in rows:
             for order in permutations(row["numbers"]):
-                assert TASK.make_prompt({**row, "numbers": order}) in prompts
+                assert short_prompt({**row, "numbers": order}) in prompts
 
 
 def test_the_rows_are_those_that_the_tool_makes_and_the_model_was_trained_on_none_of_them():
@@ -111,10 +117,12 @@ def test_the_rows_are_those_that_the_tool_makes_and_the_model_was_trained_on_non
 
 
 def generate(model, tokenizer, rows, **options):
-    prompts = tokenizer([TASK.make_prompt(row) for row in rows], return_tensors="pt", padding=True)
+    prompts = tokenizer([short_prompt(row) for row in rows], return_tensors="pt", padding=True)
     ids = model.generate(**prompts, max_new_tokens=8, **options)
     texts = tokenizer.decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-    return texts, [TASK.judge(t, row["numbers"], row["target"]) for t, row in zip(texts, rows, strict=True)]
+    columns = {key: [row[key] for row in rows] for key in ("numbers", "target")}
+    parts = answer_reward([], texts, **columns), short_format_reward([], texts)
+    return texts, list(zip(*parts, strict=True))
 
 
 def test_the_base_model_scores_nothing_greedily(model, tokenizer):

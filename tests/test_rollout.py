@@ -1,6 +1,7 @@
 """Micro-batches, and what an evaluation reports."""
 
 import json
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -17,8 +18,9 @@ from shardes.rollout.batching import compose, tokenize
 from shardes.rollout.modes import Modes
 from shardes.rollout.rollout import Rollout
 from shardes.rollout.scoring import Scorer
+from shardes.sandbox.pool import DirectRewards
 from shardes.session import make_rollout, open_session
-from shardes.tasks.base import Task
+from shardes.tasks.base import Component, Task
 from shardes.tasks.loading import load_task
 from tests.helpers.models import make_config, tiny_model
 from tests.helpers.rewards import spread
@@ -91,14 +93,21 @@ def session(model_dirs, tmp_path):
         yield session
 
 
-def rollout_of(session, reward, *, mode="prompts", mesh=None, changes=None):
-    task = Task("test", ROWS, [], lambda row: row["prompt"], reward)
+def length(completions):
+    return [float(len(text)) for text in completions]
+
+
+LENGTH = Component("length", length, weight=0.0)
+
+
+def rollout_of(session, reward, *, mode="prompts", mesh=None, changes=None, others=()):
+    rewards = (Component("own", reward), *others)
+    task = Task("test", ROWS, [], lambda row: row["prompt"], rewards)
     return Rollout(
         session.backend,
-        task=task,
         tokenizer=load_tokenizer(session.config.model.path, trust_remote_code=False),
         mesh=mesh or session.mesh,
-        scorer=Scorer(task, on_error="exclude"),
+        scorer=Scorer(task, rewards=DirectRewards(rewards), on_error="exclude"),
         modes=Modes(mode, backend=session.backend, weights=session.weights, mesh=session.mesh),
         settings=RolloutConfig(**({"max_new_tokens": 6, "micro_batch_size": 4} | (changes or {}))),
         seed=0,
@@ -132,12 +141,18 @@ def test_every_row_earns_what_its_own_answer_is_worth(session, model_dirs, mode)
         seen.update(zip(n, zip(prompts, completions, strict=True), strict=True))
         return [value + i for value, i in zip(spread(prompts, completions), n, strict=True)]
 
-    evaluation = evaluated(session, reward, mode=mode)
+    evaluation = evaluated(session, reward, mode=mode, others=[LENGTH])
     assert seen == {row["n"]: (row["prompt"], text) for row, text in zip(ROWS, texts, strict=True)}
     assert evaluation.rewards == [value + i for i, value in enumerate(spread(None, texts))]
     assert len(set(texts)) > 3
+    assert evaluation.components == {"own": evaluation.rewards, "length": [float(len(t)) for t in texts]}
     assert evaluation.num_tokens == sum(map(len, answers))
     assert evaluation.num_failures == 0
+    result = evaluation.result_of(3)
+    assert (result.member, result.num_scored, result.num_failures) == (3, 11, 0)
+    assert result.reward == math.fsum(evaluation.rewards) / 11
+    assert result.least == min(evaluation.rewards)
+    assert result.components == {"own": result.reward, "length": sum(map(len, texts)) / 11}
 
 
 def test_samples_are_the_answers_of_the_first_micro_batch(session, model_dirs):
@@ -145,15 +160,20 @@ def test_samples_are_the_answers_of_the_first_micro_batch(session, model_dirs):
     evaluation = evaluated(session, lambda p, c, n: [None if i == 4 else i / 8 for i in n])
     first = sorted(range(len(ROWS)), key=lambda i: (len(ROWS[i]["prompt"]), i))[:4]
     assert 4 in first
-    assert [vars(sample) for sample in evaluation.samples] == [
-        {
+    assert {index: vars(sample) for index, sample in evaluation.samples.items()} == {
+        i: {
             "prompt": ROWS[i]["prompt"],
             "completion": texts[i],
             "token_ids": answers[i],
             "reward": None if i == 4 else i / 8,
         }
         for i in first
-    ]
+    }
+    rollout = rollout_of(session, lambda p, c, n: n)
+    problems = rollout.prepare(ROWS, iteration=0)
+    every = rollout.evaluate(problems, group=session.mesh.world, keeps_samples=True).samples
+    assert [sample.completion for sample in every.values()] == texts
+    assert list(every) == list(range(len(ROWS)))
 
 
 def test_none_and_failures_stay_with_their_rows(session):
@@ -165,6 +185,7 @@ def test_none_and_failures_stay_with_their_rows(session):
     evaluation = evaluated(session, reward)
     assert evaluation.rewards == [0.0, 1.0, None, 3.0, 4.0, None, 6.0, None, 8.0, 9.0, 10.0]
     assert evaluation.num_failures == 2  # None is an answer, not a failure
+    assert [i for i, failed in enumerate(evaluation.has_failed) if failed] == [5, 7]
 
 
 @dataclass(frozen=True)
@@ -179,15 +200,18 @@ def test_ranks_share_the_micro_batches_without_a_gap_or_an_overlap(session):
     def reward(prompts, completions, n):
         return [i + 1 + value for i, value in zip(n, spread(prompts, completions), strict=True)]
 
-    whole = evaluated(session, reward)
+    whole = evaluated(session, reward, others=[LENGTH])
     for world_size in (2, 3, 5):
         groups = [LoneRank(rank, world_size, torch.device("cpu")) for rank in range(world_size)]
-        parts = [evaluated(session, reward, group=group) for group in groups]
+        parts = [evaluated(session, reward, group=group, others=[LENGTH]) for group in groups]
         for row, wanted in enumerate(whole.rewards):
             earned = [part.rewards[row] for part in parts]
             assert sorted(earned) == [0.0] * (world_size - 1) + [wanted]
         assert sum(part.num_tokens for part in parts) == whole.num_tokens
-        assert [part.samples for part in parts] == [whole.samples] + [[]] * (world_size - 1)
+        assert [part.samples for part in parts] == [whole.samples] + [{}] * (world_size - 1)
+        for row in range(len(ROWS)):
+            flags = [part.components["length"][row] is not None for part in parts]
+            assert flags == [part.rewards[row] != 0 for part in parts]
 
 
 def test_an_evaluation_answers_with_the_weights_of_the_moment(session):
@@ -204,6 +228,36 @@ def test_an_evaluation_answers_with_the_weights_of_the_moment(session):
     assert rollout.evaluate(problems, group=world).rewards == first
 
 
+def test_a_started_evaluation_does_not_see_later_weights(session):
+    rollout = rollout_of(session, lambda prompts, completions, n: spread(prompts, completions))
+    problems, world = rollout.prepare(ROWS, iteration=0), session.mesh.world
+    alone = []
+    for direction in range(3):
+        session.weights.perturb(iteration=0, direction=direction, sigma=0.2)
+        alone.append(rollout.evaluate(problems, group=world))
+    assert len({tuple(evaluation.rewards) for evaluation in alone}) == 3
+    started = []
+    for direction in range(3):
+        session.weights.perturb(iteration=0, direction=direction, sigma=0.2)
+        started.append(rollout.start(problems, group=world))
+    assert [rollout.finish(pending) for pending in started] == alone
+
+
+def test_samples_of_one_prompt_are_judged_as_rows_of_their_own(session):
+    changes = {"samples_per_prompt": 3, "temperature": 1.0}
+    seen = []
+
+    def reward(prompts, completions, n):
+        seen.extend(zip(n, prompts, completions, strict=True))
+        return [100 * i + value for i, value in zip(n, spread(prompts, completions), strict=True)]
+
+    evaluation = evaluated(session, reward, changes=changes)
+    assert [int(value // 100) for value in evaluation.rewards] == [i for i in range(11) for _ in range(3)]
+    assert sorted(i for i, _, _ in seen) == [i for i in range(11) for _ in range(3)]
+    assert all(prompt == ROWS[i]["prompt"] for i, prompt, _ in seen)
+    assert len({text for i, _, text in seen if i == 0}) > 1
+
+
 def test_the_end_tokens_are_those_of_the_generation_config(tmp_path):
     path = tiny_model(tmp_path / "model", tied=True)
     config = json.loads((path / "generation_config.json").read_text())
@@ -211,9 +265,9 @@ def test_the_end_tokens_are_those_of_the_generation_config(tmp_path):
     answers, _ = answers_alone(path)
     assert {answer[-1] for answer in answers} & {3, 17}
     with open_session(make_config(tmp_path, model=path, run_dir=tmp_path / "run")) as session:
-        rollout, _ = make_rollout(session, load_task(session.config.task))
+        rollout, *_ = make_rollout(session, load_task(session.config.task))
         evaluation = rollout.evaluate(rollout.prepare(ROWS, iteration=0), group=session.mesh.world)
-        found = {sample.prompt: sample.token_ids for sample in evaluation.samples}
+        found = {sample.prompt: sample.token_ids for sample in evaluation.samples.values()}
     wanted = {row["prompt"]: answer for row, answer in zip(ROWS, answers, strict=True)}
     assert found == {prompt: wanted[prompt] for prompt in found}
 
@@ -230,9 +284,9 @@ def test_where_ranks_share_batches_all_answer_the_same_and_the_first_scores(sess
         batches = []
         monkeypatch.setattr(
             rollout,
-            "_decode",
-            lambda model, batch, *args, decode=rollout._decode, batches=batches, **keywords: (
-                batches.append(batch.rows) or decode(model, batch, *args, **keywords)
+            "_forward",
+            lambda model, problems, batch, forward=rollout._forward, batches=batches, **keywords: (
+                batches.append(batch.rows) or forward(model, problems, batch, **keywords)
             ),
         )
         problems = rollout.prepare(ROWS, iteration=0)
@@ -245,7 +299,7 @@ def test_where_ranks_share_batches_all_answer_the_same_and_the_first_scores(sess
             first, second = seen[2 * replica, size], seen[2 * replica + 1, size]
             assert first[1] == second[1]
             assert second[0].rewards == [0.0] * len(ROWS)
-            assert second[0].samples == []
+            assert second[0].samples == {}
         assert seen[2 * replica, 2][0].rewards == whole.rewards
     parts = [seen[rank, 4][0].rewards for rank in (0, 2)]
     assert [sum(pair) for pair in zip(*parts, strict=True)] == whole.rewards

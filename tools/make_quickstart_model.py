@@ -28,7 +28,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from shardes.tasks.base import Row
-from shardes.tasks.countdown import FORMAT_WEIGHT, Countdown, problem_key, split_problems
+from shardes.tasks.countdown import (
+    FORMAT_WEIGHT,
+    answer_reward,
+    problem_key,
+    short_format_reward,
+    short_prompt,
+    split_problems,
+)
 from shardes.tasks.expression import evaluate
 
 # Picked from 0 to 4 for its curve: 60 iterations of ES raise the held-out reward to between .45 and .54.
@@ -49,8 +56,6 @@ PAD_ID, EOS_ID = 0, 1
 VOCABULARY_SIZE = 32
 # "9 9 9=81:" and "<answer>9*9*1</answer><eos>", one token for each character, tag and special token.
 PROMPT_LENGTH, ANSWER_LENGTH = 9, 8
-
-TASK = Countdown("short")
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
@@ -91,7 +96,7 @@ def make_problems() -> dict[str, tuple[Row, list[str]]]:
         for target, numbers in product(range(10, 100), orders):
             if target in expressions:
                 row = {"numbers": list(numbers), "target": target}
-                problems[str(TASK.make_prompt(row))] = (row, expressions[target])
+                problems[str(short_prompt(row))] = (row, expressions[target])
     return problems
 
 
@@ -115,7 +120,7 @@ class Corpus:
         for row, solutions in problems:
             plain_sum = "+".join(map(str, row["numbers"]))
             answers = [plain_sum, *(f"<answer>{answer}</answer>" for answer in (plain_sum, *solutions))]
-            texts += [f"{TASK.make_prompt(row)}{answer}<eos>" for answer in answers]
+            texts += [f"{short_prompt(row)}{answer}<eos>" for answer in answers]
         # Padded here: the tokenizer would remember the padding side, and save it.
         ids = [torch.tensor(text_ids) for text_ids in tokenizer(texts)["input_ids"]]
         self.ids = pad_sequence(ids, batch_first=True, padding_value=PAD_ID)
@@ -177,11 +182,11 @@ def measure(
 ) -> tuple[float, float]:
     """Mean answer and format parts of the reward, decoded greedily or sampled at temperature 1."""
     torch.manual_seed(SEED)
-    prompts = tokenizer([TASK.make_prompt(row) for row in rows], return_tensors="pt", padding=True)
+    prompts = tokenizer([short_prompt(row) for row in rows], return_tensors="pt", padding=True)
     ids = model.generate(**prompts, max_new_tokens=ANSWER_LENGTH, do_sample=sample)
     texts = tokenizer.decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-    parts = [TASK.judge(text, row["numbers"], row["target"]) for text, row in zip(texts, rows, strict=True)]
-    answers, formats = zip(*parts, strict=True)
+    columns = {key: [row[key] for row in rows] for key in ("numbers", "target")}
+    answers, formats = answer_reward([], texts, **columns), short_format_reward([], texts)
     return sum(answers) / len(rows), sum(formats) / len(rows)
 
 
@@ -207,7 +212,7 @@ def main(out: Path) -> None:
 
     tokenizer = make_tokenizer()
     model = make_model()
-    pretrain(model, Corpus([problems[str(TASK.make_prompt(row))] for row in pretraining], tokenizer))
+    pretrain(model, Corpus([problems[str(short_prompt(row))] for row in pretraining], tokenizer))
     model.eval()
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=PAD_ID, eos_token_id=EOS_ID)
 

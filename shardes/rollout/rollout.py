@@ -1,6 +1,6 @@
 """A batch of problems, answered and scored by some ranks under the weights of the moment."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,51 +9,18 @@ import torch
 from shardes.backends.base import Backend
 from shardes.config import RolloutConfig
 from shardes.distributed import Group, Mesh
-from shardes.es.fitness import mean_reward
 from shardes.modeling import end_tokens, max_positions
 from shardes.rollout.batching import MicroBatch, compose, shared_prefix, tokenize
 from shardes.rollout.decode import Answers, Decoder
+from shardes.rollout.likelihood import CompletionBatch, completion_log_likelihoods, compose_completions
 from shardes.rollout.memory import MemoryShortageError, generation_bytes, is_shortage
 from shardes.rollout.modes import Mode, Modes
 from shardes.rollout.sampling import Sampling
 from shardes.rollout.scoring import Scorer
 from shardes.rollout.stop_texts import StopTexts
+from shardes.rollout.tally import AnswerTally, ChoiceSet, Evaluation, LikelihoodTally, Tally, choice_set
 from shardes.spans import Spans
-from shardes.tasks.base import Prompt, Row, Task
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One answer, for people to read."""
-
-    prompt: str
-    completion: str
-    token_ids: list[int]
-    reward: float | None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a batch of problems earned; the same on every rank that took part, samples apart.
-
-    Attributes:
-        rewards: One per answer, those to one problem side by side; None where the reward does not count.
-        num_failures: Rewards that failed.
-        num_tokens: Tokens generated, padding not counted.
-        samples: Answers of the first micro-batch; on the first of the ranks only.
-        is_finite: Whether all logits were finite; answers picked from others mean nothing.
-    """
-
-    rewards: list[float | None]
-    num_failures: int
-    num_tokens: int
-    samples: list[Sample]
-    is_finite: bool = True
-
-    @property
-    def reward(self) -> float | None:
-        """The mean over the answers that count; None if none does, or if the answers mean nothing."""
-        return mean_reward(self.rewards) if self.is_finite else None
+from shardes.tasks.base import Choices, Prompt, Row
 
 
 @dataclass(frozen=True)
@@ -63,25 +30,41 @@ class Problems:
     Attributes:
         rows: The problems.
         prompts: What is asked, one for each row.
+        scorer: Has answers judged.
         samples_per_prompt: Answers to each; answer i is to prompt ``i // samples_per_prompt``.
-        micro_batches: Prompts, once for each answer.
+        micro_batches: Prompts, once for each answer; or, for a likelihood task, prompts with completions.
         prefix: The tokens with which all prompts begin, int64 of shape [1, length]; None if they are few.
+        choices: For a likelihood task, what may follow the prompts.
     """
 
     rows: Sequence[Row]
     prompts: list[Prompt]
+    scorer: Scorer
     samples_per_prompt: int
-    micro_batches: list[MicroBatch]
-    prefix: torch.Tensor | None
-
-    @property
-    def num_answers(self) -> int:
-        """Of all prompts together."""
-        return len(self.rows) * self.samples_per_prompt
+    micro_batches: Sequence[MicroBatch | CompletionBatch]
+    prefix: torch.Tensor | None = None
+    choices: ChoiceSet | None = None
 
     def fingerprint(self) -> bytes:
         """What the model is asked, token by token: equal for equal problems, templates and tokenizers."""
         return b"".join(batch.input_ids.cpu().numpy().tobytes() for batch in self.micro_batches)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An evaluation of which this rank has done its part, but for the scores.
+
+    Attributes:
+        tally: What is known so far.
+        group: The ranks that share the problems.
+        is_short: Whether this rank had too little memory.
+        is_broken: Whether this rank's model computed something that is not finite.
+    """
+
+    tally: Tally
+    group: Group
+    is_short: bool
+    is_broken: bool
 
 
 class Rollout:
@@ -89,10 +72,9 @@ class Rollout:
 
     Args:
         backend: The model.
-        task: Prompts and rewards.
         tokenizer: The model's.
         mesh: The ranks.
-        scorer: Calls the reward.
+        scorer: Has answers judged; its task is the one that is trained on.
         modes: How a member's weights become a model.
         settings: How prompts are answered.
         seed: The run's.
@@ -103,7 +85,6 @@ class Rollout:
         self,
         backend: Backend,
         *,
-        task: Task,
         tokenizer: Any,
         mesh: Mesh,
         scorer: Scorer,
@@ -113,7 +94,6 @@ class Rollout:
         spans: Spans,
     ) -> None:
         self._backend = backend
-        self._task = task
         self._tokenizer = tokenizer
         self._mesh = mesh
         self._scorer = scorer
@@ -134,15 +114,19 @@ class Rollout:
             sampling=self._sampling,
         )
 
-    def prepare(self, rows: Sequence[Row], *, iteration: int) -> Problems:
+    def prepare(self, rows: Sequence[Row], *, iteration: int, scorer: Scorer | None = None) -> Problems:
         """Renders, tokenises and cuts a batch of problems.
 
         Args:
             rows: The problems.
             iteration: Whose random numbers draw the answers, if they are drawn.
+            scorer: Of the task that the problems are of; None: the one that is trained on.
         """
         settings, device = self._settings, self._mesh.world.device
-        prompts = [self._task.make_prompt(row) for row in rows]
+        scorer = scorer or self._scorer
+        prompts = [scorer.task.make_prompt(row) for row in rows]
+        if scorer.task.choices is not None:
+            return self._prepare_choices(rows, prompts, scorer.task.choices, scorer)
         tokens = [tokenize(prompt, self._tokenizer) for prompt in prompts]
         count = settings.samples_per_prompt
         batches = compose(
@@ -163,7 +147,30 @@ class Rollout:
                 batches[i] = replace(batch, uniforms=uniforms)
         shared = shared_prefix(tokens)
         prefix = torch.tensor([shared], device=device) if shared else None
-        return Problems(rows, prompts, count, [batch.to(device) for batch in batches], prefix)
+        return Problems(rows, prompts, scorer, count, [batch.to(device) for batch in batches], prefix)
+
+    def _prepare_choices(
+        self,
+        rows: Sequence[Row],
+        prompts: list[Prompt],
+        choices_of: Callable[[Row], Choices],
+        scorer: Scorer,
+    ) -> Problems:
+        """The same for a likelihood task: pairs of a prompt and each of its completions."""
+        choices = choice_set(
+            prompts,
+            [choices_of(row) for row in rows],
+            self._tokenizer,
+            max_positions=max_positions(self._backend.lockstep_model),
+        )
+        batches = compose_completions(
+            [prompt for prompt, _ in choices.pairs],
+            [completion for _, completion in choices.pairs],
+            micro_batch_size=self._settings.micro_batch_size,
+            pad_id=self._tokenizer.pad_token_id,
+        )
+        batches = [batch.to(self._mesh.world.device) for batch in batches]
+        return Problems(rows, prompts, scorer, 1, batches, choices=choices)
 
     @property
     def mode(self) -> Mode:
@@ -177,38 +184,48 @@ class Rollout:
 
     def begin(self, problems: Problems) -> None:
         """Comes before any number of evaluations of the same weights; a collective of all ranks."""
-        shapes = [batch.input_ids.shape for batch in problems.micro_batches]
-        model = self._backend.lockstep_model
-        needs = [
-            generation_bytes(
-                model.config,
-                rows=rows,
-                length=width + self._settings.max_new_tokens,
-                dtype=self._backend.dtype,
-            )
-            for rows, width in shapes
-        ]
-        self._modes.settle(max(needs, default=0))
+        self._modes.settle(max(map(self._bytes_for, problems.micro_batches), default=0))
         with self._spans("gather"):
             self.mode.begin()
+
+    def _bytes_for(self, batch: MicroBatch | CompletionBatch) -> int:
+        """About what a micro-batch takes besides weights."""
+        config: Any = self._backend.lockstep_model.config
+        rows, width = batch.input_ids.shape
+        dtype = self._backend.dtype
+        if isinstance(batch, MicroBatch):
+            length = width + self._settings.max_new_tokens
+            return generation_bytes(config, rows=rows, length=length, dtype=dtype)
+        # Logits at every place instead of one.
+        logits = rows * width * config.get_text_config().vocab_size * dtype.itemsize
+        return generation_bytes(config, rows=rows, length=width, dtype=dtype) + logits
 
     def step_down(self) -> None:
         """After a shortage of memory: goes on in a mode that takes less; a collective of all ranks."""
         self._modes.step_down()
 
-    def evaluate(self, problems: Problems, *, group: Group) -> Evaluation:
+    def evaluate(self, problems: Problems, *, group: Group, keeps_samples: bool = False) -> Evaluation:
         """Answers and scores the problems under the current weights; a collective.
 
         Args:
             problems: What to answer.
             group: The ranks that share the micro-batches: a team, or all.
+            keeps_samples: Whether every answer is kept, on the rank that gave it.
 
         Raises:
             MemoryShortageError: On every rank of the group, if one had too little memory, and if there is a
                 mode that takes less.
         """
+        return self.finish(self.start(problems, group=group, keeps_samples=keeps_samples))
+
+    def start(self, problems: Problems, *, group: Group, keeps_samples: bool = False) -> Pending:
+        """Answers the problems under the current weights, without waiting for scores; a collective.
+
+        The weights may change afterwards. Evaluations are finished in the order in which they were started.
+        """
         with self._spans("gather"):
             model = self.mode.model()
+        tally = self._tally(problems, keeps_samples=keeps_samples)
         shard, is_in_step = self._mesh.shard, self.mode.is_in_step
         # Ranks that need the same batch take turns together, and the first of them scores.
         together = shard.world_size if self._backend.shares_batches else 1
@@ -216,10 +233,6 @@ class Rollout:
         # In step, ranks of a replica go on for as long as its first has a micro-batch.
         leader = (group.rank - shard.rank) // together if is_in_step else place
         batches = problems.micro_batches
-        rewards = [0.0] * problems.num_answers
-        excluded = [0.0] * problems.num_answers
-        num_failures = num_tokens = 0
-        samples: list[Sample] = []
         is_short = is_broken = False
         for first in range(0, len(batches), stride):
             mine = first + place
@@ -228,52 +241,67 @@ class Rollout:
             # A rank without a micro-batch of its own repeats another's, so that all call alike.
             is_idle = mine >= len(batches)
             batch = batches[first + leader if is_idle else mine]
+            is_counted = not is_idle and (together == 1 or shard.is_main)
             with self._spans("rollout"):
-                found = self._decode(
-                    model, batch, problems.prefix, is_first=first == 0, is_in_step=is_in_step
-                )
+                found = self._forward(model, problems, batch, is_first=first == 0, is_in_step=is_in_step)
+                if found is not None and is_counted:
+                    tally.take(batch.rows, found, is_first=mine == 0)
             if found is None:
                 is_short = True
                 break
-            answers = found.tokens
-            is_broken |= not found.is_finite
-            if is_idle or (together > 1 and not shard.is_main):
-                continue
+            if isinstance(found, Answers):
+                is_broken |= not found.is_finite
             with self._spans("reward"):
-                completions = [self._text(answer) for answer in answers]
-                asked = [answer // problems.samples_per_prompt for answer in batch.rows]
-                prompts = [problems.prompts[row] for row in asked]
-                scores = self._scorer.score([problems.rows[row] for row in asked], prompts, completions)
-            for row, value in zip(batch.rows, scores.values, strict=True):
-                rewards[row], excluded[row] = (0.0, 1.0) if value is None else (value, 0.0)
-            num_failures += scores.num_failures
-            num_tokens += sum(map(len, answers))
-            if mine == 0:
-                shown = zip(prompts, completions, answers, scores.values, strict=True)
-                samples = [Sample(_as_text(p), c, ids, value) for p, c, ids, value in shown]
-        counts = [float(num_failures), float(num_tokens), float(is_broken), float(is_short)]
-        with self._spans("io"):
-            totals = group.sum_float64([*rewards, *excluded, *counts])
-        if totals[-1]:
-            raise MemoryShortageError
-        size = len(rewards)
-        pairs = zip(totals[:size], totals[size : 2 * size], strict=True)
-        values = [None if is_excluded else reward for reward, is_excluded in pairs]
-        return Evaluation(values, int(totals[-4]), int(totals[-3]), samples, is_finite=not totals[-2])
+                tally.send(is_last=False)
+        with self._spans("reward"):
+            tally.send(is_last=True)
+        return Pending(tally, group, is_short, is_broken)
 
-    def _decode(
+    def finish(self, pending: Pending) -> Evaluation:
+        """Waits for the scores and brings them together; a collective of the group.
+
+        Raises:
+            MemoryShortageError: As ``evaluate`` does.
+        """
+        with self._spans("reward"):
+            totals = pending.tally.totals()
+        flags = [float(pending.is_broken), float(pending.is_short)]
+        with self._spans("io"):
+            *totals, is_broken, is_short = pending.group.sum_float64([*totals, *flags])
+        if is_short:
+            raise MemoryShortageError
+        evaluation = pending.tally.evaluation(totals)
+        return replace(evaluation, is_finite=evaluation.is_finite and not is_broken)
+
+    def _tally(self, problems: Problems, *, keeps_samples: bool) -> Tally:
+        scorer = problems.scorer
+        if problems.choices is not None:
+            num_samples = len(problems.rows) if keeps_samples else self._settings.micro_batch_size
+            return LikelihoodTally(problems.choices, metric=scorer.task.metric, num_samples=num_samples)
+        return AnswerTally(
+            problems.rows,
+            problems.prompts,
+            samples_per_prompt=problems.samples_per_prompt,
+            scorer=scorer,
+            text=self._text,
+            keeps_samples=keeps_samples,
+        )
+
+    def _forward(
         self,
         model: Any,
-        batch: MicroBatch,
-        prefix: torch.Tensor | None,
+        problems: Problems,
+        batch: MicroBatch | CompletionBatch,
         *,
         is_first: bool,
         is_in_step: bool,
-    ) -> Answers | None:
-        """The answers; None if there was too little memory and there is a mode that takes less."""
+    ) -> Answers | list[torch.Tensor] | None:
+        """What the model says; None if there was too little memory and there is a mode that takes less."""
         try:
+            if isinstance(batch, CompletionBatch):
+                return completion_log_likelihoods(model, batch)
             if is_first:
-                self._decoder.begin(model, prefix)
+                self._decoder.begin(model, problems.prefix)
             return self._decoder.decode(model, batch, any_rank=self._mesh.shard.any if is_in_step else None)
         except (RuntimeError, MemoryError) as error:
             if not (self._modes.can_step_down and is_shortage(error)):
@@ -282,7 +310,3 @@ class Rollout:
 
     def _text(self, answer: list[int]) -> str:
         return self._stop.trim(self._tokenizer.decode(answer, skip_special_tokens=True))
-
-
-def _as_text(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

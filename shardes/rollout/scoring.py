@@ -1,15 +1,18 @@
-"""Calling a reward function whose failures are data."""
+"""From answers to rewards: weighted components, and rules for those that fail."""
 
 import logging
+import math
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
-from shardes.tasks.base import Prompt, Row, Task
+from shardes.sandbox.judging import Answers, Verdicts
+from shardes.sandbox.pool import Rewards
+from shardes.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
-# Beyond it, the squares in the standard deviation would overflow.
-MAX_REWARD = 1e100
+PendingVerdicts = Future[list[Verdicts]]
 
 
 @dataclass
@@ -17,75 +20,67 @@ class Scores:
     """Rewards of some answers.
 
     Attributes:
-        values: One per answer; None where the reward failed or does not apply.
-        num_failures: How often it raised or returned something that is no usable number.
+        values: One per answer: the weighted sum of its components; None where the reward failed or no
+            component applies.
+        has_failed: One per answer: whether a component raised, hung, or returned no usable number.
+        components: By name, each component's values before weights.
     """
 
     values: list[float | None]
-    num_failures: int
+    has_failed: list[bool]
+    components: dict[str, list[float | None]]
+
+    @property
+    def num_failures(self) -> int:
+        """Answers whose reward failed."""
+        return sum(self.has_failed)
 
 
 class Scorer:
-    """Calls a task's reward.
+    """Has answers to a task's problems judged.
 
     Args:
-        task: Whose reward.
-        on_error: What an answer counts whose reward failed: ``exclude``, or this number.
+        task: Whose rewards.
+        rewards: Where they run.
+        on_error: What an answer counts whose reward failed: a number; or nothing at all for now, with
+            ``exclude`` for good, and with ``worst`` until all answers of the iteration are known.
 
     Attributes:
+        task: The same.
         first_failure: What went wrong the first time, for messages.
     """
 
-    def __init__(self, task: Task, *, on_error: str | float) -> None:
-        self._task = task
+    def __init__(self, task: Task, *, rewards: Rewards, on_error: str | float) -> None:
+        self.task = task
+        self._rewards = rewards
         self._substitute = None if isinstance(on_error, str) else float(on_error)
         self.first_failure: str | None = None
 
-    def score(self, rows: Sequence[Row], prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
-        """Scores answers in one call; if that fails, one by one, so that only the failing ones suffer."""
-        if not rows:
-            return Scores([], 0)
-        keys = sorted({key for row in rows for key in row} - {"prompt", "prompts", "completions"})
-        answers = list(zip(rows, prompts, completions, strict=True))
-        together = self._try(answers, keys)
-        if together is not None:
-            return together
-        failed = Scores([self._substitute], 1)
-        if len(answers) == 1:
-            return failed
-        alone = [self._try([answer], keys) or failed for answer in answers]
-        return Scores([s.values[0] for s in alone], sum(s.num_failures for s in alone))
+    def submit(self, batches: Sequence[Answers]) -> list[PendingVerdicts]:
+        """Has batches of answers judged; ``collect`` turns what comes back into scores."""
+        return self._rewards.submit(self.task.rewards, batches)
 
-    def _try(self, answers: Sequence[tuple[Row, Prompt, str]], keys: Sequence[str]) -> Scores | None:
-        """The scores of some answers, or None if the reward failed as a whole."""
-        rows, prompts, completions = zip(*answers, strict=True)
-        columns = {key: [row.get(key) for row in rows] for key in keys}
-        try:
-            return self._checked(self._task.reward(list(prompts), list(completions), **columns), len(rows))
-        except (Exception, SystemExit) as error:
-            self._note(error)
-            return None
+    def collect(self, pending: PendingVerdicts) -> Scores:
+        """Waits for the verdicts, and adds them up."""
+        verdicts = pending.result()
+        for part in verdicts:
+            if part.first_failure is not None and self.first_failure is None:
+                self.first_failure = part.first_failure
+                logger.warning("a reward failed, and further ones are only counted: %s", self.first_failure)
+        has_failed = [any(flags) for flags in zip(*(part.has_failed for part in verdicts), strict=True)]
+        by_answer = zip(*(part.values for part in verdicts), strict=True)
+        values = [
+            self._substitute if failed else self._sum(parts)
+            for parts, failed in zip(by_answer, has_failed, strict=True)
+        ]
+        names = [component.name for component in self.task.rewards]
+        return Scores(values, has_failed, dict(zip(names, (part.values for part in verdicts), strict=True)))
 
-    def _checked(self, values: Sequence[float | None], wanted: int) -> Scores:
-        if len(values) != wanted:
-            raise ValueError(f"the reward returned {len(values)} values for {wanted} completions")
-        scores = Scores([], 0)
-        for value in values:
-            if value is None:
-                scores.values.append(None)
-            elif abs(float(value)) < MAX_REWARD:
-                scores.values.append(float(value))
-            else:
-                self._note(ValueError(f"the reward returned {value!r}, which is no usable number"))
-                scores.values.append(self._substitute)
-                scores.num_failures += 1
-        return scores
-
-    def _note(self, error: BaseException) -> None:
-        if self.first_failure is None:
-            trace = error.__traceback__
-            while trace is not None and trace.tb_next is not None:
-                trace = trace.tb_next
-            where = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})" if trace is not None else ""
-            self.first_failure = f"{type(error).__name__}: {error}{where}"
-            logger.warning("a reward failed, and further ones are only counted: %s", self.first_failure)
+    def _sum(self, parts: Sequence[float | None]) -> float | None:
+        """The weighted sum of the components that apply; None if none does."""
+        weighted = [
+            component.weight * value
+            for component, value in zip(self.task.rewards, parts, strict=True)
+            if value is not None
+        ]
+        return math.fsum(weighted) if weighted else None

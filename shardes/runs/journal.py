@@ -41,6 +41,44 @@ class History:
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     digests: dict[int, str] = field(default_factory=dict)
 
+    def iteration_of(self, wanted: str | None, *, key: str) -> int:
+        """How many updates a user means.
+
+        Args:
+            wanted: A number, ``best`` for the evaluation with the highest held-out reward, or None for all.
+            key: What the user gave it as, for messages.
+
+        Raises:
+            UserError: There are not as many, or nothing was evaluated.
+        """
+        available = len(self.updates)
+        if wanted is None:
+            return available
+        if wanted == "best":
+            best = self.best_iteration()
+            if best is None:
+                raise UserError(f"{key}: the run has no held-out evaluation to choose by; give a number")
+            return best
+        if not wanted.isdecimal():
+            raise UserError(f"{key}: got {wanted!r}; give a number of iterations, or best")
+        if int(wanted) > available:
+            raise UserError(f"{key}: got {wanted}, but the run has {available} iterations; give at most that")
+        return int(wanted)
+
+    def best_iteration(self) -> int | None:
+        """The evaluation with the highest held-out reward, the first of them if there are several."""
+        rewards = {
+            iteration: record["reward"]
+            for iteration, record in self.evaluations.items()
+            if record.get("reward") is not None
+        }
+        return max(rewards, key=lambda iteration: (rewards[iteration], -iteration), default=None)
+
+    def best_reward(self, *, before: int) -> float | None:
+        """The highest held-out reward of evaluations before an iteration; None if there is none."""
+        rewards = (record.get("reward") for at, record in self.evaluations.items() if at < before)
+        return max((reward for reward in rewards if reward is not None), default=None)
+
     def add(self, record: dict[str, Any]) -> None:
         """Takes in one record.
 

@@ -2,14 +2,17 @@
 
 from typing import Any
 
-from shardes.es.fitness import mean_and_deviation
+from shardes.es.fitness import mean_and_deviation, mean_reward
+from shardes.es.results import MemberResult, member_rewards
 from shardes.runs.journal import History
 
 
 def iteration_metrics(history: History, iteration: int) -> dict[str, Any]:
     """What an iteration's members earned, and the centre before them if it was evaluated."""
-    members = history.members[iteration].values()
-    rewards = [record["reward"] for record in members if record["reward"] is not None]
+    members = [MemberResult.of_record(record) for record in history.members[iteration].values()]
+    assert history.header is not None, "updates follow a header"
+    on_error = history.header["settings"].get("task.on_reward_error", "exclude")
+    rewards = [reward for reward in member_rewards(members, on_error=on_error) if reward is not None]
     mean, std = mean_and_deviation(rewards) if rewards else (None, None)
     update = history.updates[iteration]
     return {
@@ -18,12 +21,16 @@ def iteration_metrics(history: History, iteration: int) -> dict[str, Any]:
         "reward_std": std,
         "reward_min": min(rewards, default=None),
         "reward_max": max(rewards, default=None),
+        "components": {
+            name: mean_reward([member.components.get(name) for member in members])
+            for name in (members[0].components if members else ())
+        },
         **heldout_metrics(history, iteration),
         "num_members": len(members),
         "num_excluded_members": len(members) - len(rewards),
-        "num_nonfinite_members": sum(not record["is_finite"] for record in members),
-        "num_reward_failures": sum(record["num_failures"] for record in members),
-        "num_tokens": sum(record["num_tokens"] for record in members),
+        "num_nonfinite_members": sum(not member.is_finite for member in members),
+        "num_reward_failures": sum(member.num_failures for member in members),
+        "num_tokens": sum(member.num_tokens for member in members),
         "sigma": update["sigma"],
         "alpha": update["alpha"],
         **({"weights_digest": digest} if (digest := history.digests.get(iteration + 1)) else {}),
@@ -35,4 +42,13 @@ def heldout_metrics(history: History, iteration: int) -> dict[str, Any]:
     record = history.evaluations.get(iteration)
     if record is None:
         return {}
-    return {"heldout_reward": record["reward"], "heldout_num_failures": record["num_failures"]}
+    metrics: dict[str, Any] = {}
+    if "reward" in record:
+        metrics = {
+            "heldout_reward": record["reward"],
+            "heldout_num_failures": record["num_failures"],
+            "heldout_components": record["components"],
+        }
+    if "sets" in record:
+        metrics["heldout_sets"] = record["sets"]
+    return metrics

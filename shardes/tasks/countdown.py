@@ -1,7 +1,8 @@
 """Countdown: combine the given numbers, each exactly once, into an expression that equals the target.
 
 The task of Qiu et al. 2025, "Evolution Strategies at Scale" (arXiv 2509.24372), after TinyZero (Pan et al.
-2025): reward = answer + 0.1 * format. Both parts are judged on the response alone.
+2025): reward = answer + 0.1 * format. Both parts are judged on the response alone; docs/tasks.md lists where
+this reading differs from the paper's.
 
 Two styles share the answer and differ in prompt and format:
 
@@ -15,104 +16,88 @@ A row is ``{"numbers": [...], "target": ...}``; other keys are left alone.
 """
 
 import hashlib
-import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 from operator import add, mul, sub, truediv
 from random import Random
-from typing import Any, Literal
+from typing import Any
 
 from shardes.errors import UserError
-from shardes.tasks.base import Prompt, Row
-from shardes.tasks.expression import ExpressionError, evaluate
+from shardes.tasks.answers import is_bare_answer, is_think_answer, last_answer
+from shardes.tasks.base import Component, Definition, Prompt, Row
+from shardes.tasks.expression import MAX_LITERAL_DIGITS, ExpressionError, evaluate
+from shardes.tasks.rows import column, wrong
 
 FORMAT_WEIGHT = 0.1
 
 _OPERATIONS = (add, sub, mul, truediv)
 _MAX_FRUITLESS_ATTEMPTS = 20_000
 
-# Possessive repeats: a response of any length is refused or accepted in one pass.
-_INNER = r"(?:(?!</?(?:think|answer)>).)*+"
-_STRUCTURE = {
-    "chat": re.compile(rf"\s*<think>{_INNER}</think>\s*<answer>{_INNER}</answer>\s*", re.DOTALL),
-    "short": re.compile(rf"<answer>{_INNER}</answer>", re.DOTALL),
-}
 
+def answer_reward(
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    *,
+    numbers: Sequence[Sequence[Any]],
+    target: Sequence[Any],
+    **columns: Sequence[Any],
+) -> list[float]:
+    """1.0 for a response whose last ``<answer>`` pair holds a right expression, else 0.0.
 
-@dataclass(frozen=True)
-class Countdown:
-    """Prompts and rewards of one style; picklable, so that rewards can run in another process.
+    Right is an expression that uses exactly the numbers and equals the target exactly, whatever stands around
+    the pair. ``3*5-2=13`` is no expression and is not repaired.
 
-    Attributes:
-        style: ``chat`` or ``short``, see the module.
+    Args:
+        prompts: Not looked at: they contain an example, which must earn nothing.
+        completions: The responses.
+        numbers: The numbers given in each row.
+        target: The target of each row.
+        **columns: The rows' other columns; not looked at.
     """
-
-    style: Literal["chat", "short"] = "chat"
-
-    def make_prompt(self, row: Row) -> Prompt:
-        """Asks for an expression, as text (``short``) or as chat messages (``chat``)."""
-        numbers, target = row["numbers"], row["target"]
-        if self.style == "short":
-            return f"{' '.join(map(str, numbers))}={target}:"
-        system = (
-            "You solve arithmetic puzzles. Reason between <think> and </think>, then state your solution "
-            "between <answer> and </answer>, and write nothing after it."
-        )
-        user = (
-            f"Numbers: {', '.join(map(str, numbers))}. Target: {target}.\n"
-            "Find an expression that equals the target and contains every one of these numbers exactly once. "
-            "It may use +, -, *, / and parentheses. The answer is the expression alone, without an equals "
-            "sign. For the numbers 2, 3, 4 and the target 20, a reply could be:\n"
-            "<think>20 is 5 times 4, and 5 is 2 plus 3.</think>\n<answer>(2 + 3) * 4</answer>"
-        )
-        return [{"role": "system", "content": system}, {"role": "user", "content": user}]
-
-    def reward(
-        self,
-        prompts: Sequence[Prompt],
-        completions: Sequence[str],
-        *,
-        numbers: Sequence[Sequence[Any]],
-        target: Sequence[Any],
-        **columns: Sequence[Any],
-    ) -> list[float]:
-        """Judges completions: ``answer + 0.1 * format`` each, so 0, 0.1, 1 or 1.1.
-
-        Args:
-            prompts: Not looked at: they contain an example of the format, which must earn nothing.
-            completions: The responses.
-            numbers: The numbers given in each row.
-            target: The target of each row.
-            **columns: The rows' other columns; not looked at.
-
-        Returns:
-            One reward per completion.
-        """
-        parts = [self.judge(*args) for args in zip(completions, numbers, target, strict=True)]
-        return [answer + FORMAT_WEIGHT * form for answer, form in parts]
-
-    def judge(self, response: str, numbers: Sequence[Any], target: Any) -> tuple[float, float]:
-        """The two parts of the reward, which are learned at different times.
-
-        Returns:
-            ``answer``: 1.0 if the last ``<answer>`` pair holds an expression that uses exactly the numbers
-            and equals the target exactly, else 0.0, whatever stands around the pair. ``3*5-2=13`` is no
-            expression and is not repaired. ``format``: 1.0 if the whole response has the structure of the
-            style, else 0.0.
-        """
-        form = float(_STRUCTURE[self.style].fullmatch(response) is not None)
-        return float(_solves(_last_answer(response), numbers, target)), form
+    return [_answer(*args) for args in zip(completions, numbers, target, strict=True)]
 
 
-def _last_answer(response: str) -> str:
-    """What stands between the last ``</answer>`` and the ``<answer>`` before it, or nothing."""
-    end = response.rfind("</answer>")
-    start = response.rfind("<answer>", 0, max(end, 0))
-    return "" if start < 0 else response[start + len("<answer>") : end]
+def chat_format_reward(
+    prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
+) -> list[float]:
+    """1.0 for a response that is a pair of think tags and a pair of answer tags, and nothing else."""
+    return [float(is_think_answer(response)) for response in completions]
+
+
+def short_format_reward(
+    prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
+) -> list[float]:
+    """1.0 for a response that is a pair of answer tags with what they hold, and not one character more."""
+    return [float(is_bare_answer(response)) for response in completions]
+
+
+def chat_prompt(row: Row) -> Prompt:
+    """Asks for an expression in chat messages."""
+    system = (
+        "You solve arithmetic puzzles. Reason between <think> and </think>, then state your solution "
+        "between <answer> and </answer>, and write nothing after it."
+    )
+    user = (
+        f"Numbers: {', '.join(map(str, row['numbers']))}. Target: {row['target']}.\n"
+        "Find an expression that equals the target and contains every one of these numbers exactly once. "
+        "It may use +, -, *, / and parentheses. The answer is the expression alone, without an equals "
+        "sign. For the numbers 2, 3, 4 and the target 20, a reply could be:\n"
+        "<think>20 is 5 times 4, and 5 is 2 plus 3.</think>\n<answer>(2 + 3) * 4</answer>"
+    )
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def short_prompt(row: Row) -> Prompt:
+    """Asks for an expression in as few characters as possible."""
+    return f"{' '.join(map(str, row['numbers']))}={row['target']}:"
+
+
+def _answer(response: str, numbers: Sequence[Any], target: Any) -> float:
+    expression = last_answer(response)
+    return float(expression is not None and _solves(expression, numbers, target))
 
 
 def _solves(expression: str, numbers: Sequence[Any], target: Any) -> bool:
@@ -127,10 +112,12 @@ def _exact(value: Any) -> Fraction:
     """A row's number as the fraction that its decimal text denotes: 0.1 is 1/10, "7/2" is seven halves.
 
     Rows are untrusted too (``Fraction("1e999999999")`` fills the memory), so the reader of answers reads
-    them.
+    them, all but small integers.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ExpressionError(f"{type(value).__name__} is no number")
+    if isinstance(value, int) and abs(value) < 10**MAX_LITERAL_DIGITS:
+        return Fraction(value)
     return evaluate(str(value))[0]
 
 
@@ -144,20 +131,18 @@ def check_row(row: Row, where: str) -> None:
         where: Names the row in the message, e.g. ``data.jsonl line 7``.
 
     Raises:
-        UserError: Naming the place, the key, what was got and what is wanted.
+        UserError: Naming the place, the column, what was got and what is wanted.
     """
     wanted = {
         "numbers": "a list of one or more non-negative numbers of at most 12 digits, e.g. [3, 5, 2.5]",
         "target": 'a number of at most 12 digits, or a fraction as text, e.g. 13, -4, 2.5 or "7/2"',
     }
-    for key, want in wanted.items():
-        if key not in row:
-            raise UserError(f"{where}: key '{key}' is missing; wanted: {want}")
-    numbers, target = row["numbers"], row["target"]
+    numbers = column(row, "numbers", where, wanted=wanted["numbers"])
+    target = column(row, "target", where, wanted=wanted["target"])
     if not isinstance(numbers, list) or not numbers or not all(map(_is_literal, numbers)):
-        raise UserError(f"{where}: key 'numbers' is {_shown(numbers)}; wanted: {wanted['numbers']}")
+        raise wrong("numbers", numbers, where, wanted=wanted["numbers"])
     if not _is_target(target):
-        raise UserError(f"{where}: key 'target' is {_shown(target)}; wanted: {wanted['target']}")
+        raise wrong("target", target, where, wanted=wanted["target"])
 
 
 def _is_target(value: Any) -> bool:
@@ -172,14 +157,6 @@ def _is_target(value: Any) -> bool:
 def _is_literal(value: Any) -> bool:
     """Whether an answer can contain the value as one literal: signs and fractions are expressions."""
     return isinstance(value, int | float) and _is_target(value) and str(value)[0] != "-"
-
-
-def _shown(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:
-        return "an integer of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def generate_problems(
@@ -274,3 +251,23 @@ def split_problems(rows: Sequence[Row], *, shares: Sequence[float], seed: int) -
     for key, row in zip(keys, rows, strict=True):
         parts[part_of[key]].append(row)
     return parts
+
+
+CHAT = Definition(
+    chat_prompt,
+    check_row,
+    rewards=(
+        Component("answer", answer_reward),
+        Component("format", chat_format_reward, weight=FORMAT_WEIGHT),
+    ),
+    row_key=problem_key,
+)
+SHORT = Definition(
+    short_prompt,
+    check_row,
+    rewards=(
+        Component("answer", answer_reward),
+        Component("format", short_format_reward, weight=FORMAT_WEIGHT),
+    ),
+    row_key=problem_key,
+)

@@ -58,8 +58,7 @@ def main():
         with open_session(parse_config(case["config"], source="case")) as session:
             with shortages(session.backend, case.get("shortages", []), session.mesh.world.rank):
                 Trainer(session, load_task(session.config.task)).train()
-            iteration, settings = session.config.es.iterations, session.config.determinants()
-            export_model(session, Path(case["export"]), iteration=iteration, settings=settings)
+            export_model(session, Path(case["export"]), iteration=session.config.es.iterations, settings={})
 
 
 if __name__ == "__main__":

@@ -187,9 +187,14 @@ def compare_on_the_quickstart(micro_batch_size: int) -> Row:
 
     with open_session(config) as session:
         task = load_task(config.task)
-        rollout, _ = make_rollout(session, task)
+        rollout, *_ = make_rollout(session, task)
         population = Population(
-            rollout, mesh=session.mesh, sigma=config.es.sigma, timeout_seconds=60, spans=session.spans
+            rollout,
+            mesh=session.mesh,
+            sigma=config.es.sigma,
+            timeout_seconds=60,
+            stop=session.stop,
+            spans=session.spans,
         )
         problems = rollout.prepare(task.train[: config.task.batch_size], iteration=0)
 

@@ -142,7 +142,7 @@ def measure(tree: dict[str, Any], out: Path) -> None:
     with open_session(config) as session:
         world = session.mesh.world
         task = load_task(config.task)
-        rollout, _ = make_rollout(session, task)
+        rollout, *_ = make_rollout(session, task)
         population = Population(
             rollout,
             mesh=session.mesh,

@@ -1,0 +1,68 @@
+"""What members earned, and what a failed reward counts."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class MemberResult:
+    """What a member earned.
+
+    Attributes:
+        member: Which.
+        reward: The mean over its answers that count; None if none does, or if its logits were not finite.
+        num_failures: Answers whose reward failed.
+        num_tokens: Tokens generated.
+        num_scored: Answers that count in the mean.
+        least: The least reward of an answer; None if none counts.
+        components: By name, the mean of each component over the answers that it applies to.
+        is_finite: Whether its logits were; answers that others chose mean nothing.
+    """
+
+    member: int
+    reward: float | None
+    num_failures: int
+    num_tokens: int
+    num_scored: int = 0
+    least: float | None = None
+    components: Mapping[str, float | None] = field(default_factory=dict)
+    is_finite: bool = True
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Self:
+        """That of a journal's record."""
+        return cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
+
+
+def member_rewards(results: Sequence[MemberResult], *, on_error: str | float) -> list[float | None]:
+    """The reward of each member, by the rule for failed rewards.
+
+    With ``worst``, every failed reward counts as the least that any answer of any of the members earned: a
+    function of what all members earned, whatever the order in which that became known.
+
+    Args:
+        results: All members of an iteration.
+        on_error: ``task.on_reward_error``; numbers and ``exclude`` are part of the results already.
+    """
+    least = min((result.least for result in results if result.least is not None), default=None)
+    if on_error != "worst" or least is None:
+        return [result.reward for result in results]
+    return [
+        result.reward
+        if result.num_failures == 0 or not result.is_finite
+        else math.fsum([(result.reward or 0.0) * result.num_scored, least * result.num_failures])
+        / (result.num_scored + result.num_failures)
+        for result in results
+    ]
+
+
+def settled(
+    rewards: Sequence[float | None], has_failed: Sequence[bool], *, on_error: str | float
+) -> list[float | None]:
+    """The rewards of the answers of one evaluation, by the rule for failed rewards."""
+    least = min((reward for reward in rewards if reward is not None), default=None)
+    if on_error != "worst":
+        return list(rewards)
+    return [least if failed else reward for reward, failed in zip(rewards, has_failed, strict=True)]

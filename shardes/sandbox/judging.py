@@ -1,0 +1,322 @@
+"""Calling reward functions whose failures are data; light enough to be imported in any process."""
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from shardes.tasks.base import Component, Prompt, RewardFunction, Row
+
+# Beyond it, the squares in the standard deviation would overflow.
+MAX_REWARD = 1e100
+
+# Names that a reward has for other things than columns.
+_RESERVED = {"prompt", "prompts", "completions", "completion_ids"}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers that are judged together.
+
+    Attributes:
+        prompts: What was asked.
+        completions: The texts of the answers.
+        token_ids: Their tokens.
+        columns: By name, the values of the rows that were asked about; None where a row has none.
+    """
+
+    prompts: list[Prompt]
+    completions: list[str]
+    token_ids: list[list[int]]
+    columns: dict[str, list[Any]]
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[Row],
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        token_ids: Sequence[list[int]],
+    ) -> Self:
+        """The answers to some rows."""
+        keys = sorted({key for row in rows for key in row} - _RESERVED)
+        columns = {key: [row.get(key) for row in rows] for key in keys}
+        return cls(list(prompts), list(completions), list(token_ids), columns)
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def alone(self) -> Iterator[Self]:
+        """Each answer by itself."""
+        for i in range(len(self)):
+            yield type(self)(
+                [self.prompts[i]],
+                [self.completions[i]],
+                [self.token_ids[i]],
+                {key: [values[i]] for key, values in self.columns.items()},
+            )
+
+
+@dataclass
+class Verdicts:
+    """What one component says about some answers.
+
+    Attributes:
+        values: One per answer; None where the reward failed or does not apply.
+        has_failed: One per answer.
+        first_failure: What went wrong first; None if nothing did.
+    """
+
+    values: list[float | None]
+    has_failed: list[bool]
+    first_failure: str | None = None
+
+    @classmethod
+    def failed(cls, number: int, reason: str) -> Self:
+        """Failures of a number of answers."""
+        return cls([None] * number, [True] * number, reason)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Verdicts"]) -> Self:
+        """What was said about several parts, in their order."""
+        return cls(
+            [value for part in parts for value in part.values],
+            [flag for part in parts for flag in part.has_failed],
+            next((part.first_failure for part in parts if part.first_failure is not None), None),
+        )
+
+
+class Judge:
+    """Calls the functions of some components.
+
+    Args:
+        components: Which; functions that are given as references are imported.
+
+    Raises:
+        ValueError: A function does not exist, or importing it fails.
+    """
+
+    def __init__(self, components: Sequence[Component]) -> None:
+        self._components = components
+        self._functions = [
+            import_function(c.function) if isinstance(c.function, str) else c.function for c in components
+        ]
+        self._signatures = [_Signature.of(function) for function in self._functions]
+        # One event loop for all calls, so that what a function keeps open stays usable.
+        self._runner = asyncio.Runner()
+
+    def judge(self, which: Sequence[int], answers: Answers) -> list[Verdicts]:
+        """What some components say.
+
+        Each gets all answers in one call. One that fails is asked about each answer by itself, so that only
+        the answers that it fails for suffer.
+
+        Args:
+            which: Indices of the components.
+            answers: What they judge.
+        """
+        verdicts = self._attempt([(i, answers) for i in which])
+        for place, (i, found) in enumerate(zip(which, verdicts, strict=True)):
+            if isinstance(found, str) and len(answers) > 1:
+                parts = self._attempt([(i, answer) for answer in answers.alone()])
+                joined = Verdicts.joined([_or_failed(part, 1) for part in parts])
+                joined.first_failure = found
+                verdicts[place] = joined
+        return [_or_failed(found, len(answers)) for found in verdicts]
+
+    def _attempt(self, calls: Sequence[tuple[int, Answers]]) -> list[Verdicts | str]:
+        """The verdict of each call, or why there is none. Coroutines run at the same time."""
+        returned = [self._call(i, answers) for i, answers in calls]
+        awaitables = {place: value for place, value in enumerate(returned) if inspect.isawaitable(value)}
+        if awaitables:
+            values = self._runner.run(_gather(list(awaitables.values())))
+            for place, value in zip(awaitables, values, strict=True):
+                returned[place] = value
+        return [
+            _described(value, label) if isinstance(value, BaseException) else _checked(value, label, answers)
+            for value, label, answers in (
+                (value, self._components[i].name, answers)
+                for value, (i, answers) in zip(returned, calls, strict=True)
+            )
+        ]
+
+    def _call(self, i: int, answers: Answers) -> Any:
+        """What the function returns, or the exception that it raises."""
+        component = self._components[i]
+        completions: list[Any] = list(answers.completions)
+        if component.takes_messages:
+            completions = [
+                text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+                for prompt, text in zip(answers.prompts, answers.completions, strict=True)
+            ]
+        arguments, keywords = self._signatures[i].bind(list(answers.prompts), completions, answers)
+        try:
+            return self._functions[i](*arguments, **keywords, **component.arguments)
+        except (Exception, SystemExit) as error:
+            return error
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """What a function wants to be called with.
+
+    Attributes:
+        names: Of its parameters.
+        takes_any: Whether it takes every column, whatever its name.
+    """
+
+    names: frozenset[str]
+    takes_any: bool
+
+    @classmethod
+    def of(cls, function: RewardFunction) -> Self:
+        """That of a function; one that cannot be looked into takes everything."""
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):
+            return cls(frozenset(), True)
+        names = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        return cls(names, any(p.kind is p.VAR_KEYWORD for p in parameters))
+
+    def bind(
+        self, prompts: list[Prompt], completions: list[Any], answers: Answers
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Positional arguments and those by name."""
+        positional: list[Any] = []
+        keywords: dict[str, Any] = {}
+        if "completions" in self.names:  # by name, so that a function need not take the prompts
+            keywords["completions"] = completions
+            if self.takes_any or "prompts" in self.names:
+                keywords["prompts"] = prompts
+        else:
+            positional = [prompts, completions]
+        for key, values in answers.columns.items():
+            if self.takes_any or key in self.names:
+                keywords[key] = list(values)
+        if "completion_ids" in self.names:
+            keywords["completion_ids"] = [list(ids) for ids in answers.token_ids]
+        return positional, keywords
+
+
+async def _gather(awaitables: Sequence[Any]) -> list[Any]:
+    return await asyncio.gather(*awaitables, return_exceptions=True)
+
+
+def _checked(returned: Any, label: str, answers: Answers) -> Verdicts | str:
+    """What a function returned as verdicts, or why it is none."""
+    if hasattr(returned, "tolist"):  # a tensor, or an array
+        returned = returned.tolist()
+    is_list = isinstance(returned, Sequence) and not isinstance(returned, str | bytes)
+    if not is_list:
+        return (
+            f"TypeError: the reward returned {_shown(returned)}; wanted a list of {len(answers)} numbers "
+            f"(reward {label!r})"
+        )
+    if len(returned) != len(answers):
+        return (
+            f"ValueError: the reward returned {len(returned)} values for {len(answers)} completions "
+            f"(reward {label!r})"
+        )
+    verdicts = Verdicts([], [])
+    for given in returned:
+        value = None if given is None else _number(given)
+        verdicts.values.append(value)
+        verdicts.has_failed.append(given is not None and value is None)
+        if verdicts.has_failed[-1] and verdicts.first_failure is None:
+            verdicts.first_failure = (
+                f"ValueError: the reward returned {_shown(given)}, which is no usable number "
+                f"(reward {label!r})"
+            )
+    return verdicts
+
+
+def _number(given: Any) -> float | None:
+    """A value as a float, also if it is numpy's or a tensor of one element; None if it is no usable one."""
+    if isinstance(given, str | bytes):
+        return None
+    try:
+        value = float(given.item() if hasattr(given, "item") else given)
+    except Exception:  # a hostile object may raise anything
+        return None
+    return value if abs(value) < MAX_REWARD else None
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception:
+        text = "a value that cannot be shown"
+    return f"{text if len(text) <= 80 else text[:80] + '...'} ({type(value).__name__})"
+
+
+def _described(error: BaseException, label: str) -> str:
+    """An exception, with the line that raised it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}, " if trace is not None else ""
+    return f"{type(error).__name__}: {error} ({where}reward {label!r})"
+
+
+def _or_failed(found: Verdicts | str, number: int) -> Verdicts:
+    return Verdicts.failed(number, found) if isinstance(found, str) else found
+
+
+def import_function(reference: str) -> RewardFunction:
+    """The function that ``package.module:function`` or ``path/to/file.py:function`` names.
+
+    Raises:
+        ValueError: There is no such module, file or function, or importing it fails.
+    """
+    source, _, name = reference.rpartition(":")
+    try:
+        module: Any = _module_of_file(Path(source)) if source.endswith(".py") else _module_of_name(source)
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"{source} cannot be imported ({type(error).__name__}: {error}); give package.module:function, "
+            "or path/to/file.py:function relative to where the command is started"
+        ) from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{source} has no function {name!r}")
+    return function
+
+
+def reference_of(function: RewardFunction | str) -> str:
+    """Where another process finds a function.
+
+    Raises:
+        ValueError: It is not at the top level of a module that can be imported.
+    """
+    if isinstance(function, str):
+        return function
+    name, module = getattr(function, "__qualname__", ""), getattr(function, "__module__", None)
+    if module in (None, "__main__") or not name.isidentifier():
+        raise ValueError(
+            f"{function!r} is not a function at the top level of a module, so no other process can find it"
+        )
+    return f"{module}:{name}"
+
+
+def _module_of_name(name: str) -> Any:
+    # A script's first import path is its own directory, but a user's module lies where the command starts.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return importlib.import_module(name)
+
+
+def _module_of_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,115 @@
+"""ARC-style puzzles (Chollet 2019): find the rule that turns the examples' inputs into their outputs.
+
+A row is ``{"examples": [{"input": grid, "output": grid}, ...], "input": grid, "output": grid}``, grids being
+lists of rows of digits. Components: ``solved``, ``cells`` (the share of right cells, if the answer has the
+right size) and ``format``.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shardes.errors import UserError
+from shardes.tasks.answers import is_think_answer
+from shardes.tasks.base import Component, Definition, Prompt, Row
+from shardes.tasks.grids import Grid, answered_grid, grid_text, is_grid
+from shardes.tasks.rows import column, wrong
+
+
+def solved_reward(
+    prompts: Sequence[Prompt], completions: Sequence[str], *, output: Sequence[Grid], **columns: Sequence[Any]
+) -> list[float]:
+    """1.0 for exactly the output's grid, else 0.0."""
+    return [float(answered_grid(text) == grid) for text, grid in zip(completions, output, strict=True)]
+
+
+def cells_reward(
+    prompts: Sequence[Prompt], completions: Sequence[str], *, output: Sequence[Grid], **columns: Sequence[Any]
+) -> list[float]:
+    """The share of the output's cells that are right; 0.0 for a grid of another size or none."""
+    return [_share(answered_grid(text), grid) for text, grid in zip(completions, output, strict=True)]
+
+
+def format_reward(
+    prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
+) -> list[float]:
+    """1.0 for a response that is a pair of think tags and a pair of answer tags with a grid in it."""
+    return [float(is_think_answer(text) and answered_grid(text) is not None) for text in completions]
+
+
+def _share(grid: Grid | None, wanted: Grid) -> float:
+    if grid is None or [len(line) for line in grid] != [len(line) for line in wanted]:
+        return 0.0
+    cells = [
+        a == b for line, other in zip(grid, wanted, strict=True) for a, b in zip(line, other, strict=True)
+    ]
+    return sum(cells) / len(cells)
+
+
+def make_prompt(row: Row) -> Prompt:
+    """Shows the examples and the input, and asks for the output's grid."""
+    system = (
+        "You find the rule behind grids of digits, each digit a colour. Reason between <think> and </think>, "
+        "then write the output grid between <answer> and </answer>, and nothing after it."
+    )
+    parts = ["One rule turns each of these inputs into its output."]
+    for number, example in enumerate(row["examples"], start=1):
+        parts += [f"Input {number}:\n{grid_text(example['input'])}"]
+        parts += [f"Output {number}:\n{grid_text(example['output'])}"]
+    parts += [f"Apply the rule to this input:\n{grid_text(row['input'])}"]
+    parts += ["Write one line for each row of the output, with spaces between the digits."]
+    return [{"role": "system", "content": system}, {"role": "user", "content": "\n\n".join(parts)}]
+
+
+def check_row(row: Row, where: str) -> None:
+    """Refuses a row that is no puzzle of this kind.
+
+    Raises:
+        UserError: Naming the place and the column.
+    """
+    wanted = "a list of equally long rows of digits, at most 30x30, e.g. [[0, 1], [2, 0]]"
+    for name in ("input", "output"):
+        grid = column(row, name, where, wanted=wanted)
+        if not is_grid(grid):
+            raise wrong(name, grid, where, wanted=wanted)
+    wanted = 'a list of one or more examples, each {"input": grid, "output": grid}'
+    examples = column(row, "examples", where, wanted=wanted)
+    if not isinstance(examples, list) or not examples:
+        raise wrong("examples", examples, where, wanted=wanted)
+    for example in examples:
+        if not isinstance(example, dict) or not all(is_grid(example.get(key)) for key in ("input", "output")):
+            raise wrong("examples", example, where, wanted=f"in each place: {wanted}")
+
+
+def rows_of_puzzle(puzzle: Any, *, name: str) -> list[dict[str, Any]]:
+    """The rows of one puzzle in the format of the ARC data sets: one row for each of its tests.
+
+    Args:
+        puzzle: ``{"train": [pairs], "test": [pairs]}``, a pair being ``{"input": grid, "output": grid}``.
+        name: Names the rows: their ``id`` is this and the test's number.
+
+    Raises:
+        UserError: It has another form.
+    """
+    if not isinstance(puzzle, dict) or not all(
+        isinstance(puzzle.get(key), list) for key in ("train", "test")
+    ):
+        raise UserError(f'{name}: not a puzzle of the form {{"train": [...], "test": [...]}}')
+    rows = []
+    for number, test in enumerate(puzzle["test"]):
+        pair = test if isinstance(test, dict) else {}
+        row = {"id": f"{Path(name).stem}/{number}", "examples": puzzle["train"], **pair}
+        check_row(row, f"{name} test {number}")
+        rows.append(row)
+    return rows
+
+
+TASK = Definition(
+    make_prompt,
+    check_row,
+    rewards=(
+        Component("solved", solved_reward),
+        Component("cells", cells_reward, weight=0.5),
+        Component("format", format_reward, weight=0.1),
+    ),
+)

@@ -1,0 +1,106 @@
+"""Arithmetic: the value of an expression of small integers, for demonstrations and for small models.
+
+A row is ``{"expression": "12 - 3 * 4", "answer": 0}``. The result stands between answer tags.
+"""
+
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+from shardes.errors import UserError
+from shardes.tasks.answers import exact_number, is_bare_answer, last_answer
+from shardes.tasks.base import Component, Definition, Prompt, Row
+from shardes.tasks.expression import evaluate
+from shardes.tasks.rows import column, text_column, wrong
+
+_MAX_FRUITLESS_ATTEMPTS = 20_000
+
+
+def answer_reward(
+    prompts: Sequence[Prompt], completions: Sequence[str], *, answer: Sequence[Any], **columns: Sequence[Any]
+) -> list[float]:
+    """1.0 if the last answer pair holds the right number and nothing else, else 0.0."""
+    return [
+        float(
+            (written := last_answer(text)) is not None
+            and (number := exact_number(written)) is not None
+            and number == exact_number(str(gold))
+        )
+        for text, gold in zip(completions, answer, strict=True)
+    ]
+
+
+def format_reward(
+    prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
+) -> list[float]:
+    """1.0 for a response that is one pair of answer tags, with nothing around it but white space."""
+    return [float(is_bare_answer(text.strip())) for text in completions]
+
+
+def make_prompt(row: Row) -> Prompt:
+    """Asks for the value."""
+    ask = "What is the value of this expression? Reply with the number between <answer> and </answer> only."
+    return [{"role": "user", "content": f"{ask}\n{row['expression']}"}]
+
+
+def check_row(row: Row, where: str) -> None:
+    """Refuses a row without an expression, or without a number as its answer.
+
+    Raises:
+        UserError: Naming the place and the column.
+    """
+    text_column(row, "expression", where, wanted="an expression as text, such as 12 - 3 * 4")
+    answer = column(row, "answer", where, wanted="a number")
+    if isinstance(answer, bool) or exact_number(str(answer)) is None:
+        raise wrong("answer", answer, where, wanted="a number")
+
+
+def generate_problems(
+    num_problems: int, *, seed: int, num_numbers: Sequence[int] = (2, 3), max_number: int = 99
+) -> list[dict[str, Any]]:
+    """Draws distinct expressions with +, - and *; a pure function of the arguments.
+
+    Args:
+        num_problems: How many.
+        seed: Seed of the draws.
+        num_numbers: How many numbers an expression may have; each entry is drawn equally often.
+        max_number: Numbers are drawn from 1 to this.
+
+    Returns:
+        Rows ``{"expression": text, "answer": integer}``.
+
+    Raises:
+        UserError: If so many distinct expressions are not found.
+    """
+    random = Random(seed).random
+    problems: dict[str, dict[str, Any]] = {}
+    attempts_left = _MAX_FRUITLESS_ATTEMPTS
+    while len(problems) < num_problems:
+        attempts_left -= 1
+        if attempts_left < 0:
+            raise UserError(
+                f"found only {len(problems)} distinct expressions with num_numbers={tuple(num_numbers)}, "
+                f"max_number={max_number}; wanted: {num_problems}; ask for fewer"
+            )
+        length = num_numbers[int(random() * len(num_numbers))]
+        parts = [str(1 + int(random() * max_number))]
+        for _ in range(length - 1):
+            parts += ["+-*"[int(random() * 3)], str(1 + int(random() * max_number))]
+        expression = " ".join(parts)
+        row = {"expression": expression, "answer": int(evaluate(expression)[0])}
+        if problems.setdefault(expression, row) is row:
+            attempts_left = _MAX_FRUITLESS_ATTEMPTS
+    return list(problems.values())
+
+
+def problem_key(row: Row) -> str:
+    """Names a problem."""
+    return str(row["expression"])
+
+
+TASK = Definition(
+    make_prompt,
+    check_row,
+    rewards=(Component("answer", answer_reward), Component("format", format_reward, weight=0.1)),
+    row_key=problem_key,
+)

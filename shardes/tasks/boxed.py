@@ -1,0 +1,168 @@
+r"""Mathematics with the result in ``\boxed{...}``: word problems with numbers (gsm8k), any expression (math).
+
+``gsm8k`` compares numbers exactly and needs no further package. ``math`` asks math-verify (extra ``math``)
+whether two expressions are equal, which reads LaTeX and simplifies with SymPy. What a model writes can keep
+SymPy busy for ever: the obvious cases are refused before, and a reward's process is killed for the others.
+"""
+
+import functools
+import importlib.util
+import logging
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from shardes.errors import UserError
+from shardes.tasks.answers import exact_number, last_boxed
+from shardes.tasks.base import Component, Definition, Prompt, Row
+from shardes.tasks.rows import column, text_column, wrong
+
+_MAX_CHARACTERS = 300
+_NUMBER = re.compile(r"[-+]?[0-9][0-9,]*(?:\.[0-9]+)?")
+_COSTLY = re.compile(
+    r"\^\s*\{?\s*-?\s*[0-9]{4}|[)}\]]\s*\^\s*\{?\s*[0-9]{3}"  # a large exponent, of a sum above all
+    r"|\^\s*\{[^{}]*\^|[)}]\s*\^.*\^|\*\*"  # a power of a power
+    r"|[0-9]{3}\s*!|!\s*[)}]?\s*!"  # the factorial of a large number, or of a factorial
+    r"|[0-9]{20}"
+)
+
+
+def number_reward(
+    prompts: Sequence[Prompt], completions: Sequence[str], *, answer: Sequence[Any], **columns: Sequence[Any]
+) -> list[float]:
+    """1.0 if the number in the last box is the row's, exactly, else 0.0.
+
+    Words around a single number are not looked at. The row's answer may end with ``#### 72``, as in GSM8K.
+    """
+    return [
+        float((found := _boxed_number(text)) is not None and found == _gold_number(gold))
+        for text, gold in zip(completions, answer, strict=True)
+    ]
+
+
+def expression_reward(
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    *,
+    answer: Sequence[Any] | None = None,
+    solution: Sequence[Any] | None = None,
+    **columns: Sequence[Any],
+) -> list[float]:
+    """1.0 if the last box holds an expression equal to the row's, else 0.0.
+
+    Args:
+        prompts: Not looked at.
+        completions: The responses.
+        answer: The right expressions; where it is None, the last box of ``solution``.
+        solution: Worked solutions, as MATH has them.
+        **columns: Not looked at.
+    """
+    answers, solutions = (given or [None] * len(completions) for given in (answer, solution))
+    return [
+        float(_is_equal(last_boxed(text), _gold_expression(*gold)))
+        for text, *gold in zip(completions, answers, solutions, strict=True)
+    ]
+
+
+def boxed_reward(
+    prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
+) -> list[float]:
+    r"""1.0 for a response with a complete ``\boxed{...}`` that is not empty, whatever it holds, else 0.0."""
+    return [float(bool((last_boxed(text) or "").strip())) for text in completions]
+
+
+def _boxed_number(response: str) -> Fraction | None:
+    boxed = last_boxed(response)
+    if boxed is None or len(boxed) > _MAX_CHARACTERS:
+        return None
+    number = exact_number(boxed)
+    if number is None:
+        numbers = _NUMBER.findall(boxed)
+        number = exact_number(numbers[0]) if len(numbers) == 1 else None
+    return number
+
+
+def _gold_number(answer: Any) -> Fraction | None:
+    return exact_number(str(answer).rpartition("####")[2])
+
+
+def _gold_expression(answer: Any, solution: Any) -> str | None:
+    if answer is None:
+        return last_boxed(solution) if isinstance(solution, str) else None
+    return str(answer)
+
+
+def _is_equal(boxed: str | None, gold: str | None) -> bool:
+    if boxed is None or gold is None or not boxed.strip():
+        return False
+    if boxed.strip() == gold.strip():
+        return True
+    numbers = exact_number(boxed), exact_number(gold)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    if len(boxed) > _MAX_CHARACTERS or _COSTLY.search(boxed):
+        return False
+    # Imported by the process in which the reward runs: it takes a second.
+    import math_verify
+
+    # Both warn once that nothing limits their time; here the process of the reward is what is limited.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    parsed = [math_verify.parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in (gold, boxed)]
+    return bool(math_verify.verify(*parsed, timeout_seconds=None))
+
+
+def _prompt(question: str) -> Prompt:
+    ask = r"Work step by step. Write the final result, and nothing but it, inside \boxed{}."
+    return [{"role": "user", "content": f"{question}\n\n{ask}"}]
+
+
+def _gsm8k_prompt(row: Row) -> Prompt:
+    return _prompt(row["question"])
+
+
+def _math_prompt(row: Row) -> Prompt:
+    return _prompt(row["problem"])
+
+
+def check_gsm8k_row(row: Row, where: str) -> None:
+    """Refuses a row without a question, or whose answer is no number.
+
+    Raises:
+        UserError: Naming the place and the column.
+    """
+    text_column(row, "question", where, wanted="a question as text")
+    wanted = 'a number, or a worked answer that ends with one, such as "... #### 72"'
+    answer = column(row, "answer", where, wanted=wanted)
+    if isinstance(answer, bool) or _gold_number(answer) is None:
+        raise wrong("answer", answer, where, wanted=wanted)
+
+
+def check_math_row(row: Row, where: str) -> None:
+    r"""Refuses a row without a problem, or without both an answer and a solution that contains one.
+
+    Raises:
+        UserError: Naming the place and the column, or the package that is missing.
+    """
+    text_column(row, "problem", where, wanted="a problem as text")
+    if row.get("answer") is None:
+        wanted = r"a worked solution with the result in \boxed{}, if there is no column 'answer'"
+        solution = text_column(row, "solution", where, wanted=wanted)
+        if not (last_boxed(solution) or "").strip():
+            raise wrong("solution", solution, where, wanted=wanted)
+    elif not str(row["answer"]).strip():
+        raise wrong("answer", row["answer"], where, wanted="the right expression, such as \\frac{3}{4}")
+    if not _has_math_verify():
+        raise UserError(
+            f"{where}: the task math compares expressions with the package math-verify; install it "
+            "with: pip install 'shardes[math]'"
+        )
+
+
+@functools.cache
+def _has_math_verify() -> bool:
+    return importlib.util.find_spec("math_verify") is not None
+
+
+GSM8K = Definition(_gsm8k_prompt, check_gsm8k_row, rewards=(Component("answer", number_reward),))
+MATH = Definition(_math_prompt, check_math_row, rewards=(Component("answer", expression_reward),))

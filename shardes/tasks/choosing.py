@@ -1,0 +1,162 @@
+"""Tasks judged by likelihood: which of several texts follows the prompt, and how likely a text is.
+
+Nothing is generated: a member is one forward pass. The data have the columns that the data sets have on the
+Hugging Face hub: SST-2 (Socher et al. 2013), BoolQ (Clark et al. 2019), COPA (Roemmele et al. 2011).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from shardes.tasks.base import Choices, Definition, Prompt, Row
+from shardes.tasks.matching import prompt_column
+from shardes.tasks.rows import column, text_column, wrong
+
+# What stands between a premise and what is chosen.
+_COPA_JOINTS = {"cause": "because", "effect": "so"}
+
+
+def label_words_definition(
+    words: Sequence[str],
+    *,
+    make_prompt: Callable[[Row], Prompt],
+    texts: Mapping[str, str],
+    label: str = "label",
+) -> Definition:
+    """Classification: the label's word follows the prompt.
+
+    Args:
+        words: One for each class, in the order of the labels; a space is put before each.
+        make_prompt: Makes a prompt that the words fit after.
+        texts: The columns that it needs, and what each of them holds.
+        label: The column with the class: its index, or its word.
+    """
+    completions = [f" {word.strip()}" for word in words]
+    wanted = " or ".join(f"{index} ({word.strip()})" for index, word in enumerate(words))
+
+    def check_row(row: Row, where: str) -> None:
+        for name, holds in texts.items():
+            text_column(row, name, where, wanted=holds)
+        value = column(row, label, where, wanted=wanted)
+        if _index(value, words) is None:
+            raise wrong(label, value, where, wanted=wanted)
+
+    def choices(row: Row) -> Choices:
+        gold = _index(row[label], words)
+        assert gold is not None, "the row was checked"
+        return Choices(completions, gold)
+
+    return Definition(make_prompt, check_row, choices=choices)
+
+
+def _index(value: Any, words: Sequence[str]) -> int | None:
+    """The class that a label means, by its index, as true or false, or by its word."""
+    if isinstance(value, int):
+        return int(value) if 0 <= value < len(words) else None
+    stripped = [word.strip() for word in words]
+    return stripped.index(value.strip()) if isinstance(value, str) and value.strip() in stripped else None
+
+
+def _sst2_prompt(row: Row) -> Prompt:
+    return f"Review: {row['sentence'].strip()}\nThe verdict on the film is"
+
+
+def _boolq_prompt(row: Row) -> Prompt:
+    question = row["question"].strip().removesuffix("?")
+    return f"{row['passage'].strip()}\nQuestion: {question[:1].upper()}{question[1:]}?\nAnswer:"
+
+
+def _classification_prompt(row: Row) -> Prompt:
+    return f"{row['text'].strip()}\nLabel:"
+
+
+def sst2(words: Sequence[str] | None = None) -> Definition:
+    """Sentiment of a sentence: 0 is negative, 1 positive."""
+    return label_words_definition(
+        words or ("bad", "good"), make_prompt=_sst2_prompt, texts={"sentence": "a sentence of a review"}
+    )
+
+
+def boolq(words: Sequence[str] | None = None) -> Definition:
+    """Whether a question about a passage is answered with no (0) or yes (1)."""
+    return label_words_definition(
+        words or ("no", "yes"),
+        make_prompt=_boolq_prompt,
+        texts={"passage": "a passage", "question": "a question about it"},
+    )
+
+
+def classification(words: Sequence[str] | None) -> Definition:
+    """Classification of the row's ``text`` by label words of the user's own.
+
+    Raises:
+        ValueError: There are no words.
+    """
+    if not words:
+        raise ValueError("classification needs label_words, one for each class")
+    return label_words_definition(words, make_prompt=_classification_prompt, texts={"text": "a text"})
+
+
+def _copa_prompt(row: Row) -> Prompt:
+    return f"{row['premise'].strip().removesuffix('.')} {_COPA_JOINTS[row['question']]}"
+
+
+def _copa_choices(row: Row) -> Choices:
+    return Choices([f" {_continued(row[name].strip())}" for name in ("choice1", "choice2")], row["label"])
+
+
+def _continued(sentence: str) -> str:
+    """A sentence as the second half of another one."""
+    first = sentence.split()[0]
+    return sentence if first == "I" or first.startswith("I'") else sentence[:1].lower() + sentence[1:]
+
+
+def _check_copa(row: Row, where: str) -> None:
+    for name in ("premise", "choice1", "choice2"):
+        text_column(row, name, where, wanted="a sentence")
+    kind = column(row, "question", where, wanted="cause or effect")
+    if kind not in _COPA_JOINTS:
+        raise wrong("question", kind, where, wanted="cause or effect")
+    label = column(row, "label", where, wanted="0 (choice1) or 1 (choice2)")
+    if isinstance(label, bool) or label not in (0, 1):
+        raise wrong("label", label, where, wanted="0 (choice1) or 1 (choice2)")
+
+
+def _listed_choices(row: Row) -> Choices:
+    texts = row["choices"]
+    gold = _index(row["label"], texts)
+    assert gold is not None, "the row was checked"
+    return Choices([text if text[:1].isspace() else f" {text}" for text in texts], gold)
+
+
+def _check_multiple_choice(row: Row, where: str) -> None:
+    wanted = "a list of two or more different texts"
+    texts = column(row, "choices", where, wanted=wanted)
+    if (
+        not isinstance(texts, list)
+        or len(texts) < 2
+        or not all(isinstance(text, str) and text.strip() for text in texts)
+        or len({text.strip() for text in texts}) < len(texts)
+    ):
+        raise wrong("choices", texts, where, wanted=wanted)
+    wanted = f"an index from 0 to {len(texts) - 1}, or the text of the right choice"
+    label = column(row, "label", where, wanted=wanted)
+    if isinstance(label, bool) or _index(label, texts) is None:
+        raise wrong("label", label, where, wanted=wanted)
+
+
+def _text_prompt(row: Row) -> Prompt:
+    prompt: Prompt = row.get("prompt") or ""
+    return prompt
+
+
+def _text_choices(row: Row) -> Choices:
+    return Choices([row["text"]], 0)
+
+
+def _check_text(row: Row, where: str) -> None:
+    text_column(row, "text", where, wanted="a text that is not empty")
+
+
+COPA = Definition(_copa_prompt, _check_copa, choices=_copa_choices)
+MULTIPLE_CHOICE = Definition(prompt_column, _check_multiple_choice, choices=_listed_choices)
+PERPLEXITY = Definition(_text_prompt, _check_text, choices=_text_choices, metric="log_likelihood")

@@ -1,0 +1,279 @@
+"""Reading problems: JSONL, JSON, CSV, Parquet, and Hugging Face data sets, all as rows of columns.
+
+The libraries that Parquet and data sets need are imported when such data are read, and only then.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shardes.config import is_hub_reference
+from shardes.errors import UserError
+from shardes.tasks.base import Row
+from shardes.tasks.rows import shown
+
+_INSTALL = "install it with: pip install 'shardes[data]'"
+
+
+def read_rows(
+    source: Path, *, key: str, columns: Mapping[str, str] | None = None, check: Callable[[Row, str], None]
+) -> list[Row]:
+    """The rows of a file or data set, each checked.
+
+    Args:
+        source: A file, whose name ends with what it holds (``.jsonl``, ``.json``, ``.csv``, ``.tsv``,
+            ``.parquet``; any other is read as JSONL); ``DIR[@SPLIT]``, a data set saved to disk; or
+            ``hf:NAME[:SUBSET][@SPLIT]``, one of the Hugging Face hub.
+        key: The configuration key that names it, for messages.
+        columns: Names that rows get besides their own: from the new name to the column that it means.
+        check: Raises ``UserError`` for a row that the task cannot use.
+
+    Raises:
+        UserError: It cannot be read, is empty, a row cannot be used, or two rows have the same ``id``.
+    """
+    rows: list[Row] = []
+    places: dict[Any, str] = {}
+    for place, raw in _read(source, key):
+        where = f"{key}: {source} {place}"
+        if not isinstance(raw, dict):
+            raise UserError(f"{where}: got {shown(raw)}; every {place.split()[0]} must be one JSON object")
+        row = _with_columns(raw, columns or {}, where)
+        check(row, where)
+        if "id" in row and row["id"] is not None:
+            first = places.setdefault(json.dumps(row["id"], default=str), place)
+            if first != place:
+                raise UserError(
+                    f"{where}: column 'id' is {shown(row['id'])}, as in {first}; give each problem an id of "
+                    "its own, or leave the column out"
+                )
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{key}: {source} has no rows; give at least one problem")
+    return rows
+
+
+def rows_sha256(rows: Sequence[Row]) -> str:
+    """A hash of the rows in their order, whatever file or format they came from."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(_canonical(row).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def split_rows(
+    rows: Sequence[Row], *, fraction: float, seed: int, row_key: Callable[[Row], str] | None = None
+) -> tuple[list[Row], list[Row]]:
+    """Deals rows into training and held-out rows.
+
+    Problems are ordered by a hash of seed and problem, and the first of them are held out, at least one. So
+    the split depends on neither the order of the rows nor a random generator, and equal problems stay
+    together.
+
+    Args:
+        rows: The rows to split.
+        fraction: Which part of the different problems is held out.
+        seed: Another seed gives another split.
+        row_key: Names a row's problem; None: all columns but ``id`` do.
+
+    Returns:
+        Training and held-out rows, each in the order in which they were.
+    """
+    keys = [row_key(row) if row_key else _canonical({k: row[k] for k in row if k != "id"}) for row in rows]
+    ordered = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
+    heldout = set(ordered[: max(1, round(fraction * len(ordered)))])
+    pairs = list(zip(rows, keys, strict=True))
+    return [row for row, key in pairs if key not in heldout], [row for row, key in pairs if key in heldout]
+
+
+def _canonical(row: Row) -> str:
+    return json.dumps(row, sort_keys=True, default=str)
+
+
+def _with_columns(row: dict[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
+    for name, origin in columns.items():
+        if origin not in row:
+            raise UserError(
+                f"{where}: column {origin!r} is missing, which task.columns gives for {name!r}; the row has "
+                f"{', '.join(map(repr, row)) or 'no columns'}"
+            )
+    return row | {name: row[origin] for name, origin in columns.items()}
+
+
+def _read(source: Path, key: str) -> Iterator[tuple[str, Any]]:
+    """The rows as they are, each with its place in the source."""
+    if is_hub_reference(source):
+        return _of_data_set(_from_hub(source, key))
+    directory, _, split = str(source).rpartition("@") if not source.exists() else (str(source), "", "")
+    if Path(directory).is_dir() and directory:
+        return _of_data_set(_from_disk(Path(directory), split, key))
+    if source.suffix == ".parquet":
+        return _of_parquet(source, key)
+    text = _text(source, key)
+    if source.suffix == ".json":
+        return _of_json(text, source, key)
+    if source.suffix in (".csv", ".tsv"):
+        return _of_csv(text, source, key, delimiter="\t" if source.suffix == ".tsv" else ",")
+    return _of_lines(text, source, key)
+
+
+def _text(source: Path, key: str) -> str:
+    try:
+        return source.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(
+            f"{key}: {source} cannot be read ({error.strerror}); give the path of a file of problems "
+            "(.jsonl, .json, .csv, .tsv or .parquet), the directory of a data set saved to disk, or "
+            "hf:NAME for one of the Hugging Face hub"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{key}: {source} is not UTF-8 text ({error.reason} at byte {error.start}); convert it, or give "
+            "its name the ending of what it is, such as .parquet"
+        ) from None
+
+
+def _of_lines(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"line {number}", json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"{key}: {source} line {number}: not JSON ({error}): {line[:80]!r}; every line must be one "
+                "JSON object"
+            ) from None
+
+
+def _of_json(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        if str(error).startswith("Extra data"):
+            # JSONL under the name of JSON, as data sets often have it.
+            yield from _of_lines(text, source, key)
+            return
+        raise UserError(f"{key}: {source}: not JSON ({error}); wanted: a list of objects") from None
+    if not isinstance(content, list):
+        raise UserError(f"{key}: {source}: got {shown(content)}; wanted: a list of objects")
+    for number, row in enumerate(content, start=1):
+        yield f"item {number}", row
+
+
+def _of_csv(text: str, source: Path, key: str, *, delimiter: str) -> Iterator[tuple[str, Any]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    lines: list[tuple[int, list[str]]] = []
+    first = 1
+    try:
+        for cells in reader:
+            if cells:
+                lines.append((first, cells))
+            first = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{key}: {source} line {reader.line_num}: not CSV ({error})") from None
+    if not lines:
+        return
+    names = lines.pop(0)[1]
+    if len(set(names)) < len(names):
+        raise UserError(f"{key}: {source} line 1: two columns have the same name; got {', '.join(names)}")
+    for number, cells in lines:
+        if len(cells) != len(names):
+            raise UserError(
+                f"{key}: {source} line {number}: {len(cells)} cells, but line 1 names {len(names)} columns; "
+                "put quotes around a text that contains the separator"
+            )
+    typed = [_typed([cells[column] for _, cells in lines]) for column in range(len(names))]
+    for row, (number, _) in enumerate(lines):
+        yield f"line {number}", {name: values[row] for name, values in zip(names, typed, strict=True)}
+
+
+def _typed(cells: Sequence[str]) -> list[Any]:
+    """A column's values: numbers or lists if every cell is one as JSON writes it, else texts."""
+    try:
+        values = [json.loads(cell) for cell in cells]
+    except ValueError:
+        return list(cells)
+    kinds: tuple[Any, ...] = (int, float, (int, float), list)
+    is_one_kind = any(all(isinstance(v, kind) and not isinstance(v, bool) for v in values) for kind in kinds)
+    return values if is_one_kind else list(cells)
+
+
+def _of_parquet(source: Path, key: str) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{key}: {source}: Parquet needs the package pyarrow; {_INSTALL}") from None
+    try:
+        rows = pyarrow.parquet.read_table(source).to_pylist()
+    except OSError as error:
+        raise UserError(f"{key}: {source} cannot be read ({_one_line(error)})") from None
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{key}: {source}: not a Parquet file ({_one_line(error)})") from None
+    return ((f"row {number}", _without_nan(row)) for number, row in enumerate(rows, start=1))
+
+
+def _of_data_set(data_set: Any) -> Iterator[tuple[str, Any]]:
+    return ((f"row {number}", _without_nan(row)) for number, row in enumerate(data_set, start=1))
+
+
+def _from_disk(directory: Path, split: str, key: str) -> Any:
+    datasets = _datasets(f"{key}: {directory}")
+    try:
+        found = datasets.load_from_disk(str(directory))
+    except Exception as error:
+        raise UserError(
+            f"{key}: {directory} is no data set saved to disk ({_one_line(error)}); give a directory that "
+            "Dataset.save_to_disk wrote, or one of the files in it that is .jsonl, .json, .csv or .parquet"
+        ) from None
+    return _one_split(found, split, f"{key}: {directory}")
+
+
+def _from_hub(source: Path, key: str) -> Any:
+    reference, _, split = str(source).removeprefix("hf:").partition("@")
+    name, _, subset = reference.partition(":")
+    datasets = _datasets(f"{key}: {source}")
+    try:
+        found = datasets.load_dataset(name, subset or None)
+    except Exception as error:
+        raise UserError(
+            f"{key}: {source} cannot be loaded ({type(error).__name__}: {_one_line(error)}); wanted: "
+            "hf:NAME[:SUBSET][@SPLIT], such as hf:openai/gsm8k:main@train"
+        ) from None
+    return _one_split(found, split, f"{key}: {source}")
+
+
+def _one_split(found: Any, split: str, where: str) -> Any:
+    """The split that was asked for, or the only one."""
+    if not isinstance(found, dict):
+        if split:
+            raise UserError(f"{where} has no splits; leave @{split} away")
+        return found
+    if not split and len(found) == 1:
+        return next(iter(found.values()))
+    if split not in found:
+        asked = f"there is no split {split!r}" if split else "it has several splits"
+        raise UserError(f"{where}: {asked}; choose one of them with @ behind the name: {', '.join(found)}")
+    return found[split]
+
+
+def _datasets(where: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{where}: a data set needs the package datasets; {_INSTALL}") from None
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """Missing numbers as None: tables have NaN for them, which is equal to nothing, itself included."""
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

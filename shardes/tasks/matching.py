@@ -1,0 +1,84 @@
+"""Answers that are right as text: equal to a reference, or of a form that a regular expression describes.
+
+Both ask the row's ``prompt``, or ``task.template``. A row of ``exact_match`` has an ``answer``, one of
+``regex`` a ``pattern``.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from shardes.tasks.answers import is_think_answer
+from shardes.tasks.base import Component, Definition, Prompt, Row
+from shardes.tasks.rows import text_column, wrong
+
+
+def exact_match_reward(
+    prompts: Sequence[Prompt], completions: Sequence[str], *, answer: Sequence[str], **columns: Sequence[Any]
+) -> list[float]:
+    """1.0 for the reference's words; case, and how much white space is where, do not count."""
+    return [
+        float(text.casefold().split() == gold.casefold().split())
+        for text, gold in zip(completions, answer, strict=True)
+    ]
+
+
+def regex_reward(
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    *,
+    pattern: str | Sequence[str],
+    **columns: Sequence[Any],
+) -> list[float]:
+    """1.0 for a completion that the pattern matches as a whole, else 0.0.
+
+    Args:
+        prompts: Not looked at.
+        completions: The responses.
+        pattern: Regular expressions of Python, one per completion, or one for all. The dot matches line
+            breaks, too. One that takes for ever is ended with the process of the reward.
+        **columns: Not looked at.
+    """
+    patterns = [pattern] * len(completions) if isinstance(pattern, str) else pattern
+    return [
+        float(re.fullmatch(one, text, re.DOTALL) is not None)
+        for one, text in zip(patterns, completions, strict=True)
+    ]
+
+
+def think_answer_reward(
+    prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
+) -> list[float]:
+    """1.0 for a response that is a pair of think tags and a pair of answer tags, and nothing else."""
+    return [float(is_think_answer(text)) for text in completions]
+
+
+def prompt_column(row: Row) -> Any:
+    """The row's own prompt; what is no prompt is refused where rows are read."""
+    return row.get("prompt")
+
+
+def check_answer(row: Row, where: str) -> None:
+    """Refuses a row without a reference.
+
+    Raises:
+        UserError: Naming the place and the column.
+    """
+    text_column(row, "answer", where, wanted="the right answer as text")
+
+
+def check_pattern(row: Row, where: str) -> None:
+    """Refuses a row without a pattern, or with one that is no regular expression.
+
+    Raises:
+        UserError: Naming the place and the column.
+    """
+    pattern = text_column(row, "pattern", where, wanted="a regular expression of Python")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise wrong("pattern", pattern, where, wanted=f"a regular expression of Python ({error})") from None
+
+
+EXACT_MATCH = Definition(prompt_column, check_answer, rewards=(Component("exact_match", exact_match_reward),))
+REGEX = Definition(prompt_column, check_pattern, rewards=(Component("regex", regex_reward),))

@@ -1,0 +1,63 @@
+"""Which rewards judge a task's answers."""
+
+from collections.abc import Mapping
+
+from shardes.config import SetConfig
+from shardes.errors import UserError
+from shardes.tasks.base import Component, Definition, RewardFunction
+
+
+def components(
+    config: SetConfig,
+    definition: Definition | None,
+    *,
+    known: Mapping[str, RewardFunction],
+    key: str = "task",
+) -> tuple[Component, ...]:
+    """What a configuration says about rewards, or else what a built-in task has by itself.
+
+    Nothing is imported: whether a function of the user's exists is seen where it runs.
+
+    Args:
+        config: The section.
+        definition: The built-in task that it names, if it names one.
+        known: Built-in rewards by name.
+        key: The section's place, for messages.
+
+    Raises:
+        UserError: No such reward, two of one label, or rewards for a task that has none.
+    """
+    is_likelihood = definition is not None and definition.choices is not None
+    if is_likelihood and config.rewards:
+        raise UserError(
+            f"{key}.rewards: {config.name} compares likelihoods and has no answers to reward; choose "
+            f"{key}.metric instead"
+        )
+    if not is_likelihood and config.metric is not None:
+        raise UserError(
+            f"{key}.metric: got {config.metric}, which is for tasks that compare likelihoods; this one has "
+            "answers, which its rewards judge"
+        )
+    if config.reward is not None:
+        return (Component(label_of(config.reward), config.reward, takes_messages=True),)
+    if not config.rewards:
+        assert definition is not None, "the configuration has a built-in task or rewards"
+        return definition.rewards
+    found: dict[str, Component] = {}
+    for i, reward in enumerate(config.rewards):
+        if reward.name is not None and reward.name not in known:
+            raise UserError(
+                f"{key}.rewards.{i}.name: got {reward.name!r}; known rewards: {', '.join(sorted(known))}; "
+                "a function of your own goes into path"
+            )
+        source = reward.path or known[str(reward.name)]
+        label = reward.label or reward.name or label_of(str(reward.path))
+        if label in found:
+            raise UserError(f"{key}.rewards.{i}: two rewards are called {label!r}; give one another label")
+        found[label] = Component(label, source, reward.weight, reward.arguments, isinstance(source, str))
+    return tuple(found.values())
+
+
+def label_of(reference: str) -> str:
+    """The name of the function in ``package.module:function``."""
+    return reference.rpartition(":")[2]

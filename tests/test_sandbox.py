@@ -1,0 +1,231 @@
+"""Rewards in processes of their own: what they do there harms nobody else."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shardes.config import TaskConfig
+from shardes.errors import UserError
+from shardes.sandbox import pool
+from shardes.sandbox.judging import Answers
+from shardes.sandbox.pool import DirectRewards, Sandbox, make_rewards
+from shardes.tasks.base import Component, Task
+from tests.helpers import hostile_rewards
+from tests.helpers.ranks import ROOT
+
+OBEY = Component("obey", hostile_rewards.obey)
+LATER = Component("later", hostile_rewards.obey_later)
+LENGTH = Component("length", "tests/helpers/hostile_rewards.py:length")
+PID = Component("pid", hostile_rewards.pid)
+LIMIT = 2.0
+
+
+def answers(*completions):
+    return Answers.of([{}] * len(completions), ["p"] * len(completions), completions, [[]] * len(completions))
+
+
+def sandbox(*components, timeout_seconds=LIMIT, max_workers=16, memory_bytes=None):
+    return Sandbox(
+        components or [OBEY],
+        timeout_seconds=timeout_seconds,
+        max_workers=max_workers,
+        memory_bytes=memory_bytes,
+    )
+
+
+def judged(rewards, *completions, component=OBEY):
+    (future,) = rewards.submit([component], [answers(*completions)])
+    (verdicts,) = future.result(60)
+    assert [value is None for value in verdicts.values] == verdicts.has_failed
+    return verdicts.values, verdicts.first_failure
+
+
+@pytest.fixture(scope="module")
+def rewards():
+    with sandbox(OBEY, LATER, LENGTH, PID, memory_bytes=2**30) as rewards:
+        yield rewards
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_numbers_are_those_of_this_process(rewards):
+    batches = [answers(*("x" * (i % 7) for i in range(n))) for n in (1, 5, 32, 1)]
+    wanted = DirectRewards([LENGTH, OBEY, LATER]).submit([LENGTH, LATER], batches)
+    found = rewards.submit([LENGTH, LATER], batches)
+    assert [future.result(60) for future in found] == [future.result() for future in wanted]
+    assert rewards.submit([LENGTH], []) == []
+
+
+def test_a_reward_runs_in_another_process_which_is_kept(rewards):
+    (first,), _ = judged(rewards, "a", component=PID)
+    assert first != os.getpid()
+    assert judged(rewards, "a", component=PID)[0] == [first]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("exit:3", "the reward ended its process (exit status 3)"),
+        ("exit:0", "the reward ended its process (exit status 0)"),
+        ("crash", "the reward ended its process (signal 11)"),
+        ("fill:4000000000", "MemoryError"),
+        ("raise:no such key", "LookupError: no such key"),
+        ("forge:[]", "the reward broke its process (ValueError: a reply of the wrong size)"),
+        ("forge:{}", "the reward broke its process"),
+        ("forge:not json", "the reward broke its process (JSONDecodeError"),
+        (
+            'forge:[{"values": ["1"], "has_failed": [false], "first_failure": null}]',
+            "the reward broke its process",
+        ),
+        (
+            'forge:[{"values": [NaN], "has_failed": [false], "first_failure": null}]',
+            "the reward broke its process",
+        ),
+    ],
+)
+def test_an_answer_that_breaks_its_process_fails_alone(rewards, command, words):
+    assert judged(rewards, "a", command, "bcd")[0] == [1.0, None, 3.0]
+    values, first = judged(rewards, command)
+    assert values == [None]
+    assert words in first
+    assert judged(rewards, "ab")[0] == [2.0]
+
+
+@pytest.mark.parametrize("command", ["hang", "deafen", "half a message"])
+def test_an_answer_that_hangs_fails_alone_and_its_process_is_replaced(rewards, command):
+    values, first = judged(rewards, "a", command, "bcd")
+    assert values == [1.0, None, 3.0]
+    assert first.startswith("TimeoutError: the reward did not end within 2 s (task.reward_timeout_seconds)")
+    assert judged(rewards, "a", command, "bcd", component=LATER)[0] == [1.0, None, 3.0]
+    assert judged(rewards, "ab")[0] == [2.0]
+
+
+def test_many_that_hang_do_so_at_the_same_time(rewards):
+    start = time.monotonic()
+    batches = [answers("hang", *("x" * n for n in range(1, 5))) for _ in range(8)]
+    futures = rewards.submit([OBEY], [answers(*["hang"] * 8, "abc"), *batches])
+    values = [future.result(120)[0].values for future in futures]
+    assert values == [[None] * 8 + [3.0]] + [[None, 1.0, 2.0, 3.0, 4.0]] * 8
+    # 16 of them, one after the other, would take 16 times the limit at least.
+    assert time.monotonic() - start < 10 * LIMIT
+
+
+def test_one_process_is_enough_however_many_hang():
+    with sandbox(max_workers=1, timeout_seconds=0.5) as rewards:
+        assert judged(rewards, "hang", "a", "hang", "bc")[0] == [None, 1.0, None, 2.0]
+
+
+def test_a_call_may_take_its_whole_limit(rewards):
+    start = time.monotonic()
+    assert judged(rewards, f"sleep:{LIMIT * 0.75}", "a")[0] == [len("sleep:1.5"), 1.0]
+    assert time.monotonic() - start >= LIMIT * 0.75
+
+
+def test_processes_grow_in_number_while_answers_wait(monkeypatch):
+    monkeypatch.setattr(pool, "PATIENCE_SECONDS", 0.01)
+    with sandbox(OBEY, PID, timeout_seconds=30, max_workers=3) as rewards:
+        slow = rewards.submit([OBEY, PID], [answers("sleep:0.5")] * 6)
+        pids = {future.result(60)[1].values[0] for future in slow}
+    assert len(pids) == 3
+    assert not any(is_alive(int(pid)) for pid in pids)
+
+
+def test_what_a_reward_started_ends_with_it(rewards, tmp_path):
+    path = tmp_path / "pid"
+    assert judged(rewards, f"child:{path}")[0] == [None]
+    wait_until(lambda: not is_alive(int(path.read_text())))
+
+
+def test_killing_the_template_costs_no_innocent_answer(rewards):
+    assert judged(rewards, "a", "kill template")[0] == [1.0, None]
+    assert judged(rewards, "abc", "d")[0] == [3.0, 1.0]
+
+
+def test_what_a_reward_prints_goes_to_standard_error(capfd):
+    with sandbox() as rewards:
+        judged(rewards, "print:hello from afar")
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "hello from afar" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("f = 3", "has no function 'f'"),
+        ("import no_such_module_anywhere", "ModuleNotFoundError"),
+        ("import os; os._exit(4)", "importing it ended the process (exit status 4)"),
+        ("import time; time.sleep(1000)", "importing it took longer than 0.5 s"),
+        ("def f(:", "SyntaxError"),
+    ],
+)
+def test_a_reward_that_cannot_be_imported_is_refused(tmp_path, monkeypatch, text, words):
+    monkeypatch.setattr(pool, "IMPORT_SECONDS", 0.5)
+    path = tmp_path / "reward.py"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        sandbox(Component("f", f"{path}:f"))
+    assert str(caught.value).startswith("task.reward: ")
+    assert words in str(caught.value)
+
+
+def test_the_configuration_chooses_where_rewards_run():
+    task = Task("t", [{}], [], lambda row: "p", (LENGTH,))
+    config = {"data": "d", "reward": "m:f"}
+    for workers, kind in ((0, DirectRewards), (2, Sandbox)):
+        with make_rewards(TaskConfig(**config, reward_workers=workers), [task, task]) as rewards:
+            assert type(rewards) is kind
+            assert judged(rewards, "abc", component=LENGTH)[0] == [3.0]
+    with make_rewards(TaskConfig(**config), [Task("t", [{}], [], lambda row: "p")]) as rewards:
+        assert type(rewards) is DirectRewards  # nothing to judge, no process
+
+
+PARENT = """
+import sys, time
+from shardes.sandbox.pool import Sandbox
+from shardes.sandbox.judging import Answers
+from shardes.tasks.base import Component
+from tests.helpers import hostile_rewards
+parts = [Component("pid", hostile_rewards.pid), Component("obey", hostile_rewards.obey)]
+rewards = Sandbox(parts, timeout_seconds=1000, max_workers=3, memory_bytes=None)
+one = lambda text: [Answers.of([{}], ["p"], [text], [[]])]
+print(int(rewards.submit(parts[:1], one("a"))[0].result()[0].values[0]), rewards._template._process.pid)
+sys.stdout.flush()
+rewards.submit(parts[1:], one("hang"))
+time.sleep(1000)
+"""
+
+
+def test_processes_end_with_the_one_that_started_them():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, env=environment)
+    with process:
+        pids = list(map(int, process.stdout.readline().split()))
+        assert all(map(is_alive, pids))
+        process.send_signal(signal.SIGKILL)
+    wait_until(lambda: not any(map(is_alive, pids)))
+
+
+def test_nothing_heavy_is_imported_by_the_processes():
+    heavy = "{'torch', 'numpy', 'pydantic'}"
+    code = f"import sys, shardes.sandbox.template; print(sorted({heavy} & set(sys.modules)))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert output.stdout == "[]\n"
