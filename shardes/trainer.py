@@ -265,7 +265,8 @@ class Trainer:
         """What the centre earns on some held-out problems; samples of its answers are written."""
         evaluation = self._population.evaluate_centre(problems)
         on_error = self._config.task.on_reward_error
-        reward = mean_reward(settled(evaluation.rewards, evaluation.has_failed, on_error=on_error))
+        rewards = settled(evaluation.rewards, evaluation.has_failed, on_error=on_error)
+        reward = mean_reward(rewards) if evaluation.is_finite else None
         if self.run is not None:
             if not evaluation.is_finite:
                 logger.warning("iteration %d: the logits of the centre are not finite", iteration)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from shardes.config import parse_config
 from shardes.errors import UserError
 from shardes.es.fitness import mean_and_deviation, update_coefficients
 from shardes.noise import NoiseKind, definition
-from shardes.rollout.rollout import Evaluation, Rollout
+from shardes.rollout.rollout import Rollout
 from shardes.runs.journal import read_journal
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
@@ -51,16 +52,15 @@ def metrics_of(config):
 @pytest.fixture
 def spoiled(monkeypatch):
     """Makes the logits of some evaluations, by number, look as if they were not finite."""
-    evaluate, calls = Rollout.evaluate, []
+    finish, calls = Rollout.finish, []
 
     def spoil(*numbers):
-        def spoiling(self, problems, *, group):
-            found = evaluate(self, problems, group=group)
+        def spoiling(self, pending):
+            found = finish(self, pending)
             calls.append(found)
-            is_finite = len(calls) - 1 not in numbers
-            return Evaluation(found.rewards, found.num_failures, found.num_tokens, found.samples, is_finite)
+            return replace(found, is_finite=len(calls) - 1 not in numbers)
 
-        monkeypatch.setattr(Rollout, "evaluate", spoiling)
+        monkeypatch.setattr(Rollout, "finish", spoiling)
         calls.clear()
 
     return spoil

@@ -294,9 +294,10 @@ class Sandbox:
                 verdicts.first_failure = verdicts.first_failure or found
             return joined
         finally:
-            scheduled: asyncio.TimerHandle | asyncio.Task[list[Verdicts] | str]
-            for scheduled in [*timers, *alone]:
-                scheduled.cancel()
+            for timer in timers:
+                timer.cancel()
+            for task in alone:
+                task.cancel()
 
     async def _ask(
         self,
