@@ -44,7 +44,7 @@ def read_rows(
             raise UserError(f"{where}: got {shown(raw)}; every {place.split()[0]} must be one JSON object")
         row = _with_columns(raw, columns or {}, where, f"{key.rpartition('.')[0]}.columns")
         check(row, where)
-        if "id" in row and row["id"] is not None:
+        if row.get("id") is not None:
             first = places.setdefault(json.dumps(row["id"], default=str), place)
             if first != place:
                 raise UserError(
@@ -148,7 +148,7 @@ def _of_lines(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield f"line {number}", json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{key}: {source} line {number}: not JSON ({error}): {line[:80]!r}; every line must be one "
                 "JSON object"
@@ -158,7 +158,7 @@ def _of_lines(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
 def _of_json(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if str(error).startswith("Extra data"):
             # JSONL under the name of JSON, as data sets often have it.
             yield from _of_lines(text, source, key)
