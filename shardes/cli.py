@@ -125,7 +125,7 @@ def export(run_dir: Path, out_dir: Path, iteration: str | None, base: Path | Non
     history, *_ = read_journal(run_dir / "journal.jsonl")
     if history.header is None:
         raise UserError(f"RUN_DIR {run_dir}: its journal is empty; nothing can be replayed")
-    wanted = history.iteration_of(iteration, key="--iteration")
+    wanted = history.iteration_of(iteration, key=f"--iteration {iteration}")
     from shardes.export import check_destination, export_model
     from shardes.logs import configure_logging
     from shardes.session import open_session
