@@ -161,8 +161,8 @@ def test_numbers_and_lists_in_csv_are_read_only_where_a_whole_column_has_them(tm
         ("r.json", "[1,", "not JSON"),
         ("r.json", '[{"prompt": "a"}, 3]', "item 2: got 3; every item must be one JSON object"),
         ("r.json", '{"prompt": "a"}\n{"prompt": 3}\n', "line 2: prompt is 3"),
-        ("r.json", "[" * 100_000, "not JSON"),
-        ("r.jsonl", '{"prompt": "a"}\n' + "[" * 100_000, "line 2: not JSON"),
+        pytest.param("r.json", "[" * 100_000, "not JSON", id="deep json"),
+        pytest.param("r.jsonl", '{"prompt": "a"}\n' + "[" * 100_000, "line 2: not JSON", id="deep line"),
         ("r.parquet", "no table", "r.parquet: not a Parquet file"),
     ],
 )
