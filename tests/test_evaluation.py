@@ -96,6 +96,8 @@ def run(tmp_path_factory):
     parts = [{"path": f"{HELPERS}:spread", "weight": 2.0}, {"path": f"{HELPERS}:spread", "label": "again"}]
     changes = {
         "es__iterations": 4,
+        "es__seed": 1,
+        "task__batch_size": None,
         "eval__every": 1,
         "eval__save_best": True,
         "eval__sets": {
@@ -139,12 +141,12 @@ def test_the_best_weights_are_kept_and_can_be_exported_by_that_name(run, tmp_pat
     run_dir = run_dir_of(run)
     rewards = [line["heldout_reward"] for line in lines_of(run_dir / "metrics.jsonl")]
     best = rewards.index(max(rewards))
-    assert best > 0
+    assert 0 < best < 4
     for name, iteration in (("best", "best"), ("number", best), ("last", "4")):
         result = call("shardes", "export", run_dir, tmp_path / name, "--iteration", iteration)
         assert result.returncode == 0, result.stderr
     assert fingerprint(run_dir / "best") == fingerprint(tmp_path / "best") == fingerprint(tmp_path / "number")
-    assert (fingerprint(tmp_path / "last") == fingerprint(tmp_path / "best")) == (best == 4)
+    assert fingerprint(tmp_path / "last") != fingerprint(tmp_path / "best")
 
 
 def test_what_was_not_exported_before_a_crash_is_exported_after_it(run, tmp_path):
