@@ -130,7 +130,7 @@ def export(run_dir: Path, out_dir: Path, iteration: str | None, base: Path | Non
     one device.
     """
     config, header, history = _read_run(run_dir, base=base, backend=backend)
-    wanted = history.iteration_of(iteration, key="--iteration")
+    wanted = history.iteration_of(iteration, key=f"--iteration {iteration}")
     from shardes.export import check_destination, export_model
     from shardes.files import cannot_write
     from shardes.logs import configure_logging

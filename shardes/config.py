@@ -301,6 +301,13 @@ class SetConfig(Section):
     metric: Literal["accuracy", "cross_entropy", "log_likelihood"] | None = None
     """What a task that compares likelihoods is rewarded with; null: what it has by itself."""
 
+    @field_validator("label_words", mode="before")
+    @classmethod
+    def _words_are_quoted(cls, value: Any) -> Any:
+        if isinstance(value, list) and any(isinstance(word, bool) for word in value):
+            raise ValueError(f"got {value}; YAML takes yes and no for truth values: put quotes around them")
+        return value
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         given = [value for value in (self.name, self.reward, self.rewards) if value]

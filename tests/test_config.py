@@ -220,6 +220,7 @@ def test_a_task_has_exactly_one_reward(name, reward, words):
             "label_words are for boolq, classification, sst2",
         ),
         ({"name": "classification"}, "classification needs label_words"),
+        (yaml.safe_load("{name: boolq, label_words: [no, yes]}"), "got [False, True]; YAML takes yes and no"),
     ],
 )
 def test_label_words_are_for_tasks_that_have_labels(changes, words):

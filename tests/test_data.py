@@ -81,6 +81,7 @@ def test_every_format_gives_the_same_rows_and_the_same_hash(tmp_path, kind):
     assert rows == ROWS
     assert [list(map(type, row.values())) for row in rows] == [list(map(type, r.values())) for r in ROWS]
     assert rows_sha256(rows) == rows_sha256(ROWS)
+    assert rows_sha256([dict(reversed(row.items())) for row in rows]) == rows_sha256(rows)
     assert rows_sha256(rows[::-1]) != rows_sha256(rows)
 
 
@@ -160,6 +161,8 @@ def test_numbers_and_lists_in_csv_are_read_only_where_a_whole_column_has_them(tm
         ("r.json", "[1,", "not JSON"),
         ("r.json", '[{"prompt": "a"}, 3]', "item 2: got 3; every item must be one JSON object"),
         ("r.json", '{"prompt": "a"}\n{"prompt": 3}\n', "line 2: prompt is 3"),
+        pytest.param("r.json", "[" * 100_000, "not JSON", id="deep json"),
+        pytest.param("r.jsonl", '{"prompt": "a"}\n' + "[" * 100_000, "line 2: not JSON", id="deep line"),
         ("r.parquet", "no table", "r.parquet: not a Parquet file"),
     ],
 )
@@ -253,6 +256,20 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path):
     assert message.endswith("the row has 'query', 'x'")
 
 
+def test_the_messages_of_another_section_name_its_keys(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "q"}\n')
+    key = "eval.sets.other"
+    for settings, words in [
+        ({}, f"{key}.data: {tmp_path / 'rows.jsonl'} line 1: prompt is None"),
+        ({"columns": {"prompt": "text"}}, f"which {key}.columns gives for 'prompt'"),
+        ({"template": "{{"}, f"{key}.template: line 1: "),
+        ({"template": "{{ text }}"}, f"{key}.template fails"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            load_task(SetConfig(reward=REWARD, data=tmp_path / "rows.jsonl", **settings), key=key)
+        assert words in str(caught.value)
+
+
 def test_two_rows_of_one_id_are_refused_by_both_their_lines(tmp_path):
     content = '{"prompt": "a", "id": "p1"}\n{"prompt": "b", "id": 1}\n\n{"prompt": "c", "id": "p1"}\n'
     assert "line 4: column 'id' is 'p1', as in line 1; give each" in refusal(tmp_path, content)
@@ -261,110 +278,119 @@ def test_two_rows_of_one_id_are_refused_by_both_their_lines(tmp_path):
     assert "column 'id' is 1" in refusal(tmp_path, content[:48], columns={"id": "n"})
 
 
-class TestTemplates:
-    content = '{"question": "1+1", "n": 2, "prompt": "own"}\n'
-
-    def prompts(self, tmp_path, **settings):
-        path = tmp_path / "rows.jsonl"
-        path.write_text(self.content)
-        task = load_task(TaskConfig(reward=REWARD, data=path, **settings))
-        return [task.make_prompt(row) for row in task.train]
-
-    def test_a_template_makes_a_text(self, tmp_path):
-        (prompt,) = self.prompts(tmp_path, template="{{ question }}=?{% if n > 1 %} ({{ n }}){% endif %}\n")
-        assert prompt == "1+1=? (2)"
-
-    def test_markup_is_not_escaped(self, tmp_path):
-        assert self.prompts(tmp_path, template="<b>{{ '<' }}</b>") == ["<b><</b>"]
-
-    def test_a_system_message_makes_a_chat(self, tmp_path):
-        own = {"role": "user", "content": "own"}
-        asked = {"role": "user", "content": "1+1?"}
-        system = {"role": "system", "content": "be brief"}
-        assert self.prompts(tmp_path, system="be brief") == [[system, own]]
-        assert self.prompts(tmp_path, system="be brief", template="{{ question }}?") == [[system, asked]]
-        assert self.prompts(tmp_path, system="", template="{{ question }}?") == [[asked]]
-
-    def test_a_system_message_replaces_the_built_in_tasks(self, tmp_path):
-        path = tmp_path / "countdown.jsonl"
-        path.write_text('{"numbers": [1, 2], "target": 3}\n')
-        task = load_task(TaskConfig(name="countdown", data=path, system="Sei kurz."))
-        plain = load_task(TaskConfig(name="countdown", data=path))
-        row = plain.train[0]
-        assert [m["role"] for m in plain.make_prompt(row)] == ["system", "user"]
-        assert task.make_prompt(row) == [
-            {"role": "system", "content": "Sei kurz."},
-            plain.make_prompt(row)[1],
-        ]
-
-    @pytest.mark.parametrize(
-        ("template", "words"),
-        [
-            ("{{ question", "task.template: line 1: unexpected end of template"),
-            ("a\n{% if %}", "task.template: line 2: "),
-            (
-                "{{ answer }}",
-                "line 1: task.template fails (UndefinedError: 'answer' is undefined); the row has",
-            ),
-            ("{{ question.x.y }}", "line 1: task.template fails (UndefinedError"),
-            ("{{ n / 0 }}", "line 1: task.template fails (ZeroDivisionError"),
-            ("{{ question + n }}", "line 1: task.template fails (TypeError"),
-            ("{{ ''.__class__.__mro__ }}", "line 1: task.template fails (SecurityError"),
-            ("{% if n == 1 %}x{% endif %}", "line 1: prompt is ''; wanted a non-empty text"),
-        ],
-    )
-    def test_a_template_that_fails_is_refused_with_the_line_it_fails_for(self, tmp_path, template, words):
-        message = refusal(tmp_path, self.content, template=template)
-        assert words in message
-
-    def test_columns_of_any_name_can_be_used(self, tmp_path):
-        self.content = '{"key": "a", "template": "b", "row": "c"}\n'
-        assert self.prompts(tmp_path, template="{{ key }}{{ template }}{{ row }}") == ["abc"]
+CONTENT = '{"question": "1+1", "n": 2, "prompt": "own"}\n'
 
 
-class TestSplit:
-    rows = tuple({"prompt": f"p{i % 40}", "id": i, "n": i % 40} for i in range(50))
+def prompts(tmp_path, content=CONTENT, **settings):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    task = load_task(TaskConfig(reward=REWARD, data=path, **settings))
+    return [task.make_prompt(row) for row in task.train]
 
-    def split(self, tmp_path, rows, **settings):
-        path = tmp_path / "rows.jsonl"
-        path.write_text(jsonl(rows))
-        task = load_task(TaskConfig(reward=REWARD, data=path, heldout_fraction=0.25, **settings))
-        return task.train, task.heldout
 
-    def test_it_depends_on_the_problems_alone(self, tmp_path):
-        train, heldout = self.split(tmp_path, self.rows)
-        assert len({row["prompt"] for row in heldout}) == 10  # a quarter of 40 problems
-        assert sorted(row["id"] for row in [*train, *heldout]) == list(range(50))
-        assert not {row["prompt"] for row in train} & {row["prompt"] for row in heldout}
-        turned = self.split(tmp_path, self.rows[::-1])
-        assert [part[::-1] for part in turned] == [train, heldout]
-        # Other ids are no other problems.
-        renamed = self.split(tmp_path, [row | {"id": f"x{row['id']}"} for row in self.rows])
-        assert [row["prompt"] for row in renamed[1]] == [row["prompt"] for row in heldout]
-        assert self.split(tmp_path, self.rows, split_seed=1) != (train, heldout)
+def test_a_template_makes_a_text(tmp_path):
+    (prompt,) = prompts(tmp_path, template="{{ question }}=?{% if n > 1 %} ({{ n }}){% endif %}\n")
+    assert prompt == "1+1=? (2)"
 
-    def test_it_is_pinned(self):
-        _, heldout = split_rows([{"n": n} for n in range(12)], fraction=0.25, seed=0)
-        assert heldout == [{"n": 3}, {"n": 4}, {"n": 9}]
 
-    def test_permutations_of_a_countdown_problem_stay_together(self, tmp_path):
-        path = tmp_path / "rows.jsonl"
-        rows = [
-            {"numbers": order, "target": 6 + n} for n in range(9) for order in ([1, 2, n + 3], [n + 3, 2, 1])
-        ]
-        path.write_text(jsonl(rows))
-        task = load_task(TaskConfig(name="countdown", data=path, heldout_fraction=0.3))
-        assert len(task.heldout) == 6
-        targets = [{row["target"] for row in part} for part in (task.train, task.heldout)]
-        assert not targets[0] & targets[1]
+def test_markup_is_not_escaped(tmp_path):
+    assert prompts(tmp_path, template="<b>{{ '<' }}</b>") == ["<b><</b>"]
 
-    def test_one_problem_cannot_be_split(self, tmp_path):
-        with pytest.raises(UserError, match=r"task\.heldout_fraction: got 0\.25, which leaves no problem"):
-            self.split(tmp_path, self.rows[:1])
 
-    def test_two_sources_of_heldout_problems_are_refused(self):
-        with pytest.raises(ValueError, match="heldout_data is given as well"):
-            TaskConfig(reward=REWARD, data="a", heldout_data="b", heldout_fraction=0.5)
+def test_a_system_message_makes_a_chat(tmp_path):
+    own = {"role": "user", "content": "own"}
+    asked = {"role": "user", "content": "1+1?"}
+    system = {"role": "system", "content": "be brief"}
+    assert prompts(tmp_path, system="be brief") == [[system, own]]
+    assert prompts(tmp_path, system="be brief", template="{{ question }}?") == [[system, asked]]
+    assert prompts(tmp_path, system="", template="{{ question }}?") == [[asked]]
+
+
+def test_a_system_message_replaces_the_built_in_tasks(tmp_path):
+    path = tmp_path / "countdown.jsonl"
+    path.write_text('{"numbers": [1, 2], "target": 3}\n')
+    task = load_task(TaskConfig(name="countdown", data=path, system="Sei kurz."))
+    plain = load_task(TaskConfig(name="countdown", data=path))
+    row = plain.train[0]
+    assert [m["role"] for m in plain.make_prompt(row)] == ["system", "user"]
+    assert task.make_prompt(row) == [
+        {"role": "system", "content": "Sei kurz."},
+        plain.make_prompt(row)[1],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ question", "task.template: line 1: unexpected end of template"),
+        ("a\n{% if %}", "task.template: line 2: "),
+        (
+            "{{ answer }}",
+            "line 1: task.template fails (UndefinedError: 'answer' is undefined); the row has",
+        ),
+        ("{{ question.x.y }}", "line 1: task.template fails (UndefinedError"),
+        ("{{ n / 0 }}", "line 1: task.template fails (ZeroDivisionError"),
+        ("{{ question + n }}", "line 1: task.template fails (TypeError"),
+        ("{{ ''.__class__.__mro__ }}", "line 1: task.template fails (SecurityError"),
+        ("{% if n == 1 %}x{% endif %}", "line 1: prompt is ''; wanted a non-empty text"),
+    ],
+)
+def test_a_template_that_fails_is_refused_with_the_line_it_fails_for(tmp_path, template, words):
+    message = refusal(tmp_path, CONTENT, template=template)
+    assert words in message
+
+
+def test_columns_of_any_name_can_be_used(tmp_path):
+    content = '{"key": "a", "template": "b", "row": "c"}\n'
+    assert prompts(tmp_path, content, template="{{ key }}{{ template }}{{ row }}") == ["abc"]
+
+
+SPLIT_ROWS = tuple({"prompt": f"p{i % 40}", "id": i, "n": i % 40} for i in range(50))
+
+
+def split(tmp_path, rows, **settings):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(jsonl(rows))
+    task = load_task(TaskConfig(reward=REWARD, data=path, heldout_fraction=0.25, **settings))
+    return task.train, task.heldout
+
+
+def test_a_split_depends_on_the_problems_alone(tmp_path):
+    train, heldout = split(tmp_path, SPLIT_ROWS)
+    assert len({row["prompt"] for row in heldout}) == 10  # a quarter of 40 problems
+    assert sorted(row["id"] for row in [*train, *heldout]) == list(range(50))
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in heldout}
+    turned = split(tmp_path, SPLIT_ROWS[::-1])
+    assert [part[::-1] for part in turned] == [train, heldout]
+    # Other ids are no other problems.
+    renamed = split(tmp_path, [row | {"id": f"x{row['id']}"} for row in SPLIT_ROWS])
+    assert [row["prompt"] for row in renamed[1]] == [row["prompt"] for row in heldout]
+    assert split(tmp_path, SPLIT_ROWS, split_seed=1) != (train, heldout)
+
+
+def test_a_split_is_pinned():
+    _, heldout = split_rows([{"n": n} for n in range(12)], fraction=0.25, seed=0)
+    assert heldout == [{"n": 3}, {"n": 4}, {"n": 9}]
+
+
+def test_permutations_of_a_countdown_problem_stay_together(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"numbers": order, "target": 6 + n} for n in range(9) for order in ([1, 2, n + 3], [n + 3, 2, 1])]
+    path.write_text(jsonl(rows))
+    task = load_task(TaskConfig(name="countdown", data=path, heldout_fraction=0.3))
+    assert len(task.heldout) == 6
+    targets = [{row["target"] for row in part} for part in (task.train, task.heldout)]
+    assert not targets[0] & targets[1]
+
+
+def test_one_problem_cannot_be_split(tmp_path):
+    with pytest.raises(UserError, match=r"task\.heldout_fraction: got 0\.25, which leaves no problem"):
+        split(tmp_path, SPLIT_ROWS[:1])
+
+
+def test_two_sources_of_heldout_problems_are_refused():
+    with pytest.raises(ValueError, match="heldout_data is given as well"):
+        TaskConfig(reward=REWARD, data="a", heldout_data="b", heldout_fraction=0.5)
 
 
 @given(st.lists(st.integers(0, 5), min_size=1), st.floats(0.01, 0.99), st.integers(0, 3))

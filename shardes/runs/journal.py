@@ -60,9 +60,9 @@ class History:
                 raise UserError(f"{key}: the run has no held-out evaluation to choose by; give a number")
             return best
         if not wanted.isdecimal():
-            raise UserError(f"{key}: got {wanted!r}; give a number of iterations, or best")
+            raise UserError(f"{key}: wanted a number of iterations, or best")
         if int(wanted) > available:
-            raise UserError(f"{key}: got {wanted}, but the run has {available} iterations; give at most that")
+            raise UserError(f"{key}: the run has {available} iterations; give at most that, or best")
         return int(wanted)
 
     def best_iteration(self) -> int | None:

@@ -16,19 +16,14 @@ _COPA_JOINTS = {"cause": "because", "effect": "so"}
 
 
 def label_words_definition(
-    words: Sequence[str],
-    *,
-    make_prompt: Callable[[Row], Prompt],
-    texts: Mapping[str, str],
-    label: str = "label",
+    words: Sequence[str], *, make_prompt: Callable[[Row], Prompt], texts: Mapping[str, str]
 ) -> Definition:
-    """Classification: the label's word follows the prompt.
+    """Classification: the word of the row's ``label``, its index or the word itself, follows the prompt.
 
     Args:
         words: One for each class, in the order of the labels; a space is put before each.
         make_prompt: Makes a prompt that the words fit after.
         texts: The columns that it needs, and what each of them holds.
-        label: The column with the class: its index, or its word.
     """
     completions = [f" {word.strip()}" for word in words]
     wanted = " or ".join(f"{index} ({word.strip()})" for index, word in enumerate(words))
@@ -36,12 +31,12 @@ def label_words_definition(
     def check_row(row: Row, where: str) -> None:
         for name, holds in texts.items():
             text_column(row, name, where, wanted=holds)
-        value = column(row, label, where, wanted=wanted)
+        value = column(row, "label", where, wanted=wanted)
         if _index(value, words) is None:
-            raise wrong(label, value, where, wanted=wanted)
+            raise wrong("label", value, where, wanted=wanted)
 
     def choices(row: Row) -> Choices:
-        gold = _index(row[label], words)
+        gold = _index(row["label"], words)
         assert gold is not None, "the row was checked"
         return Choices(completions, gold)
 

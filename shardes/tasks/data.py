@@ -42,9 +42,9 @@ def read_rows(
         where = f"{key}: {source} {place}"
         if not isinstance(raw, dict):
             raise UserError(f"{where}: got {shown(raw)}; every {place.split()[0]} must be one JSON object")
-        row = _with_columns(raw, columns or {}, where)
+        row = _with_columns(raw, columns or {}, where, f"{key.rpartition('.')[0]}.columns")
         check(row, where)
-        if "id" in row and row["id"] is not None:
+        if row.get("id") is not None:
             first = places.setdefault(json.dumps(row["id"], default=str), place)
             if first != place:
                 raise UserError(
@@ -94,11 +94,13 @@ def _canonical(row: Row) -> str:
     return json.dumps(row, sort_keys=True, default=str)
 
 
-def _with_columns(row: dict[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
+def _with_columns(
+    row: dict[str, Any], columns: Mapping[str, str], where: str, columns_key: str
+) -> dict[str, Any]:
     for name, origin in columns.items():
         if origin not in row:
             raise UserError(
-                f"{where}: column {origin!r} is missing, which task.columns gives for {name!r}; the row has "
+                f"{where}: column {origin!r} is missing, which {columns_key} gives for {name!r}; the row has "
                 f"{', '.join(map(repr, row)) or 'no columns'}"
             )
     return row | {name: row[origin] for name, origin in columns.items()}
@@ -108,9 +110,12 @@ def _read(source: Path, key: str) -> Iterator[tuple[str, Any]]:
     """The rows as they are, each with its place in the source."""
     if is_hub_reference(source):
         return _of_data_set(_from_hub(source, key))
-    directory, _, split = str(source).rpartition("@") if not source.exists() else (str(source), "", "")
-    if Path(directory).is_dir() and directory:
-        return _of_data_set(_from_disk(Path(directory), split, key))
+    directory, split = source, ""
+    if not source.exists() and "@" in source.name:
+        name, _, split = source.name.rpartition("@")
+        directory = source.with_name(name) if name else source
+    if directory.is_dir():
+        return _of_data_set(_from_disk(directory, split, key))
     if source.suffix == ".parquet":
         return _of_parquet(source, key)
     text = _text(source, key)
@@ -143,7 +148,7 @@ def _of_lines(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield f"line {number}", json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{key}: {source} line {number}: not JSON ({error}): {line[:80]!r}; every line must be one "
                 "JSON object"
@@ -153,7 +158,7 @@ def _of_lines(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
 def _of_json(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if str(error).startswith("Extra data"):
             # JSONL under the name of JSON, as data sets often have it.
             yield from _of_lines(text, source, key)
