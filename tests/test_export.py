@@ -270,7 +270,7 @@ def test_without_an_iteration_the_last_weights_are_exported(run, tmp_path, invok
 def test_an_iteration_that_the_run_does_not_have_is_refused(run, tmp_path, invoke):
     result = invoke("export", run.config.run.dir, tmp_path / "out", "--iteration", 4)
     assert isinstance(result.exception, UserError)
-    assert "--iteration: got 4, but the run has 3 iterations" in str(result.exception)
+    assert "--iteration 4: the run has 3 iterations" in str(result.exception)
     assert "has 3 iterations" in str(result.exception)
     assert not (tmp_path / "out").exists()
 

@@ -190,7 +190,8 @@ def test_after_a_shortage_the_member_in_flight_is_finished_and_no_other_is_start
 
     world = Group(0, 1, CPU)
     rollout = SimpleNamespace(mode=SimpleNamespace(team=world))
-    population = Population(rollout, mesh=Mesh(world, world), sigma=0.1, timeout_seconds=1, spans=Spans())
+    mesh = Mesh(world, world)
+    population = Population(rollout, mesh=mesh, sigma=0.1, timeout_seconds=1, stop=Stop(), spans=Spans())
     evaluate = Evaluate(start, lambda member: None if member == 0 else result_of(member))
     told = []
     found = population._hand_out(range(num_members), evaluate, told.append)

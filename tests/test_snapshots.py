@@ -362,6 +362,33 @@ def test_a_resumed_run_ends_with_the_same_bytes_whatever_became_of_its_snapshots
     assert journal.read_bytes() == wanted
 
 
+def cut_and_resume(original, model, tmp_path, data, cut):
+    """Goes on with what ``cut`` bytes of a journal say; returns the journal of the run then."""
+    root, changes = original
+    shutil.copytree(root / "run", tmp_path / "run")
+    (tmp_path / "run" / "journal.jsonl").write_bytes(data[:cut])
+    train(configured(root, model, tmp_path / "run", **changes))
+    found = (tmp_path / "run" / "journal.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run")
+    return found
+
+
+# Where the journal ends when it is cut: in an update and the member before it, or as it ends of itself.
+@pytest.mark.parametrize("last", ['"iteration":3,"sigma"', f'"iteration":{ITERATIONS},"type":"weights"'])
+@pytest.mark.parametrize("step", [41, pytest.param(1, marks=pytest.mark.exhaustive)])
+@pytest.mark.timeout(900)
+def test_a_journal_cut_at_any_byte_of_its_last_two_lines_gives_the_same_run(
+    original, model, tmp_path, last, step
+):
+    root, _ = original
+    data = (root / "run" / "journal.jsonl").read_bytes()
+    lines = data.splitlines(keepends=True)
+    end = next(i for i, line in enumerate(lines) if last.encode() in line) + 1
+    lengths = [len(b"".join(lines[:number])) for number in (end - 2, end)]
+    for cut in range(lengths[0], lengths[1] + 1, step):
+        assert cut_and_resume(original, model, tmp_path, data, cut) == data, cut
+
+
 # How snapshots are taken.
 
 
