@@ -8,7 +8,7 @@ import difflib
 import re
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -136,9 +136,10 @@ class RolloutConfig(Section):
     the same; ``stream`` for ``tensor_parallel``, which has no other. All give the same bits. Where every
     rank holds a whole model anyway (``single``, or a ``shard_size`` of 1), there is no second copy, and
     ``members`` says only that ranks do not share prompts."""
-    micro_batch_size: int = Field(default=32, gt=0)
+    micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = 32
     """Prompts per forward. Micro-batches are composed from the data alone, so results do not depend on the
-    number of ranks; a different size may change the last bits."""
+    number of ranks; a different size may change the last bits. ``auto``: as many as memory allows and as give
+    every rank work, found by trying when a run begins; the run keeps what was found."""
     max_new_tokens: int = Field(gt=0)
     """The longest answer, in tokens."""
     stop: list[str] = []

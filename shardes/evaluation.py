@@ -8,6 +8,7 @@ import numpy as np
 
 from shardes.es.results import settled
 from shardes.population import Population
+from shardes.rollout.probe import find_micro_batch_size
 from shardes.rollout.tally import Evaluation, Sample
 from shardes.sandbox.pool import Rewards
 from shardes.session import Session, make_rollout
@@ -115,6 +116,9 @@ def evaluate(
     """
     config = session.config
     rollout, scorer, scorers = make_rollout(session, task, rewards=rewards, others=heldout_sets)
+    if config.rollout.micro_batch_size == "auto":
+        rows = task.heldout or task.train
+        find_micro_batch_size(rollout, rows, num_rows=len(rows), mesh=session.mesh, sigma=config.es.sigma)
     population = Population(
         rollout,
         mesh=session.mesh,

@@ -17,8 +17,10 @@ from shardes.es.fitness import mean_reward, step_size, update_coefficients
 from shardes.es.results import MemberResult, member_rewards, settled
 from shardes.export import export_model
 from shardes.population import Population
+from shardes.rollout.probe import find_micro_batch_size
 from shardes.rollout.rollout import Problems
 from shardes.runs.directory import RunDirectory
+from shardes.runs.journal import recorded_setting
 from shardes.runs.metrics import heldout_metrics, iteration_metrics
 from shardes.runs.restore import restore_weights
 from shardes.runs.snapshotting import Snapshots
@@ -61,6 +63,7 @@ class Trainer:
         self._rollout, self._scorer, scorers = make_rollout(
             session, task, rewards=rewards, others=heldout_sets
         )
+        self._settle_micro_batch_size()
         self._population = Population(
             self._rollout,
             mesh=session.mesh,
@@ -329,6 +332,24 @@ class Trainer:
         if self.run is not None:
             with self._spans("io"):
                 self.run.record(record, durable=durable)
+
+    def _settle_micro_batch_size(self) -> None:
+        """Under ``auto``, takes the run's size if it has begun, or finds one; a collective."""
+        config, task = self._config, self._task
+        if config.rollout.micro_batch_size != "auto":
+            return
+        size = self._world.broadcast_json(recorded_setting(config.run.dir, "rollout.micro_batch_size"))
+        if size is None:
+            size = find_micro_batch_size(
+                self._rollout,
+                task.train,
+                num_rows=min(config.task.batch_size or len(task.train), len(task.train)),
+                mesh=self._session.mesh,
+                sigma=config.es.sigma,
+            )
+        self._rollout.micro_batch_size = size
+        rollout = config.rollout.model_copy(update={"micro_batch_size": size})
+        self._config = config.model_copy(update={"rollout": rollout})
 
     def _open_run(self) -> int:
         """Opens the run directory and restores what it holds; returns the first iteration to do."""

@@ -52,10 +52,11 @@ def _spread(skeleton: "PreTrainedModel", *, config: Config, group: Group) -> Bac
     from shardes.backends.deepspeed_config import make_deepspeed_config
     from shardes.backends.zero3 import Zero3Backend
 
+    size = config.rollout.micro_batch_size
     deepspeed_config = make_deepspeed_config(
         config.parallel.deepspeed,
         dtype=skeleton.dtype,
-        micro_batch_size=config.rollout.micro_batch_size,
+        micro_batch_size=None if size == "auto" else size,
         world_size=group.world_size,
         hidden_size=skeleton.config.get_text_config().hidden_size,
     )

@@ -72,14 +72,15 @@ _UNUSABLE = (
 
 
 def make_deepspeed_config(
-    path: Path | None, *, dtype: torch.dtype, micro_batch_size: int, world_size: int, hidden_size: int
+    path: Path | None, *, dtype: torch.dtype, micro_batch_size: int | None, world_size: int, hidden_size: int
 ) -> dict[str, Any]:
     """A complete configuration for ``deepspeed.initialize``.
 
     Args:
         path: The user's JSON, or None for ours.
         dtype: The model's dtype.
-        micro_batch_size: Prompts per forward.
+        micro_batch_size: Prompts per forward; None if that is not known yet: then any number will do, since
+            DeepSpeed only trains with it.
         world_size: Number of ranks.
         hidden_size: The model's width; ``auto`` bucket sizes depend on it.
 
@@ -89,9 +90,10 @@ def make_deepspeed_config(
     tree: dict[str, Any] = {"zero_optimization": {"stage": 3}} if path is None else _read(path)
     if path is not None:
         _refuse_unusable(tree, path)
+    per_rank = 1 if micro_batch_size is None else micro_batch_size
     batch = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "train_batch_size": micro_batch_size * world_size,
+        "train_micro_batch_size_per_gpu": per_rank,
+        "train_batch_size": per_rank * world_size,
         "gradient_accumulation_steps": 1,
     }
     tree["zero_optimization"]["memory_efficient_linear"] = False
@@ -106,12 +108,12 @@ def make_deepspeed_config(
     }
     _fill_autos(tree, autos, path)
     for key, value in batch.items():
-        if tree.get(key, value) != value:
+        if micro_batch_size is not None and tree.get(key, value) != value:
             raise UserError(
                 f"parallel.deepspeed: {path}: {key} is {json.dumps(tree[key])}, but rollout.micro_batch_size "
                 f'and the number of ranks make it {value}; set it to "auto" or remove it'
             )
-    tree.setdefault("train_micro_batch_size_per_gpu", micro_batch_size)
+    tree.setdefault("train_micro_batch_size_per_gpu", per_rank)
     tree.setdefault("steps_per_print", 10**9)
     return tree
 

@@ -94,6 +94,11 @@ class Decoder:
             model, prefix, cache=self._prefix, attention_mask=torch.ones_like(prefix), positions=positions
         )
 
+    def release(self) -> None:
+        """Frees the storage; the next batch allocates it anew."""
+        self._slab = self._prefix = self._graphs = None
+        self._has_begun = False
+
     @torch.no_grad()
     def decode(
         self,
@@ -101,6 +106,7 @@ class Decoder:
         batch: MicroBatch,
         *,
         any_rank: Callable[[bool], bool] | None = None,
+        most_tokens: int | None = None,
     ) -> Answers:
         """Answers a micro-batch.
 
@@ -108,6 +114,7 @@ class Decoder:
             model: The model that ``begin`` was called with.
             batch: The prompts.
             any_rank: In lock-step, tells whether the flag is set on any rank; all go on until it is on none.
+            most_tokens: Where answers are cut short, to see whether there is the memory to give them.
 
         Raises:
             UserError: The model keeps no cache.
@@ -120,7 +127,8 @@ class Decoder:
         logits = rows.prefill(model)
         # In lock-step a forward is a collective, which is not captured.
         graphs = None if any_rank is not None else self._graphs_of(model, device)
-        for step in range(self._max_new_tokens):
+        num_steps = min(self._max_new_tokens, most_tokens or self._max_new_tokens)
+        for step in range(num_steps):
             largest, token = logits.max(dim=-1)  # a NaN counts as the largest
             is_finite &= (largest.isfinite() | rows.has_ended).all()
             if self._sampling is not None:
@@ -128,7 +136,7 @@ class Decoder:
                 token = self._sampling.draw(logits, batch.uniforms[rows.indices, step])
             rows.append(token, self._eos_ids)
             num_tokens = step + 1
-            if num_tokens == self._max_new_tokens:
+            if num_tokens == num_steps:
                 break
             is_due = num_tokens % TOKENS_PER_CHECK == 0
             if is_due or always_looks:

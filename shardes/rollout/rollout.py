@@ -13,7 +13,7 @@ from shardes.modeling import end_tokens, max_positions
 from shardes.rollout.batching import MicroBatch, compose, shared_prefix, tokenize
 from shardes.rollout.decode import Answers, Decoder
 from shardes.rollout.likelihood import CompletionBatch, completion_log_likelihoods, compose_completions
-from shardes.rollout.memory import MemoryShortageError, generation_bytes, is_shortage
+from shardes.rollout.memory import MemoryShortageError, free_bytes, generation_bytes, is_shortage
 from shardes.rollout.modes import Mode, Modes
 from shardes.rollout.sampling import Sampling
 from shardes.rollout.scoring import Scorer
@@ -131,7 +131,7 @@ class Rollout:
         count = settings.samples_per_prompt
         batches = compose(
             [prompt for prompt in tokens for _ in range(count)],
-            micro_batch_size=settings.micro_batch_size,
+            micro_batch_size=self.micro_batch_size,
             pad_id=self._tokenizer.pad_token_id,
             max_new_tokens=settings.max_new_tokens,
             max_positions=max_positions(self._backend.lockstep_model),
@@ -166,11 +166,61 @@ class Rollout:
         batches = compose_completions(
             [prompt for prompt, _ in choices.pairs],
             [completion for _, completion in choices.pairs],
-            micro_batch_size=self._settings.micro_batch_size,
+            micro_batch_size=self.micro_batch_size,
             pad_id=self._tokenizer.pad_token_id,
         )
         batches = [batch.to(self._mesh.world.device) for batch in batches]
         return Problems(rows, prompts, scorer, 1, batches, choices=choices)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Prompts per forward."""
+        assert self._settings.micro_batch_size != "auto", "what auto is must be found first"
+        return self._settings.micro_batch_size
+
+    @micro_batch_size.setter
+    def micro_batch_size(self, size: int) -> None:
+        self._settings = self._settings.model_copy(update={"micro_batch_size": size})
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """Answers to each prompt."""
+        return self._settings.samples_per_prompt
+
+    @property
+    def num_sharers(self) -> int:
+        """Ranks that share a member's micro-batches; known once ``begin`` was called."""
+        return 1 if self._backend.shares_batches else self.mode.team.world_size
+
+    def fits(self, problems: Problems) -> bool:
+        """Whether this rank has the memory for the longest micro-batch; a collective of the team."""
+        batch = problems.micro_batches[-1]
+        device = self._mesh.world.device
+        # Trying is no choice where too much memory ends the process instead of raising an error, or where the
+        # other ranks would wait for the rest of a collective: then a formula has to do.
+        if (device.type == "cpu" or self.mode.is_in_step) and self._bytes_for(batch) > free_bytes(device):
+            return False
+        if self.mode.is_in_step:
+            return True
+        try:
+            model = self.mode.model()
+            if isinstance(batch, CompletionBatch):
+                completion_log_likelihoods(model, batch)
+            else:
+                self._decoder.begin(model, problems.prefix)
+                self._decoder.decode(model, batch, most_tokens=2)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            return False
+        finally:
+            self._decoder.release()
+        return True
+
+    @property
+    def _any_rank(self) -> Callable[[bool], bool] | None:
+        """What asks the ranks that go on together; None if this one goes by itself."""
+        return self._mesh.shard.any if self.mode.is_in_step else None
 
     @property
     def mode(self) -> Mode:
@@ -202,6 +252,7 @@ class Rollout:
 
     def step_down(self) -> None:
         """After a shortage of memory: goes on in a mode that takes less; a collective of all ranks."""
+        self._decoder.release()
         self._modes.step_down()
 
     def evaluate(self, problems: Problems, *, group: Group, keeps_samples: bool = False) -> Evaluation:
@@ -243,7 +294,7 @@ class Rollout:
             batch = batches[first + leader if is_idle else mine]
             is_counted = not is_idle and (together == 1 or shard.is_main)
             with self._spans("rollout"):
-                found = self._forward(model, problems, batch, is_first=first == 0, is_in_step=is_in_step)
+                found = self._forward(model, problems, batch, is_first=first == 0)
                 if found is not None and is_counted:
                     tally.take(batch.rows, found, is_first=mine == 0)
             if found is None:
@@ -276,7 +327,7 @@ class Rollout:
     def _tally(self, problems: Problems, *, keeps_samples: bool) -> Tally:
         scorer = problems.scorer
         if problems.choices is not None:
-            num_samples = len(problems.rows) if keeps_samples else self._settings.micro_batch_size
+            num_samples = len(problems.rows) if keeps_samples else self.micro_batch_size
             return LikelihoodTally(problems.choices, metric=scorer.task.metric, num_samples=num_samples)
         return AnswerTally(
             problems.rows,
@@ -294,7 +345,6 @@ class Rollout:
         batch: MicroBatch | CompletionBatch,
         *,
         is_first: bool,
-        is_in_step: bool,
     ) -> Answers | list[torch.Tensor] | None:
         """What the model says; None if there was too little memory and there is a mode that takes less."""
         try:
@@ -302,7 +352,7 @@ class Rollout:
                 return completion_log_likelihoods(model, batch)
             if is_first:
                 self._decoder.begin(model, problems.prefix)
-            return self._decoder.decode(model, batch, any_rank=self._mesh.shard.any if is_in_step else None)
+            return self._decoder.decode(model, batch, any_rank=self._any_rank)
         except (RuntimeError, MemoryError) as error:
             if not (self._modes.can_step_down and is_shortage(error)):
                 raise

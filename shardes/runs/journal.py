@@ -141,6 +141,15 @@ class Journal:
         self._file.close()
 
 
+def recorded_setting(run_dir: Path, key: str) -> Any:
+    """What a run was begun with, from its journal's header; None if it has not begun or cannot be read."""
+    try:
+        header = read_journal(run_dir / "journal.jsonl")[0].header
+    except UserError:  # whoever opens the run says so
+        return None
+    return None if header is None else header["settings"].get(key)
+
+
 def read_journal(path: Path) -> tuple[History, str, int, int]:
     """Reads and checks a journal without changing it.
 

@@ -203,10 +203,12 @@ def measure_plain(tree: dict[str, Any], out: Path) -> None:
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=False)
     dtype = getattr(torch, config.model.dtype)
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype).to(device).eval()
+    size = config.rollout.micro_batch_size
+    assert size != "auto", "both sides are told the same"
     tokens = [tokenize(row["prompt"], tokenizer) for row in load_task(config.task).train]
     batches = compose(
         tokens,
-        micro_batch_size=config.rollout.micro_batch_size,
+        micro_batch_size=size,
         pad_id=tokenizer.pad_token_id,
         max_new_tokens=config.rollout.max_new_tokens,
     )
