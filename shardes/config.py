@@ -379,6 +379,14 @@ class EvalConfig(Section):
     """An answer passes if its reward is at least this: what pass@k of ``shardes evaluate`` counts."""
 
 
+class LogConfig(Section):
+    """What a run tells."""
+
+    samples_every: int = Field(default=10, ge=0)
+    """Iterations between those of which a few answers of the first member are written to samples.jsonl; 0
+    means never. Those of held-out evaluations always are."""
+
+
 class Config(Section):
     """Everything a run is told."""
 
@@ -389,6 +397,7 @@ class Config(Section):
     weights: WeightsConfig = WeightsConfig()
     es: EsConfig
     eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
     task: TaskConfig
 
     @field_validator("rollout")
@@ -437,7 +446,7 @@ class Config(Section):
         }
         if self.es.schedule == "constant":
             free.add("es.iterations")
-        others = ("run.", "parallel.", "eval.")
+        others = ("run.", "parallel.", "eval.", "log.")
         kept = {k: v for k, v in flat.items() if k not in free and not k.startswith(others)}
         kept["es.alpha"] = self.alpha
         kept["task.data sha256"] = data_sha256

@@ -4,6 +4,7 @@ import logging
 import math
 import resource
 import shutil
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,6 +94,7 @@ class Trainer:
             weights=session.weights,
             is_sharded=session.backend.is_sharded,
         )
+        self._bar: Any = None
         self.run: RunDirectory | None = None
 
     def train(self) -> None:
@@ -106,13 +108,13 @@ class Trainer:
         check_agreement(self._world, **shared_settings(self._config) | self._settings)
         try:
             first = self._open_run()
-            with self._progress(first) as bar:
+            with self._progress(first) as self._bar:
                 for iteration in range(first, self._config.es.iterations):
                     self._evaluate_centre_if_due(iteration)
                     problems = self._rollout.prepare(self._draw_problems(iteration), iteration=iteration)
                     rewards = self._evaluate_members(iteration, problems)
                     self._update(iteration, problems, rewards)
-                    bar.update()
+                    self._bar.update()
             self._finish()
         finally:
             self._snapshots.close()
@@ -124,8 +126,20 @@ class Trainer:
         members = range(self._config.es.population)
         known = {member: result for (of, member), result in self._known_results.items() if of == iteration}
 
+        every = self._config.log.samples_every
+        shows_samples = every > 0 and iteration % every == 0
+        start, num_tokens, num_done = time.monotonic(), 0, len(known)
+
         def record(result: MemberResult) -> None:
-            self._record({"type": "member", "iteration": iteration, **vars(result)})
+            nonlocal num_tokens, num_done
+            if self.run is not None and shows_samples:
+                # Before the journal entry: without one they are dropped and written again after a crash.
+                for sample in result.samples:
+                    self.run.samples.write({"iteration": iteration, "member": result.member, **sample})
+            self._record({"type": "member", "iteration": iteration, **result.record()})
+            num_tokens, num_done = num_tokens + result.num_tokens, num_done + 1
+            speed = num_tokens / (time.monotonic() - start)
+            self._bar.set_postfix_str(f"{num_done}/{len(members)} members, {speed:.0f} tokens/s")
 
         results = self._population.evaluate_members(
             [member for member in members if member not in known],

@@ -104,7 +104,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(key, nearest):
 def test_an_unknown_key_far_from_all_is_refused_with_all():
     message = refusal("eval.zzz", 1)
     assert "eval.zzz: unknown key; Known keys: every" in message
-    assert "es, eval, model, parallel, rollout, run, task, weights" in refusal("qqqqqq", {})
+    assert "es, eval, log, model, parallel, rollout, run, task, weights" in refusal("qqqqqq", {})
 
 
 @pytest.mark.parametrize(
@@ -343,6 +343,7 @@ FREE = [
     ("rollout.mode", "stream"),
     ("weights.master_device", "cpu"),
     ("eval.every", 3),
+    ("log.samples_every", 3),
     ("es.iterations", 9),
     ("es.min_valid_fraction", 0.25),
     ("es.alpha", 5e-4),  # what auto stands for

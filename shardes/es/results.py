@@ -19,6 +19,7 @@ class MemberResult:
         least: The least reward of an answer; None if none counts.
         components: By name, the mean of each component over the answers that it applies to.
         is_finite: Whether its logits were; answers that others chose mean nothing.
+        samples: A few answers of the first member, for people to read; not journaled.
     """
 
     member: int
@@ -29,11 +30,16 @@ class MemberResult:
     least: float | None = None
     components: Mapping[str, float | None] = field(default_factory=dict)
     is_finite: bool = True
+    samples: Sequence[Mapping[str, Any]] = field(default_factory=list)
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
         """That of a journal's record."""
         return cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
+
+    def record(self) -> dict[str, Any]:
+        """What the journal keeps of it."""
+        return {key: value for key, value in vars(self).items() if key != "samples"}
 
 
 def member_rewards(results: Sequence[MemberResult], *, on_error: str | float) -> list[float | None]:

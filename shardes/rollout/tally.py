@@ -24,6 +24,9 @@ from shardes.tasks.base import Choices, Metric, Prompt, Row
 # Micro-batches of less than this go to the rewards with the next one: waking them takes a while, too.
 SEND_SECONDS = 0.05
 
+# Answers of a member that are shown to people.
+NUM_SAMPLES = 4
+
 Found = Answers | list[torch.Tensor]
 """The answers to a micro-batch of prompts; or the log-likelihoods of the completions in one of pairs."""
 
@@ -75,6 +78,9 @@ class Evaluation:
             least=min(counted, default=None),
             components=self.component_means(),
             is_finite=self.is_finite,
+            samples=[vars(sample) for sample in list(self.samples.values())[:NUM_SAMPLES]]
+            if member == 0
+            else [],
         )
 
     def component_means(self) -> dict[str, float | None]:

@@ -72,7 +72,7 @@ class RunDirectory:
     Attributes:
         journal: The open journal.
         metrics: One line an iteration.
-        samples: Some answers of each evaluation.
+        samples: Some answers of evaluations and of members.
 
     Raises:
         UserError: The directory is in use, damaged, cannot be written, or holds another run.
@@ -108,11 +108,15 @@ class RunDirectory:
         done = len(self.journal.history.updates)
         self.metrics = LineFile(self.path / "metrics.jsonl", keep=lambda line: line["iteration"] < done)
         stack.callback(self.metrics.close)
-        evaluations = self.journal.history.evaluations
-        self.samples = LineFile(
-            self.path / "samples.jsonl", keep=lambda line: line["iteration"] in evaluations
-        )
+        self.samples = LineFile(self.path / "samples.jsonl", keep=self._is_recorded)
         stack.callback(self.samples.close)
+
+    def _is_recorded(self, sample: dict[str, Any]) -> bool:
+        """Whether the journal knows of the evaluation or the member that gave an answer."""
+        iteration = sample["iteration"]
+        if "member" in sample:
+            return sample["member"] in self.history.members.get(iteration, {})
+        return iteration in self.history.evaluations
 
     def record(self, record: dict[str, Any], *, durable: bool = False) -> None:
         """Appends to the journal; see ``Journal.append``.
