@@ -15,6 +15,7 @@ from shardes import noise
 from shardes.noise import NOISE_VERSION, NoiseKind, Region, cpu, definition
 from tests.helpers.noise_oracle import FORMATS, accumulated, perturbed, same_bits
 
+DOCUMENTATION = Path(__file__).parents[1] / "docs" / "noise.md"
 GOLDEN = json.loads((Path(__file__).parent / "golden_noise.json").read_text())
 SIZE = 2**34
 REGIONS = [
@@ -219,6 +220,13 @@ def test_moments_of_a_million_elements_are_those_of_the_normal_law():
     assert abs(sample.var() - 1) < 6e-3
     assert abs((sample**3).mean()) < 1.6e-2
     assert abs((sample**4).mean() - 3) < 4e-2
+
+
+def test_the_numbers_that_draw_tokens_are_those_of_the_documentation():
+    numbers = definition.sampling_uniforms(seed=1, iteration=2, prompt=3, sample=4, count=5)
+    shown = [int(value * 2**24) for value in numbers]
+    assert shown == [3141445, 1084066, 5748954, 1835209, 8482054]
+    assert ", ".join(map(str, shown)) in DOCUMENTATION.read_text()
 
 
 def test_data_order_is_a_pure_function_without_repeats():
