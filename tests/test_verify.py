@@ -188,7 +188,8 @@ def test_the_journal_is_printed_as_it_is(run):
 def test_a_run_that_goes_on_may_be_looked_at(run):
     path = run / "journal.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    begun = next(i for i, line in enumerate(lines) if b'"iteration":3,"member":1' in line)
+    records = [json.loads(line) for line in lines]
+    begun = next(i for i, r in enumerate(records) if (r.get("iteration"), r.get("member")) == (3, 1))
     path.write_bytes(b"".join(lines[: begun + 1]) + b'{"type":"mem')
     before = path.read_bytes()
     result = call("shardes", "journal", run)

@@ -16,6 +16,7 @@ from shardes.checkpoint import Checkpoint
 from shardes.config import parse_config
 from shardes.distributed import Group, make_mesh, process_group
 from shardes.es.weights import Weights
+from shardes.stopping import Stop
 from tests.helpers.tracing import Trace
 
 NUM_MEMBERS = 4  # DeepSpeed starts to keep gathered copies once it has seen two whole forwards
@@ -173,7 +174,7 @@ def largest_layer(oracle):
 @torch.no_grad()
 def main():
     torch.set_num_threads(1)
-    with process_group(timeout_seconds=60, always=True) as world:
+    with process_group(timeout_seconds=60, always=True, stop=Stop(), stop_seconds=60) as world:
         for number, raw in enumerate(json.loads(Path(sys.argv[1]).read_text())):
             config = parse_config(raw["config"], source="case")
             sys.stdout.write(f"case {number}: {config.parallel.backend} {config.model.path.name}\n")

@@ -140,9 +140,13 @@ def become_rank(request, nothing):
         os.environ.clear()
         os.environ.update(request["env"])
         script, *arguments = request["start"]
-        sys.argv = [script, *arguments]
-        sys.path[0] = str(Path(script).parent.absolute())
-        runpy.run_path(script, run_name="__main__")
+        if script == "-m":
+            sys.argv = arguments
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = [script, *arguments]
+            sys.path[0] = str(Path(script).parent.absolute())
+            runpy.run_path(script, run_name="__main__")
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
