@@ -307,17 +307,23 @@ def test_a_run_in_which_a_member_was_known_before_ends_alike(tmp_path):
     assert found[-1]["weights_digest"] == wanted[-1]["weights_digest"]
 
 
+HOSTILE = """import os, time
+def score(prompts, completions, **columns):
+    for text in completions:
+        if len(text) == 3: os._exit(1)
+        if len(text) == 5: time.sleep(1000)
+    return [float(len(text)) for text in completions]
+"""
+# The same for all answers but those.
+CALM = """def score(prompts, completions, **columns):
+    return [float(len(t)) if len(t) not in (3, 5) else float("nan") for t in completions]
+"""
+
+
 def test_a_hostile_reward_does_not_stop_the_run(tmp_path):
     model = tiny_model(tmp_path / "model", tied=True)
     reward = tmp_path / "reward.py"
-    reward.write_text(
-        "import os, time\n"
-        "def score(prompts, completions, **columns):\n"
-        "    for text in completions:\n"
-        "        if len(text) == 3: os._exit(1)\n"
-        "        if len(text) == 5: time.sleep(1000)\n"
-        "    return [float(len(text)) for text in completions]\n"
-    )
+    reward.write_text(HOSTILE)
     path = tmp_path / "config.yaml"
     changes = {"task__reward": f"{reward}:score", "task__reward_timeout_seconds": 0.5, "es__iterations": 2}
     config = tree(tmp_path, model=model, run_dir=tmp_path / "run", **changes)
@@ -327,15 +333,36 @@ def test_a_hostile_reward_does_not_stop_the_run(tmp_path):
     lines = lines_of(tmp_path / "run" / "metrics.jsonl")
     assert all(line["num_reward_failures"] > 0 for line in lines[:-1])
     # The answers that could be scored earn what they earn where nothing hangs.
-    reward.write_text(
-        "def score(prompts, completions, **columns):\n"
-        "    return [float(len(t)) if len(t) not in (3, 5) else float('nan') for t in completions]\n"
-    )
+    reward.write_text(CALM)
     path.write_text(yaml.safe_dump(config | {"run": {"dir": str(tmp_path / "calm")}}))
     assert call("train", "--config", path).returncode == 0
     calm = lines_of(tmp_path / "calm" / "metrics.jsonl")
     assert [line["weights_digest"] for line in calm] == [line["weights_digest"] for line in lines]
     assert [line.get("heldout_reward") for line in calm] == [line.get("heldout_reward") for line in lines]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["stream", "prompts", "members"])
+def test_a_hostile_reward_on_two_ranks_leaves_the_weights_of_a_calm_one(tmp_path, mode):
+    model = tiny_model(tmp_path / "model", tied=True)
+    for name, text in (("hostile", HOSTILE), ("calm", CALM)):
+        reward = tmp_path / f"{name}.py"
+        reward.write_text(text)
+        changes = {"task__reward": f"{reward}:score", "task__reward_timeout_seconds": 0.5, "eval__every": 0}
+        changes |= {"parallel__backend": "fsdp", "rollout__mode": mode, "es__iterations": 2}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tree(tmp_path, model=model, run_dir=tmp_path / name, **changes)))
+        run_ranks(
+            ["launch/train.py", "--config", path],
+            world_size=2 if name == "hostile" else 1,
+            log_dir=tmp_path / f"{name}-logs",
+        )
+    hostile, calm = (lines_of(tmp_path / name / "metrics.jsonl") for name in ("hostile", "calm"))
+    assert all(line["num_reward_failures"] > 0 for line in hostile[:-1])
+    for one, other in zip(hostile, calm, strict=True):
+        assert one["weights_digest"] == other["weights_digest"]
+        assert one.get("num_reward_failures") == other.get("num_reward_failures")
 
 
 @pytest.mark.slow

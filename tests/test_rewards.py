@@ -353,8 +353,8 @@ def test_rewards_come_from_the_configuration_or_else_from_the_task():
     [
         (
             None,
-            {"rewards": [{"name": "lenght"}]},
-            r"rewards\.0\.name: got 'lenght'; known rewards: length, spread",
+            {"rewards": [{"name": "no"}]},
+            r"rewards\.0\.name: got 'no'; known rewards: length, spread",
         ),
         (None, {"rewards": [{"path": "m:f"}, {"path": "n:f"}]}, r"rewards\.1: two rewards are called 'f'"),
         (LIKELIHOOD, {"name": "boolq", "rewards": [{"path": "m:f"}]}, r"rewards: boolq compares likelihoods"),

@@ -22,6 +22,7 @@ OBEY = Component("obey", hostile_rewards.obey)
 LATER = Component("later", hostile_rewards.obey_later)
 LENGTH = Component("length", "tests/helpers/hostile_rewards.py:length")
 PID = Component("pid", hostile_rewards.pid)
+MEET = Component("meet", hostile_rewards.meet)
 LIMIT = 2.0
 
 
@@ -156,6 +157,23 @@ def test_what_a_reward_started_ends_with_it(rewards, tmp_path):
 def test_killing_the_template_costs_no_innocent_answer(rewards):
     assert judged(rewards, "a", "kill template")[0] == [1.0, None]
     assert judged(rewards, "abc", "d")[0] == [3.0, 1.0]
+
+
+def test_when_the_template_dies_so_do_its_workers_and_others_take_over():
+    with sandbox(OBEY, PID, timeout_seconds=60) as rewards:
+        (first,), _ = judged(rewards, "a", component=PID)
+        os.kill(rewards._template._process.pid, signal.SIGKILL)
+        wait_until(lambda: not is_alive(int(first)))
+        (second,), _ = judged(rewards, "a", component=PID)
+        assert second is not None  # it is not this call's fault
+        assert second != first
+        assert judged(rewards, "ab", "c")[0] == [2.0, 1.0]
+
+
+def test_after_half_of_the_limit_answers_are_judged_alone_and_the_call_goes_on(tmp_path):
+    with sandbox(MEET, timeout_seconds=8) as rewards:
+        path = str(tmp_path / "met")
+        assert judged(rewards, path, path, path, component=MEET)[0] == [3.0, 3.0, 3.0]
 
 
 def test_what_a_reward_prints_goes_to_standard_error(capfd):

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pickle
+import queue
 import socket
 import subprocess
 import sys
@@ -202,6 +203,9 @@ class Sandbox:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
         self._thread.start()
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._forwarder = threading.Thread(target=self._forward, name="rewards inbox", daemon=True)
+        self._forwarder.start()
         try:
             self._run(self._new_worker()).result()
         except BaseException:
@@ -219,14 +223,24 @@ class Sandbox:
             for future, answers in zip(futures, batches, strict=True):
                 self._background(self._judge_into(future, which, answers))
 
-        # One call for all: waking a sleeping thread is what costs.
-        self._loop.call_soon_threadsafe(judge)
+        self._inbox.put(judge)
         return futures
+
+    def _forward(self) -> None:
+        """Passes on to the loop what callers leave in the inbox.
+
+        Waking the loop lets go of the interpreter's lock and may wait for it for long; this thread has the
+        time, a caller that generates does not.
+        """
+        while (callback := self._inbox.get()) is not None:
+            self._loop.call_soon_threadsafe(callback)
 
     def close(self) -> None:
         """Ends all processes."""
         if self._loop.is_closed():
             return
+        self._inbox.put(None)
+        self._forwarder.join()
         self._run(self._cancel_all()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 
 def find_connection():
@@ -48,8 +49,7 @@ def obey(completions, **columns):
                 time.sleep(1000)
             case "child":  # and leaves it behind
                 process = subprocess.Popen(["sleep", "1000"])
-                with open(argument, "w") as file:  # noqa: PTH123
-                    file.write(str(process.pid))
+                Path(argument).write_text(str(process.pid))
                 time.sleep(1000)
             case "forge":
                 connection = find_connection()
@@ -70,6 +70,16 @@ def obey(completions, **columns):
 def pid(completions, **columns):
     """The process that judges."""
     return [float(os.getpid())] * len(completions)
+
+
+def meet(completions, **columns):
+    """A call of several answers waits for one of a single answer; each says how many it had."""
+    path = Path(completions[0])
+    if len(completions) == 1:
+        path.touch()
+    while not path.exists():
+        time.sleep(0.01)
+    return [float(len(completions))] * len(completions)
 
 
 async def obey_later(completions, **columns):
