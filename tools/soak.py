@@ -44,6 +44,8 @@ SHORT = [
     "parallel.timeout_seconds=20",
     "run.snapshot_every=2",
 ]
+# What depends on the clock or on how members are evaluated, or is not written again after a crash.
+VOLATILE = ("seconds", "rollout_mode", "peak_memory_bytes", "weights_digest")
 # After the kill, how long the others may take to end. Without a launcher it is the ranks that see to it: at
 # once, unless the dead one had not met them yet; then, when parallel.timeout_seconds are over.
 END_SECONDS = 40
@@ -147,7 +149,7 @@ def undisturbed(root: Path) -> dict[str, Any]:
 
 
 def outcome(run_dir: Path, export: Path) -> dict[str, Any]:
-    """The exported bytes, and what the journal says of rewards and coefficients."""
+    """The exported bytes, and what the files of the run say."""
     shutil.rmtree(export, ignore_errors=True)
     child = fork(lambda: command(["shardes", "export", str(run_dir), str(export)]), run_dir / "export.log")
     _, status = os.waitpid(child, 0)
@@ -162,13 +164,13 @@ def outcome(run_dir: Path, export: Path) -> dict[str, Any]:
     updates = [record["coefficients"] for record in lines if record["type"] == "update"]
     evaluations = [record["reward"] for record in lines if record["type"] == "evaluation"]
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    shown = [[line.get(key) for key in ("iteration", "reward_mean", "heldout_reward")] for line in metrics]
     return {
         "export": digest.hexdigest(),
         "rewards": rewards,
         "updates": updates,
         "evaluations": evaluations,
-        "metrics": shown,
+        "metrics": [{key: value for key, value in line.items() if key not in VOLATILE} for line in metrics],
+        "samples": (run_dir / "samples.jsonl").read_text(),
     }
 
 
