@@ -1,20 +1,12 @@
-"""A job may die at any moment: the same command goes on, and ends with the same bytes."""
+"""The same command goes on with a run, and refuses one that is not its own. Kills: test_soak.py."""
 
 import json
-import random
-import signal
-import sys
-import time
 
-import pytest
 import yaml
 
 from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import tiny_model, tree
-from tests.helpers.ranks import Ranks, run_command
-
-NUM_KILLS = 10
 
 
 def write_config(tmp_path, **changes):
@@ -34,61 +26,6 @@ def export(run_dir, out):
     result = call("shardes", "export", run_dir, out)
     assert result.returncode == 0, result.stderr
     return fingerprint(out)
-
-
-def wait_for_lines(path, count, ranks):
-    """Waits until the journal has ``count`` lines, or the job has ended."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and all(process.poll() is None for process in ranks.processes):
-        if count == 0 or (path.exists() and path.read_bytes().count(b"\n") >= count):
-            return
-        time.sleep(0.002)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_ten_kills_of_any_rank_at_random_moments_change_no_byte(tmp_path):
-    pytest.importorskip("deepspeed")
-    # No launcher is here to end the survivor of a kill: it is the time limit of collectives that does.
-    config = write_config(
-        tmp_path, es__iterations=30, parallel__backend="zero3", parallel__timeout_seconds=12, eval__every=7
-    )
-    undisturbed = train(config, f"run.dir={tmp_path / 'undisturbed'}", "parallel.backend=single")
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    wanted = export(tmp_path / "undisturbed", tmp_path / "wanted")
-
-    journal = tmp_path / "run" / "journal.jsonl"
-    chance = random.Random(1)
-    landed = []
-    for kill in range(NUM_KILLS):
-        lines = journal.read_bytes().count(b"\n") if journal.exists() else 0
-        # Some attempts have another number of ranks: replaying does not care.
-        with Ranks(
-            ["launch/train.py", "--config", config],
-            world_size=3 if kill % 4 == 3 else 2,
-            log_dir=tmp_path / f"logs{kill}",
-        ) as ranks:
-            # The third kill comes while the processes start, the others while members are evaluated.
-            wait_for_lines(journal, 0 if kill == 2 else lines + chance.randint(1, 16), ranks)
-            time.sleep(chance.random() * (3 if kill == 2 else 0.05))
-            victim = chance.choice(ranks.processes)
-            assert victim.poll() is None, ranks.output()
-            victim.kill()
-            statuses = ranks.wait(60)
-            assert 0 not in statuses, "the survivor must not go on, nor end as if all were well"
-            assert -signal.SIGKILL in statuses
-        landed.append(journal.read_bytes().count(b"\n"))
-    assert len(set(landed)) > NUM_KILLS / 2, "the kills were meant to land at different moments"
-
-    with Ranks(["launch/train.py", "--config", config], world_size=2, log_dir=tmp_path / "logs") as ranks:
-        assert ranks.wait(120) == [0, 0], ranks.output()
-    assert export(tmp_path / "run", tmp_path / "export") == wanted
-    sharded = [sys.executable, "-m", "shardes", "export", tmp_path / "run", tmp_path / "sharded"]
-    assert run_command([*sharded, "--backend", "zero3"]).returncode == 0
-    assert fingerprint(tmp_path / "sharded") == wanted
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        one, other = (steady_lines(tmp_path / run / name) for run in ("run", "undisturbed"))
-        assert one == other, name
 
 
 def steady_lines(path):

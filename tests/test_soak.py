@@ -1,4 +1,4 @@
-"""A short form of tools/soak.py: ranks are killed at random moments, and at chosen places; no byte changes."""
+"""A short form of tools/soak.py: ranks are killed at random moments and chosen places; no byte changes."""
 
 import re
 import sys

@@ -45,6 +45,7 @@ def play(tmp_path, *, steps, num_nodes="2:2", iterations=60, **changes):
     return found["output"]
 
 
+@pytest.mark.exhaustive
 def test_a_short_cut_is_waited_for(tmp_path):
     output = play(tmp_path, steps=[["lines", 30], ["cut", 2]])
     assert output.count("fsdp on 2 rank(s)") == 1, output
@@ -61,7 +62,8 @@ def test_a_lost_host_is_done_without(tmp_path):
     assert output.count("fsdp on 1 rank(s)") == 1, output
 
 
+@pytest.mark.exhaustive
 def test_a_host_that_comes_back_takes_part_again(tmp_path):
     steps = [["lines", 30], ["kill", 1], ["lines", 30], ["start", 1], ["lines", 30]]
-    output = play(tmp_path, steps=steps, num_nodes="1:2", iterations=2000)
+    output = play(tmp_path, steps=steps, num_nodes="1:2", iterations=150)
     assert output.count("fsdp on 2 rank(s)") == 2, output

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 from shardes import cli
+from shardes.config import load_config
 from tools.soak import fork, preload
 
 LIMIT_SECONDS = 200
@@ -74,10 +75,12 @@ def why_not():
         return f"network namespaces are not allowed here: {error}"
 
 
-def rank(config):
-    """Like ``launch/train.py``, but it returns: torchrun's agent waits for what a function returns."""
+def rank(config, journal):
+    """Like ``launch/train.py``, but a finished run returns: torchrun's agent waits for what is returned."""
     sys.argv = ["train", "--config", config]
-    if status := cli.run(cli.train):
+    status = cli.run(cli.train)
+    updates = sum(b'"type":"update"' in line for line in Path(journal).read_bytes().splitlines())
+    if status or updates < load_config(Path(config), []).es.iterations:
         os._exit(status)
 
 
@@ -88,6 +91,7 @@ def agent(hosts, number, case):
     os.setsid()
     hosts.enter(number)
     os.environ["GLOO_SOCKET_IFNAME"] = "cable"
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see docs/durability.md
     least, most = map(int, case["num_nodes"].split(":"))
     launch = LaunchConfig(
         min_nodes=least,
@@ -102,7 +106,7 @@ def agent(hosts, number, case):
         local_addr=hosts.addresses[number],
         start_method="fork",
     )
-    elastic_launch(launch, rank)(case["config"])
+    elastic_launch(launch, rank)(case["config"], case["journal"])
     sys.exit(0)
 
 
