@@ -232,6 +232,7 @@ def test_sigterm_to_the_deepspeed_launcher_leaves_no_worker_and_loses_nothing(tm
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # test_two_hosts.py has torchrun's agent do the same
 def test_torchrun_goes_on_by_itself_after_a_worker_was_killed(tmp_path, model, launched):
     config = write_config(tmp_path, model, es__iterations=30, eval__every=0)
     journal = tmp_path / "run" / "journal.jsonl"

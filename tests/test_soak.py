@@ -23,6 +23,7 @@ def test_kills_at_any_moment_change_no_byte(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_that_ends_with_something_else_is_told(tmp_path):
     """So that the soak can fail: every export but the first of the undisturbed run has another bit."""
     code = """
