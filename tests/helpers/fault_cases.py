@@ -64,12 +64,12 @@ def set_fault(kind, call):
         Weights.update = update
         return
     places = {
-        "raise": (Rollout, "evaluate", raise_one),
-        "hang": (Rollout, "evaluate", functools.partial(time.sleep, 1000)),
-        "die": (Rollout, "evaluate", functools.partial(signal_self, signal.SIGKILL)),
-        "interrupt": (Rollout, "evaluate", functools.partial(signal_self, signal.SIGINT)),
-        "stop": (Rollout, "evaluate", functools.partial(signal_self, signal.SIGUSR1)),
-        "slow_stop": (Rollout, "evaluate", functools.partial(signal_self_and_take_long, signal.SIGTERM)),
+        "raise": (Rollout, "start", raise_one),
+        "hang": (Rollout, "start", functools.partial(time.sleep, 1000)),
+        "die": (Rollout, "start", functools.partial(signal_self, signal.SIGKILL)),
+        "interrupt": (Rollout, "start", functools.partial(signal_self, signal.SIGINT)),
+        "stop": (Rollout, "start", functools.partial(signal_self, signal.SIGUSR1)),
+        "slow_stop": (Rollout, "start", functools.partial(signal_self_and_take_long, signal.SIGTERM)),
         "prompts": (Problems, "fingerprint", lambda: b"other words"),
     }
     owner, name, do = places[kind]
