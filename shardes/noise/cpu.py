@@ -38,9 +38,9 @@ from shardes.threads import split_over_threads
 # Elements of normals that a kernel makes in a step: a pair of blocks to perturb with, a block to add up.
 _PAIR = 2 * BLOCK
 _MIN_PER_THREAD = 1 << 15  # elements; see split_over_threads
-# numba keeps compiled kernels by the date of this file and by the values in their closures. What they are made
-# of in other files has to be among these. A compiled function must not, for numba takes it for another one in
-# every process, and compiles for seconds each time.
+# numba keeps compiled kernels by the date of this file and by the values in their closures. What they are
+# made of in other files has to be among these. A compiled function must not, for numba takes it for another
+# one in every process, and compiles for seconds each time.
 _OTHER_FILES = (cpu_math, definition)
 _SOURCES = zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in _OTHER_FILES))
 
