@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from shardes import noise
 from shardes.noise import NOISE_VERSION, NoiseKind, Region, cpu, definition
 from tests.helpers.noise_oracle import FORMATS, accumulated, perturbed, same_bits
+from tests.helpers.ranks import run_command
 
 DOCUMENTATION = Path(__file__).parents[1] / "docs" / "noise.md"
 GOLDEN = json.loads((Path(__file__).parent / "golden_noise.json").read_text())
@@ -372,3 +374,22 @@ def test_no_kernel_is_compiled_again_for_another_member_iteration_or_shape():
             noise.accumulate(master, region=region, kind=kind, **steps, **address)
         kernels = [cpu._perturb_kernel(kind, 0, 0), cpu._accumulate_kernel(kind, 0)]
         assert [len(kernel.signatures) for kernel in kernels] == [1, 1]
+
+
+def test_another_process_finds_the_kernels_compiled():
+    code = (
+        "import torch\n"
+        "from shardes import noise\n"
+        "from shardes.noise import NoiseKind, Region, cpu\n"
+        "master, region = torch.zeros(9), Region(0, 9, 0, 9)\n"
+        "for kind in NoiseKind:\n"
+        "    address = {'region': region, 'seed': 1, 'iteration': 0, 'kind': kind}\n"
+        "    noise.perturb(master, master, sigma=1.0, direction=0, **address)\n"
+        "    noise.accumulate(master, coefficients=[1.0], directions=[0], **address)\n"
+        "    for kernel in (cpu._perturb_kernel(kind, 0, 0), cpu._accumulate_kernel(kind, 0)):\n"
+        "        print(kernel.stats.cache_misses)\n"
+    )
+    assert cpu.FORMATS[torch.float32] == 0
+    run_command([sys.executable, "-c", code])  # whoever is first compiles
+    found = run_command([sys.executable, "-c", code])
+    assert found.stdout.splitlines() == ["Counter()"] * 4, found.stdout + found.stderr

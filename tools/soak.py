@@ -313,7 +313,7 @@ def set_trap(place: str, call: int, after: float) -> None:
 
     within: dict[str, list[tuple[Any, str]]] = {
         "perturb": [(Weights, "perturb"), (WholeWeights, "perturb")],
-        "rollout": [(Rollout, "evaluate")],
+        "rollout": [(Rollout, "start")],
         "update": [(Weights, "update")],
         "snapshot": [(snapshots, "write_values")],
     }

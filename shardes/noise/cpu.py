@@ -5,7 +5,9 @@ combines the owned part of it with the tensors. Neither vector width nor the num
 """
 
 import functools
+import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numba as nb
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shardes.noise import cpu_math, definition
 from shardes.noise.cpu_math import (
     FLOAT32,
     FORMATS,
@@ -35,6 +38,11 @@ from shardes.threads import split_over_threads
 # Elements of normals that a kernel makes in a step: a pair of blocks to perturb with, a block to add up.
 _PAIR = 2 * BLOCK
 _MIN_PER_THREAD = 1 << 15  # elements; see split_over_threads
+# numba keeps compiled kernels by the date of this file and by the values in their closures. What they are
+# made of in other files has to be among these. A compiled function must not, for numba takes it for another
+# one in every process, and compiles for seconds each time.
+_OTHER_FILES = (cpu_math, definition)
+_SOURCES = zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in _OTHER_FILES))
 
 
 @nb.njit(inline="always")
@@ -139,16 +147,21 @@ def _place(step, size, per_row, start, stride, length):
 @functools.cache
 def _perturb_kernel(kind: NoiseKind, source_format: int, target_format: int) -> Callable[..., None]:
     """The kernel for one kind and pair of formats; compiled when first used, then kept on disk by numba."""
-    fill, size, per_call = _FILLS[kind]
+    is_gaussian, (size, per_call), sources = kind is NoiseKind.GAUSSIAN, _FILLS[kind], _SOURCES
 
     @nb.njit(nogil=True, cache=True, error_model="numpy")
     def perturb(first, last, geometry, source, target, sigma, words, key):
+        _ = sources
         eps = np.empty(size, np.float32)
         (per_row, start, stride, length), (c1, c2, c3), (k0, k1) = geometry, words, key
         for step in range(first, last):
             block_start, begin, end, offset = _place(step, size, per_row, start, stride, length)
             first_call = u64(block_start // per_call)
-            fill(eps, first_call, sigma, u32(c1 | u32(first_call >> u64(32))), c2, c3, k0, k1)
+            word1 = u32(c1 | u32(first_call >> u64(32)))
+            if is_gaussian:
+                _fill_normals(eps, first_call, sigma, word1, c2, c3, k0, k1)
+            else:
+                _fill_signs(eps, first_call, sigma, word1, c2, c3, k0, k1)
             here, there = source[begin + offset : end + offset], target[begin + offset : end + offset]
             owned = eps[begin:end]
             for j in range(here.size):
@@ -161,10 +174,11 @@ def _perturb_kernel(kind: NoiseKind, source_format: int, target_format: int) -> 
 @functools.cache
 def _accumulate_kernel(kind: NoiseKind, master_format: int) -> Callable[..., None]:
     """As ``_perturb_kernel``."""
-    add, size, per_call = _SUMS[kind]
+    is_gaussian, (size, per_call), sources = kind is NoiseKind.GAUSSIAN, _SUMS[kind], _SOURCES
 
     @nb.njit(nogil=True, cache=True, error_model="numpy")
     def accumulate(first, last, geometry, master, coefficients, directions, words, key):
+        _ = sources
         total, bits = np.empty(size, np.float32), np.empty(size, np.uint32)
         (per_row, start, stride, length), (c1, c3), (k0, k1) = geometry, words, key
         for step in range(first, last):
@@ -172,7 +186,10 @@ def _accumulate_kernel(kind: NoiseKind, master_format: int) -> Callable[..., Non
             first_call = u64(block_start // per_call)
             word1 = u32(c1 | u32(first_call >> u64(32)))
             total[:] = f32(0)
-            add(total, first_call, coefficients, word1, directions, c3, k0, k1)
+            if is_gaussian:
+                _add_normals(total, first_call, coefficients, word1, directions, c3, k0, k1)
+            else:
+                _add_signs(total, first_call, coefficients, word1, directions, c3, k0, k1)
             here, owned = master[begin + offset : end + offset], total[begin:end]
             if master_format == FLOAT32:
                 for j in range(here.size):
@@ -189,9 +206,9 @@ def _accumulate_kernel(kind: NoiseKind, master_format: int) -> Callable[..., Non
     return accumulate
 
 
-# How a kind is made, how many elements at a time, and how many of them a call of Philox serves.
-_FILLS = {NoiseKind.GAUSSIAN: (_fill_normals, _PAIR, 4), NoiseKind.RADEMACHER: (_fill_signs, SIGN_BLOCK, 128)}
-_SUMS = {NoiseKind.GAUSSIAN: (_add_normals, BLOCK, 4), NoiseKind.RADEMACHER: (_add_signs, SIGN_BLOCK, 128)}
+# How many elements of a kind are made at a time, and how many of them a call of Philox serves.
+_FILLS = {NoiseKind.GAUSSIAN: (_PAIR, 4), NoiseKind.RADEMACHER: (SIGN_BLOCK, 128)}
+_SUMS = {NoiseKind.GAUSSIAN: (BLOCK, 4), NoiseKind.RADEMACHER: (SIGN_BLOCK, 128)}
 
 
 def perturb(
@@ -205,7 +222,7 @@ def perturb(
     key: tuple[int, int],
 ) -> None:
     """As ``shardes.noise.perturb``; ``words`` are the counter words 1 to 3."""
-    kernel, size = _perturb_kernel(kind, FORMATS[source.dtype], FORMATS[target.dtype]), _FILLS[kind][1]
+    kernel, size = _perturb_kernel(kind, FORMATS[source.dtype], FORMATS[target.dtype]), _FILLS[kind][0]
     _over_blocks(kernel, region, size, stored(source), stored(target), f32(sigma), _words(words), _words(key))
 
 
@@ -224,7 +241,7 @@ def accumulate(
     _over_blocks(
         _accumulate_kernel(kind, FORMATS[master.dtype]),
         region,
-        _SUMS[kind][1],
+        _SUMS[kind][0],
         stored(master),
         np.asarray(coefficients, np.float32),
         np.asarray(direction_words, np.uint32),
