@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 import click
 
 from shardes import __version__
-from shardes.config import Config, check_model_directory, load_config, load_run_config
+from shardes.config import Config, check_model_directory
+from shardes.config_files import load_config, load_run_config
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, StorageError, UserError
 from shardes.runs.journal import History, read_journal
 from shardes.sandbox.pool import make_rewards

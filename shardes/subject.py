@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shardes.config import Config, load_config
+from shardes.config import Config
+from shardes.config_files import load_config
 from shardes.errors import UserError
 from shardes.runs.journal import History, read_journal
 

@@ -9,7 +9,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardes.config import Config, TaskName, dump_config, load_config, parse_config
+from shardes.config import Config, TaskName
+from shardes.config_files import dump_config, load_config, parse_config
 from shardes.errors import UserError
 from shardes.tasks.registry import LABEL_WORD_TASKS, TASKS
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from shardes.config import load_config
+from shardes.config_files import load_config
 from shardes.errors import UserError
 from shardes.evaluation import estimate, summarise
 from shardes.rollout.tally import Evaluation

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from shardes.config import parse_config
+from shardes.config_files import parse_config
 from shardes.errors import UserError
 from shardes.es.fitness import mean_and_deviation, update_coefficients
 from shardes.noise import NoiseKind, definition

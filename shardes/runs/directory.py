@@ -8,7 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from shardes.config import Config, dump_config
+from shardes.config import Config
+from shardes.config_files import dump_config
 from shardes.errors import StorageError, UserError
 from shardes.files import AppendFile, write_atomically
 from shardes.runs.journal import History, Journal

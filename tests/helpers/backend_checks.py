@@ -13,7 +13,7 @@ import torch
 
 from shardes.backends import make_backend
 from shardes.checkpoint import Checkpoint
-from shardes.config import parse_config
+from shardes.config_files import parse_config
 from shardes.distributed import Group, make_mesh, process_group
 from shardes.es.weights import Weights
 from shardes.stopping import Stop

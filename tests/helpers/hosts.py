@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from shardes import cli
-from shardes.config import load_config
+from shardes.config_files import load_config
 from tools.soak import fork, preload
 
 LIMIT_SECONDS = 200

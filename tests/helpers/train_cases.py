@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from shardes.config import parse_config
+from shardes.config_files import parse_config
 from shardes.export import export_model
 from shardes.rollout.decode import Decoder
 from shardes.session import open_session

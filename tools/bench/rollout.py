@@ -161,7 +161,7 @@ def compare(
 
 def compare_on_the_quickstart(micro_batch_size: int) -> Row:
     """An iteration of it, with the loop and with ``generate`` in its place."""
-    from shardes.config import load_config
+    from shardes.config_files import load_config
     from shardes.population import Population
     from shardes.rollout.decode import Answers, Decoder
     from shardes.session import make_rollout, open_session

@@ -33,7 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from shardes import __version__
-from shardes.config import ParallelConfig, RolloutConfig, parse_config
+from shardes.config import ParallelConfig, RolloutConfig
+from shardes.config_files import parse_config
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "configs" / "quickstart" / "model"
