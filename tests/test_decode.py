@@ -137,6 +137,30 @@ def test_a_prefix_is_shared_only_if_it_is_long_and_nobodys_whole_prompt():
     assert shared_prefix([[1, *long], [2, *long]]) == []
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_prompts_of_like_lengths_are_computed_together(models, name):
+    model = models[name]
+    for prefix_length in (0, LEAST_PREFIX):
+        prompts = random_prompts(EVERY.index(name) + 90, num_prompts=37, prefix_length=prefix_length)
+        prefix = shared_prefix(prompts)
+        batch = composed(prompts)
+        wanted = generated(model, batch, eos_ids=[3, 12])
+        lengths = sorted(map(len, prompts))
+        with Rows(model) as seen:
+            assert decoded(model, batch, eos_ids=[3, 12], prefix=prefix) == wanted
+        parts = [(12, lengths[11]), (12, lengths[23]), (13, lengths[36])]
+        first = [(1, len(prefix))] if prefix else []
+        longest = lengths[-1]
+        widths = [(rows, longest - max(longest - length, len(prefix))) for rows, length in parts]
+        assert seen[: len(first) + 3] == first + widths
+        with Rows(model) as seen:
+            decoder = Decoder(eos_ids=[3, 12], pad_id=PAD, max_new_tokens=BUDGET)
+            decoder.begin(model, torch.tensor([prefix]) if prefix else None)
+            answers = decoder.decode(model, batch, any_rank=lambda flag: flag, most_rows=65)
+        assert answers.tokens == wanted
+        assert seen[: len(first) + 5] == [*first, *widths, widths[-1], widths[-1]]
+
+
 def test_rows_that_have_ended_are_no_longer_computed(models):
     model = models["qwen2"]
     batch = composed(random_prompts(0))

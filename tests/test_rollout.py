@@ -44,6 +44,7 @@ def test_micro_batches_hold_every_prompt_once_sorted_by_length_and_padded_on_the
         masks = [[0] * (width - len(prompts[row])) + [1] * len(prompts[row]) for row in batch.rows]
         assert batch.input_ids.tolist() == padded
         assert batch.attention_mask.tolist() == masks
+        assert list(batch.lengths) == [len(prompts[row]) for row in batch.rows]
         assert batch.input_ids.dtype == batch.attention_mask.dtype == torch.int64
 
 

@@ -21,6 +21,7 @@ class MicroBatch:
         rows: Which prompts, as indices into the sequence that was cut.
         input_ids: int64 of shape [rows, length].
         attention_mask: int64 of the same shape; 0 on padding.
+        lengths: Tokens of each prompt, ascending.
         budgets: Tokens that each answer may have, int64 of shape [rows], where the model's positions leave
             some less than wanted; else None.
         uniforms: Random numbers, if tokens are drawn: float32 of shape [rows, longest answer]; else None.
@@ -29,6 +30,7 @@ class MicroBatch:
     rows: tuple[int, ...]
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
+    lengths: tuple[int, ...]
     budgets: torch.Tensor | None = None
     uniforms: torch.Tensor | None = None
 
@@ -108,7 +110,8 @@ def compose(
         if max_positions is not None and width + max_new_tokens > max_positions:
             left = [max_positions - len(prompts[row]) for row in rows]
             budgets = torch.tensor(left).clamp(max=max_new_tokens)
-        batches.append(MicroBatch(rows, input_ids, attention_mask, budgets))
+        lengths = tuple(len(prompts[row]) for row in rows)
+        batches.append(MicroBatch(rows, input_ids, attention_mask, lengths, budgets))
     return batches
 
 

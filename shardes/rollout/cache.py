@@ -16,7 +16,7 @@ class SlabLayer(CacheLayerMixin):
     which is a matter of the attention mask.
 
     Attributes:
-        length: Tokens held.
+        length: Columns filled.
         column: Where the next token goes, int64 of shape [1], if a step is to have the same shapes whatever
             the length: that then stays, and the whole storage is returned.
     """
@@ -33,16 +33,21 @@ class SlabLayer(CacheLayerMixin):
         super().__init__()
         self.length = 0
         self.column: torch.Tensor | None = None
-        self._rows = 0
+        self._rows = slice(0)
+        self._low = 0
         self._shape = (0, 0)
 
     def restart(self, *, rows: int, max_length: int) -> None:
         """Forgets all tokens; the storage is replaced only if it is too small."""
-        self.length, self._rows = 0, rows
+        self.look_at(slice(rows), low=0, length=0)
         if self.is_initialized and (self.keys.shape[0] < rows or self.keys.shape[2] < max_length):
             self.keys = self.values = None
             self.is_initialized = False
         self._shape = (max(rows, self._shape[0]), max(max_length, self._shape[1]))
+
+    def look_at(self, rows: slice, *, low: int, length: int) -> None:
+        """Goes on with some rows, of which the columns from ``low`` to ``length`` are filled."""
+        self._rows, self._low, self.length = rows, low, length
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates; called with the first keys and values, whose sizes were not known before."""
@@ -54,26 +59,26 @@ class SlabLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends tokens; returns all, as views of the storage."""
+        """Appends tokens to the rows looked at; returns all of theirs, as views of the storage."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.column is not None:
-            keys, values = self.keys[: self._rows], self.values[: self._rows]
+            keys, values = self.keys[self._rows], self.values[self._rows]
             keys.index_copy_(2, self.column, key_states)
             values.index_copy_(2, self.column, value_states)
             return keys, values
         end = self.length + key_states.shape[2]
-        self.keys[: self._rows, :, self.length : end] = key_states
-        self.values[: self._rows, :, self.length : end] = value_states
+        self.keys[self._rows, :, self.length : end] = key_states
+        self.values[self._rows, :, self.length : end] = value_states
         self.length = end
-        return self.keys[: self._rows, :, :end], self.values[: self._rows, :, :end]
+        return self.keys[self._rows, :, self._low : end], self.values[self._rows, :, self._low : end]
 
     def keep(self, *, rows: int, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Keeps the first ``rows`` rows, after ``sources`` were copied over ``targets``."""
         if len(sources):
             for storage in (self.keys, self.values):
                 storage[targets, :, : self.length] = storage[sources, :, : self.length]
-        self._rows = rows
+        self._rows = slice(rows)
 
     def take_prefix(self, prefix: Self, shifts: Sequence[int]) -> None:
         """Fills each row with another layer's only row, moved to the right by as many tokens as it is padded.
@@ -96,11 +101,11 @@ class SlabLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that the next tokens see."""
-        return self.length + query_length, 0
+        return self.length - self._low + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens held."""
-        return self.length
+        """Tokens held of the rows looked at."""
+        return self.length - self._low
 
     def get_max_length(self) -> int:
         """Tokens that fit."""
@@ -123,6 +128,11 @@ class SlabCache(Cache):
         """Makes room for a batch, and forgets the one before."""
         for layer in self.layers:
             layer.restart(rows=rows, max_length=max_length)
+
+    def look_at(self, rows: slice, *, low: int, length: int) -> None:
+        """Goes on with some rows, of which the columns from ``low`` to ``length`` are filled."""
+        for layer in self.layers:
+            layer.look_at(rows, low=low, length=length)
 
     def keep(self, *, rows: int, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Drops all but the first ``rows`` rows, after ``sources`` were copied over ``targets``."""

@@ -22,6 +22,9 @@ from shardes.rollout.stop_texts import StopTexts
 # Tokens between two looks at which rows have ended, where a look waits for a device or for other ranks:
 # decoding up to this many tokens too many costs less than looking after each.
 TOKENS_PER_CHECK = 8
+# Prompts that are computed together before the first token: padded to the longest of these, and not to that
+# of the micro-batch.
+PROMPTS_PER_FORWARD = 16
 # A batch never shrinks below: matrix products of fewer rows use other kernels, with other bits.
 LEAST_ROWS = 4
 
@@ -106,6 +109,7 @@ class Decoder:
         batch: MicroBatch,
         *,
         any_rank: Callable[[bool], bool] | None = None,
+        most_rows: int = 0,
         most_tokens: int | None = None,
     ) -> Answers:
         """Answers a micro-batch.
@@ -114,6 +118,7 @@ class Decoder:
             model: The model that ``begin`` was called with.
             batch: The prompts.
             any_rank: In lock-step, tells whether the flag is set on any rank; all go on until it is on none.
+            most_rows: In lock-step, the rows of the largest micro-batch that any rank has.
             most_tokens: Where answers are cut short, to see whether there is the memory to give them.
 
         Raises:
@@ -124,7 +129,7 @@ class Decoder:
         always_looks = device.type == "cpu"
         rows = _Rows(batch, self._prepared(model, batch), num_steps=self._max_new_tokens, pad_id=self._pad_id)
         is_finite = torch.ones((), dtype=torch.bool, device=device)
-        logits = rows.prefill(model)
+        logits = rows.prefill(model, most_rows=most_rows)
         # In lock-step a forward is a collective, which is not captured.
         graphs = None if any_rank is not None else self._graphs_of(model, device)
         num_steps = min(self._max_new_tokens, most_tokens or self._max_new_tokens)
@@ -167,8 +172,7 @@ class Decoder:
         rows, width = batch.input_ids.shape
         self._slab.restart(rows=rows, max_length=width + self._max_new_tokens)
         if self._prefix is not None:
-            pads = width - batch.attention_mask.sum(dim=1)
-            self._slab.take_prefix(self._prefix, pads.tolist())
+            self._slab.take_prefix(self._prefix, [width - length for length in batch.lengths])
         return self._slab
 
     def _graphs_of(self, model: nn.Module, device: torch.device) -> StepGraphs | None:
@@ -215,17 +219,39 @@ class _Rows:
         self._limits = None if batch.budgets is None else self._positions[:, -1] + batch.budgets
         self._token = batch.input_ids[:, -1]
 
-    def prefill(self, model: nn.Module) -> torch.Tensor:
-        """The logits after the prompts, of shape [live, vocabulary]."""
+    def prefill(self, model: nn.Module, *, most_rows: int) -> torch.Tensor:
+        """The logits after the prompts, of shape [live, vocabulary].
+
+        Args:
+            model: The model.
+            most_rows: Forwards are repeated until there are as many as this number of rows takes.
+        """
+        if not isinstance(self._cache, SlabCache):
+            return self._prefill_part(model, slice(len(self._batch.rows)), low=0, start=0)
         start = _num_cached(self._cache)
+        bounds = _parts(len(self._batch.rows))
+        parts = []
+        for rows in bounds:
+            low = self._width - self._batch.lengths[rows.stop - 1]
+            first = max(low, start)
+            self._cache.look_at(rows, low=low, length=first)
+            parts.append(self._prefill_part(model, rows, low=low, start=first))
+        for _ in range(len(bounds), len(_parts(most_rows))):
+            self._cache.look_at(rows, low=low, length=first)
+            self._prefill_part(model, rows, low=low, start=first)
+        self._cache.look_at(slice(len(self._batch.rows)), low=0, length=self._width)
+        return torch.cat(parts)
+
+    def _prefill_part(self, model: nn.Module, rows: slice, *, low: int, start: int) -> torch.Tensor:
+        """The same of some rows, whose columns from ``low`` to ``start`` are in the cache."""
         logits = _forward(
             model,
-            self._batch.input_ids[:, start:],
+            self._batch.input_ids[rows, start:],
             cache=self._cache,
-            attention_mask=self._mask[:, : self._width],
-            positions=self._positions[:, start:],
+            attention_mask=self._mask[rows, low : self._width],
+            positions=self._positions[rows, start:],
         )
-        if _num_cached(self._cache) != self._width:
+        if _num_cached(self._cache) != self._width - low:
             raise UserError(
                 f"model.path: {type(model).__name__} keeps no key-value cache that transformers knows, so it "
                 "cannot generate; use another architecture"
@@ -301,6 +327,12 @@ class _Rows:
         self._token, self._mask, self._positions = kept(self._token), kept(self._mask), kept(self._positions)
         if self._limits is not None:
             self._limits = kept(self._limits)
+
+
+def _parts(num_rows: int) -> list[slice]:
+    """Even parts of a micro-batch's rows, of ``PROMPTS_PER_FORWARD`` at most."""
+    count = -(-num_rows // PROMPTS_PER_FORWARD)
+    return [slice(num_rows * i // count, num_rows * (i + 1) // count) for i in range(count)]
 
 
 def _num_cached(cache: Cache) -> int:

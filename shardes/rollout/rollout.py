@@ -352,7 +352,8 @@ class Rollout:
                 return completion_log_likelihoods(model, batch)
             if is_first:
                 self._decoder.begin(model, problems.prefix)
-            return self._decoder.decode(model, batch, any_rank=self._any_rank)
+            most_rows = len(problems.micro_batches[0].rows)  # all but the last are of one size
+            return self._decoder.decode(model, batch, any_rank=self._any_rank, most_rows=most_rows)
         except (RuntimeError, MemoryError) as error:
             if not (self._modes.can_step_down and is_shortage(error)):
                 raise
