@@ -66,6 +66,14 @@ def max_positions(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def largest_layer(model: PreTrainedModel) -> int:
+    """Elements of the largest block, embedding or head."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = [layer for several in lists for layer in several]
+    layers += [model.get_input_embeddings(), model.get_output_embeddings()]
+    return max(sum(p.numel() for p in layer.parameters()) for layer in layers if layer is not None)
+
+
 def build_skeleton(model_config: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """A model whose parameters are on the meta device and whose buffers are real.
 

@@ -112,7 +112,7 @@ def test_streaming_gathers_once_and_holds_two_layers_at_most(model, tmp_path):
         path = model("qwen2", tied=tied, vocab_size=vocab_size)
         cases += [
             backend_case(tmp_path, model=path, checks=["memory", "traffic"], parallel__backend="fsdp"),
-            backend_case(tmp_path, model=path, checks=["traffic"], parallel__backend="zero3"),
+            backend_case(tmp_path, model=path, checks=["memory", "traffic"], parallel__backend="zero3"),
             # Held so tightly, a tied weight is gathered twice.
             backend_case(
                 tmp_path,

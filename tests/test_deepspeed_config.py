@@ -10,7 +10,19 @@ import torch
 from shardes.backends.deepspeed_config import make_deepspeed_config
 from shardes.errors import UserError
 
-SIZES = {"dtype": torch.float32, "micro_batch_size": 6, "world_size": 3, "hidden_size": 10}
+SIZES = {
+    "dtype": torch.float32,
+    "micro_batch_size": 6,
+    "world_size": 3,
+    "hidden_size": 10,
+    "largest_layer": 50,
+}
+# What is gathered at a time, if the user does not say otherwise.
+LIMITS = {
+    "stage3_max_live_parameters": 100,
+    "stage3_prefetch_bucket_size": 50,
+    "stage3_param_persistence_threshold": 10,
+}
 
 
 def made(tmp_path, tree, **sizes):
@@ -46,7 +58,7 @@ def with_key(key, value):
 def test_without_a_file_ours_is_complete(dtype):
     config = make_deepspeed_config(None, **(SIZES | {"dtype": dtype}))
     assert config == {
-        "zero_optimization": {"stage": 3, "memory_efficient_linear": False},
+        "zero_optimization": {"stage": 3, "memory_efficient_linear": False, **LIMITS},
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
         "train_micro_batch_size_per_gpu": 6,
@@ -87,6 +99,7 @@ def test_autos_are_filled(tmp_path):
             "reduce_bucket_size": 100,
             "stage3_prefetch_bucket_size": 90,
             "stage3_param_persistence_threshold": 100,
+            "stage3_max_live_parameters": 100,
         },
         "steps_per_print": 10**9,
     }
@@ -100,7 +113,7 @@ def test_what_the_user_says_otherwise_is_passed_on(tmp_path):
         "comms_logger": {"enabled": True, "verbose": False},
         "zero_optimization": {
             "stage": 3,
-            "stage3_max_live_parameters": 123,
+            **dict.fromkeys(LIMITS, 123),
             "overlap_comm": False,
             "offload_param": {"device": "none"},
             "sub_group_size": 7,

@@ -72,7 +72,13 @@ _UNUSABLE = (
 
 
 def make_deepspeed_config(
-    path: Path | None, *, dtype: torch.dtype, micro_batch_size: int | None, world_size: int, hidden_size: int
+    path: Path | None,
+    *,
+    dtype: torch.dtype,
+    micro_batch_size: int | None,
+    world_size: int,
+    hidden_size: int,
+    largest_layer: int,
 ) -> dict[str, Any]:
     """A complete configuration for ``deepspeed.initialize``.
 
@@ -83,6 +89,8 @@ def make_deepspeed_config(
             DeepSpeed only trains with it.
         world_size: Number of ranks.
         hidden_size: The model's width; ``auto`` bucket sizes depend on it.
+        largest_layer: Elements of the model's largest layer: what is gathered at a time is at most twice
+            that, unless the file says otherwise.
 
     Raises:
         UserError: The file cannot be read, or asks for what ES on shards cannot honour.
@@ -113,6 +121,10 @@ def make_deepspeed_config(
                 f"parallel.deepspeed: {path}: {key} is {json.dumps(tree[key])}, but rollout.micro_batch_size "
                 f'and the number of ranks make it {value}; set it to "auto" or remove it'
             )
+    # DeepSpeed's own limits are absolute numbers, which hold whole models of a billion parameters.
+    tree["zero_optimization"].setdefault("stage3_max_live_parameters", 2 * largest_layer)
+    tree["zero_optimization"].setdefault("stage3_prefetch_bucket_size", largest_layer)
+    tree["zero_optimization"].setdefault("stage3_param_persistence_threshold", hidden_size)
     tree.setdefault("train_micro_batch_size_per_gpu", per_rank)
     tree.setdefault("steps_per_print", 10**9)
     return tree
