@@ -15,6 +15,7 @@ from transformers.generation import (
 
 from shardes.errors import UserError
 from shardes.modeling import load_tokenizer
+from shardes.rollout import decode
 from shardes.rollout.batching import LEAST_PREFIX, compose, shared_prefix
 from shardes.rollout.decode import LEAST_ROWS, TOKENS_PER_CHECK, Answers, Decoder
 from shardes.rollout.graphs import ladder
@@ -138,8 +139,9 @@ def test_a_prefix_is_shared_only_if_it_is_long_and_nobodys_whole_prompt():
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_prompts_of_like_lengths_are_computed_together(models, name):
+def test_prompts_of_like_lengths_are_computed_together(models, name, monkeypatch):
     model = models[name]
+    monkeypatch.setattr(decode, "TOKENS_PER_PART", 8)  # long prompts do not fit these models
     for prefix_length in (0, LEAST_PREFIX):
         prompts = random_prompts(EVERY.index(name) + 90, num_prompts=37, prefix_length=prefix_length)
         prefix = shared_prefix(prompts)
@@ -156,9 +158,16 @@ def test_prompts_of_like_lengths_are_computed_together(models, name):
         with Rows(model) as seen:
             decoder = Decoder(eos_ids=[3, 12], pad_id=PAD, max_new_tokens=BUDGET)
             decoder.begin(model, torch.tensor([prefix]) if prefix else None)
-            answers = decoder.decode(model, batch, any_rank=lambda flag: flag, most_rows=65)
+            answers = decoder.decode(model, batch, any_rank=lambda flag: flag, num_prefills=5)
         assert answers.tokens == wanted
         assert seen[: len(first) + 5] == [*first, *widths, widths[-1], widths[-1]]
+
+
+def test_prompts_are_parted_only_if_that_saves_padding():
+    assert decode.prefill_parts([7]) == [slice(0, 1)]
+    assert decode.prefill_parts([9] * 64) == [slice(0, 64)]
+    assert decode.prefill_parts([*[5] * 63, 12]) == [slice(0, 64)]
+    assert decode.prefill_parts(list(range(8, 40))) == [slice(0, 16), slice(16, 32)]
 
 
 def test_rows_that_have_ended_are_no_longer_computed(models):

@@ -25,6 +25,8 @@ TOKENS_PER_CHECK = 8
 # Prompts that are computed together before the first token: padded to the longest of these, and not to that
 # of the micro-batch.
 PROMPTS_PER_FORWARD = 16
+# Padding that a further forward must save.
+TOKENS_PER_PART = 128
 # A batch never shrinks below: matrix products of fewer rows use other kernels, with other bits.
 LEAST_ROWS = 4
 
@@ -109,7 +111,7 @@ class Decoder:
         batch: MicroBatch,
         *,
         any_rank: Callable[[bool], bool] | None = None,
-        most_rows: int = 0,
+        num_prefills: int = 1,
         most_tokens: int | None = None,
     ) -> Answers:
         """Answers a micro-batch.
@@ -118,7 +120,7 @@ class Decoder:
             model: The model that ``begin`` was called with.
             batch: The prompts.
             any_rank: In lock-step, tells whether the flag is set on any rank; all go on until it is on none.
-            most_rows: In lock-step, the rows of the largest micro-batch that any rank has.
+            num_prefills: In lock-step, the forwards that all ranks make before the first token.
             most_tokens: Where answers are cut short, to see whether there is the memory to give them.
 
         Raises:
@@ -129,7 +131,7 @@ class Decoder:
         always_looks = device.type == "cpu"
         rows = _Rows(batch, self._prepared(model, batch), num_steps=self._max_new_tokens, pad_id=self._pad_id)
         is_finite = torch.ones((), dtype=torch.bool, device=device)
-        logits = rows.prefill(model, most_rows=most_rows)
+        logits = rows.prefill(model, num_forwards=num_prefills if any_rank is not None else 1)
         # In lock-step a forward is a collective, which is not captured.
         graphs = None if any_rank is not None else self._graphs_of(model, device)
         num_steps = min(self._max_new_tokens, most_tokens or self._max_new_tokens)
@@ -219,24 +221,24 @@ class _Rows:
         self._limits = None if batch.budgets is None else self._positions[:, -1] + batch.budgets
         self._token = batch.input_ids[:, -1]
 
-    def prefill(self, model: nn.Module, *, most_rows: int) -> torch.Tensor:
+    def prefill(self, model: nn.Module, *, num_forwards: int) -> torch.Tensor:
         """The logits after the prompts, of shape [live, vocabulary].
 
         Args:
             model: The model.
-            most_rows: Forwards are repeated until there are as many as this number of rows takes.
+            num_forwards: The last one is repeated until there are as many.
         """
         if not isinstance(self._cache, SlabCache):
             return self._prefill_part(model, slice(len(self._batch.rows)), low=0, start=0)
         start = _num_cached(self._cache)
-        bounds = _parts(len(self._batch.rows))
+        bounds = prefill_parts(self._batch.lengths)
         parts = []
         for rows in bounds:
             low = self._width - self._batch.lengths[rows.stop - 1]
             first = max(low, start)
             self._cache.look_at(rows, low=low, length=first)
             parts.append(self._prefill_part(model, rows, low=low, start=first))
-        for _ in range(len(bounds), len(_parts(most_rows))):
+        for _ in range(len(bounds), num_forwards):
             self._cache.look_at(rows, low=low, length=first)
             self._prefill_part(model, rows, low=low, start=first)
         self._cache.look_at(slice(len(self._batch.rows)), low=0, length=self._width)
@@ -329,10 +331,19 @@ class _Rows:
             self._limits = kept(self._limits)
 
 
-def _parts(num_rows: int) -> list[slice]:
-    """Even parts of a micro-batch's rows, of ``PROMPTS_PER_FORWARD`` at most."""
-    count = -(-num_rows // PROMPTS_PER_FORWARD)
-    return [slice(num_rows * i // count, num_rows * (i + 1) // count) for i in range(count)]
+def prefill_parts(lengths: Sequence[int]) -> list[slice]:
+    """The rows of a micro-batch that are computed together before the first token.
+
+    Args:
+        lengths: Tokens of each prompt, ascending.
+
+    Returns:
+        Even parts of ``PROMPTS_PER_FORWARD`` rows at most, if that saves enough padding; else all rows.
+    """
+    count = -(-len(lengths) // PROMPTS_PER_FORWARD)
+    parts = [slice(len(lengths) * i // count, len(lengths) * (i + 1) // count) for i in range(count)]
+    num_saved = sum((lengths[-1] - lengths[part.stop - 1]) * (part.stop - part.start) for part in parts)
+    return parts if num_saved >= TOKENS_PER_PART * (count - 1) else [slice(0, len(lengths))]
 
 
 def _num_cached(cache: Cache) -> int:

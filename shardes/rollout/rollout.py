@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from shardes.config import RolloutConfig
 from shardes.distributed import Group, Mesh
 from shardes.modeling import end_tokens, max_positions
 from shardes.rollout.batching import MicroBatch, compose, shared_prefix, tokenize
-from shardes.rollout.decode import Answers, Decoder
+from shardes.rollout.decode import Answers, Decoder, prefill_parts
 from shardes.rollout.likelihood import CompletionBatch, completion_log_likelihoods, compose_completions
 from shardes.rollout.memory import MemoryShortageError, free_bytes, generation_bytes, is_shortage
 from shardes.rollout.modes import Mode, Modes
@@ -44,6 +45,12 @@ class Problems:
     micro_batches: Sequence[MicroBatch | CompletionBatch]
     prefix: torch.Tensor | None = None
     choices: ChoiceSet | None = None
+
+    @cached_property
+    def num_prefills(self) -> int:
+        """Forwards before the first token of the micro-batch that takes the most of them."""
+        batches = [batch for batch in self.micro_batches if isinstance(batch, MicroBatch)]
+        return max((len(prefill_parts(batch.lengths)) for batch in batches), default=1)
 
     def fingerprint(self) -> bytes:
         """What the model is asked, token by token: equal for equal problems, templates and tokenizers."""
@@ -352,8 +359,9 @@ class Rollout:
                 return completion_log_likelihoods(model, batch)
             if is_first:
                 self._decoder.begin(model, problems.prefix)
-            most_rows = len(problems.micro_batches[0].rows)  # all but the last are of one size
-            return self._decoder.decode(model, batch, any_rank=self._any_rank, most_rows=most_rows)
+            return self._decoder.decode(
+                model, batch, any_rank=self._any_rank, num_prefills=problems.num_prefills
+            )
         except (RuntimeError, MemoryError) as error:
             if not (self._modes.can_step_down and is_shortage(error)):
                 raise
