@@ -9,6 +9,7 @@ Both hosts are forked from this process, which has imported everything, and thei
 torchrun's, fork the ranks.
 """
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -169,7 +170,9 @@ def end(hosts, number):
         ["ip", "netns", "pids", hosts.names[number]], check=True, capture_output=True, text=True, timeout=20
     )
     for process in found.stdout.split():
-        os.kill(int(process), signal.SIGKILL)
+        # A worker may end by itself between the listing and this, now that its peers are gone.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(process), signal.SIGKILL)
 
 
 def main():
