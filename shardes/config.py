@@ -187,16 +187,57 @@ class EsConfig(Section):
     """The key of all noise and of the order of the data."""
     iterations: int = Field(gt=0, lt=2**32)
     """Number of updates."""
-    population: int = Field(default=30, ge=2, lt=2**24)
-    """Members evaluated per iteration."""
+    population: Annotated[int, Field(ge=2, lt=2**24)] | dict[int, Annotated[int, Field(ge=2, lt=2**24)]] = 30
+    """Members evaluated per iteration; or, by the iteration from which on it holds, beginning with 0."""
+    antithetic: bool = False
+    """Whether members come in pairs that look in opposite directions. A pair has one direction, so the update
+    computes half the noise. The population must be even."""
     noise: Literal["gaussian", "rademacher"] = "gaussian"
     """``gaussian``: standard normal, as in the paper. ``rademacher``: +1 or -1, much cheaper to compute."""
+    noise_reuse: int = Field(default=1, gt=0)
+    """For how many iterations the directions stay the same before new ones are drawn."""
+    prompts_per_member: int | None = Field(default=None, gt=0)
+    """How many of the iteration's problems a member answers; members take turns, the two of an antithetic
+    pair answer the same. null: all of them, every member."""
     sigma: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Scale of the noise on the weights."""
+    sigma_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How sigma goes from ``sigma`` to ``final_sigma`` over the iterations."""
+    final_sigma: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Where sigma goes; null: nowhere."""
+    shaping: Literal["zscore", "centered_rank", "none", "per_prompt"] = "zscore"
+    """What rewards become in the update. ``zscore``: their distance from the mean in standard deviations, as
+    in the paper. ``centered_rank``: their ranks, from -0.5 to 0.5. ``none``: themselves. ``per_prompt``:
+    their distance from the mean of their prompt, over one standard deviation of all of these distances."""
+    clip_shaped: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """The largest magnitude of a shaped reward; larger ones become it. null: no limit."""
     alpha: float | Literal["auto"] = "auto"
-    """Step size; ``auto`` is sigma / 2, as in the paper."""
-    schedule: Literal["constant", "linear"] = "constant"
-    """``linear`` lowers alpha from its value to 0 over the iterations."""
+    """Step size; ``auto`` is half of the iteration's sigma, as in the paper."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """``linear`` lowers alpha from its value to 0 over the iterations, ``cosine`` along half a cosine."""
+    warmup_iterations: int = Field(default=0, ge=0)
+    """Over how many iterations alpha rises to that, first of all."""
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    """What becomes of the gradient. ``sgd``: the step is alpha times it, as in the paper. ``momentum``: what
+    is left of the steps before is added; 4 more bytes a parameter. ``adam``: its moments decide, elementwise;
+    8 more bytes a parameter. With ``weight_decay``, ``adam`` is what is called AdamW."""
+    momentum: float = Field(default=0.9, gt=0, lt=1)
+    """What is left of a step in the next one, for ``momentum``."""
+    adam_betas: tuple[
+        Annotated[float, Field(ge=0, lt=1)],
+        Annotated[float, Field(gt=0, lt=1)],
+    ] = (0.9, 0.999)
+    """What is left of the first and the second moment after an iteration, for ``adam``."""
+    adam_epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
+    """Added to the root of the second moment, for ``adam``."""
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """In every update, alpha times this part of the distance from ``decay_towards`` is taken away."""
+    decay_towards: Literal["zero", "base"] = "zero"
+    """``base``: the base model's weights, against forgetting; they are read again from their file in every
+    update."""
+    max_update_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """The longest that what an iteration adds to the weights (with ``momentum``, to the momentum) may be, as
+    expected from its coefficients; longer ones are shortened. null: no limit."""
     min_valid_fraction: float = Field(default=0.5, ge=0, le=1, allow_inf_nan=False)
     """An iteration fails if fewer members than this part of the population can be judged, because their
     rewards failed or their logits were not finite. One at least is needed in any case."""
@@ -222,6 +263,57 @@ class EsConfig(Section):
         if not isinstance(value, str) and not 0 < value < float("inf"):
             raise ValueError(f"must be a finite number above 0, or 'auto' (sigma / 2); got {value}")
         return value
+
+    @field_validator("population")
+    @classmethod
+    def _population_begins_at_0(cls, value: int | dict[int, int]) -> int | dict[int, int]:
+        if isinstance(value, dict) and (0 not in value or min(value) < 0):
+            raise ValueError(f"got {value}; give the number of members from iteration 0 on, as in {{0: 30}}")
+        return value
+
+    @field_validator("antithetic")
+    @classmethod
+    def _pairs_have_two_members(cls, value: bool, info: ValidationInfo) -> bool:
+        population = info.data.get("population", 30)
+        sizes = population.values() if isinstance(population, dict) else [population]
+        if value and any(size % 2 for size in sizes):
+            raise ValueError(f"got true, but es.population is {population}; pairs take an even number")
+        return value
+
+    @model_validator(mode="after")
+    def _every_key_does_something(self) -> Self:
+        """Refuses what would be ignored: it was meant to be something else."""
+        if (self.final_sigma is None) != (self.sigma_schedule == "constant"):
+            raise ValueError(
+                f"final_sigma is {self.final_sigma} and sigma_schedule {self.sigma_schedule}; give both, or "
+                "neither"
+            )
+        for key, optimizer in (("momentum", "momentum"), ("adam_betas", "adam"), ("adam_epsilon", "adam")):
+            if self.optimizer != optimizer and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is {getattr(self, key)}, which only optimizer: {optimizer} has a use for; the "
+                    f"optimizer is {self.optimizer}"
+                )
+        if self.optimizer == "adam" and self.max_update_norm is not None:
+            raise ValueError(
+                f"max_update_norm is {self.max_update_norm}, but adam's steps do not depend on the length of "
+                "the gradient; remove it, and lower alpha instead"
+            )
+        if self.optimizer == "adam" and self.adam_betas[0] ** 2 >= self.adam_betas[1]:
+            raise ValueError(
+                f"adam_betas are {list(self.adam_betas)}; the second must be larger than the square of the "
+                "first, or steps have no bound"
+            )
+        if self.decay_towards != "zero" and self.weight_decay == 0:
+            raise ValueError("decay_towards is base, but weight_decay is 0; set both, or neither")
+        largest = (self.sigma if self.final_sigma is None else max(self.sigma, self.final_sigma)) / 2
+        alpha = largest if self.alpha == "auto" else self.alpha
+        if alpha * self.weight_decay > 1:
+            raise ValueError(
+                f"weight_decay is {self.weight_decay}, which times alpha {alpha} is more than all there is; "
+                f"give at most {1 / alpha:g}"
+            )
+        return self
 
 
 class RewardConfig(Section):
@@ -380,6 +472,10 @@ class LogConfig(Section):
     samples_every: int = Field(default=10, ge=0)
     """Iterations between those of which a few answers of the first member are written to samples.jsonl; 0
     means never. Those of held-out evaluations always are."""
+    instruments_every: int = Field(default=10, ge=0)
+    """Iterations between those whose update is measured: its length, what of it was lost in rounding, how far
+    the weights are from the base model; 0 means never. It takes one to two updates more, and reads the base
+    model's file."""
 
 
 class Config(Section):
@@ -410,9 +506,20 @@ class Config(Section):
             )
         return value
 
+    @field_validator("task")
+    @classmethod
+    def _failed_rewards_have_a_prompt(cls, value: TaskConfig, info: ValidationInfo) -> TaskConfig:
+        es = info.data.get("es")
+        if es is not None and es.shaping == "per_prompt" and value.on_reward_error == "worst":
+            raise ValueError(
+                "on_reward_error is worst, which is a rule for members, but es.shaping: per_prompt compares "
+                "answers to one prompt; set task.on_reward_error to exclude or to a number"
+            )
+        return value
+
     @property
     def alpha(self) -> float:
-        """The step size as a number."""
+        """The step size at the start, as a number."""
         return self.es.sigma / 2 if self.es.alpha == "auto" else self.es.alpha
 
     def determinants(self, *, data_sha256: str) -> dict[str, Any]:
@@ -439,11 +546,12 @@ class Config(Section):
             "task.reward_workers",
             "task.reward_memory_bytes",
         }
-        if self.es.schedule == "constant":
+        if self.es.schedule == self.es.sigma_schedule == "constant":
             free.add("es.iterations")
         others = ("run.", "parallel.", "eval.", "log.")
         kept = {k: v for k, v in flat.items() if k not in free and not k.startswith(others)}
-        kept["es.alpha"] = self.alpha
+        if self.es.sigma_schedule == "constant":
+            kept["es.alpha"] = self.alpha
         kept["task.data sha256"] = data_sha256
         return kept
 

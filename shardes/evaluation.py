@@ -122,7 +122,6 @@ def evaluate(
     population = Population(
         rollout,
         mesh=session.mesh,
-        sigma=config.es.sigma,
         timeout_seconds=config.parallel.timeout_seconds,
         stop=session.stop,
         spans=session.spans,

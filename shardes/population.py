@@ -14,6 +14,7 @@ from shardes.es.results import MemberResult
 from shardes.rollout.memory import MemoryShortageError
 from shardes.rollout.rollout import Pending, Problems, Rollout
 from shardes.rollout.tally import Evaluation
+from shardes.round import Round
 from shardes.spans import Spans
 from shardes.stopping import Stop, Stopped
 
@@ -38,17 +39,17 @@ class Evaluate(Generic[T]):
     """
 
     start: Callable[[int], T]
-    finish: Callable[[T], MemberResult | None]
+    finish: Callable[[int, T], MemberResult | None]
 
     def each(self, members: Iterator[int]) -> Iterator[MemberResult | None]:
         """Evaluates members in their order; each has been started when the one before it is finished."""
-        started: list[T] = []
+        started: list[tuple[int, T]] = []
         for member in members:
-            started.append(self.start(member))
+            started.append((member, self.start(member)))
             if len(started) > 1:
-                yield self.finish(started.pop(0))
+                yield self.finish(*started.pop(0))
         for last in started:
-            yield self.finish(last)
+            yield self.finish(*last)
 
 
 class Population:
@@ -57,7 +58,6 @@ class Population:
     Args:
         rollout: Generates and scores.
         mesh: The ranks.
-        sigma: Scale of the noise.
         timeout_seconds: How long rank 0 waits for a result.
         stop: Whether the job was asked to stop.
         spans: Where the time goes.
@@ -68,27 +68,24 @@ class Population:
         rollout: Rollout,
         *,
         mesh: Mesh,
-        sigma: float,
         timeout_seconds: int,
         stop: Stop,
         spans: Spans,
     ) -> None:
         self._rollout = rollout
         self._mesh = mesh
-        self._sigma = sigma
         self._timeout_seconds = timeout_seconds
         self._stop = stop
         self._spans = spans
 
     def evaluate_members(
-        self, members: Sequence[int], *, iteration: int, problems: Problems, on_result: OnResult
+        self, members: Sequence[int], *, asked: Round, on_result: OnResult
     ) -> dict[int, MemberResult]:
         """What members earn; a collective of all ranks.
 
         Args:
             members: Which.
-            iteration: Whose noise.
-            problems: What they answer.
+            asked: What they are asked.
             on_result: Called on rank 0 with each result, as soon as rank 0 knows of it.
 
         Returns:
@@ -99,12 +96,15 @@ class Population:
         """
         results: dict[int, MemberResult] = {}
         while missing := [member for member in members if member not in results]:
-            self._rollout.begin(problems)
+            self._rollout.begin(asked.problems)
 
-            def start(member: int) -> tuple[int, Pending]:
-                return member, self._start(member, iteration=iteration, problems=problems)
+            def start(member: int) -> Pending:
+                return self._start(member, asked)
 
-            results |= self._hand_out(missing, Evaluate(start, self._finish), on_result)
+            def finish(member: int, pending: Pending) -> MemberResult | None:
+                return self._finish(member, pending, asked)
+
+            results |= self._hand_out(missing, Evaluate(start, finish), on_result)
             if len(results) < len(members):
                 self._rollout.step_down()
         return results
@@ -128,18 +128,17 @@ class Population:
             except MemoryShortageError:
                 self._rollout.step_down()
 
-    def _start(self, member: int, *, iteration: int, problems: Problems) -> Pending:
+    def _start(self, member: int, asked: Round) -> Pending:
         """Has a member answer; a collective of the team."""
-        mode = self._rollout.mode
+        mode, where = self._rollout.mode, asked.perturbation(member)
         with self._spans("perturb"):
-            mode.perturb(iteration=iteration, direction=member, sigma=self._sigma)
-        return self._rollout.start(problems, group=mode.team)
+            mode.perturb(iteration=where.iteration, direction=where.direction, sigma=where.sigma)
+        return self._rollout.start(asked.problems_of(member), group=mode.team)
 
-    def _finish(self, started: tuple[int, Pending]) -> MemberResult | None:
+    def _finish(self, member: int, pending: Pending, asked: Round) -> MemberResult | None:
         """What a member earns, or None for too little memory; a collective of the team."""
-        member, pending = started
         try:
-            return self._rollout.finish(pending).result_of(member)
+            return self._rollout.finish(pending).result_of(member, problems=asked.indices_of(member))
         except MemoryShortageError:
             return None
 

@@ -17,6 +17,8 @@ from shardes.checkpoint import Checkpoint
 from shardes.config import Config
 from shardes.distributed import Mesh, make_mesh, process_group
 from shardes.errors import UserError
+from shardes.es.strategy import decay_of, optimizer_of
+from shardes.es.update import Update
 from shardes.es.weights import Weights
 from shardes.modeling import load_tokenizer
 from shardes.noise import NOISE_VERSION, NoiseKind
@@ -63,12 +65,7 @@ class Session:
     def replay(self, updates: list[dict[str, Any]]) -> None:
         """Applies past updates to the base weights: afterwards they are those of the run, bit for bit."""
         for update in updates:
-            coefficients = update["coefficients"]
-            self.weights.update(
-                iteration=update["iteration"],
-                directions=range(len(coefficients)),
-                coefficients=coefficients,
-            )
+            self.weights.update(Update.of_record(update))
         self.weights.centre()
 
     def check_base(self, header: dict[str, Any], run_dir: Path) -> None:
@@ -95,6 +92,10 @@ class Session:
             RuntimeError: Replicas hold different weights.
         """
         return self.combined(self.weights.digest(is_rounded=is_rounded), compare=compare)
+
+    def summed(self, parts: list[float]) -> list[float]:
+        """Numbers of which every rank of a replica has a part; a collective of these."""
+        return self.mesh.shard.sum_float64(parts) if self.backend.is_sharded else parts
 
     def combined(self, part: int, *, compare: bool = True) -> str:
         """The digest of which every rank has a part; see ``digest``."""
@@ -134,6 +135,8 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
             kind=NoiseKind(config.es.noise),
             dtype=torch.float32 if config.weights.master == "float32" else backend.dtype,
             trainable=config.es.trainable,
+            optimizer=optimizer_of(config.es),
+            decay=decay_of(config.es),
             on_host=config.weights.master_device == "cpu",
         )
         weights.load(checkpoint)

@@ -14,12 +14,17 @@ from tqdm import tqdm
 from shardes.agreement import check_agreement, shared_settings
 from shardes.batches import draw_batch
 from shardes.errors import UserError
-from shardes.es.fitness import mean_reward, step_size, update_coefficients
+from shardes.es.fitness import mean_reward
+from shardes.es.instruments import reward_instruments
+from shardes.es.measures import UpdateMeasures, update_instruments
 from shardes.es.results import MemberResult, member_rewards, settled
+from shardes.es.strategy import Strategy, reward_table
+from shardes.es.update import Update
 from shardes.export import export_model
 from shardes.population import Population
 from shardes.rollout.probe import find_micro_batch_size
 from shardes.rollout.rollout import Problems
+from shardes.round import Round
 from shardes.runs.directory import RunDirectory
 from shardes.runs.journal import recorded_setting
 from shardes.runs.metrics import heldout_metrics, iteration_metrics
@@ -65,10 +70,11 @@ class Trainer:
             session, task, rewards=rewards, others=heldout_sets
         )
         self._settle_micro_batch_size()
+        num_elements = sum(shard.num_elements for shard in session.weights.trained)
+        self._strategy = Strategy(self._config.es, num_elements=num_elements)
         self._population = Population(
             self._rollout,
             mesh=session.mesh,
-            sigma=self._config.es.sigma,
             timeout_seconds=self._config.parallel.timeout_seconds,
             stop=session.stop,
             spans=self._spans,
@@ -111,9 +117,10 @@ class Trainer:
             with self._progress(first) as self._bar:
                 for iteration in range(first, self._config.es.iterations):
                     self._evaluate_centre_if_due(iteration)
-                    problems = self._rollout.prepare(self._draw_problems(iteration), iteration=iteration)
-                    rewards = self._evaluate_members(iteration, problems)
-                    self._update(iteration, problems, rewards)
+                    asked = Round(iteration, self._draw_problems(iteration), self._rollout, self._strategy)
+                    results = self._evaluate_members(asked)
+                    update = self._decide_update(asked, results)
+                    self._update(update)
                     self._bar.update()
             self._finish()
         finally:
@@ -121,9 +128,9 @@ class Trainer:
             if self.run is not None:
                 self.run.close()
 
-    def _evaluate_members(self, iteration: int, problems: Problems) -> list[float | None]:
-        """The mean reward of every member."""
-        members = range(self._config.es.population)
+    def _evaluate_members(self, asked: Round) -> list[MemberResult]:
+        """What every member earned."""
+        iteration, members = asked.iteration, asked.members
         known = {member: result for (of, member), result in self._known_results.items() if of == iteration}
 
         every = self._config.log.samples_every
@@ -142,17 +149,50 @@ class Trainer:
             self._bar.set_postfix_str(f"{num_done}/{len(members)} members, {speed:.0f} tokens/s")
 
         results = self._population.evaluate_members(
-            [member for member in members if member not in known],
-            iteration=iteration,
-            problems=problems,
-            on_result=record,
+            [member for member in members if member not in known], asked=asked, on_result=record
         )
-        earned = known | results
-        on_error = self._config.task.on_reward_error
-        rewards = member_rewards([earned[member] for member in members], on_error=on_error)
-        num_nonfinite = sum(not result.is_finite for result in results.values())
+        return [(known | results)[member] for member in members]
+
+    def _decide_update(self, asked: Round, results: list[MemberResult]) -> Update:
+        """Rewards to coefficients, and these to disk."""
+        config, iteration = self._config, asked.iteration
+        rewards = member_rewards(results, on_error=config.task.on_reward_error)
+        num_nonfinite = sum(not result.is_finite for result in results)
         self._check_enough_rewards(rewards, iteration=iteration, num_nonfinite=num_nonfinite)
-        return rewards
+        shaped = self._strategy.shaped(rewards, results)
+        update = self._strategy.update(shaped, iteration=iteration)
+        sigma = self._strategy.sigma(iteration)
+        check_agreement(
+            self._world,
+            iteration=iteration,
+            seed_and_sigma=[config.es.seed, sigma],
+            prompts=asked.problems.fingerprint(),
+            update=update.record(),
+        )
+        if self._world.is_main and not any(update.coefficients):
+            logger.warning(
+                "iteration %d: all members earned the same, so there is nothing to learn from them; a larger "
+                "es.sigma, or a reward that tells bad answers apart, would help",
+                iteration,
+            )
+        self._check_step(update)
+        with self._spans("snapshot"):
+            self._snapshots.finish()
+        instruments = reward_instruments(reward_table(results), rewards=rewards, shaped=shaped)
+        record = {"type": "update", **update.record(), "sigma": sigma, "instruments": instruments}
+        self._record(record, durable=True)
+        return update
+
+    def _update(self, update: Update) -> None:
+        """Moves the weights."""
+        every = self._config.log.instruments_every
+        measures = None
+        if every and update.iteration % every == 0:
+            measures = UpdateMeasures(self._world.device)
+        with self._spans("update"):
+            self._weights.update(update, measures=measures)
+        self._keep_weights(update.iteration + 1, measures=measures)
+        self._write_metrics(update.iteration)
 
     def _check_enough_rewards(
         self, rewards: list[float | None], *, iteration: int, num_nonfinite: int
@@ -179,70 +219,34 @@ class Trainer:
             "nothing is lost"
         )
 
-    def _update(self, iteration: int, problems: Problems, rewards: list[float | None]) -> None:
-        """Rewards to coefficients, coefficients to disk, and only then to the weights."""
-        config = self._config
-        alpha = step_size(
-            config.alpha,
-            schedule=config.es.schedule,
-            iteration=iteration,
-            num_iterations=config.es.iterations,
-        )
-        coefficients = update_coefficients(rewards, alpha=alpha)
-        check_agreement(
-            self._world,
-            iteration=iteration,
-            seed_and_sigma=[config.es.seed, config.es.sigma],
-            prompts=problems.fingerprint(),
-            coefficients=coefficients,
-        )
-        if self._world.is_main and not any(coefficients):
-            logger.warning(
-                "iteration %d: all members earned the same, so its update is skipped; a larger es.sigma, or "
-                "a reward that tells bad answers apart, would help",
-                iteration,
-            )
-        self._check_step(iteration, coefficients)
-        with self._spans("snapshot"):
-            self._snapshots.finish()
-        self._record(
-            {
-                "type": "update",
-                "iteration": iteration,
-                "sigma": config.es.sigma,
-                "alpha": alpha,
-                "coefficients": coefficients,
-            },
-            durable=True,
-        )
-        with self._spans("update"):
-            self._weights.update(
-                iteration=iteration,
-                directions=range(config.es.population),
-                coefficients=coefficients,
-            )
-        self._keep_weights(iteration + 1)
-        self._write_metrics(iteration)
-
-    def _check_step(self, iteration: int, coefficients: list[float]) -> None:
+    def _check_step(self, update: Update) -> None:
         """Refuses an update after which a weight might not be finite, before anything of it is recorded."""
-        if self._world.any(self._weights.could_overflow(coefficients)):
+        if self._world.any(self._weights.could_overflow(update)):
             raise UserError(
-                f"es.alpha: the update of iteration {iteration} could make a weight too large for its dtype, "
-                "or one is not finite already. Nothing of it was recorded: the weights before it can be "
+                f"es.alpha: the update of iteration {update.iteration} could make a weight too large for its "
+                "dtype, or one is not finite already. Nothing of it was recorded: the weights before it can be "
                 "exported. Give another run.dir, and a smaller es.alpha or a wider model.dtype"
             )
 
-    def _keep_weights(self, iteration: int) -> None:
-        """Records what the weights became, and takes a snapshot of them if one is due."""
+    def _keep_weights(self, iteration: int, *, measures: UpdateMeasures | None = None) -> None:
+        """Records what the weights became, and takes a snapshot of them if one is due.
+
+        Args:
+            iteration: How many updates they have had.
+            measures: What was measured of the last, on this rank.
+        """
         is_due = self._snapshots.is_due(iteration)
+        record: dict[str, Any] = {"type": "weights", "iteration": iteration}
         with self._spans("digest"):
             digest = self._session.digest(compare=iteration % self._config.run.check_every == 0)
+            if measures is not None:
+                record["instruments"] = update_instruments(self._session.summed(measures.sums()))
         # On disk before the snapshot is, because it is what the snapshot will be checked against.
-        self._record({"type": "weights", "iteration": iteration, "digest": digest}, durable=is_due)
+        self._record(record | {"digest": digest}, durable=is_due)
         if is_due:
             with self._spans("snapshot"):
-                self._snapshots.begin(iteration, digest=digest)
+                states_digest = self._session.combined(self._weights.states_digest())
+                self._snapshots.begin(iteration, digest=digest, states_digest=states_digest)
 
     def _draw_problems(self, iteration: int) -> list[Row]:
         """The iteration's problems."""

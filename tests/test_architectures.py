@@ -11,6 +11,7 @@ from shardes.checkpoint import Checkpoint
 from shardes.conversion import Conversion
 from shardes.distributed import Group
 from shardes.errors import UserError
+from shardes.es.update import Update
 from shardes.es.weights import Weights
 from shardes.export import export_model
 from shardes.modeling import build_skeleton, load_model_config
@@ -95,7 +96,7 @@ def test_what_transformers_ignores_in_files_is_ignored(tmp_path, monkeypatch):
 def test_an_export_of_a_converted_model_loads_in_transformers(architecture, tmp_path):
     model = tiny_model(tmp_path / "model", tied=False, architecture=architecture)
     with open_session(make_config(tmp_path, model=model, run_dir=tmp_path / "run")) as session:
-        session.weights.update(iteration=0, directions=[0], coefficients=[0.1])
+        session.weights.update(Update(0, [0.1]))
         session.weights.centre()
         export_model(session, tmp_path / "export", iteration=1, settings={})
         wanted = session.backend.lockstep_model(IDS).logits

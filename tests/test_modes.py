@@ -9,6 +9,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 
 from shardes.distributed import Group, Mesh
+from shardes.es.update import Update
 from shardes.es.whole import WholeWeights
 from shardes.rollout import memory, modes
 from shardes.rollout.memory import free_bytes, generation_bytes, is_shortage
@@ -221,7 +222,7 @@ def test_a_copy_of_the_centre_is_perturbed_into_the_bits_of_perturbed_shards(tmp
             whole_weights.centre()
             assert_same(bits(whole_weights.model), bits(other.backend.gathered()))
             for weights in (session.weights, other.weights):
-                weights.update(iteration=iteration, directions=[0, 1], coefficients=[0.1, -0.3])
+                weights.update(Update(iteration, [0.1, -0.3]))
             other.weights.centre()
 
 
@@ -235,7 +236,7 @@ def test_the_centre_is_gathered_once_however_many_members_are_made_of_it(tmp_pat
         for _ in range(3):
             whole_weights.refresh()
         assert len(gathers) == 1
-        session.weights.update(iteration=0, directions=[0], coefficients=[0.1])
+        session.weights.update(Update(0, [0.1]))
         whole_weights.refresh()
         assert len(gathers) == 2
         whole_weights.release()

@@ -4,12 +4,15 @@ import json
 import logging
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from shardes.config_files import parse_config
 from shardes.errors import UserError
-from shardes.es.fitness import mean_and_deviation, update_coefficients
+from shardes.es.fitness import mean_and_deviation
+from shardes.es.shaping import shape
+from shardes.es.update import Update
 from shardes.noise import NoiseKind, definition
 from shardes.rollout.rollout import Rollout
 from shardes.runs.journal import read_journal
@@ -77,7 +80,8 @@ def test_a_member_whose_logits_are_not_finite_is_excluded_and_counted(configured
     coefficients = history.updates[0]["coefficients"]
     assert coefficients[2] == 0
     rewards = [history.members[0][n]["reward"] for n in range(POPULATION)]
-    assert coefficients == update_coefficients(rewards, alpha=config.alpha)
+    shaped = shape(rewards, how="zscore")
+    assert coefficients == [float(np.float32(config.alpha / POPULATION * value)) for value in shaped]
     assert any(coefficients)
 
 
@@ -151,7 +155,7 @@ def test_equal_rewards_skip_the_update_and_say_so(configured, tmp_path, caplog, 
     config = configured(task__reward=f"{tmp_path}/reward.py:score", es__iterations=1)
     with caplog.at_level(logging.WARNING):
         digest = train(config)
-    assert "all members earned the same, so its update is skipped" in caplog.text
+    assert "all members earned the same, so there is nothing to learn from them" in caplog.text
     assert history_of(config).updates[0]["coefficients"] == [0.0] * POPULATION
     assert digest == history_of(config).header["base_weights_digest"] == history_of(config).digests[1]
     assert metrics_of(config)[0]["reward_std"] == 0
@@ -159,10 +163,10 @@ def test_equal_rewards_skip_the_update_and_say_so(configured, tmp_path, caplog, 
 
 def test_a_skipped_update_touches_no_element(configured):
     with open_session(configured()) as session:
-        _, master = next(iter(session.weights.owned_masters()))
+        *_, master = next(iter(session.weights.owned_tensors()))
         master[0] = -0.0  # adding 0 to it would give 0.0
         before = session.digest()
-        session.weights.update(iteration=0, directions=[0, 1], coefficients=[0.0, -0.0])
+        session.weights.update(Update(0, [0.0, -0.0]))
         assert session.digest() == before
 
 
@@ -198,19 +202,19 @@ def test_an_update_that_could_overflow_is_refused_before_anything_is_recorded(
 def test_could_overflow_is_a_bound(configured, kind):
     with open_session(configured(es__noise=kind.value)) as session:
         weights = session.weights
-        largest = max(master.abs().max().item() for _, master in weights.owned_masters())
+        largest = max(master.abs().max().item() for *_, master in weights.owned_tensors())
         room = (torch.finfo(torch.float32).max - largest) / kind.largest
-        assert not weights.could_overflow([room * 0.49, -room * 0.49])
-        assert weights.could_overflow([room * 0.51, -room * 0.51])
-        assert weights.could_overflow([float("inf")])
-        assert weights.could_overflow([float("nan")])
-        _, master = next(iter(weights.owned_masters()))
+        assert not weights.could_overflow(Update(0, [room * 0.49, -room * 0.49]))
+        assert weights.could_overflow(Update(0, [room * 0.51, -room * 0.51]))
+        assert weights.could_overflow(Update(0, [float("inf")]))
+        assert weights.could_overflow(Update(0, [float("nan")]))
+        *_, master = next(iter(weights.owned_tensors()))
         for value in (float("nan"), float("inf"), float("-inf")):
             kept = master[1].item()
             master[1] = value
-            assert weights.could_overflow([0.0])
+            assert weights.could_overflow(Update(0, [0.0]))
             master[1] = kept
-        assert not weights.could_overflow([0.0])
+        assert not weights.could_overflow(Update(0, [0.0]))
 
 
 def test_no_eps_is_larger_than_its_kind_says():

@@ -46,7 +46,7 @@ class ThreadGroup(Group):
 
 def whole(evaluate):
     """An evaluation that is all done when it is finished."""
-    return Evaluate(lambda member: member, evaluate)
+    return Evaluate(lambda member: member, lambda member, _: evaluate(member))
 
 
 def play(num_ranks, members, evaluate, *, team_size=1, timeout_seconds=10, stop=None, told=None):
@@ -167,7 +167,7 @@ def test_each_member_is_started_before_the_one_before_it_is_finished():
         log.append(("start", member))
         return member
 
-    def finish(member):
+    def finish(member, _):
         log.append(("finish", member))
         return None if member == 2 else result_of(member)
 
@@ -191,8 +191,8 @@ def test_after_a_shortage_the_member_in_flight_is_finished_and_no_other_is_start
     world = Group(0, 1, CPU)
     rollout = SimpleNamespace(mode=SimpleNamespace(team=world))
     mesh = Mesh(world, world)
-    population = Population(rollout, mesh=mesh, sigma=0.1, timeout_seconds=1, stop=Stop(), spans=Spans())
-    evaluate = Evaluate(start, lambda member: None if member == 0 else result_of(member))
+    population = Population(rollout, mesh=mesh, timeout_seconds=1, stop=Stop(), spans=Spans())
+    evaluate = Evaluate(start, lambda member, _: None if member == 0 else result_of(member))
     told = []
     found = population._hand_out(range(num_members), evaluate, told.append)
     assert started == [0, 1][:num_members]

@@ -12,6 +12,7 @@ from shardes.backends.layout import Layout, Split, flat_layout
 from shardes.checkpoint import Checkpoint
 from shardes.distributed import Group, Mesh
 from shardes.errors import UserError
+from shardes.es.update import Update
 from shardes.noise import Region
 from shardes.runs import snapshotting
 from shardes.runs.journal import read_journal
@@ -81,9 +82,9 @@ def write_snapshot(directory, ranks, whole, *, iteration=3, digest="0f"):
     directory.mkdir(parents=True)
     files = []
     for rank, shards in enumerate(ranks):
-        masters = [(s, local_values(s, whole)) for s in shards if s.runs and not s.is_copy]
+        masters = [(s.name, s, local_values(s, whole)) for s in shards if s.runs and not s.is_copy]
         files.append(write_part(directory / f"rank-{rank:05d}.safetensors", masters))
-    write_manifest(directory, iteration=iteration, digest=digest, files=files)
+    write_manifest(directory, iteration=iteration, digest=digest, states_digest="0", files=files)
     return directory
 
 
@@ -200,7 +201,8 @@ def test_a_manifest_cannot_lead_outside_of_its_directory(tmp_path):
     shutil.copy(directory / "rank-00000.safetensors", tmp_path / "outside")
     files = manifest_of(directory)["files"]
     for name in ("../outside", str(tmp_path / "outside")):
-        write_manifest(directory, iteration=3, digest="0f", files=[files[0] | {"name": name}])
+        moved = [files[0] | {"name": name}]
+        write_manifest(directory, iteration=3, digest="0f", states_digest="0", files=moved)
         with pytest.raises(SnapshotError, match="outside"):
             Snapshot(directory)
 
@@ -407,14 +409,14 @@ def snapshots_of(session, **changes):
 
 
 def take(taken, session, iteration):
-    taken.begin(iteration, digest=session.digest())
+    taken.begin(iteration, digest=session.digest(), states_digest="0")
     taken.finish()
 
 
 def test_old_snapshots_go_when_new_ones_are_complete(session):
     taken, run_dir = snapshots_of(session, keep=3), session.config.run.dir
     for iteration in range(1, 7):
-        taken.begin(iteration, digest=session.digest())
+        taken.begin(iteration, digest=session.digest(), states_digest="0")
         assert find_snapshots(run_dir) == list(range(iteration - 1, 0, -1))[:3]
         taken.finish()
         assert find_snapshots(run_dir) == list(range(iteration, 0, -1))[:3]
@@ -441,12 +443,13 @@ def test_the_next_update_waits_for_what_is_not_written_yet(session, monkeypatch)
         return write_part(*arguments, **keywords)
 
     monkeypatch.setattr(snapshotting, "write_part", slow)
-    taken.begin(1, digest=digest)
+    taken.begin(1, digest=digest, states_digest="0")
     threading.Timer(0.2, may_write.set).start()
     taken.finish()
-    session.weights.update(iteration=0, directions=[0], coefficients=[1.0])
+    session.weights.update(Update(0, [1.0]))
     assert session.digest() != digest
-    session.weights.load_masters(Snapshot(snapshot_path(session.config.run.dir, 1)))
+    path = snapshot_path(session.config.run.dir, 1)
+    session.weights.load_snapshot(Snapshot(path), last_update=Update(0, []))
     assert session.digest() == digest
 
 
@@ -456,11 +459,12 @@ def test_members_may_be_perturbed_while_a_snapshot_is_written(session, monkeypat
     monkeypatch.setattr(
         snapshotting, "write_part", lambda *a, **k: (may_write.wait(10), write_part(*a, **k))[1]
     )
-    taken.begin(1, digest=digest)
+    taken.begin(1, digest=digest, states_digest="0")
     session.weights.perturb(iteration=0, direction=1, sigma=1.0)
     may_write.set()
     taken.finish()
-    session.weights.load_masters(Snapshot(snapshot_path(session.config.run.dir, 1)))
+    path = snapshot_path(session.config.run.dir, 1)
+    session.weights.load_snapshot(Snapshot(path), last_update=Update(0, []))
     assert session.digest() == digest
 
 
@@ -491,7 +495,7 @@ def test_closing_gives_up_what_is_being_written_and_the_next_job_clears_it_away(
         raise SnapshotError("given up")
 
     monkeypatch.setattr(snapshotting, "write_part", endless)
-    taken.begin(1, digest=session.digest())
+    taken.begin(1, digest=session.digest(), states_digest="0")
     assert started.wait(10)
     taken.close()
     taken.close()

@@ -13,6 +13,7 @@ from shardes.checkpoint import Checkpoint
 from shardes.distributed import Group
 from shardes.errors import UserError
 from shardes.es.selection import select_trainable
+from shardes.es.update import Update
 from shardes.es.weights import Weights
 from shardes.session import open_session
 from shardes.shards import Run
@@ -127,7 +128,7 @@ def test_frozen_parameters_stay_as_in_the_file_and_the_others_move_as_ever(tmp_p
     same = equal(values(backend), before)
     assert {name for name, is_same in same.items() if not is_same} == trained
     for weights in (everything, some):
-        weights.update(iteration=0, directions=[0, 1], coefficients=[0.1, -0.2])
+        weights.update(Update(0, [0.1, -0.2]))
         weights.centre()
     assert {name for name, is_same in equal(values(backend), before).items() if not is_same} == trained
     for name in trained:
@@ -166,7 +167,7 @@ def test_chunks_of_any_size_give_the_same_bits(tmp_path, model_dir, dtype, chunk
             weights.perturb(iteration=iteration, direction=1, sigma=0.1)
         assert all(equal(values(backend), values(other)).values())
         for weights in (plain, chunked):
-            weights.update(iteration=iteration, directions=[0, 1, 2], coefficients=[0.1, -0.2, 0.05])
+            weights.update(Update(iteration, [0.1, -0.2, 0.05]))
             weights.centre()
         assert all(equal(values(backend), values(other)).values())
         assert all(equal(masters(plain), masters(chunked)).values())

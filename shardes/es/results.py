@@ -19,6 +19,8 @@ class MemberResult:
         least: The least reward of an answer; None if none counts.
         components: By name, the mean of each component over the answers that it applies to.
         is_finite: Whether its logits were; answers that others chose mean nothing.
+        by_problem: The mean over its answers to each problem that count; None if none does.
+        problems: Which of the iteration's problems these are, in order; None: all.
         samples: A few answers of the first member, for people to read; not journaled.
     """
 
@@ -30,6 +32,8 @@ class MemberResult:
     least: float | None = None
     components: Mapping[str, float | None] = field(default_factory=dict)
     is_finite: bool = True
+    by_problem: Sequence[float | None] = field(default_factory=list)
+    problems: Sequence[int] | None = None
     samples: Sequence[Mapping[str, Any]] = field(default_factory=list)
 
     @classmethod

@@ -52,6 +52,7 @@ class Evaluation:
         num_tokens: Tokens generated, or scored, padding not counted.
         samples: By answer, those of the first micro-batch, or all; only those that this rank has seen itself.
         is_finite: Whether everything that the model computed was.
+        samples_per_prompt: Answers to each problem.
     """
 
     rewards: list[float | None]
@@ -60,14 +61,20 @@ class Evaluation:
     num_tokens: int
     samples: dict[int, Sample] = field(default_factory=dict)
     is_finite: bool = True
+    samples_per_prompt: int = 1
 
     @property
     def num_failures(self) -> int:
         """Rewards that failed."""
         return sum(self.has_failed)
 
-    def result_of(self, member: int) -> MemberResult:
-        """What a member that answered so earned."""
+    def result_of(self, member: int, *, problems: Sequence[int] | None = None) -> MemberResult:
+        """What a member that answered so earned.
+
+        Args:
+            member: Which.
+            problems: Which of the iteration's problems it answered; None: all.
+        """
         counted = [reward for reward in self.rewards if reward is not None and self.is_finite]
         return MemberResult(
             member,
@@ -78,10 +85,19 @@ class Evaluation:
             least=min(counted, default=None),
             components=self.component_means(),
             is_finite=self.is_finite,
+            by_problem=self._by_problem() if self.is_finite else [],
+            problems=problems if self.is_finite else [],
             samples=[vars(sample) for sample in list(self.samples.values())[:NUM_SAMPLES]]
             if member == 0
             else [],
         )
+
+    def _by_problem(self) -> list[float | None]:
+        """The mean reward for each problem, over the answers that count."""
+        count = self.samples_per_prompt
+        return [
+            mean_reward(self.rewards[first : first + count]) for first in range(0, len(self.rewards), count)
+        ]
 
     def component_means(self) -> dict[str, float | None]:
         """The mean of each component over the answers that it applies to."""
@@ -211,7 +227,14 @@ class AnswerTally:
             index: Sample(sample.prompt, sample.completion, sample.token_ids, rewards[index])
             for index, sample in sorted(self._samples.items())
         }
-        return Evaluation(rewards, [bool(flag) for flag in column(2)], components, int(totals[-1]), samples)
+        return Evaluation(
+            rewards,
+            [bool(flag) for flag in column(2)],
+            components,
+            int(totals[-1]),
+            samples,
+            samples_per_prompt=self._samples_per_prompt,
+        )
 
 
 @dataclass(frozen=True)

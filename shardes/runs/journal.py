@@ -33,6 +33,7 @@ class History:
         members: Records by iteration and member.
         evaluations: Records by iteration.
         digests: Digests of the weights, by the number of updates that they had had.
+        instruments: What was measured of the update that led to them.
     """
 
     header: dict[str, Any] | None = None
@@ -40,6 +41,7 @@ class History:
     members: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     digests: dict[int, str] = field(default_factory=dict)
+    instruments: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def iteration_of(self, wanted: str | None, *, key: str) -> int:
         """How many updates a user means.
@@ -96,8 +98,13 @@ class History:
             self.evaluations[record["iteration"]] = record
         elif kind == "update" and record["iteration"] == len(self.updates):
             self.updates.append(record)
+            # The update has what became of them, and the runs of millions of answers are long.
+            for member in self.members.get(record["iteration"], {}).values():
+                member.pop("by_problem", None)
+                member.pop("problems", None)
         elif kind == "weights" and record["iteration"] == len(self.updates):
             self.digests[record["iteration"]] = record["digest"]
+            self.instruments[record["iteration"]] = record.get("instruments", {})
         else:
             raise ValueError(f"a record {kind!r} of iteration {record.get('iteration')} does not belong here")
 

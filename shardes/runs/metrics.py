@@ -1,5 +1,6 @@
 """The numbers of metrics.jsonl, computed from the journal, so that they can be restored from it."""
 
+import math
 from typing import Any
 
 from shardes.es.fitness import mean_and_deviation, mean_reward
@@ -33,8 +34,16 @@ def iteration_metrics(history: History, iteration: int) -> dict[str, Any]:
         "num_tokens": sum(member.num_tokens for member in members),
         "sigma": update["sigma"],
         "alpha": update["alpha"],
+        "perturbation_norm": update["sigma"] * math.sqrt(num_trained(history.header)),
+        **update.get("instruments", {}),
+        **history.instruments.get(iteration + 1, {}),
         **({"weights_digest": digest} if (digest := history.digests.get(iteration + 1)) else {}),
     }
+
+
+def num_trained(header: dict[str, Any]) -> int:
+    """How many weights a run trains."""
+    return sum(math.prod(shape) for *_, shape in header["parameters"])
 
 
 def heldout_metrics(history: History, iteration: int) -> dict[str, Any]:

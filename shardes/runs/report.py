@@ -1,11 +1,10 @@
 """A journal as a table, for people."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 from shardes.runs.journal import History
-from shardes.runs.metrics import heldout_metrics, iteration_metrics
+from shardes.runs.metrics import heldout_metrics, iteration_metrics, num_trained
 
 _COLUMNS = {
     "iteration": "iteration",
@@ -31,8 +30,7 @@ def report(history: History) -> Iterator[str]:
     assert header is not None, "an empty journal has nothing to tell"
     settings = header["settings"]
     yield f"base model   {header['config']['model']['path']}, weights digest {header['base_weights_digest']}"
-    num_elements = sum(math.prod(shape) for *_, shape in header["parameters"])
-    yield f"trained      {len(header['parameters'])} parameters of {num_elements} elements"
+    yield f"trained      {len(header['parameters'])} parameters of {num_trained(header)} elements"
     yield (
         f"noise        {settings['es.noise']}, version {header['noise_version']}, "
         f"seed {settings['es.seed']}, population {settings['es.population']}"

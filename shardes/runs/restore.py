@@ -7,6 +7,7 @@ from typing import Any
 
 from shardes.checkpoint import Checkpoint
 from shardes.errors import UserError
+from shardes.es.update import Update
 from shardes.runs.snapshots import Snapshot, SnapshotError, find_snapshots, snapshot_path
 from shardes.session import Session
 
@@ -37,7 +38,8 @@ def restore_weights(
     found = [each for each in find_snapshots(run_dir) if each <= len(updates) and each in digests]
     first, is_base = 0, True
     for iteration in world.broadcast_json(found):
-        problem = _load(session, snapshot_path(run_dir, iteration), digests[iteration])
+        path, last = snapshot_path(run_dir, iteration), Update.of_record(updates[iteration - 1])
+        problem = _load(session, path, digests[iteration], last_update=last)
         is_base = False
         if problem is None:
             first = iteration
@@ -63,18 +65,22 @@ def restore_weights(
         )
 
 
-def _load(session: Session, path: Path, digest: str) -> str | None:
+def _load(session: Session, path: Path, digest: str, *, last_update: Update) -> str | None:
     """Reads a snapshot into the masters; returns what is wrong with it, the same on every rank."""
     problem = None
     try:
-        session.weights.load_masters(Snapshot(path))
+        snapshot = Snapshot(path)
+        session.weights.load_snapshot(snapshot, last_update=last_update)
     except (SnapshotError, OSError, KeyError) as error:
         problem = str(error)
     problems = [each for each in session.mesh.world.gather_json(problem) if each is not None]
     if problems:
         return problems[0]
-    found = session.digest()
-    return None if found == digest else f"its weights have the digest {found}; wanted {digest}"
+    found, states = session.digest(), session.combined(session.weights.states_digest())
+    if found != digest:
+        return f"its weights have the digest {found}; wanted {digest}"
+    wanted = snapshot.states_digest
+    return None if states == wanted else f"its optimizer states have the digest {states}; wanted {wanted}"
 
 
 def _set_aside(path: Path) -> None:

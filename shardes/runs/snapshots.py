@@ -1,5 +1,7 @@
 """Snapshots: the masters after some iterations, so that not all of a long journal has to be replayed.
 
+With them is kept what the optimizer keeps for each weight, under the parameter's name and its own.
+
 A snapshot is a directory: one safetensors file of each rank's own elements, and ``manifest.json``, which
 says which elements of which parameter each file holds. Any number of ranks, any backend reads it by ranges.
 Nothing depends on a snapshot: one that is damaged is passed over, and more of the journal is replayed.
@@ -29,7 +31,7 @@ from shardes.files import flush_to_disk, write_atomically
 from shardes.safetensors_writer import write_header, write_values
 from shardes.shards import Shard
 
-SNAPSHOT_VERSION = 1
+SNAPSHOT_VERSION = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"iteration-(\d{8,})")
 _READ_BYTES = 1 << 24
@@ -53,17 +55,17 @@ def find_snapshots(run_dir: Path) -> list[int]:
 
 def write_part(
     path: Path,
-    masters: Iterable[tuple[Shard, torch.Tensor]],
+    tensors: Iterable[tuple[str, Shard, torch.Tensor]],
     *,
     is_cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Writes one rank's elements, and brings them to the disk.
 
-    A master on an accelerator passes through host memory a piece of 64 MiB at a time; there is no other copy.
+    A tensor on an accelerator passes through host memory a piece of 64 MiB at a time; there is no other copy.
 
     Args:
         path: The file.
-        masters: As ``Weights.owned_masters`` gives them.
+        tensors: As ``Weights.owned_tensors`` gives them.
         is_cancelled: Asked now and then; if true, the writing ends.
 
     Returns:
@@ -73,41 +75,50 @@ def write_part(
         OSError: The file cannot be written.
         SnapshotError: It was cancelled.
     """
-    masters = list(masters)
+    tensors = list(tensors)
     with path.open("wb") as stream:
         sink = _Hashing(stream)
-        write_header(sink, [(shard.name, master.dtype, [shard.num_owned]) for shard, master in masters])
-        for shard, master in masters:
+        write_header(sink, [(name, tensor.dtype, [shard.num_owned]) for name, shard, tensor in tensors])
+        for _, shard, tensor in tensors:
             for run in shard.runs:
                 for part in run.parts(CHUNK_ELEMENTS):
                     if is_cancelled():
                         raise SnapshotError("it was given up")
-                    write_values(sink, part.of(master))
+                    write_values(sink, part.of(tensor))
         flush_to_disk(stream)
     return {
         "name": path.name,
         "num_bytes": sink.num_bytes,
         "blake2b": sink.hash.hexdigest(),
         "regions": {
-            shard.name: [[run.global_start, run.length, run.rows, run.stride] for run in shard.runs]
-            for shard, _ in masters
+            name: [[run.global_start, run.length, run.rows, run.stride] for run in shard.runs]
+            for name, shard, _ in tensors
         },
     }
 
 
-def write_manifest(directory: Path, *, iteration: int, digest: str, files: list[dict[str, Any]]) -> None:
+def write_manifest(
+    directory: Path, *, iteration: int, digest: str, states_digest: str, files: list[dict[str, Any]]
+) -> None:
     """Marks a snapshot whose files are on the disk as complete.
 
     Args:
         directory: Where the files are.
         iteration: Number of updates that the weights have had.
         digest: The digest of the weights.
+        states_digest: That of what the optimizer keeps.
         files: What ``write_part`` returned.
 
     Raises:
         OSError: It cannot be written.
     """
-    manifest = {"version": SNAPSHOT_VERSION, "iteration": iteration, "weights_digest": digest, "files": files}
+    manifest = {
+        "version": SNAPSHOT_VERSION,
+        "iteration": iteration,
+        "weights_digest": digest,
+        "states_digest": states_digest,
+        "files": files,
+    }
     sealed = manifest | {"checksum": _checksum(manifest)}
     write_atomically(directory / MANIFEST, json.dumps(sealed, indent=1) + "\n")
 
@@ -122,6 +133,7 @@ class Snapshot(TensorReader):
         iteration: Number of updates that the weights have had.
         weights_digest: Their digest, as the manifest has it. Whether the files have it is for the reader to
             see, who computes it anyway: sizes and headers are checked here, not every byte.
+        states_digest: Likewise of what the optimizer keeps.
 
     Raises:
         SnapshotError: It is not complete, or damaged.
@@ -137,6 +149,7 @@ class Snapshot(TensorReader):
                 raise SnapshotError(f"its version is {manifest['version']}; wanted {SNAPSHOT_VERSION}")
             self.iteration: int = manifest["iteration"]
             self.weights_digest: str = manifest["weights_digest"]
+            self.states_digest: str = manifest["states_digest"]
             self._files: list[dict[str, Any]] = manifest["files"]
             rows: dict[str, list[_Rows]] = {}
             for entry in self._files:

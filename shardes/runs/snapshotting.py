@@ -52,8 +52,8 @@ class Snapshots:
         self._is_writer = mesh.replica == 0 and (is_sharded or mesh.shard.is_main)
         self._part = f"rank-{mesh.shard.rank:05d}.safetensors"
         self._writing: _Writing | None = None
-        # Iteration and digest of the snapshot that is being taken; the same on every rank.
-        self._current: tuple[int, str] | None = None
+        # Iteration and digests of the snapshot that is being taken; the same on every rank.
+        self._current: tuple[int, str, str] | None = None
 
     def open(self) -> None:
         """Makes the directory, and removes what a dead job did not complete; a collective.
@@ -91,12 +91,13 @@ class Snapshots:
         """Whether the weights after so many updates are to be kept."""
         return bool(self._every) and iteration % self._every == 0
 
-    def begin(self, iteration: int, *, digest: str) -> None:
+    def begin(self, iteration: int, *, digest: str, states_digest: str) -> None:
         """Starts to write the weights, which are not to change before ``finish``; a collective.
 
         Args:
             iteration: How many updates they have had.
             digest: Theirs.
+            states_digest: That of what the optimizer keeps.
         """
         directory = self._incomplete(iteration)
         problem = None
@@ -110,7 +111,7 @@ class Snapshots:
         if problem is not None:
             self._warn(iteration, problem)
             return
-        self._current = iteration, digest
+        self._current = iteration, digest, states_digest
         if self._is_writer:
             self._writing = _Writing(directory / self._part, self._weights)
 
@@ -118,7 +119,7 @@ class Snapshots:
         """Waits until the snapshot that was begun, if any, is written, and completes it; a collective."""
         if self._current is None:
             return
-        (iteration, digest), self._current = self._current, None
+        (iteration, digest, states_digest), self._current = self._current, None
         writing, self._writing = self._writing, None
         reports = self._world.gather_json(None if writing is None else writing.report())
         if not self._world.is_main:
@@ -129,7 +130,9 @@ class Snapshots:
         try:
             if problems:
                 raise OSError(problems[0])
-            write_manifest(directory, iteration=iteration, digest=digest, files=files)
+            write_manifest(
+                directory, iteration=iteration, digest=digest, states_digest=states_digest, files=files
+            )
             self._put_in_place(directory, snapshot_path(self._run_dir, iteration))
             self._remove_old(iteration)
         except OSError as error:
@@ -183,13 +186,13 @@ class _Writing:
     def __init__(self, path: Path, weights: Weights) -> None:
         self._report: dict[str, Any] = {}
         self._is_cancelled = threading.Event()
-        masters = list(weights.owned_masters())
-        on_device = _after_queued_work(masters[0][1].device) if masters else contextlib.nullcontext
+        tensors = list(weights.owned_tensors())
+        on_device = _after_queued_work(tensors[0][2].device) if tensors else contextlib.nullcontext
 
         def write() -> None:
             try:
                 with on_device():
-                    file = write_part(path, masters, is_cancelled=self._is_cancelled.is_set)
+                    file = write_part(path, tensors, is_cancelled=self._is_cancelled.is_set)
                 self._report = {"file": file}
             except Exception as error:  # whatever it is, it is the snapshot's alone
                 self._report = {"problem": f"{path.name}: {error}"}

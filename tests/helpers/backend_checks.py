@@ -15,6 +15,7 @@ from shardes.backends import make_backend
 from shardes.checkpoint import Checkpoint
 from shardes.config_files import parse_config
 from shardes.distributed import Group, make_mesh, process_group
+from shardes.es.update import Update
 from shardes.es.weights import Weights
 from shardes.stopping import Stop
 from tests.helpers.tracing import Trace
@@ -116,7 +117,7 @@ class Case:
     def check_updates(self):
         for iteration in range(NUM_UPDATES):
             for weights in (self.weights, self.wanted):
-                weights.update(iteration=iteration, directions=[0, 1, 2], coefficients=[0.1, -0.2, 0.05])
+                weights.update(Update(iteration, [0.1, -0.2, 0.05]))
                 weights.centre()
             self.check_forwards(f"centre after update {iteration}")
         self.check_shards("after the updates")

@@ -55,10 +55,10 @@ def set_fault(kind, call):
     if kind == "corrupt":
         original, calls = Weights.update, iter(range(1_000_000))
 
-        def update(self, **arguments):
-            original(self, **arguments)
+        def update(self, *arguments, **keywords):
+            original(self, *arguments, **keywords)
             if next(calls) == call:
-                _, master = next(iter(self.owned_masters()))
+                *_, master = next(iter(self.owned_tensors()))
                 master.view(-1)[3] += torch.finfo(master.dtype).eps * master.view(-1)[3].abs() + 1e-6
 
         Weights.update = update

@@ -1,0 +1,139 @@
+"""Evolution strategies as plainly as they can be written: one process, whole tensors, transformers' ``generate``.
+
+Of shardes it takes the definition of the noise and nothing else. What it is told has the names of the keys.
+"""
+
+import math
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shardes.noise import Region, data_order
+from tests.helpers.noise_oracle import accumulated, added, noise_at
+
+f32 = np.float32
+
+
+class ReferenceES:
+    def __init__(self, model_dir, rows, reward, *, batch_size, max_new_tokens, dtype=torch.float32, **es):
+        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+        self.tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
+        self.rows, self.reward, self.batch_size, self.max_new_tokens = (
+            rows,
+            reward,
+            batch_size,
+            max_new_tokens,
+        )
+        self.es, self.parameters = es, dict(sorted(self.model.named_parameters()))
+        self.base = {name: p.detach().flatten().clone() for name, p in self.parameters.items()}
+        self.masters = {name: values.clone() for name, values in self.base.items()}
+        self.states = {name: [torch.zeros(len(v)), torch.zeros(len(v))] for name, v in self.base.items()}
+
+    def region(self, name):
+        size = len(self.base[name])
+        return Region(list(self.parameters).index(name), size, 0, size)
+
+    @torch.no_grad()
+    def answers(self, prompts):
+        batch = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        batch = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        output = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False)
+        return self.tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    @torch.no_grad()
+    def rewards(self, rows, *, iteration, direction, sigma):
+        for name, p in self.parameters.items():
+            eps = noise_at(
+                self.region(name), kind=self.es["noise"], seed=0, iteration=iteration, direction=direction
+            )
+            moved = self.masters[name].to(p.dtype).float() + torch.from_numpy(f32(sigma) * eps)
+            p.copy_(moved.to(p.dtype).view(p.shape))
+        prompts = [row["prompt"] for row in rows]
+        return self.reward(prompts, self.answers(prompts))
+
+    def iterate(self, t):
+        es = self.es
+        shapes = {
+            "constant": 1.0,
+            "linear": 1 - t / es["iterations"],
+            "cosine": (1 + math.cos(math.pi * t / es["iterations"])) / 2,
+        }
+        sigma = es["sigma"]
+        if es["final_sigma"] and t:
+            sigma = es["final_sigma"] + (sigma - es["final_sigma"]) * shapes[es["sigma_schedule"]]
+        alpha = (sigma / 2 if es["alpha"] == "auto" else es["alpha"]) * shapes[es["schedule"]]
+        alpha *= min(1, (t + 1) / (es["warmup_iterations"] + 1))
+        population = es["population"]
+        if isinstance(population, dict):
+            population = population[max(first for first in population if first <= t)]
+        noise_iteration = t - t % es["noise_reuse"]
+        batch = [self.rows[i] for i in data_order(len(self.rows), seed=0, iteration=t, count=self.batch_size)]
+        table = []
+        for n in range(population):
+            direction, sign = (n // 2, 1 - 2 * (n % 2)) if es["antithetic"] else (n, 1)
+            count = es["prompts_per_member"] or len(batch)
+            seen = [(direction * count + i) % len(batch) for i in range(count)]
+            values = self.rewards(
+                [batch[i] for i in seen], iteration=noise_iteration, direction=direction, sigma=sign * sigma
+            )
+            table.append(dict(zip(seen, values, strict=True)))
+        z = self.shape(table)
+        if es["antithetic"]:
+            z = [plus - minus for plus, minus in zip(z[::2], z[1::2], strict=True)]
+        scale = (1.0 if es["optimizer"] == "adam" else alpha) / population
+        c = [float(f32(scale * value)) for value in z]
+        norm = math.sqrt(sum(map(len, self.base.values())) * math.fsum(v * v for v in c))
+        if es["max_update_norm"] and norm > es["max_update_norm"]:
+            c = [float(f32(v * (es["max_update_norm"] / norm))) for v in c]
+        for name in self.parameters:
+            self.step(name, c, alpha=alpha, t=t, noise_iteration=noise_iteration)
+
+    def shape(self, table):
+        es, means = self.es, [math.fsum(row.values()) / len(row) for row in table]
+        centre = math.fsum(means) / len(means)
+        z = means
+        if es["shaping"] == "zscore":
+            deviation = math.sqrt(math.fsum((r - centre) ** 2 for r in means) / len(means))
+            z = [(r - centre) / (deviation + 1e-8) for r in means]
+        elif es["shaping"] == "centered_rank":
+            z = [
+                (sum(o < r for o in means) - sum(o > r for o in means)) / (2 * (len(means) - 1))
+                for r in means
+            ]
+        elif es["shaping"] == "per_prompt":
+            by_prompt = {p: [row[p] for row in table if p in row] for row in table for p in row}
+            centred = [
+                [r - math.fsum(by_prompt[p]) / len(by_prompt[p]) for p, r in row.items()] for row in table
+            ]
+            every = [value for row in centred for value in row]
+            middle = math.fsum(every) / len(every)
+            deviation = math.sqrt(math.fsum((v - middle) ** 2 for v in every) / len(every)) + 1e-8
+            z = [math.fsum(row) / len(row) / deviation for row in centred]
+        limit = es["clip_shaped"] or math.inf
+        return [max(-limit, min(limit, value)) for value in z]
+
+    def step(self, name, c, *, alpha, t, noise_iteration):
+        es, master, (m, v) = self.es, self.masters[name], self.states[name]
+        address = {"region": self.region(name), "seed": 0}
+        step = accumulated(
+            torch.zeros(len(master)),
+            coefficients=c,
+            directions=range(len(c)),
+            kind=es["noise"],
+            iteration=noise_iteration,
+            **address,
+        )
+        if es["optimizer"] == "momentum":
+            m[:] = m * es["momentum"] + step
+            step = m.clone()
+        elif es["optimizer"] == "adam":
+            (b1, b2), g = es["adam_betas"], step
+            m[:] = m * b1 + g * (1 - b1)
+            v[:] = v * b2 + g * g * (1 - b2)
+            root = (v * float(f32(1 / (1 - b2 ** (t + 1))))).sqrt() + es["adam_epsilon"]
+            step = m * float(f32(1 / (1 - b1 ** (t + 1)))) / root * alpha
+        if es["weight_decay"]:
+            away = master.float() - (self.base[name].float() if es["decay_towards"] == "base" else 0)
+            step = step - away * (alpha * es["weight_decay"])
+        self.masters[name] = added(master, step, iteration=t, **address)

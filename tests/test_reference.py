@@ -1,0 +1,108 @@
+"""The trainer against the plainest ES that can be written, for every option: the same bytes."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from shardes.config import EsConfig
+from shardes.session import open_session
+from shardes.tasks.loading import load_task
+from shardes.trainer import Trainer
+from tests.helpers.models import make_config, tiny_model
+from tests.helpers.noise_oracle import same_bits
+from tests.helpers.reference_es import ReferenceES
+from tests.helpers.rewards import spread
+
+ITERATIONS = 5
+OPTIONS = {
+    "the paper's": {},
+    "antithetic": {"antithetic": True},
+    "noise reuse": {"noise_reuse": 2},
+    "a population that grows": {"population": {0: 3, 2: 6}},
+    "own prompts": {"prompts_per_member": 4},
+    "own prompts for pairs": {"prompts_per_member": 4, "antithetic": True},
+    "ranks": {"shaping": "centered_rank"},
+    "rewards as they are": {"shaping": "none"},
+    "by prompt": {"shaping": "per_prompt"},
+    "by prompt, own prompts": {"shaping": "per_prompt", "prompts_per_member": 5},
+    "outliers": {"clip_shaped": 0.9},
+    "signs": {"noise": "rademacher"},
+    "linear": {"schedule": "linear"},
+    "cosine": {"schedule": "cosine", "warmup_iterations": 2},
+    "sigma": {"sigma_schedule": "linear", "final_sigma": 0.02, "alpha": "auto"},
+    "short steps": {"max_update_norm": 2.0},
+    "momentum": {"optimizer": "momentum", "momentum": 0.7, "schedule": "linear"},
+    "adam": {"optimizer": "adam", "alpha": 0.01, "adam_betas": (0.8, 0.95), "adam_epsilon": 1e-3},
+    "decay": {"weight_decay": 0.5},
+    "anchored": {"weight_decay": 0.5, "decay_towards": "base"},
+    "adamw, anchored, in pairs": {
+        "optimizer": "adam",
+        "alpha": 0.01,
+        "weight_decay": 0.5,
+        "decay_towards": "base",
+        "antithetic": True,
+        "noise_reuse": 3,
+    },
+}
+NARROW = {
+    "narrow": {},
+    "narrow, reused noise": {"noise_reuse": 2},
+    "narrow, momentum": {"optimizer": "momentum", "momentum": 0.5},
+    "narrow, anchored": {"weight_decay": 0.5, "decay_towards": "base"},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model") / "model", tied=True)
+
+
+def trained(config):
+    with open_session(config) as session:
+        Trainer(session, load_task(config.task)).train()
+        return {
+            shard.name: session.weights.gather_centre(shard).flatten().clone()
+            for shard in session.backend.shards
+        }
+
+
+def compare(tmp_path, model, options, *, dtype="float32", **changes):
+    es = {"iterations": ITERATIONS, "population": 4, "sigma": 0.05, "alpha": 0.1} | options
+    keys = {f"es__{key}": value for key, value in es.items()}
+    config = make_config(
+        tmp_path, model=model, run_dir=tmp_path / "run", model__dtype=dtype, eval__every=0, **keys, **changes
+    )
+    found = trained(config)
+    rows = [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()]
+    reference = ReferenceES(
+        model,
+        rows,
+        spread,
+        batch_size=9,
+        max_new_tokens=6,
+        dtype=getattr(torch, dtype),
+        **dict(EsConfig(**es)),
+    )
+    for t in range(ITERATIONS):
+        reference.iterate(t)
+    updates = [
+        record
+        for record in map(json.loads, (tmp_path / "run" / "journal.jsonl").read_text().splitlines())
+        if record["type"] == "update"
+    ]
+    assert all(any(update["coefficients"]) and math.isfinite(update["alpha"]) for update in updates)
+    assert found.keys() == reference.masters.keys()
+    for name, values in reference.masters.items():
+        assert same_bits(found[name], values.to(found[name].dtype)), name
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_gives_the_bytes_of_the_plain_algorithm(tmp_path, model, options):
+    compare(tmp_path, model, options)
+
+
+@pytest.mark.parametrize("options", NARROW.values(), ids=NARROW)
+def test_narrow_masters_do_as_well(tmp_path, model, options):
+    compare(tmp_path, model, options, dtype="bfloat16", weights__master="model")
