@@ -14,8 +14,10 @@ from tqdm import tqdm
 from shardes.agreement import check_agreement, shared_settings
 from shardes.batches import draw_batch
 from shardes.errors import UserError
-from shardes.es.fitness import mean_reward, step_size, update_coefficients
+from shardes.es.fitness import mean_reward, update_coefficients
 from shardes.es.results import MemberResult, member_rewards, settled
+from shardes.es.schedules import factor
+from shardes.es.shaping import shape
 from shardes.export import export_model
 from shardes.population import Population
 from shardes.rollout.probe import find_micro_batch_size
@@ -182,13 +184,10 @@ class Trainer:
     def _update(self, iteration: int, problems: Problems, rewards: list[float | None]) -> None:
         """Rewards to coefficients, coefficients to disk, and only then to the weights."""
         config = self._config
-        alpha = step_size(
-            config.alpha,
-            schedule=config.es.schedule,
-            iteration=iteration,
-            num_iterations=config.es.iterations,
+        alpha = config.alpha * factor(
+            config.es.schedule, iteration=iteration, num_iterations=config.es.iterations
         )
-        coefficients = update_coefficients(rewards, alpha=alpha)
+        coefficients = update_coefficients(shape(rewards, how="zscore"), alpha=alpha)
         check_agreement(
             self._world,
             iteration=iteration,

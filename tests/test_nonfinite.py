@@ -10,6 +10,7 @@ import torch
 from shardes.config_files import parse_config
 from shardes.errors import UserError
 from shardes.es.fitness import mean_and_deviation, update_coefficients
+from shardes.es.shaping import shape
 from shardes.noise import NoiseKind, definition
 from shardes.rollout.rollout import Rollout
 from shardes.runs.journal import read_journal
@@ -77,7 +78,7 @@ def test_a_member_whose_logits_are_not_finite_is_excluded_and_counted(configured
     coefficients = history.updates[0]["coefficients"]
     assert coefficients[2] == 0
     rewards = [history.members[0][n]["reward"] for n in range(POPULATION)]
-    assert coefficients == update_coefficients(rewards, alpha=config.alpha)
+    assert coefficients == update_coefficients(shape(rewards, how="zscore"), alpha=config.alpha)
     assert any(coefficients)
 
 
