@@ -223,10 +223,9 @@ class EsConfig(Section):
     8 more bytes a parameter. With ``weight_decay``, ``adam`` is what is called AdamW."""
     momentum: float = Field(default=0.9, gt=0, lt=1)
     """What is left of a step in the next one, for ``momentum``."""
-    adam_betas: tuple[
-        Annotated[float, Field(ge=0, lt=1)],
-        Annotated[float, Field(gt=0, lt=1)],
-    ] = (0.9, 0.999)
+    adam_betas: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default=[0.9, 0.999], min_length=2, max_length=2
+    )
     """What is left of the first and the second moment after an iteration, for ``adam``."""
     adam_epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
     """Added to the root of the second moment, for ``adam``."""

@@ -224,8 +224,8 @@ class Trainer:
         if self._world.any(self._weights.could_overflow(update)):
             raise UserError(
                 f"es.alpha: the update of iteration {update.iteration} could make a weight too large for its "
-                "dtype, or one is not finite already. Nothing of it was recorded: the weights before it can be "
-                "exported. Give another run.dir, and a smaller es.alpha or a wider model.dtype"
+                "dtype, or one is not finite already. Nothing of it was recorded: the weights before it can "
+                "be exported. Give another run.dir, and a smaller es.alpha or a wider model.dtype"
             )
 
     def _keep_weights(self, iteration: int, *, measures: UpdateMeasures | None = None) -> None:

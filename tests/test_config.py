@@ -129,7 +129,7 @@ def test_an_unknown_key_far_from_all_is_refused_with_all():
         ("es.iterations", 2.5),
         ("es.population", 1),
         ("es.population", 2**24),
-        ("es.schedule", "cosine"),
+        ("es.schedule", "exponential"),
         ("es.trainable", "(.*"),
         ("es.trainable", ["(.*"]),
         ("model.dtype", "int8"),
@@ -440,6 +440,36 @@ def test_every_key_is_known_to_be_free_or_binding(determinants):
         "task.label_words",  # of tasks that the minimal configuration does not name; see below
     }
     assert set(determinants()) == {key for key, _ in BINDING} | {"task.label_words", "task.data sha256"}
+
+
+@pytest.mark.parametrize(
+    ("es", "words"),
+    [
+        ({"population": 1}, "es.population: got 1"),
+        ({"population": {0: 1}}, "es.population: got {0: 1}"),
+        ({"population": {1: 4}}, "from iteration 0 on"),
+        ({"population": 5, "antithetic": True}, "es.antithetic: got true, but es.population is 5"),
+        ({"population": {0: 4, 3: 5}, "antithetic": True}, "pairs take an even number"),
+        ({"momentum": 0.5}, "momentum is 0.5, which only optimizer: momentum has a use for"),
+        ({"optimizer": "momentum", "adam_epsilon": 0.1}, "which only optimizer: adam has a use for"),
+        ({"final_sigma": 0.1}, "final_sigma is 0.1 and sigma_schedule constant"),
+        ({"sigma_schedule": "linear"}, "final_sigma is None and sigma_schedule linear"),
+        ({"decay_towards": "base"}, "weight_decay is 0"),
+        ({"optimizer": "adam", "max_update_norm": 1}, "lower alpha instead"),
+        ({"optimizer": "adam", "adam_betas": [0.99, 0.9]}, "larger than the square of the first"),
+        ({"adam_betas": [0.9]}, "es.adam_betas"),
+        ({"alpha": 1.0, "weight_decay": 2}, "give at most 1"),
+    ],
+)
+def test_an_algorithm_that_would_not_be_what_was_meant_is_refused(es, words):
+    assert words in refusal("es", {"iterations": 2} | es)
+
+
+def test_by_prompt_goes_with_rules_for_prompts():
+    tree = with_key("es.shaping", "per_prompt")
+    tree["task"]["on_reward_error"] = "worst"
+    with pytest.raises(UserError, match=r"task: on_reward_error is worst"):
+        parse_config(tree, source="test")
 
 
 def test_label_words_bind(determinants):

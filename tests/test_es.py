@@ -1,7 +1,6 @@
-"""Fitness, weights and digest, each against a plain calculation."""
+"""Weights and digest, each against a plain calculation."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -12,78 +11,12 @@ from hypothesis import strategies as st
 from shardes.checkpoint import Checkpoint
 from shardes.es import digest_cpu
 from shardes.es.digest import add_digest
-from shardes.es.fitness import mean_reward, step_size, update_coefficients, z_scores
+from shardes.es.update import Update
 from shardes.noise import Region, definition
 from shardes.session import open_session
 from tests.helpers.models import make_config, tiny_model
 
 SEED = 2**40 + 5
-
-# Multiples of 1/64 below a thousand: NumPy's plain sums of them are exact.
-values = st.integers(-64_000, 64_000).map(lambda n: n / 64)
-rewards_with_gaps = st.lists(st.one_of(st.none(), values), min_size=1, max_size=40)
-
-
-@settings(deadline=None)
-@given(rewards=rewards_with_gaps)
-def test_z_scores_are_those_of_the_paper_and_0_for_excluded_members(rewards):
-    counted = np.array([r for r in rewards if r is not None])
-    z = z_scores(rewards)
-    assert [value for r, value in zip(rewards, z, strict=True) if r is None] == [0.0] * (
-        len(rewards) - len(counted)
-    )
-    if len(counted):
-        wanted = (counted - counted.mean()) / (counted.std() + 1e-8)
-        found = [value for r, value in zip(rewards, z, strict=True) if r is not None]
-        np.testing.assert_allclose(found, wanted, rtol=1e-11, atol=1e-13)
-
-
-@settings(deadline=None)
-@given(rewards=rewards_with_gaps, alpha=st.floats(1e-6, 10))
-def test_coefficients_are_the_step_over_the_population_in_float32(rewards, alpha):
-    coefficients = update_coefficients(rewards, alpha=alpha)
-    assert len(coefficients) == len(rewards)
-    assert all(float(np.float32(c)) == c for c in coefficients)
-    wanted = (alpha / len(rewards) * np.array(z_scores(rewards))).astype(np.float32)
-    assert coefficients == wanted.tolist()
-
-
-def test_z_scores_of_a_case_worked_out_by_hand():
-    # Mean 2, variance (1 + 0 + 1) / 3 = 2/3.
-    one = 1 / (math.sqrt(2 / 3) + 1e-8)
-    assert z_scores([1.0, None, 2.0, 3.0]) == pytest.approx([-one, 0.0, 0.0, one], rel=1e-15)
-    assert update_coefficients([1.0, None, 2.0, 3.0], alpha=0.4)[3] == float(np.float32(0.1 * one))
-
-
-@pytest.mark.parametrize("reward", [0.0, 0.1, -1 / 3, 1e6])
-@pytest.mark.parametrize("count", [1, 2, 7, 30])
-def test_equal_rewards_move_nothing(reward, count):
-    ulp = math.ulp(reward)
-    for rewards in ([reward] * count, [None, *[reward] * count]):
-        assert max(map(abs, z_scores(rewards))) <= ulp / 1e-8
-    assert update_coefficients([0.5] * count, alpha=1.0) == [0.0] * count
-
-
-def test_without_any_reward_nothing_moves():
-    assert z_scores([None, None]) == [0.0, 0.0]
-    assert update_coefficients([None] * 3, alpha=1.0) == [0.0] * 3
-    assert mean_reward([None, None]) is None
-    assert mean_reward([]) is None
-
-
-def test_the_mean_is_exact_in_any_order():
-    rewards = [1e16, 1.0, -1e16, 0.5, None]
-    assert {mean_reward(order) for order in itertools.permutations(rewards)} == {0.375}
-    assert mean_reward([None, 0.1]) == 0.1
-
-
-def test_schedules():
-    def steps(schedule):
-        return [step_size(0.8, schedule=schedule, iteration=i, num_iterations=4) for i in range(4)]
-
-    assert steps("constant") == [0.8] * 4
-    assert steps("linear") == [0.8, 0.8 * 0.75, 0.4, 0.2]
-
 
 # A model's weights against NumPy.
 
@@ -176,7 +109,7 @@ def test_updates_give_the_oracles_bits_at_the_masters_precision(session, model_d
     dtype = session.backend.dtype
     for iteration, coefficients in enumerate([[1e-4, -2e-4, 0.0], [3e-5, 0.0, 1e-5]]):
         session.weights.perturb(iteration=iteration, direction=0, sigma=0.01)
-        session.weights.update(iteration=iteration, directions=range(3), coefficients=coefficients)
+        session.weights.update(Update(iteration, coefficients))
         master = updated(master, iteration=iteration, coefficients=coefficients)
         session.weights.perturb(iteration=iteration + 1, direction=5, sigma=0.02)
         around = perturbed(rounded(master, dtype), iteration=iteration + 1, direction=5, sigma=0.02)

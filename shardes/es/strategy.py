@@ -160,7 +160,8 @@ def optimizer_of(settings: EsConfig) -> Optimizer:
     if settings.optimizer == "momentum":
         return Momentum(settings.momentum)
     if settings.optimizer == "adam":
-        return Adam(settings.adam_betas, settings.adam_epsilon)
+        first, second = settings.adam_betas
+        return Adam((first, second), settings.adam_epsilon)
     return PlainStep()
 
 

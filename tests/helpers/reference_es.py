@@ -1,4 +1,4 @@
-"""Evolution strategies as plainly as they can be written: one process, whole tensors, transformers' ``generate``.
+"""Evolution strategies, plainly: one process, whole tensors, transformers' ``generate``.
 
 Of shardes it takes the definition of the noise and nothing else. What it is told has the names of the keys.
 """

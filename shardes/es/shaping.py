@@ -1,0 +1,94 @@
+"""Fitness shaping: from what members earned to the weights of their directions in the update."""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Literal, assert_never
+
+from shardes.es.fitness import mean_and_deviation
+
+Shaping = Literal["zscore", "centered_rank", "none", "per_prompt"]
+
+# What each member earned for each of its prompts, by the prompts' ids; None: an answer that does not count.
+RewardTable = Sequence[Mapping[Hashable, float | None]]
+
+# Added to standard deviations, so that equal rewards divide by something.
+_EPSILON = 1e-8
+
+
+def shape(
+    rewards: Sequence[float | None],
+    *,
+    how: Shaping,
+    clip: float | None = None,
+    table: RewardTable | None = None,
+) -> list[float]:
+    """The shaped rewards ``Z_n``; a member without a reward gets 0 and changes nothing for the others.
+
+    With R the rewards of the members that have one, and r the table's, m members having seen prompt q:
+
+    - ``zscore``: ``(R_n - mean R) / (std R + 1e-8)`` (Qiu et al. 2025, arXiv 2509.24372, section 3);
+    - ``centered_rank``: ranks, spread evenly from -0.5 to 0.5 (Salimans et al. 2017, arXiv
+      1703.03864); members that tie share the mean of their ranks, so that equal rewards give 0;
+    - ``none``: ``R_n``;
+    - ``per_prompt``: the mean over the member's prompts of ``c_nq / (std c + 1e-8)``, where ``c_nq = r_nq -
+      mean_n r_nq`` is centred prompt by prompt, and ``std c`` is one number over all members and prompts
+      (EGGROLL, Sarkar et al. 2025, arXiv 2511.16652). The c of a prompt that only one member saw is 0.
+
+    Standard deviations are those of the population. Sums are exact: no order of members or prompts matters.
+
+    Args:
+        rewards: Of each member, the mean over its answers; None if it was excluded.
+        how: Which of these.
+        clip: The largest magnitude of a shaped reward; larger ones become it. None: no limit.
+        table: One row per member, for ``per_prompt``; members may have seen different prompts.
+
+    Raises:
+        ValueError: ``per_prompt`` without a table, or with one of another number of members.
+    """
+    if how == "per_prompt":
+        if table is None or len(table) != len(rewards):
+            found = "none" if table is None else f"one of {len(table)} members"
+            raise ValueError(f"per_prompt wants a table of {len(rewards)} members; got {found}")
+        shaped = _per_prompt([{} if r is None else row for r, row in zip(rewards, table, strict=True)])
+    else:
+        counted = [reward for reward in rewards if reward is not None]
+        found_for = iter(_shaped(counted, how=how)) if counted else iter(())
+        shaped = [0.0 if reward is None else next(found_for) for reward in rewards]
+    return shaped if clip is None else [min(max(value, -clip), clip) for value in shaped]
+
+
+def _shaped(rewards: Sequence[float], *, how: Literal["zscore", "centered_rank", "none"]) -> list[float]:
+    match how:
+        case "zscore":
+            mean, std = mean_and_deviation(rewards)
+            return [(reward - mean) / (std + _EPSILON) for reward in rewards]
+        case "centered_rank":
+            return _centered_ranks(rewards)
+        case "none":
+            return list(rewards)
+        case _:
+            assert_never(how)
+
+
+def _centered_ranks(rewards: Sequence[float]) -> list[float]:
+    in_order = sorted(rewards)
+    first = {reward: rank for rank, reward in reversed(list(enumerate(in_order)))}
+    last = {reward: rank for rank, reward in enumerate(in_order)}
+    span = max(len(rewards) - 1, 1)
+    # Whole numbers up to the division, so that opposite ranks are opposite numbers.
+    return [(first[reward] + last[reward] - (len(rewards) - 1)) / (2 * span) for reward in rewards]
+
+
+def _per_prompt(table: RewardTable) -> list[float]:
+    by_prompt: dict[Hashable, list[float]] = {}
+    for row in table:
+        for prompt, reward in row.items():
+            if reward is not None:
+                by_prompt.setdefault(prompt, []).append(reward)
+    means = {prompt: mean_and_deviation(rewards)[0] for prompt, rewards in by_prompt.items()}
+    centred = [
+        [reward - means[prompt] for prompt, reward in row.items() if reward is not None] for row in table
+    ]
+    values = [value for row in centred for value in row]
+    scale = (mean_and_deviation(values)[1] if values else 0.0) + _EPSILON
+    return [math.fsum(row) / len(row) / scale if row else 0.0 for row in centred]
