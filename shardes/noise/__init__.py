@@ -1,6 +1,6 @@
 """eps, the noise: a pure function of (seed, iteration, direction, parameter, element).
 
-The two operations below are all that the rest of the program needs. They pick the kernel that fits the
+The three operations below are all that the rest of the program needs. They pick the kernel that fits the
 device: numba's on a CPU, Triton's on a GPU. Every kernel gives the bits of ``definition.py``.
 """
 
@@ -17,6 +17,7 @@ __all__ = [
     "NoiseKind",
     "Region",
     "accumulate",
+    "add",
     "data_order",
     "perturb",
     "sampling_uniforms",
@@ -114,6 +115,38 @@ def accumulate(
         word3=iteration,
         key=seed_key(seed),
     )
+
+
+def add(master: torch.Tensor, delta: torch.Tensor, *, region: Region, seed: int, iteration: int) -> None:
+    """Adds ``delta`` to ``master``, rounding as ``accumulate`` does: bit for bit the same for the same sum.
+
+    For steps that are more than a sum of noise. ``accumulate`` to a float32 tensor of zeros, and then ``add``
+    of that to a master, gives what ``accumulate`` to the master would.
+
+    Args:
+        master: float32, bfloat16 or float16, contiguous; changed in place. float32 takes the sum as it is,
+            the others are rounded stochastically.
+        delta: float32, contiguous, as many elements, on the same device. It is not written.
+        region: Which elements they are.
+        seed: The run's seed.
+        iteration: Below 2**32.
+
+    Raises:
+        ValueError: A tensor of another dtype, size or device, or one that is not contiguous.
+    """
+    _check("master", master, region)
+    _check("delta", delta, region)
+    if delta.dtype != torch.float32:
+        raise ValueError(f"delta is {delta.dtype}; wanted float32")
+    if master.device != delta.device:
+        raise ValueError(f"master is on {master.device} and delta on {delta.device}; wanted one device")
+    kernels = _kernels(master.device)
+    if region.num_elements == 0:
+        return
+    if master.dtype == torch.float32:
+        master.view(-1).add_(delta.view(-1))  # one IEEE addition an element, on any device
+        return
+    kernels.add(master, delta, region, word1=region.param_id << 8, word3=iteration, key=seed_key(seed))
 
 
 def _check(name: str, tensor: torch.Tensor, region: Region) -> None:

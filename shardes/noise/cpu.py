@@ -206,6 +206,28 @@ def _accumulate_kernel(kind: NoiseKind, master_format: int) -> Callable[..., Non
     return accumulate
 
 
+@functools.cache
+def _add_kernel(master_format: int) -> Callable[..., None]:
+    """As ``_perturb_kernel``, for a narrow master."""
+    sources = _SOURCES
+
+    @nb.njit(nogil=True, cache=True, error_model="numpy")
+    def add(first, last, geometry, master, delta, words, key):
+        _ = sources
+        bits = np.empty(BLOCK, np.uint32)
+        (per_row, start, stride, length), (c1, c3), (k0, k1) = geometry, words, key
+        for step in range(first, last):
+            block_start, begin, end, offset = _place(step, BLOCK, per_row, start, stride, length)
+            _fill_rounding_bits(bits, block_start // BLOCK, c1, c3, k0, k1)
+            here, there = master[begin + offset : end + offset], delta[begin + offset : end + offset]
+            drawn = bits[begin:end]
+            for j in range(here.size):
+                moved = load(here[j], master_format) + as_float(there[j])
+                here[j] = store_randomly(moved, drawn[j], master_format)
+
+    return add
+
+
 # How many elements of a kind are made at a time, and how many of them a call of Philox serves.
 _FILLS = {NoiseKind.GAUSSIAN: (_PAIR, 4), NoiseKind.RADEMACHER: (SIGN_BLOCK, 128)}
 _SUMS = {NoiseKind.GAUSSIAN: (BLOCK, 4), NoiseKind.RADEMACHER: (SIGN_BLOCK, 128)}
@@ -248,6 +270,20 @@ def accumulate(
         _words((word1, word3)),
         _words(key),
     )
+
+
+def add(
+    master: torch.Tensor,
+    delta: torch.Tensor,
+    region: Region,
+    *,
+    word1: int,
+    word3: int,
+    key: tuple[int, int],
+) -> None:
+    """As ``shardes.noise.add``, for a bfloat16 or float16 master; the words are those of the counter."""
+    kernel, words = _add_kernel(FORMATS[master.dtype]), _words((word1, word3))
+    _over_blocks(kernel, region, BLOCK, stored(master), stored(delta), words, _words(key))
 
 
 def _words(numbers: Sequence[int]) -> tuple[np.uint32, ...]:

@@ -213,6 +213,18 @@ def _move(master, total, random_word, mask):
 
 
 @triton.jit
+def _move_four(master, total0, total1, total2, total3, call, c1, c3, k0, k1, low, high):
+    """As ``_move``, for the four elements of each call of a block of normals."""
+    word0, word1, word2, word3 = call, call, call, call  # for float32, which needs none
+    if master.dtype.element_ty != tl.float32:
+        word0, word1, word2, word3 = philox(call, c1, tl.full([1], _ROUNDING, tl.uint32), c3, k0, k1)
+    _move(master, total0, word0, within(0, low, high))
+    _move(master + _LANES, total1, word1, within(_LANES, low, high))
+    _move(master + 2 * _LANES, total2, word2, within(2 * _LANES, low, high))
+    _move(master + 3 * _LANES, total3, word3, within(3 * _LANES, low, high))
+
+
+@triton.jit
 def _accumulate_normals(master, table, num_directions, call, c1, c3, k0, k1, low, high):
     """Updates the four elements of each call; ``master`` points to the first of them."""
     total0 = tl.full(call.shape, 0.0, tl.float32)
@@ -227,13 +239,7 @@ def _accumulate_normals(master, table, num_directions, call, c1, c3, k0, k1, low
         total1 += coefficient * eps1
         total2 += coefficient * eps2
         total3 += coefficient * eps3
-    word0, word1, word2, word3 = call, call, call, call  # for float32, which needs none
-    if master.dtype.element_ty != tl.float32:
-        word0, word1, word2, word3 = philox(call, c1, tl.full([1], _ROUNDING, tl.uint32), c3, k0, k1)
-    _move(master, total0, word0, within(0, low, high))
-    _move(master + _LANES, total1, word1, within(_LANES, low, high))
-    _move(master + 2 * _LANES, total2, word2, within(2 * _LANES, low, high))
-    _move(master + 3 * _LANES, total3, word3, within(3 * _LANES, low, high))
+    _move_four(master, total0, total1, total2, total3, call, c1, c3, k0, k1, low, high)
 
 
 @triton.jit
@@ -304,6 +310,36 @@ def _accumulate(
         _accumulate_normals(master, table, num_directions, call, c1, c3, k0, k1, low, high)
 
 
+@kernel
+def _add(
+    master,
+    delta,
+    start: tl.int64,
+    stride: tl.int64,
+    length: tl.int64,
+    first_row: tl.int64,
+    end_row: tl.int64,
+    blocks_per_row: tl.int32,
+    c1: tl.uint32,
+    c3: tl.uint32,
+    k0: tl.uint32,
+    k1: tl.uint32,
+    size: tl.constexpr,
+    calls: tl.constexpr,
+    strided: tl.constexpr,
+):
+    c1, c3, k0, k1 = c1.to(tl.uint32), c3.to(tl.uint32), k0.to(tl.uint32), k1.to(tl.uint32)
+    call, base, inner, low, high = place(
+        start, stride, length, first_row, end_row, blocks_per_row, size, calls, strided
+    )
+    master, delta = master + base + inner, delta + base + inner
+    delta0 = tl.load(delta, mask=within(0, low, high))
+    delta1 = tl.load(delta + _LANES, mask=within(_LANES, low, high))
+    delta2 = tl.load(delta + 2 * _LANES, mask=within(2 * _LANES, low, high))
+    delta3 = tl.load(delta + 3 * _LANES, mask=within(3 * _LANES, low, high))
+    _move_four(master, delta0, delta1, delta2, delta3, call, c1, c3, k0, k1, low, high)
+
+
 # The elements of a block of each kind of noise, and the calls of a program.
 _SIZES = {NoiseKind.GAUSSIAN: (BLOCK, _CALLS), NoiseKind.RADEMACHER: (SIGN_BLOCK, _SIGN_CALLS)}
 
@@ -344,6 +380,19 @@ def accumulate(
         table = _table(numbers, master.device, stream)
     numbers_of_kernel = (len(direction_words), word1, word3, *key)
     launch(_accumulate, *_SIZES[kind], (master, table), region, numbers_of_kernel)
+
+
+def add(
+    master: torch.Tensor,
+    delta: torch.Tensor,
+    region: Region,
+    *,
+    word1: int,
+    word3: int,
+    key: tuple[int, int],
+) -> None:
+    """As ``shardes.noise.add``, for a bfloat16 or float16 master; the words are those of the counter."""
+    launch(_add, *_SIZES[NoiseKind.GAUSSIAN], (master, delta), region, (word1, word3, *key))
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,4 +1,4 @@
-"""What the two operations of the noise must give, computed from the NumPy definition."""
+"""What the three operations of the noise must give, computed from the NumPy definition."""
 
 import numpy as np
 import torch
@@ -39,7 +39,11 @@ def accumulated(master, *, region, coefficients, directions, kind="gaussian", se
     for direction, coefficient in zip(directions, coefficients, strict=True):
         eps = noise_at(region, kind=kind, seed=seed, iteration=iteration, direction=direction)
         total = total + np.float32(coefficient) * eps
-    moved = master.float() + torch.from_numpy(total)
+    return added(master, torch.from_numpy(total), region=region, seed=seed, iteration=iteration)
+
+
+def added(master, delta, *, region, seed, iteration):
+    moved = master.float() + delta
     if master.dtype == torch.float32:
         return moved
     bits = _over_rows(definition.rounding_bits, region, seed=seed, iteration=iteration)
