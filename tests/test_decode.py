@@ -1,108 +1,26 @@
-"""The decode loop against transformers' own: tokens, budgets, stops, shared prefixes, draws, cache."""
+"""The decode loop against transformers' own: tokens, budgets, stops, shared prefixes, cache."""
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config
-from transformers.generation import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from shardes.errors import UserError
 from shardes.modeling import load_tokenizer
 from shardes.rollout import decode
-from shardes.rollout.batching import LEAST_PREFIX, compose, shared_prefix
-from shardes.rollout.decode import LEAST_ROWS, TOKENS_PER_CHECK, Answers, Decoder
-from shardes.rollout.graphs import ladder
-from shardes.rollout.likelihood import completion_log_likelihoods, compose_completions
-from shardes.rollout.sampling import Sampling
+from shardes.rollout.batching import LEAST_PREFIX, shared_prefix
+from shardes.rollout.decode import LEAST_ROWS, TOKENS_PER_CHECK, Decoder
 from shardes.rollout.stop_texts import StopTexts
-from tests.helpers.models import ARCHITECTURES, QUICKSTART, tiny_model
-
-PAD = 0
-BUDGET = 20
-VOCABULARY = 37
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    loaded = {}
-    for i, name in enumerate(ARCHITECTURES):
-        path = tiny_model(root / name, tied=name in ("qwen2", "phi3"), architecture=name, seed=i)
-        loaded[name] = AutoModelForCausalLM.from_pretrained(path)
-    torch.manual_seed(2)
-    # Learned positions: unlike rotary ones, they tell a shifted row from one that is not.
-    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": VOCABULARY}
-    config = GPT2Config(**sizes, initializer_range=0.5, bos_token_id=None, eos_token_id=1)
-    loaded["gpt2"] = AutoModelForCausalLM.from_config(config)
-    return {name: model.eval() for name, model in loaded.items()}
-
-
-EVERY = [*ARCHITECTURES, "gpt2"]
-
-
-def random_prompts(seed, *, num_prompts=13, prefix_length=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def some(count):
-        return torch.randint(2, VOCABULARY, (count,), generator=generator).tolist()
-
-    prefix = some(prefix_length)
-    return [prefix + some(1 + (5 * i) % 9) for i in range(num_prompts)]
-
-
-def composed(prompts, *, max_new_tokens=BUDGET, max_positions=None):
-    (batch,) = compose(
-        prompts,
-        micro_batch_size=len(prompts),
-        pad_id=PAD,
-        max_new_tokens=max_new_tokens,
-        max_positions=max_positions,
-    )
-    return batch
-
-
-def generated(model, batch, *, max_new_tokens=BUDGET, eos_ids=()):
-    """What transformers generates for a batch, each answer up to its end."""
-    output = model.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(eos_ids) or None,
-        pad_token_id=PAD,
-    )[:, batch.input_ids.shape[1] :]
-    ends = [[i for i, token in enumerate(row) if token in eos_ids] for row in output.tolist()]
-    return [row[: end[0] + 1] if end else row for row, end in zip(output.tolist(), ends, strict=True)]
-
-
-def decoded(model, batch, *, max_new_tokens=BUDGET, eos_ids=(), prefix=(), any_rank=None, **arguments):
-    decoder = Decoder(eos_ids=eos_ids, pad_id=PAD, max_new_tokens=max_new_tokens, **arguments)
-    decoder.begin(model, torch.tensor([prefix]) if prefix else None)
-    return decoder.decode(model, batch, any_rank=any_rank).tokens
-
-
-class Rows:
-    """Counts the rows of every forward of a model."""
-
-    def __init__(self, model):
-        self.seen = []
-        self._handle = model.register_forward_pre_hook(self._look, with_kwargs=True)
-
-    def _look(self, module, args, keywords):
-        self.seen.append(tuple(keywords["input_ids"].shape))
-
-    def __enter__(self):
-        return self.seen
-
-    def __exit__(self, *_):
-        self._handle.remove()
+from tests.helpers.decoding import (
+    BUDGET,
+    EVERY,
+    PAD,
+    VOCABULARY,
+    Rows,
+    composed,
+    decoded,
+    generated,
+    random_prompts,
+)
+from tests.helpers.models import QUICKSTART
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -276,125 +194,6 @@ def test_logits_that_are_not_finite_are_told(models):
     assert decoder.decode(model, batch).is_finite
 
 
-# Captured steps, with a capture that only remembers the function.
-
-
-class Remembered:
-    """Stands in for a CUDA graph: a replay runs the function, which reads the addresses it was given."""
-
-    made = 0
-
-    def __init__(self, function):
-        Remembered.made += 1
-        self._function = function
-        function()
-
-    def replay(self):
-        self._function()
-
-
-CAPTURED = [name for name in EVERY if name not in ("gemma2", "gemma3")]
-
-
-@pytest.mark.parametrize("name", CAPTURED)
-def test_captured_steps_give_the_same_answers(models, name):
-    model = models[name]
-    decoder = Decoder(
-        eos_ids=[3, 12, 9, 20, 33, 28], pad_id=PAD, max_new_tokens=BUDGET, make_graph=Remembered
-    )
-    Remembered.made, sizes = 0, set()
-    for seed in (0, 1):
-        prompts = random_prompts(seed, num_prompts=19, prefix_length=LEAST_PREFIX)
-        batch = composed(prompts)
-        with Rows(model) as seen:
-            for prefix in (None, torch.tensor([shared_prefix(prompts)])):
-                decoder.begin(model, prefix)
-                assert decoder.decode(model, batch).tokens == generated(
-                    model, batch, eos_ids=[3, 12, 9, 20, 33, 28]
-                )
-        sizes |= {rows for rows, width in seen if width == 1}
-    assert sizes <= set(ladder(19))
-    assert Remembered.made == len(sizes), "batches of the same sizes share what was captured"
-    assert name == "gpt_neox" or len(sizes) == 2, "a shrunken batch was meant to have a step of its own"
-    assert decoder._graphs.is_usable
-
-
-def test_the_sizes_that_are_captured_are_halves():
-    assert ladder(64) == [64, 32, 16, 8]
-    assert ladder(19) == [19, 10]
-    assert ladder(5) == [5]
-
-
-def test_what_cannot_be_captured_is_decoded_step_by_step_with_one_warning(models, caplog):
-    model, batch = models["qwen2"], composed(random_prompts(0))
-    wanted = generated(model, batch, eos_ids=[3])
-
-    def fails(function):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    decoder = Decoder(eos_ids=[3], pad_id=PAD, max_new_tokens=BUDGET, make_graph=fails)
-    for _ in range(2):
-        decoder.begin(model)
-        assert decoder.decode(model, batch).tokens == wanted
-    assert [record.message for record in caplog.records] == [
-        "Qwen2ForCausalLM cannot be captured as a CUDA graph (RuntimeError: operation not permitted when "
-        "stream is capturing), so each token is decoded kernel by kernel"
-    ]
-
-
-def test_a_capture_that_gives_other_logits_is_not_used(models, caplog):
-    model, batch = models["qwen2"], composed(random_prompts(0))
-
-    class Stale(Remembered):
-        def replay(self):
-            for parameter in model.parameters():
-                parameter.data.mul_(1.5)
-            self._function()
-            for parameter in model.parameters():
-                parameter.data.div_(1.5)
-
-    decoder = Decoder(eos_ids=[3], pad_id=PAD, max_new_tokens=BUDGET, make_graph=Stale)
-    decoder.begin(model)
-    assert decoder.decode(model, batch).tokens == generated(model, batch, eos_ids=[3])
-    assert "other logits" in caplog.text
-
-
-def test_a_member_that_is_not_finite_does_not_spoil_the_next(models):
-    model, batch = models["mistral"], composed(random_prompts(0))
-    wanted = generated(model, batch, eos_ids=[3])
-    for make_graph in (None, Remembered):
-        decoder = Decoder(eos_ids=[3], pad_id=PAD, max_new_tokens=BUDGET, make_graph=make_graph)
-        handle = model.model.layers[0].register_forward_hook(
-            lambda module, args, states: states * float("nan")
-        )
-        decoder.begin(model)
-        assert not decoder.decode(model, batch).is_finite
-        handle.remove()
-        assert decoder.decode(model, batch) == Answers(wanted, True)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", ["qwen2", "llama", "gpt_neox"])
-def test_captured_steps_on_a_device_give_the_models_own_tokens(models, name):
-    model = models[name].to("cuda")
-    try:
-        batch = composed(random_prompts(0, num_prompts=19)).to("cuda")
-        decoder = Decoder(eos_ids=[3, 12], pad_id=PAD, max_new_tokens=BUDGET)
-        wanted = generated(model, batch, eos_ids=[3, 12])
-        for _ in range(2):
-            decoder.begin(model)
-            assert decoder.decode(model, batch).tokens == wanted
-        assert decoder._graphs.is_usable
-        # A member's weights are written where the captured ones were.
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(1.05)
-        assert decoder.decode(model, batch).tokens == generated(model, batch, eos_ids=[3, 12])
-    finally:
-        models[name].to("cpu")
-
-
 # Texts that end an answer.
 
 
@@ -433,105 +232,3 @@ def test_a_stop_text_is_kept_and_what_follows_in_its_token_is_not(tokenizer):
     assert stop.trim("nothing") == "nothing"
     assert not StopTexts([], tokenizer)
     assert StopTexts([], tokenizer).find([5, 6]) is None
-
-
-# Drawing.
-
-
-def draws(sampling, logits, *, count):
-    uniforms = torch.from_numpy(
-        np.concatenate(
-            [
-                sampling.uniforms(iteration=1, prompts=[i], samples=[0], num_tokens=1000)[0].numpy()
-                for i in range(count // 1000)
-            ]
-        )
-    )
-    tokens = sampling.draw(logits.expand(count, -1), uniforms)
-    return np.bincount(tokens.numpy(), minlength=logits.shape[-1]) / count
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1.0, None, 1.0), (0.6, None, 1.0), (1.3, 5, 1.0), (1.0, None, 0.7), (0.8, 9, 0.8), (1.0, 500, 0.01)],
-)
-def test_draws_have_the_distribution_of_transformers_warpers(temperature, top_k, top_p):
-    logits = 2 * torch.randn(1, 50, generator=torch.Generator().manual_seed(3))
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-    if top_k is not None:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-    wanted = warpers(None, logits).softmax(dim=-1)[0].double().numpy()
-    count = 40_000
-    found = draws(Sampling(5, temperature=temperature, top_k=top_k, top_p=top_p), logits, count=count)
-    assert np.array_equal(found > 0, wanted > 1e-9) or found[wanted == 0].sum() == 0
-    assert np.abs(found - wanted).max() < 5 * np.sqrt(0.25 / count)
-    assert found[wanted == 0].sum() == 0
-
-
-def test_random_numbers_depend_on_what_is_drawn_and_on_nothing_else():
-    sampling = Sampling(7, temperature=1.0)
-
-    def numbers(iteration=2, prompts=(4,), samples=(1,), num_tokens=6):
-        return sampling.uniforms(
-            iteration=iteration, prompts=prompts, samples=samples, num_tokens=num_tokens
-        ).tolist()
-
-    (row,) = numbers()
-    assert numbers(num_tokens=3) == [row[:3]]
-    assert numbers(prompts=(9, 4), samples=(0, 1))[1] == row
-    others = [numbers(iteration=3), numbers(prompts=(5,)), numbers(samples=(0,))]
-    assert all(not set(row) & set(other[0]) for other in others)
-    assert not set(row) & set(
-        Sampling(8, temperature=1.0).uniforms(iteration=2, prompts=[4], samples=[1], num_tokens=6)[0].tolist()
-    )
-    assert all(0 <= value < 1 for value in row)
-
-
-def test_a_drawn_answer_does_not_depend_on_its_neighbours(models):
-    model, sampling = models["llama"], Sampling(3, temperature=1.5, top_p=0.95)
-    prompts = random_prompts(5)
-
-    def answers(order):
-        batch = composed([prompts[i] for i in order])
-        problems = [order[row] for row in batch.rows]
-        uniforms = sampling.uniforms(
-            iteration=0, prompts=problems, samples=[0] * len(order), num_tokens=BUDGET
-        )
-        found = decoded(model, replace(batch, uniforms=uniforms), eos_ids=[3, 9], sampling=sampling)
-        return dict(zip(problems, found, strict=True))
-
-    everyone = answers(range(13))
-    assert len({tuple(answer) for answer in everyone.values()}) == 13
-    assert answers(list(range(12, -1, -1))) == everyone
-    some = [11, 2, 7, 5, 8]
-    assert answers(some) == {i: everyone[i] for i in some}
-
-
-# Scoring without generating.
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_log_likelihoods_are_those_of_each_pair_alone(models, name):
-    model = models[name]
-    prompts = random_prompts(6, num_prompts=9)
-    completions = random_prompts(7, num_prompts=9)[::-1]
-    batches = compose_completions(prompts, completions, micro_batch_size=4, pad_id=PAD)
-    assert [len(batch.rows) for batch in batches] == [4, 4, 1]
-    found = {}
-    for batch in batches:
-        found |= dict(zip(batch.rows, completion_log_likelihoods(model, batch), strict=True))
-    assert sorted(found) == list(range(9))
-    for row, scores in found.items():
-        pair = prompts[row] + completions[row]
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([pair])).logits[0].log_softmax(dim=-1)
-        start = len(prompts[row])
-        wanted = [logits[place - 1, pair[place]].item() for place in range(start, len(pair))]
-        assert scores.tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
-
-
-def test_a_completion_without_tokens_is_an_error():
-    with pytest.raises(ValueError, match="pair 1"):
-        compose_completions([[1], [2]], [[3], []], micro_batch_size=2, pad_id=PAD)

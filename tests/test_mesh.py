@@ -52,21 +52,11 @@ def test_replicas_are_runs_of_consecutive_ranks():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    return {
-        "tied": tiny_model(root / "tied", tied=True),
-        "untied": tiny_model(root / "untied", tied=False, architecture="llama"),
-        "even": tiny_model(root / "even", tied=True, num_heads=4, num_kv_heads=2),
-    }
-
-
-@pytest.fixture(scope="module")
-def oracle(models, tmp_path_factory):
+def oracle(model_dirs, tmp_path_factory):
     """One process: fingerprints and metrics by kind."""
     root = tmp_path_factory.mktemp("oracle")
     trees = [
-        tree(root, run_dir=root / kind, **(keys | {"model": models[keys["model"]]}))
+        tree(root, run_dir=root / kind, **(keys | {"model": model_dirs[keys["model"]]}))
         for kind, keys in KINDS.items()
     ]
     prints = run_cases(root, "oracle", trees, 1)
@@ -111,11 +101,11 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", CASES)
-def test_every_mesh_gives_the_bytes_and_the_rewards_of_one_process(world_size, models, oracle, tmp_path):
+def test_every_mesh_gives_the_bytes_and_the_rewards_of_one_process(world_size, model_dirs, oracle, tmp_path):
     cases = CASES[world_size]
     trees = []
     for i, (kind, changes, _) in enumerate(cases):
-        keys = KINDS[kind] | {"model": models[KINDS[kind]["model"]]} | changes
+        keys = KINDS[kind] | {"model": model_dirs[KINDS[kind]["model"]]} | changes
         trees.append(tree(tmp_path, run_dir=tmp_path / f"run{i}", **keys))
     shortages = {i: missing for i, (*_, missing) in enumerate(cases)}
     found = run_cases(tmp_path, "cases", trees, world_size, shortages)
@@ -200,8 +190,8 @@ class TwoRanks(Group):
         return [[self.value_of_rank_0 - (self.value_of_rank_0 >> 63 << 64)], values]
 
 
-def test_replicas_that_drift_apart_end_the_job(models, tmp_path):
-    with open_session(make_config(tmp_path, model=models["tied"], run_dir=tmp_path / "run")) as session:
+def test_replicas_that_drift_apart_end_the_job(model_dirs, tmp_path):
+    with open_session(make_config(tmp_path, model=model_dirs["tied"], run_dir=tmp_path / "run")) as session:
         digest = int(session.digest(), 16)
         alone = Group(0, 1, CPU)
         same = replace(session, mesh=Mesh(TwoRanks(1, 2, CPU, value_of_rank_0=digest), alone))

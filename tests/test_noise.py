@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from shardes import noise
 from shardes.noise import NOISE_VERSION, NoiseKind, Region, cpu, definition
-from tests.helpers.noise_oracle import FORMATS, accumulated, perturbed, same_bits
+from tests.helpers.noise_oracle import FORMATS, accumulated, added, perturbed, same_bits
 from tests.helpers.ranks import run_command
 
 DOCUMENTATION = Path(__file__).parents[1] / "docs" / "noise.md"
@@ -90,6 +90,31 @@ def test_accumulate_equals_the_oracle(dtype, kind):
         assert same_bits(master, wanted), region
 
 
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_add_equals_the_oracle(dtype):
+    for region in REGIONS:
+        master = torch.linspace(-1, 1, region.num_elements).to(dtype)
+        delta = torch.linspace(3e-3, -1e-3, region.num_elements)
+        before, arguments = delta.clone(), {"region": region, **ADDRESS}
+        wanted = added(master, delta, **arguments)
+        noise.add(master, delta, **arguments)
+        assert same_bits(master, wanted), region
+        assert same_bits(delta, before)
+
+
+@pytest.mark.parametrize("kind", NoiseKind)
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_adding_a_float32_sum_is_accumulating(dtype, kind):
+    steps = {"directions": [0, 5, 2], "coefficients": [0.5, -0.25, 1e-3], "kind": kind}
+    for region in REGIONS:
+        master, delta = torch.linspace(-1, 1, region.num_elements).to(dtype), torch.zeros(region.num_elements)
+        accumulated_at_once = master.clone()
+        noise.accumulate(accumulated_at_once, region=region, **steps, **ADDRESS)
+        noise.accumulate(delta, region=region, **steps, **ADDRESS)
+        noise.add(master, delta, region=region, **ADDRESS)
+        assert same_bits(master, accumulated_at_once), region
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**64 - 1),
@@ -115,8 +140,12 @@ def test_any_address_gives_the_oracles_bits(
     for dtype in FORMATS:
         master = torch.full((rows * length,), 0.01, dtype=dtype)
         moved = accumulated(master, **steps, **address)
+        summed = master.clone()
         noise.accumulate(master, **steps, **address)
         assert same_bits(master, moved)
+        where = {key: address[key] for key in ("seed", "iteration", "region")}
+        noise.add(summed, accumulated(torch.zeros(rows * length), **steps, **address), **where)
+        assert same_bits(summed, moved)
 
 
 def test_a_run_does_not_depend_on_where_it_is_cut():
@@ -143,7 +172,9 @@ def test_threads_do_not_change_a_bit():
                 noise.perturb(values, target, sigma=0.1, direction=0, **address)
                 noise.accumulate(master, coefficients=[0.1, 0.2], directions=[0, 1], **address)
                 noise.accumulate(narrow, coefficients=[0.1, 0.2], directions=[0, 1], **address)
-                results[-1] += [target, master, narrow]
+                moved = values.bfloat16()
+                noise.add(moved, values, region=region, seed=1, iteration=0)
+                results[-1] += [target, master, narrow, moved]
     finally:
         torch.set_num_threads(threads)
     assert all(same_bits(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
@@ -352,10 +383,20 @@ def test_a_tensor_that_cannot_be_used_is_refused(tensor, message):
         lambda: noise.perturb(tensor, good, region=region, sigma=1, direction=0, **address),
         lambda: noise.perturb(good, tensor, region=region, sigma=1, direction=0, **address),
         lambda: noise.accumulate(tensor, region=region, coefficients=[1], directions=[0], **address),
+        lambda: noise.add(tensor, good, region=region, **address),
+        lambda: noise.add(good, tensor, region=region, **address),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=re.escape(message)):
             call()
+
+
+def test_what_is_added_is_float32_on_the_masters_device():
+    address = {"region": Region(0, 10, 0, 10), "seed": 0, "iteration": 0}
+    with pytest.raises(ValueError, match=r"delta is torch.bfloat16; wanted float32"):
+        noise.add(torch.zeros(10), torch.zeros(10, dtype=torch.bfloat16), **address)
+    with pytest.raises(ValueError, match="master is on cpu and delta on meta; wanted one device"):
+        noise.add(torch.zeros(10), torch.zeros(10, device="meta"), **address)
 
 
 def test_no_kernel_is_compiled_again_for_another_member_iteration_or_shape():
@@ -372,8 +413,10 @@ def test_no_kernel_is_compiled_again_for_another_member_iteration_or_shape():
                 "directions": [direction] * (direction % 7 + 1),
             }
             noise.accumulate(master, region=region, kind=kind, **steps, **address)
+            noise.add(master.half(), master, region=region, **address)
         kernels = [cpu._perturb_kernel(kind, 0, 0), cpu._accumulate_kernel(kind, 0)]
-        assert [len(kernel.signatures) for kernel in kernels] == [1, 1]
+        kernels.append(cpu._add_kernel(cpu.FORMATS[torch.float16]))
+        assert [len(kernel.signatures) for kernel in kernels] == [1, 1, 1]
 
 
 def test_another_process_finds_the_kernels_compiled():

@@ -25,21 +25,12 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    return {
-        "tied": tiny_model(root / "tied", tied=True),
-        "untied": tiny_model(root / "untied", tied=False, architecture="llama"),
-    }
-
-
-@pytest.fixture(scope="module")
-def oracle(models, tmp_path_factory):
+def oracle(model_dirs, tmp_path_factory):
     """One process, one rank, plain tensors."""
     root = tmp_path_factory.mktemp("oracle")
-    keys = list(itertools.product(models, DTYPES))
+    keys = list(itertools.product(("tied", "untied"), DTYPES))
     trees = [
-        tree(root, model=models[kind], run_dir=root / f"run-{kind}-{dtype}", model__dtype=dtype)
+        tree(root, model=model_dirs[kind], run_dir=root / f"run-{kind}-{dtype}", model__dtype=dtype)
         for kind, dtype in keys
     ]
     prints = run_cases(root, "oracle", trees, 1)
@@ -47,7 +38,7 @@ def oracle(models, tmp_path_factory):
     return dict(zip(keys, prints, strict=True)), lines
 
 
-def test_the_oracle_moves_every_weight_and_tells_members_apart(oracle, models):
+def test_the_oracle_moves_every_weight_and_tells_members_apart(oracle):
     prints, lines = oracle
     assert len({json.dumps(p, sort_keys=True) for p in prints.values()}) == len(prints)
     for key in prints:
@@ -62,14 +53,14 @@ def test_the_oracle_moves_every_weight_and_tells_members_apart(oracle, models):
     "world_size",
     [pytest.param(2, marks=pytest.mark.exhaustive), 3, pytest.param(4, marks=pytest.mark.exhaustive)],
 )
-def test_exports_are_byte_identical(world_size, models, oracle, tmp_path):
+def test_exports_are_byte_identical(world_size, model_dirs, oracle, tmp_path):
     prints, lines = oracle
     # All on a number of ranks that divides nothing; on the others what the meshes' tests leave out.
     cases = CASES if world_size == 3 else CASES[1:3]
     trees = [
         tree(
             tmp_path,
-            model=models[kind],
+            model=model_dirs[kind],
             run_dir=tmp_path / f"run{i}",
             model__dtype=dtype,
             parallel__backend=backend,

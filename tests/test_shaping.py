@@ -162,7 +162,7 @@ def test_per_prompt_depends_on_no_order_and_not_on_excluded_members():
     shaped = per_prompt(table)
     shuffled = [dict(draw.sample(list(row.items()), len(row))) for row in reversed(table)]
     assert per_prompt(shuffled) == list(reversed(shaped))
-    spoiled = dict.fromkeys(ids, 1000000.0)
+    spoiled = dict.fromkeys(ids, 1e6)
     assert per_prompt([*table, spoiled], rewards=[0.0] * 7 + [None]) == [*shaped, 0.0]
     assert per_prompt([*table, {"prompt 0": None}]) == [*shaped, 0.0]
 

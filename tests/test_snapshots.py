@@ -1,4 +1,4 @@
-"""Snapshots: read by any layout, passed over when damaged, and never a bit that the journal does not give."""
+"""Snapshots of a run: passed over when damaged, and never a bit that the journal does not give."""
 
 import json
 import logging
@@ -8,215 +8,19 @@ import threading
 import pytest
 import torch
 
-from shardes.backends.layout import Layout, Split, flat_layout
 from shardes.checkpoint import Checkpoint
 from shardes.distributed import Group, Mesh
 from shardes.errors import UserError
 from shardes.es.update import Update
-from shardes.noise import Region
 from shardes.runs import snapshotting
 from shardes.runs.journal import read_journal
 from shardes.runs.restore import restore_weights
-from shardes.runs.snapshots import (
-    Snapshot,
-    SnapshotError,
-    find_snapshots,
-    snapshot_path,
-    write_manifest,
-    write_part,
-)
+from shardes.runs.snapshots import Snapshot, SnapshotError, find_snapshots, snapshot_path, write_part
 from shardes.session import open_session
-from shardes.shards import Shard
 from shardes.tasks.loading import load_task
 from shardes.trainer import Trainer
 from tests.helpers.models import make_config, tiny_model
-
-SHAPES = {"a.weight": (7, 10), "b.bias": (13,), "c.weight": (4, 6), "d.empty": (0,), "e.scalar": ()}
-# How a parameter is spread, by its shape and the number of ranks.
-LAYOUTS = {
-    "flat": lambda shape, size: flat_layout(_size(shape), world_size=size),
-    "rows": lambda shape, size: Layout(shape, (size,), (Split(0),)),
-    "columns": lambda shape, size: Layout(shape, (size,), (Split(len(shape) - 1 if shape else 0),)),
-    "stacked": lambda shape, size: Layout(shape, (size,), (Split(0, num_pieces=2),)),
-    "copies": lambda shape, size: Layout(shape, (size,), (None,)),
-    "grid": lambda shape, size: Layout(shape, (size, 2), (Split(len(shape) - 1 if shape else 0), Split(0))),
-}
-
-
-def _size(shape):
-    return torch.Size(shape).numel()
-
-
-def ranks_of(kind, size):
-    """Each rank's shards of every parameter."""
-    places = (
-        [(i, j) for i in range(size) for j in range(2)] if kind == "grid" else [(i,) for i in range(size)]
-    )
-    return [
-        [
-            Shard(
-                name,
-                param_id,
-                shape,
-                torch.empty(0),
-                LAYOUTS[kind](shape, size).runs(place) if _size(shape) else (),
-                is_copy=kind == "copies" and place != (0,),
-            )
-            for param_id, (name, shape) in enumerate(SHAPES.items())
-        ]
-        for place in places
-    ]
-
-
-def whole_values(dtype):
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(_size(shape), generator=generator).to(dtype) for name, shape in SHAPES.items()}
-
-
-def local_values(shard, whole):
-    """What a rank holds of a parameter, run after run."""
-    return torch.cat([run.inside(whole[shard.name]).reshape(-1) for run in shard.runs])
-
-
-def write_snapshot(directory, ranks, whole, *, iteration=3, digest="0f"):
-    directory.mkdir(parents=True)
-    files = []
-    for rank, shards in enumerate(ranks):
-        masters = [(s.name, s, local_values(s, whole)) for s in shards if s.runs and not s.is_copy]
-        files.append(write_part(directory / f"rank-{rank:05d}.safetensors", masters))
-    write_manifest(directory, iteration=iteration, digest=digest, states_digest="0", files=files)
-    return directory
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("wrote", "size"), [("flat", 1), ("flat", 2), ("flat", 4), ("rows", 3), ("columns", 2)]
-)
-def test_any_layout_reads_what_any_other_wrote(tmp_path, wrote, size, dtype):
-    whole = whole_values(dtype)
-    snapshot = Snapshot(write_snapshot(tmp_path / "s", ranks_of(wrote, size), whole))
-    for kind in LAYOUTS:
-        for shards in ranks_of(kind, 1) + ranks_of(kind, 3):
-            for shard in shards:
-                for run in shard.runs:
-                    out = torch.empty(run.num_elements, dtype=dtype)
-                    snapshot.read(shard.name, region=shard.region(run), out=out)
-                    assert torch.equal(out, run.inside(whole[shard.name]).reshape(-1)), (kind, shard, run)
-    assert snapshot.damaged_files() == []
-
-
-@pytest.mark.parametrize("wrote", ["stacked", "copies", "grid"])
-def test_every_way_to_spread_a_parameter_is_written_whole(tmp_path, wrote):
-    whole = whole_values(torch.float32)
-    snapshot = Snapshot(write_snapshot(tmp_path / "s", ranks_of(wrote, 2), whole))
-    for shard in ranks_of("flat", 1)[0]:
-        if shard.num_elements:
-            out = torch.empty(shard.num_elements)
-            snapshot.read(shard.name, region=shard.region(shard.runs[0]), out=out)
-            assert torch.equal(out, whole[shard.name])
-    # Copies are written once.
-    stored = sum(entry["num_bytes"] for entry in snapshot._files)
-    assert 4 * sum(map(len, whole.values())) <= stored < 4 * sum(map(len, whole.values())) + 2000 * 4
-
-
-def test_only_the_bytes_of_a_ranks_own_elements_are_read(tmp_path):
-    snapshot = Snapshot(write_snapshot(tmp_path / "s", ranks_of("flat", 2), whole_values(torch.float32)))
-    for shard in ranks_of("columns", 3)[1]:
-        for run in shard.runs:
-            before = snapshot.bytes_read
-            snapshot.read(shard.name, region=shard.region(run), out=torch.empty(run.num_elements))
-            assert snapshot.bytes_read - before == 4 * run.num_elements
-
-
-def test_elements_that_no_file_holds_are_missed(tmp_path):
-    ranks = ranks_of("flat", 3)
-    snapshot = Snapshot(write_snapshot(tmp_path / "s", [ranks[0], ranks[2]], whole_values(torch.float32)))
-    with pytest.raises(SnapshotError, match="no file holds element 24"):
-        snapshot.read("a.weight", region=Region(0, 70, 0, 70), out=torch.empty(70))
-
-
-def manifest_of(directory):
-    return json.loads((directory / "manifest.json").read_text())
-
-
-def damage(path, kind):
-    data = path.read_bytes()
-    if kind == "missing":
-        path.unlink()
-    elif kind == "a directory":
-        path.unlink()
-        path.mkdir()
-    else:
-        changed = {
-            "empty": b"",
-            "truncated": data[:-2],
-            "halved": data[: len(data) // 2],
-            "longer": data + b"{",
-            "zeroed": bytes(len(data)),
-            "flipped": data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
-            "header": data[:20] + b"#" + data[21:],
-        }[kind]
-        assert changed != data
-        path.write_bytes(changed)
-
-
-DAMAGES = ["missing", "a directory", "empty", "truncated", "halved", "longer", "zeroed", "header"]
-
-
-@pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"])
-@pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_file_is_found_without_reading_all(tmp_path, name, kind):
-    directory = write_snapshot(tmp_path / "s", ranks_of("flat", 2), whole_values(torch.float32))
-    damage(directory / name, kind)
-    with pytest.raises(SnapshotError):
-        Snapshot(directory)
-
-
-def test_a_flipped_bit_is_found_where_all_is_read(tmp_path):
-    directory = write_snapshot(tmp_path / "s", ranks_of("flat", 2), whole_values(torch.float32))
-    damage(directory / "rank-00001.safetensors", "flipped")
-    assert Snapshot(directory).damaged_files() == ["rank-00001.safetensors"]
-    assert Snapshot(directory).damaged_files(part=0, num_parts=2) == []
-    assert Snapshot(directory).damaged_files(part=1, num_parts=2) == ["rank-00001.safetensors"]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda m: m | {"iteration": 4},
-        lambda m: m | {"files": m["files"][:1]},
-        lambda m: {key: value for key, value in m.items() if key != "checksum"},
-        lambda m: [m],
-    ],
-)
-def test_a_changed_manifest_is_found(tmp_path, change):
-    directory = write_snapshot(tmp_path / "s", ranks_of("flat", 2), whole_values(torch.float32))
-    (directory / "manifest.json").write_text(json.dumps(change(manifest_of(directory))))
-    with pytest.raises(SnapshotError):
-        Snapshot(directory)
-
-
-def test_a_manifest_cannot_lead_outside_of_its_directory(tmp_path):
-    directory = write_snapshot(tmp_path / "s", ranks_of("flat", 1), whole_values(torch.float32))
-    shutil.copy(directory / "rank-00000.safetensors", tmp_path / "outside")
-    files = manifest_of(directory)["files"]
-    for name in ("../outside", str(tmp_path / "outside")):
-        moved = [files[0] | {"name": name}]
-        write_manifest(directory, iteration=3, digest="0f", states_digest="0", files=moved)
-        with pytest.raises(SnapshotError, match="outside"):
-            Snapshot(directory)
-
-
-def test_what_is_not_complete_is_no_snapshot(tmp_path):
-    for name in ("iteration-00000004", "iteration-00000012", "iteration-100000000"):
-        (tmp_path / "snapshots" / name).mkdir(parents=True)
-    for name in ("iteration-00000005.incomplete", "iteration-00000006.damaged", "x", "iteration-7"):
-        (tmp_path / "snapshots" / name).mkdir()
-    assert find_snapshots(tmp_path) == [100_000_000, 12, 4]
-    assert find_snapshots(tmp_path / "nothing") == []
-
-
-# A run in one process.
+from tests.helpers.snapshot_files import damage, manifest_of
 
 ITERATIONS, EVERY = 5, 2
 
@@ -516,18 +320,6 @@ def test_only_the_first_replica_writes_and_only_once_where_all_hold_everything(s
     assert [is_writer(rank, 2, is_sharded=True) for rank in range(4)] == [True, True, False, False]
     assert [is_writer(rank, 4, is_sharded=False) for rank in range(4)] == [True, False, False, False]
     assert [is_writer(rank, 1, is_sharded=False) for rank in range(4)] == [True, False, False, False]
-
-
-def test_a_master_passes_through_the_file_in_pieces(tmp_path, monkeypatch):
-    from shardes.runs import snapshots
-
-    monkeypatch.setattr(snapshots, "CHUNK_ELEMENTS", 3)
-    whole = whole_values(torch.float32)
-    pieces = write_snapshot(tmp_path / "pieces", ranks_of("columns", 2), whole)
-    monkeypatch.undo()
-    one = write_snapshot(tmp_path / "one", ranks_of("columns", 2), whole)
-    for path in one.iterdir():
-        assert (pieces / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_session_without_snapshots_makes_no_directory(model, tmp_path):

@@ -15,10 +15,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from shardes.backends.dtensors import layout_of, local_of, make_mesh
-from shardes.backends.replica import Replica
-from shardes.backends.sharded import GatheringBackend, make_shards
+from shardes.backends.sharded import GatheringBackend
 from shardes.distributed import Group
-from shardes.modeling import parameter_aliases
 
 
 class FsdpBackend(GatheringBackend):
@@ -30,10 +28,7 @@ class FsdpBackend(GatheringBackend):
     """
 
     def __init__(self, skeleton: PreTrainedModel, *, group: Group) -> None:
-        self._group = group
-        self.dtype = skeleton.dtype
-        self.device = group.device
-        self.aliases = parameter_aliases(skeleton)
+        super().__init__(skeleton, group=group)
         model = copy.deepcopy(skeleton).requires_grad_(False)
         mesh = make_mesh(group, axis="shard")
         for module in _units(model):
@@ -47,14 +42,16 @@ class FsdpBackend(GatheringBackend):
         # Taken before the first forward: while a module is gathered, its parameters are plain tensors.
         self._parameters = dict(sorted(model.named_parameters()))
         self._check_layout(skeleton)
-        local = {name: local_of(parameter) for name, parameter in self._parameters.items()}
-        self._layouts = {
+        layouts = {
             name: layout_of(parameter, world_size=group.world_size)
             for name, parameter in self._parameters.items()
         }
-        self._replica = Replica(skeleton, shards=local, layouts=self._layouts, group=group)
-        shapes = {name: layout.shape for name, layout in self._layouts.items()}
-        self.shards = make_shards(local, layouts=self._layouts, shapes=shapes, group=group)
+        self._hold(
+            skeleton,
+            local={name: local_of(parameter) for name, parameter in self._parameters.items()},
+            layouts=layouts,
+            shapes={name: layout.shape for name, layout in layouts.items()},
+        )
 
     def _check_layout(self, skeleton: nn.Module) -> None:
         """Stops if the model lost a tie, or if a parameter was left whole."""

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 from shardes.backends.base import Backend
 from shardes.backends.layout import Layout
 from shardes.backends.replica import Replica, padded
 from shardes.distributed import Group
-from shardes.modeling import parameter_ids
+from shardes.modeling import parameter_aliases, parameter_ids
 from shardes.shards import Shard
 
 
@@ -47,11 +48,20 @@ def make_shards(
 class ShardedBackend(Backend):
     """Shards over a one-dimensional mesh of ranks, described by layouts.
 
-    A backend of this kind sets ``_group``, ``_layouts`` (by name) and what ``Backend`` asks for.
+    A backend of this kind sets ``_layouts`` (by name), ``shards`` and ``lockstep_model``.
+
+    Args:
+        skeleton: The model, parameters on meta, buffers real.
+        group: The ranks; a process group exists even if there is only one.
     """
 
-    _group: Group
     _layouts: Mapping[str, Layout]
+
+    def __init__(self, skeleton: PreTrainedModel, *, group: Group) -> None:
+        self._group = group
+        self.dtype = skeleton.dtype
+        self.device = group.device
+        self.aliases = parameter_aliases(skeleton)
 
     @property
     def is_sharded(self) -> bool:
@@ -81,10 +91,23 @@ class ShardedBackend(Backend):
 class GatheringBackend(ShardedBackend):
     """Shards whose parts lie back to back in the parameter, so that a gather gives the whole.
 
-    A backend of this kind sets ``_replica`` as well.
+    A backend of this kind sets ``lockstep_model`` and calls ``_hold``.
     """
 
     _replica: Replica
+
+    def _hold(
+        self,
+        skeleton: PreTrainedModel,
+        *,
+        local: Mapping[str, torch.Tensor],
+        layouts: Mapping[str, Layout],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        """Makes this rank's shards, and a replica of ``skeleton``; arguments as in ``make_shards``."""
+        self._layouts = layouts
+        self._replica = Replica(skeleton, shards=local, layouts=layouts, group=self._group)
+        self.shards = make_shards(local, layouts=layouts, shapes=shapes, group=self._group)
 
     def gathered(self) -> nn.Module:
         """A hook-free replica, filled from all ranks' shards."""

@@ -14,11 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from shardes.backends.layout import flat_layout
-from shardes.backends.replica import Replica
-from shardes.backends.sharded import GatheringBackend, make_shards
+from shardes.backends.sharded import GatheringBackend
 from shardes.distributed import Group
 from shardes.errors import UserError
-from shardes.modeling import parameter_aliases
 
 _RELIED_ON = ("ds_tensor", "ds_numel", "ds_shape", "ds_process_group")
 
@@ -89,10 +87,7 @@ class Zero3Backend(GatheringBackend):
                 "model.dtype: deepspeed has no float16 on this device; use bfloat16 or float32, or "
                 "parallel.backend: single"
             )
-        self._group = group
-        self.dtype = skeleton.dtype
-        self.device = group.device
-        self.aliases = parameter_aliases(skeleton)
+        super().__init__(skeleton, group=group)
         if group.device.type == "cpu":
             # Its shared-memory collectives take a minute to compile at the first start, and gain nothing.
             sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
@@ -120,14 +115,16 @@ class Zero3Backend(GatheringBackend):
         self.lockstep_model = model
         self._parameters = dict(sorted(model.named_parameters()))
         self._check_layout(skeleton)
-        self._layouts = {
-            name: flat_layout(parameter.ds_numel, world_size=group.world_size)
-            for name, parameter in self._parameters.items()
-        }
-        local = {name: parameter.ds_tensor.data for name, parameter in self._parameters.items()}
-        self._replica = Replica(skeleton, shards=local, layouts=self._layouts, group=group)
-        shapes = {name: tuple(parameter.ds_shape) for name, parameter in self._parameters.items()}
-        self.shards = make_shards(local, layouts=self._layouts, shapes=shapes, group=group)
+        parameters = self._parameters.items()
+        self._hold(
+            skeleton,
+            local={name: parameter.ds_tensor.data for name, parameter in parameters},
+            layouts={
+                name: flat_layout(parameter.ds_numel, world_size=group.world_size)
+                for name, parameter in parameters
+            },
+            shapes={name: tuple(parameter.ds_shape) for name, parameter in parameters},
+        )
 
     def _check_layout(self, skeleton: nn.Module) -> None:
         """What is read here are private attributes of DeepSpeed: stop if they are not what they were."""

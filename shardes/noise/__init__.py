@@ -120,8 +120,8 @@ def accumulate(
 def add(master: torch.Tensor, delta: torch.Tensor, *, region: Region, seed: int, iteration: int) -> None:
     """Adds ``delta`` to ``master``, rounding as ``accumulate`` does: bit for bit the same for the same sum.
 
-    For steps that are more than a sum of noise. ``accumulate`` of some directions to a float32 tensor of zeros
-    and then ``add`` of it to a master gives what ``accumulate`` to that master would.
+    For steps that are more than a sum of noise. ``accumulate`` to a float32 tensor of zeros, and then ``add``
+    of that to a master, gives what ``accumulate`` to the master would.
 
     Args:
         master: float32, bfloat16 or float16, contiguous; changed in place. float32 takes the sum as it is,

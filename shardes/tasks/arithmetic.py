@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from random import Random
 from typing import Any
 
-from shardes.errors import UserError
 from shardes.tasks.answers import exact_number, is_bare_answer, last_answer
 from shardes.tasks.base import Component, Definition, Prompt, Row
+from shardes.tasks.drawing import draw_distinct
 from shardes.tasks.expression import evaluate
 from shardes.tasks.rows import column, text_column, wrong
-
-_MAX_FRUITLESS_ATTEMPTS = 20_000
 
 
 def answer_reward(
@@ -73,24 +71,17 @@ def generate_problems(
         UserError: If so many distinct expressions are not found.
     """
     random = Random(seed).random
-    problems: dict[str, dict[str, Any]] = {}
-    attempts_left = _MAX_FRUITLESS_ATTEMPTS
-    while len(problems) < num_problems:
-        attempts_left -= 1
-        if attempts_left < 0:
-            raise UserError(
-                f"found only {len(problems)} distinct expressions with num_numbers={tuple(num_numbers)}, "
-                f"max_number={max_number}; wanted: {num_problems}; ask for fewer"
-            )
+
+    def draw() -> dict[str, Any]:
         length = num_numbers[int(random() * len(num_numbers))]
         parts = [str(1 + int(random() * max_number))]
         for _ in range(length - 1):
             parts += ["+-*"[int(random() * 3)], str(1 + int(random() * max_number))]
         expression = " ".join(parts)
-        row = {"expression": expression, "answer": int(evaluate(expression)[0])}
-        if problems.setdefault(expression, row) is row:
-            attempts_left = _MAX_FRUITLESS_ATTEMPTS
-    return list(problems.values())
+        return {"expression": expression, "answer": int(evaluate(expression)[0])}
+
+    what = f"expressions with num_numbers={tuple(num_numbers)}, max_number={max_number}"
+    return draw_distinct(num_problems, draw, key=problem_key, what=what)
 
 
 def problem_key(row: Row) -> str:

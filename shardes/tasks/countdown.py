@@ -25,16 +25,15 @@ from operator import add, mul, sub, truediv
 from random import Random
 from typing import Any
 
-from shardes.errors import UserError
 from shardes.tasks.answers import is_bare_answer, is_think_answer, last_answer
 from shardes.tasks.base import Component, Definition, Prompt, Row
+from shardes.tasks.drawing import draw_distinct
 from shardes.tasks.expression import MAX_LITERAL_DIGITS, ExpressionError, evaluate
 from shardes.tasks.rows import column, wrong
 
 FORMAT_WEIGHT = 0.1
 
 _OPERATIONS = (add, sub, mul, truediv)
-_MAX_FRUITLESS_ATTEMPTS = 20_000
 
 
 def answer_reward(
@@ -187,25 +186,23 @@ def generate_problems(
         UserError: If so many distinct problems are not found.
     """
     random = Random(seed).random
-    problems: dict[str, dict[str, Any]] = {}
-    attempts_left = _MAX_FRUITLESS_ATTEMPTS
-    while len(problems) < num_problems:
-        attempts_left -= 1
-        if attempts_left < 0:
-            raise UserError(
-                f"found only {len(problems)} distinct Countdown problems with "
-                f"num_numbers={tuple(num_numbers)}, max_number={max_number}, max_target={max_target}; "
-                f"wanted: {num_problems}; allow larger numbers or ask for fewer problems"
-            )
+
+    def draw() -> dict[str, Any] | None:
         length = num_numbers[int(random() * len(num_numbers))]
         numbers = [1 + int(random() * max_number) for _ in range(length)]
         target = _combine(numbers, random)
         if target is None or target.denominator != 1 or not 1 <= target <= max_target:
-            continue
-        row = {"numbers": numbers, "target": int(target)}
-        if problems.setdefault(problem_key(row), row) is row:
-            attempts_left = _MAX_FRUITLESS_ATTEMPTS
-    return list(problems.values())
+            return None
+        return {"numbers": numbers, "target": int(target)}
+
+    return draw_distinct(
+        num_problems,
+        draw,
+        key=problem_key,
+        what=f"Countdown problems with num_numbers={tuple(num_numbers)}, max_number={max_number}, "
+        f"max_target={max_target}",
+        remedy="allow larger numbers or ask for fewer problems",
+    )
 
 
 def _combine(numbers: Sequence[int], random: Callable[[], float]) -> Fraction | None:

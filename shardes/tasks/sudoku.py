@@ -10,9 +10,9 @@ from itertools import product
 from random import Random
 from typing import Any
 
-from shardes.errors import UserError
 from shardes.tasks.answers import is_think_answer
 from shardes.tasks.base import Component, Definition, Prompt, Row
+from shardes.tasks.drawing import draw_distinct
 from shardes.tasks.grids import Grid, answered_grid, grid_text, is_grid
 from shardes.tasks.rows import column, wrong
 
@@ -111,12 +111,8 @@ def generate_puzzles(
         UserError: If so many distinct puzzles are not found.
     """
     random = Random(seed).random
-    rows: dict[str, dict[str, Any]] = {}
-    attempts_left = _MAX_FRUITLESS_ATTEMPTS
-    while len(rows) < num_puzzles:
-        attempts_left -= 1
-        if attempts_left < 0:
-            raise UserError(f"found only {len(rows)} distinct puzzles; wanted: {num_puzzles}; ask for fewer")
+
+    def draw() -> dict[str, Any]:
         solution: Grid = [[0] * 4 for _ in _SIDE]
         _fill(solution, _shuffled(_CELLS, random), random)
         puzzle = [list(line) for line in solution]
@@ -129,10 +125,11 @@ def generate_puzzles(
                 left -= 1
             else:
                 puzzle[i][j] = solution[i][j]
-        row = {"puzzle": puzzle, "solution": solution}
-        if rows.setdefault(puzzle_key(row), row) is row:
-            attempts_left = _MAX_FRUITLESS_ATTEMPTS
-    return list(rows.values())
+        return {"puzzle": puzzle, "solution": solution}
+
+    return draw_distinct(
+        num_puzzles, draw, key=puzzle_key, what="puzzles", max_fruitless_attempts=_MAX_FRUITLESS_ATTEMPTS
+    )
 
 
 def puzzle_key(row: Row) -> str:

@@ -16,14 +16,10 @@ one least disturbed. On a GPU every turn is synchronised.
     python tools/bench/noise.py --device cuda --elements 1073741824 --json benchmarks/noise-h200.json
 """
 
-import json
-import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +27,8 @@ import click
 import numba
 import numpy as np
 import torch
+from common import Row, machine_facts, num_cores, show, write_report
 
-import shardes
 from shardes import noise
 from shardes.es.digest import add_digest
 from shardes.noise import NoiseKind, Region
@@ -46,7 +42,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 OPERATIONS = ("perturb", "update")
 
-Row = dict[str, Any]
 Side = Callable[[], object]
 
 
@@ -58,25 +53,13 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def environment(device: str) -> dict[str, str]:
+def environment(device: str) -> dict[str, Any]:
     """What the figures depend on."""
-    facts = {
-        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+    facts = machine_facts(device) | {
         "cpu": cpu_name(),
-        "cores": str(num_cores()),
         "simd": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "numba": numba.__version__,
-        "shardes": shardes.__version__,
-        "noise_version": str(noise.NOISE_VERSION),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "noise_version": noise.NOISE_VERSION,
     }
     if device == "cuda":
         import triton
@@ -281,8 +264,7 @@ def main(
 ) -> None:
     """Measure the noise against torch and against a copy."""
     facts = environment(device)
-    for key, value in facts.items():
-        click.echo(f"{key}: {value}")
+    show(facts)
     click.echo(
         f"\n{elements} elements; the best of {repeats} turns; M/s: million elements of noise a second;"
         "\ntorch, buffered: its time over ours; of a copy: its time over ours, for all directions together;"
@@ -307,12 +289,7 @@ def main(
             )
             rows.append(row)
             click.echo(formatted(row))
-    if json_path is not None:
-        command = ["python", *sys.argv]
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(
-            json.dumps({"environment": facts, "command": command, "rows": rows}, indent=1) + "\n"
-        )
+    write_report(json_path, facts=facts, rows=rows)
 
 
 if __name__ == "__main__":

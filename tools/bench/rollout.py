@@ -11,49 +11,19 @@ The last rows are an iteration of the quickstart, 32 members of 64 prompts, pert
 the loop and once with ``generate`` in its place, by the number of prompts that are answered together.
 """
 
-import json
 import math
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import click
 import torch
+from common import ROOT, Row, machine_facts, num_parameters, random_model, show, write_report
 
-from shardes import __version__
-
-ROOT = Path(__file__).parents[2]
 PREFIX_LENGTH = 48
-
-Row = dict[str, Any]
-
-
-def random_model(*, layers: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """A Llama of 7 million parameters a layer, and 13 more."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    config = LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=layers,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        vocab_size=8192,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
 
 
 def random_prompts(num_prompts: int, *, prefix_length: int) -> list[list[int]]:
@@ -169,8 +139,10 @@ def compare(
 def compare_on_the_quickstart(micro_batch_size: int) -> Row:
     """An iteration of it, with the loop and with ``generate`` in its place."""
     from shardes.config_files import load_config
+    from shardes.es.strategy import Strategy
     from shardes.population import Population
     from shardes.rollout.decode import Answers, Decoder
+    from shardes.round import Round
     from shardes.session import make_rollout, open_session
     from shardes.tasks.loading import load_task
 
@@ -198,17 +170,14 @@ def compare_on_the_quickstart(micro_batch_size: int) -> Row:
         population = Population(
             rollout,
             mesh=session.mesh,
-            sigma=config.es.sigma,
             timeout_seconds=60,
             stop=session.stop,
             spans=session.spans,
         )
-        problems = rollout.prepare(task.train[: config.task.batch_size], iteration=0)
+        asked = Round(0, task.train[: config.task.batch_size], rollout, Strategy(config.es, num_elements=0))
 
         def iteration(name: str) -> None:
-            found = population.evaluate_members(
-                range(config.es.population), iteration=0, problems=problems, on_result=lambda _: None
-            )
+            found = population.evaluate_members(asked.members, asked=asked, on_result=lambda _: None)
             rewards[name] = [result.reward for _, result in sorted(found.items())]
 
         def generate() -> None:
@@ -254,24 +223,17 @@ def main(
 ) -> None:
     """Measure the decode loop against transformers' generate."""
     torch.set_num_threads(threads)
-    model = random_model(layers=layers, dtype=getattr(torch, dtype), device=torch.device(device))
+    model = random_model(layers=layers, dtype=getattr(torch, dtype)).to(device).eval()
     facts = {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": num_parameters(model),
         "dtype": dtype,
         "prompts": prompts,
         "micro_batch_size": micro_batch,
         "max_new_tokens": new_tokens,
         "threads": threads,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "shardes": __version__,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **machine_facts(device),
     }
-    for key, value in facts.items():
-        click.echo(f"{key}: {value}")
+    show(facts)
     click.echo("\nlengths  prefix | generate tok/s   loop tok/s   ratio | equal answers")
     rows: list[Row] = []
     for spread in (True, False):
@@ -303,9 +265,7 @@ def main(
                 f"{size:>23} | {seconds['generate']:>20.2f} {seconds['loop']:>18.2f} {row['ratio']:>7.2f}"
                 f" | {row['equal_rewards']:>13.3f}"
             )
-    if json_path is not None:
-        command = ["python", *sys.argv]
-        json_path.write_text(json.dumps({"facts": facts, "command": command, "rows": rows}, indent=1) + "\n")
+    write_report(json_path, facts=facts, rows=rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ over W ranks (W - 1) / W of its output, of a reduction twice that of its operand
 
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -23,27 +22,22 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 import torch
+from common import ROOT, Row, machine_facts, show, write_model, write_report
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shardes import __version__
 from shardes.config import ParallelConfig, RolloutConfig
 from shardes.config_files import parse_config
 
-ROOT = Path(__file__).parents[2]
-TOKENIZER = ROOT / "configs" / "quickstart" / "model"
 BACKENDS = get_args(ParallelConfig.model_fields["backend"].annotation)
 MODES = [mode for mode in get_args(RolloutConfig.model_fields["mode"].annotation) if mode != "auto"]
 PARTS = ("perturb", "gather", "rollout", "reward", "wait")
 SIGMA = 1e-3
-
-Row = dict[str, Any]
 
 
 def possible(backend: str, mode: str, *, shard_size: int) -> bool:
@@ -53,30 +47,6 @@ def possible(backend: str, mode: str, *, shard_size: int) -> bool:
     if mode == "members" and shard_size == 1:
         return False
     return mode == "stream" or backend != "tensor_parallel"
-
-
-def write_model(path: Path, *, layers: int) -> int:
-    """A random Llama and a tokenizer for it; returns the number of parameters."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-
-    config = LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=layers,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        vocab_size=8192,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(path)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def write_problems(path: Path, *, num_prompts: int) -> None:
@@ -134,12 +104,16 @@ def stopwatch(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def measure(tree: dict[str, Any], out: Path) -> None:
     """One job, on each of its ranks; rank 0 writes what it found."""
+    from shardes.es.strategy import Strategy
+    from shardes.es.update import Update
     from shardes.population import Population
+    from shardes.round import Round
     from shardes.session import make_rollout, open_session
     from shardes.tasks.loading import load_task
 
     config = parse_config(tree, source="benchmark")
     num_members = config.es.population
+    assert isinstance(num_members, int), "it is the same in every iteration"
     with open_session(config) as session:
         world = session.mesh.world
         task = load_task(config.task)
@@ -147,24 +121,25 @@ def measure(tree: dict[str, Any], out: Path) -> None:
         population = Population(
             rollout,
             mesh=session.mesh,
-            sigma=SIGMA,
             timeout_seconds=config.parallel.timeout_seconds,
             stop=session.stop,
             spans=session.spans,
         )
-        problems = rollout.prepare(task.train, iteration=0)
+        strategy = Strategy(config.es, num_elements=0)
         seconds: dict[str, float] = {}
         found = {}
 
         def iteration(number: int, members: int) -> None:
             nonlocal found
             found = population.evaluate_members(
-                range(members), iteration=number, problems=problems, on_result=lambda _: None
+                range(members),
+                asked=Round(number, task.train, rollout, strategy),
+                on_result=lambda _: None,
             )
 
         def update(number: int) -> None:
             coefficients = [1e-4] * num_members
-            session.weights.update(iteration=number, directions=range(num_members), coefficients=coefficients)
+            session.weights.update(Update(number, coefficients))
 
         num_teams = world.world_size // rollout.mode.team.world_size
         iteration(0, num_teams)
@@ -318,16 +293,9 @@ def main(
             "micro_batch_size": micro_batch,
             "max_new_tokens": new_tokens,
             "threads_per_rank": threads,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "cores": os.cpu_count(),
-            "system": f"{platform.system()} {platform.machine()}",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "shardes": __version__,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **machine_facts("cuda" if torch.cuda.is_available() else "cpu"),
         }
-        for key, value in facts.items():
-            click.echo(f"{key}: {value}")
+        show(facts)
         click.echo(f"\n{HEADER}")
         rows: list[Row] = []
 
@@ -357,10 +325,7 @@ def main(
                 for mode in modes:
                     if possible(backend, mode, shard_size=shard_size or ranks):
                         run(ranks, backend, mode, shard_size)
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        command = ["python", *sys.argv]
-        json_path.write_text(json.dumps({"facts": facts, "command": command, "rows": rows}, indent=1) + "\n")
+    write_report(json_path, facts=facts, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,24 @@
+"""Fixtures of several files."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory):
+    """Directories of tiny models, by name; what is "even" divides by four ranks. Nobody writes to them."""
+    from tests.helpers.models import tiny_model
+
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "tied": tiny_model(root / "tied", tied=True),
+        "untied": tiny_model(root / "untied", tied=False, architecture="llama"),
+        "even": tiny_model(root / "even", tied=True, num_heads=4, num_kv_heads=2),
+    }
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny model of every architecture that is decoded, by name; made anew for each file."""
+    from tests.helpers.decoding import load_models
+
+    return load_models(tmp_path_factory.mktemp("models"))

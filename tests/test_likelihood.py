@@ -1,0 +1,32 @@
+"""Log-likelihoods of completions in batches against each pair alone."""
+
+import pytest
+import torch
+
+from shardes.rollout.likelihood import completion_log_likelihoods, compose_completions
+from tests.helpers.decoding import EVERY, PAD, random_prompts
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_log_likelihoods_are_those_of_each_pair_alone(models, name):
+    model = models[name]
+    prompts = random_prompts(6, num_prompts=9)
+    completions = random_prompts(7, num_prompts=9)[::-1]
+    batches = compose_completions(prompts, completions, micro_batch_size=4, pad_id=PAD)
+    assert [len(batch.rows) for batch in batches] == [4, 4, 1]
+    found = {}
+    for batch in batches:
+        found |= dict(zip(batch.rows, completion_log_likelihoods(model, batch), strict=True))
+    assert sorted(found) == list(range(9))
+    for row, scores in found.items():
+        pair = prompts[row] + completions[row]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([pair])).logits[0].log_softmax(dim=-1)
+        start = len(prompts[row])
+        wanted = [logits[place - 1, pair[place]].item() for place in range(start, len(pair))]
+        assert scores.tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+def test_a_completion_without_tokens_is_an_error():
+    with pytest.raises(ValueError, match="pair 1"):
+        compose_completions([[1], [2]], [[3], []], micro_batch_size=2, pad_id=PAD)

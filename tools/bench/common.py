@@ -1,0 +1,90 @@
+"""What the benchmarks share: a random model, facts about the machine, and how figures are written down."""
+
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from shardes import __version__
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = ROOT / "configs" / "quickstart" / "model"
+
+Row = dict[str, Any]
+
+
+def random_model(
+    *, layers: int, dtype: torch.dtype = torch.float32, num_positions: int = 4096, eos_id: int | None = None
+) -> Any:
+    """A Llama of 7 million random parameters a layer, and 13 more; without ``eos_id`` no answer ends."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        vocab_size=8192,
+        max_position_embeddings=num_positions,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=eos_id,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def write_model(path: Path, *, layers: int) -> int:
+    """Writes a random model and a tokenizer for it; returns the number of parameters."""
+    from transformers import AutoTokenizer
+
+    model = random_model(layers=layers, num_positions=512, eos_id=1)
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(path)
+    return num_parameters(model)
+
+
+def num_parameters(model: Any) -> int:
+    """How many numbers a model has, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_facts(device: str) -> dict[str, Any]:
+    """What figures on ``cpu`` or ``cuda`` depend on, whatever is measured."""
+    return {
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+        "cores": num_cores(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "shardes": __version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def show(facts: dict[str, Any]) -> None:
+    """Prints facts, one a line."""
+    for key, value in facts.items():
+        click.echo(f"{key}: {value}")
+
+
+def write_report(path: Path | None, *, facts: dict[str, Any], rows: list[Row]) -> None:
+    """Writes all figures as JSON, with the command that made them; nothing without a path."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = ["python", *sys.argv]
+    path.write_text(json.dumps({"facts": facts, "command": command, "rows": rows}, indent=1) + "\n")
