@@ -189,8 +189,12 @@ class EsConfig(Section):
     """Number of updates."""
     population: int = Field(default=30, ge=2, lt=2**24)
     """Members evaluated per iteration."""
-    noise: Literal["gaussian", "rademacher"] = "gaussian"
-    """``gaussian``: standard normal, as in the paper. ``rademacher``: +1 or -1, much cheaper to compute."""
+    noise: Literal["gaussian", "rademacher", "low_rank"] = "gaussian"
+    """``gaussian``: standard normal, as in the paper. ``rademacher``: +1 or -1, much cheaper to compute.
+    ``low_rank``: of a matrix the product of two normal matrices of ``rank`` columns, of a vector standard
+    normal; many members can then be evaluated in one forward (``rollout.mode: batched``)."""
+    rank: int = Field(default=1, gt=0, lt=2**16)
+    """Columns of the factors of ``noise: low_rank``. The element's variance is 1 for every rank."""
     sigma: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Scale of the noise on the weights."""
     alpha: float | Literal["auto"] = "auto"
@@ -205,6 +209,16 @@ class EsConfig(Section):
     that matches a name decides: with a ``!`` before it the parameter is frozen, otherwise trained. What none
     matches is frozen. Frozen parameters get no noise and take no master weights. The noise of the others
     does not depend on the choice."""
+
+    @field_validator("rank")
+    @classmethod
+    def _rank_is_for_low_rank(cls, value: int, info: ValidationInfo) -> int:
+        if value != 1 and info.data.get("noise", "low_rank") != "low_rank":
+            raise ValueError(
+                f"got {value}, but es.noise is {info.data['noise']}, which has no rank; "
+                "set es.noise: low_rank"
+            )
+        return value
 
     @field_validator("trainable")
     @classmethod

@@ -19,7 +19,7 @@ from shardes.checkpoint import Checkpoint
 from shardes.errors import UserError
 from shardes.es.digest import add_digest
 from shardes.es.selection import select_trainable
-from shardes.noise import NoiseKind, Region
+from shardes.noise import Kind, NoiseKind, Region
 from shardes.shards import Run, Shard
 
 # Elements of a master in host memory that are on the device at a time: 64 MiB of float32.
@@ -61,7 +61,7 @@ class Weights:
         backend: Backend,
         *,
         seed: int,
-        kind: NoiseKind = NoiseKind.GAUSSIAN,
+        kind: Kind = NoiseKind.GAUSSIAN,
         dtype: torch.dtype = torch.float32,
         trainable: Sequence[str] = (".*",),
         on_host: bool = False,
