@@ -192,8 +192,12 @@ class EsConfig(Section):
     antithetic: bool = False
     """Whether members come in pairs that look in opposite directions. A pair has one direction, so the update
     computes half the noise. The population must be even."""
-    noise: Literal["gaussian", "rademacher"] = "gaussian"
-    """``gaussian``: standard normal, as in the paper. ``rademacher``: +1 or -1, much cheaper to compute."""
+    noise: Literal["gaussian", "rademacher", "low_rank"] = "gaussian"
+    """``gaussian``: standard normal, as in the paper. ``rademacher``: +1 or -1, much cheaper to compute.
+    ``low_rank``: of a matrix the product of two normal matrices of ``rank`` columns, of a vector standard
+    normal; many members can then be evaluated in one forward (``rollout.mode: batched``)."""
+    rank: int = Field(default=1, gt=0, lt=2**16)
+    """Columns of the factors of ``noise: low_rank``. The element's variance is 1 for every rank."""
     noise_reuse: int = Field(default=1, gt=0)
     """For how many iterations the directions stay the same before new ones are drawn."""
     prompts_per_member: int | None = Field(default=None, gt=0)
@@ -245,6 +249,16 @@ class EsConfig(Section):
     that matches a name decides: with a ``!`` before it the parameter is frozen, otherwise trained. What none
     matches is frozen. Frozen parameters get no noise and take no master weights. The noise of the others
     does not depend on the choice."""
+
+    @field_validator("rank")
+    @classmethod
+    def _rank_is_for_low_rank(cls, value: int, info: ValidationInfo) -> int:
+        if value != 1 and info.data.get("noise", "low_rank") != "low_rank":
+            raise ValueError(
+                f"got {value}, but es.noise is {info.data['noise']}, which has no rank; "
+                "set es.noise: low_rank"
+            )
+        return value
 
     @field_validator("trainable")
     @classmethod

@@ -21,7 +21,7 @@ from shardes.es.strategy import decay_of, optimizer_of
 from shardes.es.update import Update
 from shardes.es.weights import Weights
 from shardes.modeling import load_tokenizer
-from shardes.noise import NOISE_VERSION, NoiseKind
+from shardes.noise import NOISE_VERSION, Kind, LowRank, NoiseKind, matrix_shape
 from shardes.rollout.modes import Modes
 from shardes.rollout.rollout import Rollout
 from shardes.rollout.scoring import Scorer
@@ -132,13 +132,14 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
         weights = Weights(
             backend,
             seed=config.es.seed,
-            kind=NoiseKind(config.es.noise),
+            kind=_kind(config),
             dtype=torch.float32 if config.weights.master == "float32" else backend.dtype,
             trainable=config.es.trainable,
             optimizer=optimizer_of(config.es),
             decay=decay_of(config.es),
             on_host=config.weights.master_device == "cpu",
         )
+        _check_shapes(weights)
         weights.load(checkpoint)
         identity = _identity(weights, checkpoint, _combined(mesh, backend, weights.digest(), compare=True))
         logger.info(
@@ -189,6 +190,30 @@ def make_rollout(
         spans=session.spans,
     )
     return rollout, scorer, scorers
+
+
+def _kind(config: Config) -> Kind:
+    """Which noise."""
+    es = config.es
+    return LowRank(es.rank) if es.noise == "low_rank" else NoiseKind(es.noise)
+
+
+def _check_shapes(weights: Weights) -> None:
+    """Refuses parameters that the noise has no rule for.
+
+    Raises:
+        UserError: There is one.
+    """
+    if not isinstance(weights.kind, LowRank):
+        return
+    for shard in weights.trained:
+        try:
+            matrix_shape(shard.shape)
+        except ValueError as error:
+            raise UserError(
+                f"es.noise: {shard.name}: {error}; freeze it (es.trainable: ['.*', '!{shard.name}']), or "
+                "use another es.noise"
+            ) from None
 
 
 def _combined(mesh: Mesh, backend: Backend, digest: int, *, compare: bool) -> str:

@@ -94,5 +94,11 @@ class Shard:
     def region(self, run: Run) -> Region:
         """Where a run's elements lie in the whole parameter."""
         return Region(
-            self.param_id, self.num_elements, run.global_start, run.length, rows=run.rows, stride=run.stride
+            self.param_id,
+            self.num_elements,
+            run.global_start,
+            run.length,
+            rows=run.rows,
+            stride=run.stride,
+            shape=self.shape,
         )

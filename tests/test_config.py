@@ -130,6 +130,7 @@ def test_an_unknown_key_far_from_all_is_refused_with_all():
         ("es.population", 1),
         ("es.population", 2**24),
         ("es.schedule", "exponential"),
+        ("es.rank", 0),
         ("es.trainable", "(.*"),
         ("es.trainable", ["(.*"]),
         ("model.dtype", "int8"),
@@ -321,6 +322,16 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
         load_config(tmp_path / "latin.yaml", [])
 
 
+def test_a_rank_is_for_noise_that_has_one():
+    tree = with_key("es.rank", 4)
+    with pytest.raises(
+        UserError, match=r"es.rank: got 4, but es.noise is gaussian, .* set es.noise: low_rank"
+    ):
+        parse_config(tree, source="test")
+    tree["es"]["noise"] = "low_rank"
+    assert parse_config(tree, source="test").es.rank == 4
+
+
 FREE = [
     ("eval.sets", {"other": {"name": "countdown", "data": "other.jsonl"}}),
     ("eval.save_best", True),
@@ -368,6 +379,7 @@ BINDING = [
     ("weights.master", "model"),
     ("es.seed", 1),
     ("es.noise", "rademacher"),
+    ("es.rank", 3),
     ("es.population", 31),
     ("es.sigma", 2e-3),
     ("es.alpha", 6e-4),
@@ -415,6 +427,7 @@ def determinants():
         tree = with_key(key, value)
         tree["rollout"].setdefault("temperature", 0.5)  # what is drawn depends on more keys
         tree["es"] = NEEDED.get(needed_for, {}) | tree["es"]
+        tree["es"].setdefault("noise", "low_rank")  # so does this
         return parse_config(tree, source="test").determinants(data_sha256=data_sha256)
 
     return of

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shardes.checkpoint import Checkpoint
-from shardes.noise import Region
+from shardes.noise import LowRank, Region
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import Trainer
@@ -21,6 +21,8 @@ KINDS = {
     "signs": {"es__noise": "rademacher"},
     "narrow": {"weights__master": "model", "model__dtype": "bfloat16"},
     "narrow half": {"weights__master": "model", "model__dtype": "float16"},
+    "low rank": {"es__noise": "low_rank", "es__rank": 2},
+    "low rank, narrow": {"es__noise": "low_rank", "weights__master": "model", "model__dtype": "bfloat16"},
     "both": {"es__noise": "rademacher", "weights__master": "model", "model__dtype": "bfloat16"},
 }
 
@@ -41,16 +43,23 @@ def train(tmp_path, model, **changes):
     return values, [line for line in lines if line["type"] == "update"]
 
 
+def noise_of(changes):
+    """What the oracle calls a run's noise."""
+    noise = changes.get("es__noise", "gaussian")
+    return LowRank(changes.get("es__rank", 1)) if noise == "low_rank" else noise
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_is_the_definition_applied_to_its_journal(tmp_path, model, kind):
     changes = KINDS[kind]
     values, updates = train(tmp_path, model, **changes)
     dtype = getattr(torch, changes.get("model__dtype", "float32"))
     checkpoint = Checkpoint(model)
+    shapes = {name: tuple(found.shape) for name, found in checkpoint.tensors.items()}
     assert all(np.any(update["coefficients"]) for update in updates)
     for param_id, name in enumerate(sorted(values)):
         size = values[name].numel()
-        region = Region(param_id, size, 0, size)
+        region = Region(param_id, size, 0, size, shape=shapes[name])
         master = torch.empty(size)
         checkpoint.read(name, region=region, out=master)
         if "weights__master" in changes:
@@ -61,7 +70,7 @@ def test_a_run_is_the_definition_applied_to_its_journal(tmp_path, model, kind):
                 region=region,
                 coefficients=update["coefficients"],
                 directions=range(len(update["coefficients"])),
-                kind=changes.get("es__noise", "gaussian"),
+                kind=noise_of(changes),
                 seed=0,
                 iteration=update["iteration"],
             )
@@ -87,7 +96,7 @@ def test_a_resumed_run_and_an_export_replay_every_kind(tmp_path, model):
 
 @pytest.mark.slow
 def test_sharding_changes_no_byte_of_any_kind(tmp_path, model):
-    kinds = {kind: KINDS[kind] for kind in ("signs", "narrow")}
+    kinds = {kind: KINDS[kind] for kind in ("signs", "narrow", "low rank", "low rank, narrow")}
 
     def trees(name, **parallel):
         return [

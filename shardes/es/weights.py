@@ -24,7 +24,7 @@ from shardes.es.measures import UpdateMeasures
 from shardes.es.optimizers import Optimizer, PlainStep
 from shardes.es.selection import select_trainable
 from shardes.es.update import Update
-from shardes.noise import NoiseKind, Region
+from shardes.noise import Kind, NoiseKind, Region
 from shardes.shards import Run, Shard
 
 # Elements of a master in host memory that are on the device at a time: 64 MiB of float32.
@@ -84,7 +84,7 @@ class Weights:
         backend: Backend,
         *,
         seed: int,
-        kind: NoiseKind = NoiseKind.GAUSSIAN,
+        kind: Kind = NoiseKind.GAUSSIAN,
         dtype: torch.dtype = torch.float32,
         trainable: Sequence[str] = (".*",),
         optimizer: Optimizer | None = None,

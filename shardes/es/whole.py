@@ -64,7 +64,7 @@ class WholeWeights:
             noise.perturb(
                 self._centre[shard.name],
                 self._whole[shard.name],
-                region=Region(shard.param_id, shard.num_elements, 0, shard.num_elements),
+                region=Region(shard.param_id, shard.num_elements, 0, shard.num_elements, shape=shard.shape),
                 sigma=sigma,
                 seed=self._weights.seed,
                 iteration=iteration,

@@ -5,20 +5,35 @@ device: numba's on a CPU, Triton's on a GPU. Every kernel gives the bits of ``de
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 from types import ModuleType
 
 import torch
 
-from shardes.noise.definition import NOISE_VERSION, NoiseKind, data_order, sampling_uniforms, seed_key
+from shardes.noise import lowrank
+from shardes.noise.definition import (
+    NOISE_VERSION,
+    Kind,
+    LowRank,
+    NoiseKind,
+    data_order,
+    matrix_shape,
+    sampling_uniforms,
+    seed_key,
+)
 from shardes.noise.region import Region
 
 __all__ = [
     "NOISE_VERSION",
+    "Kind",
+    "LowRank",
     "NoiseKind",
     "Region",
     "accumulate",
     "add",
     "data_order",
+    "factors",
+    "matrix_shape",
     "perturb",
     "sampling_uniforms",
 ]
@@ -35,7 +50,7 @@ def perturb(
     seed: int,
     iteration: int,
     direction: int,
-    kind: NoiseKind = NoiseKind.GAUSSIAN,
+    kind: Kind = NoiseKind.GAUSSIAN,
 ) -> None:
     """Writes ``round(centre + sigma * eps)`` to ``target``; the centre is ``source`` rounded to its dtype.
 
@@ -59,6 +74,14 @@ def perturb(
         raise ValueError(f"source is on {source.device} and target on {target.device}; wanted one device")
     if region.num_elements == 0:
         return
+    if isinstance(kind, LowRank):
+        if _is_matrix(region):
+            made = _factors(
+                source.device, region, kind, seed=seed, iteration=iteration, directions=[direction]
+            )
+            lowrank.perturb(made.kernels, source, target, region=region, sigma=sigma, factors=made)
+            return
+        kind = NoiseKind.GAUSSIAN
     _kernels(source.device).perturb(
         source,
         target,
@@ -78,13 +101,14 @@ def accumulate(
     directions: Sequence[int],
     seed: int,
     iteration: int,
-    kind: NoiseKind = NoiseKind.GAUSSIAN,
+    kind: Kind = NoiseKind.GAUSSIAN,
 ) -> None:
     """Adds ``sum_n coefficients[n] * eps(directions[n])`` to ``master``, in one pass.
 
     The sum starts at 0 and goes in the order given, in float32, one multiplication and one addition a term. A
     float32 master takes it as it is; a bfloat16 or float16 master is rounded stochastically, with bits that
-    are a pure function of (seed, iteration, parameter, element) too.
+    are a pure function of (seed, iteration, parameter, element) too. Noise of low rank has a term for each
+    column of the factors, and the coefficient is multiplied into the left one first.
 
     Args:
         master: float32, bfloat16 or float16, contiguous; changed in place.
@@ -104,6 +128,14 @@ def accumulate(
         raise ValueError(f"got {len(coefficients)} coefficients for {len(directions)} directions")
     if region.num_elements == 0:
         return
+    if isinstance(kind, LowRank):
+        if _is_matrix(region):
+            made = _factors(
+                master.device, region, kind, seed=seed, iteration=iteration, directions=directions
+            )
+            lowrank.accumulate(made.kernels, master, region=region, coefficients=coefficients, factors=made)
+            return
+        kind = NoiseKind.GAUSSIAN
     stream = kind.stream
     _kernels(master.device).accumulate(
         master,
@@ -149,6 +181,72 @@ def add(master: torch.Tensor, delta: torch.Tensor, *, region: Region, seed: int,
     kernels.add(master, delta, region, word1=region.param_id << 8, word3=iteration, key=seed_key(seed))
 
 
+def factors(
+    *,
+    kind: LowRank,
+    param_id: int,
+    shape: Sequence[int],
+    seed: int,
+    iteration: int,
+    direction: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the low-rank noise of a whole parameter is made of: eps = left @ right^T, but for rounding.
+
+    Args:
+        kind: The rank.
+        param_id: Of the parameter.
+        shape: The parameter's, [m, n] or [e, m, n].
+        seed: The run's seed.
+        iteration: Below 2**32.
+        direction: Below 2**24.
+        device: Where the factors are wanted.
+
+    Returns:
+        A / sqrt(rank) and B: float32 of shape [m, rank] and [n, rank], or [e, m, rank] and [e, n, rank].
+
+    Raises:
+        ValueError: The parameter is no matrix.
+    """
+    view = matrix_shape(shape)
+    if view is None:
+        raise ValueError(f"a parameter of shape {list(shape)} has no factors")
+    count, height, width = view
+    region = Region(param_id, count * height * width, 0, 0, shape=tuple(shape))
+    made = _factors(device, region, kind, seed=seed, iteration=iteration, directions=[direction])
+    tile = lowrank.Tile(0, 0, count * height, 0, count * width, 0, 0)
+    left, right = made.left(tile)[0].T, made.right(tile)[0].T
+    return left.reshape(*shape[:-1], kind.rank), right.reshape(*shape[:-2], width, kind.rank)
+
+
+def _is_matrix(region: Region) -> bool:
+    if region.shape is None:
+        raise ValueError(f"noise of low rank needs the parameter's shape; got {region}")
+    return matrix_shape(region.shape) is not None
+
+
+def _factors(
+    device: torch.device,
+    region: Region,
+    kind: LowRank,
+    *,
+    seed: int,
+    iteration: int,
+    directions: Sequence[int],
+) -> lowrank.Factors:
+    assert region.shape is not None, "checked before"
+    return lowrank.Factors(
+        _kernels(device, low_rank=True),
+        device,
+        kind,
+        region.param_id,
+        region.shape[-1],
+        seed,
+        iteration,
+        directions,
+    )
+
+
 def _check(name: str, tensor: torch.Tensor, region: Region) -> None:
     if tensor.dtype not in _DTYPES:
         raise ValueError(f"{name} is {tensor.dtype}; wanted float32, bfloat16 or float16")
@@ -158,14 +256,9 @@ def _check(name: str, tensor: torch.Tensor, region: Region) -> None:
         raise ValueError(f"{name} has {tensor.numel()} elements, but its region has {region.num_elements}")
 
 
-def _kernels(device: torch.device) -> ModuleType:
+def _kernels(device: torch.device, *, low_rank: bool = False) -> ModuleType:
     """The module whose kernels run on a device; imported when first used."""
-    if device.type == "cpu":
-        from shardes.noise import cpu
-
-        return cpu
-    if device.type == "cuda":
-        from shardes.noise import gpu
-
-        return gpu
-    raise ValueError(f"there is no noise kernel for the device {device}; use a CPU or a CUDA device")
+    name = {"cpu": "cpu", "cuda": "gpu"}.get(device.type)
+    if name is None:
+        raise ValueError(f"there is no noise kernel for the device {device}; use a CPU or a CUDA device")
+    return import_module(f"shardes.noise.{name}{'_lowrank' if low_rank else ''}")

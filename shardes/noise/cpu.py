@@ -36,7 +36,7 @@ from shardes.noise.region import Region
 from shardes.threads import split_over_threads
 
 # Elements of normals that a kernel makes in a step: a pair of blocks to perturb with, a block to add up.
-_PAIR = 2 * BLOCK
+PAIR = 2 * BLOCK
 _MIN_PER_THREAD = 1 << 15  # elements; see split_over_threads
 # numba keeps compiled kernels by the date of this file and by the values in their closures. What they are
 # made of in other files has to be among these. A compiled function must not, for numba takes it for another
@@ -46,7 +46,7 @@ _SOURCES = zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for modul
 
 
 @nb.njit(inline="always")
-def _fill_normals(eps, first_call, scale, c1, c2, c3, k0, k1):
+def fill_normals(eps, first_call, scale, c1, c2, c3, k0, k1):
     """eps[:128] = scale * the normals of a pair of blocks."""
     for lane in range(LANES):
         call = u32(u32(first_call) + u32(lane))
@@ -117,7 +117,7 @@ def _add_signs_of_one(total, first_call, scale, c1, c2, c3, k0, k1):
 
 
 @nb.njit(inline="always")
-def _fill_rounding_bits(bits, block, c1, c3, k0, k1):
+def fill_rounding_bits(bits, block, c1, c3, k0, k1):
     """bits[:64] = the random bits with which a block is rounded."""
     first_call = u64(block) * u64(LANES)
     word1 = u32(c1 | u32(first_call >> u64(32)))
@@ -159,7 +159,7 @@ def _perturb_kernel(kind: NoiseKind, source_format: int, target_format: int) -> 
             first_call = u64(block_start // per_call)
             word1 = u32(c1 | u32(first_call >> u64(32)))
             if is_gaussian:
-                _fill_normals(eps, first_call, sigma, word1, c2, c3, k0, k1)
+                fill_normals(eps, first_call, sigma, word1, c2, c3, k0, k1)
             else:
                 _fill_signs(eps, first_call, sigma, word1, c2, c3, k0, k1)
             here, there = source[begin + offset : end + offset], target[begin + offset : end + offset]
@@ -197,7 +197,7 @@ def _accumulate_kernel(kind: NoiseKind, master_format: int) -> Callable[..., Non
             else:
                 for part in range(size // BLOCK):
                     block = block_start // BLOCK + part
-                    _fill_rounding_bits(bits[part * BLOCK :], block, c1, c3, k0, k1)
+                    fill_rounding_bits(bits[part * BLOCK :], block, c1, c3, k0, k1)
                 drawn = bits[begin:end]
                 for j in range(here.size):
                     moved = load(here[j], master_format) + owned[j]
@@ -218,7 +218,7 @@ def _add_kernel(master_format: int) -> Callable[..., None]:
         (per_row, start, stride, length), (c1, c3), (k0, k1) = geometry, words, key
         for step in range(first, last):
             block_start, begin, end, offset = _place(step, BLOCK, per_row, start, stride, length)
-            _fill_rounding_bits(bits, block_start // BLOCK, c1, c3, k0, k1)
+            fill_rounding_bits(bits, block_start // BLOCK, c1, c3, k0, k1)
             here, there = master[begin + offset : end + offset], delta[begin + offset : end + offset]
             drawn = bits[begin:end]
             for j in range(here.size):
@@ -229,7 +229,7 @@ def _add_kernel(master_format: int) -> Callable[..., None]:
 
 
 # How many elements of a kind are made at a time, and how many of them a call of Philox serves.
-_FILLS = {NoiseKind.GAUSSIAN: (_PAIR, 4), NoiseKind.RADEMACHER: (SIGN_BLOCK, 128)}
+_FILLS = {NoiseKind.GAUSSIAN: (PAIR, 4), NoiseKind.RADEMACHER: (SIGN_BLOCK, 128)}
 _SUMS = {NoiseKind.GAUSSIAN: (BLOCK, 4), NoiseKind.RADEMACHER: (SIGN_BLOCK, 128)}
 
 
@@ -245,7 +245,9 @@ def perturb(
 ) -> None:
     """As ``shardes.noise.perturb``; ``words`` are the counter words 1 to 3."""
     kernel, size = _perturb_kernel(kind, FORMATS[source.dtype], FORMATS[target.dtype]), _FILLS[kind][0]
-    _over_blocks(kernel, region, size, stored(source), stored(target), f32(sigma), _words(words), _words(key))
+    _over_blocks(
+        kernel, region, size, stored(source), stored(target), f32(sigma), words_of(words), words_of(key)
+    )
 
 
 def accumulate(
@@ -267,8 +269,8 @@ def accumulate(
         stored(master),
         np.asarray(coefficients, np.float32),
         np.asarray(direction_words, np.uint32),
-        _words((word1, word3)),
-        _words(key),
+        words_of((word1, word3)),
+        words_of(key),
     )
 
 
@@ -282,11 +284,12 @@ def add(
     key: tuple[int, int],
 ) -> None:
     """As ``shardes.noise.add``, for a bfloat16 or float16 master; the words are those of the counter."""
-    kernel, words = _add_kernel(FORMATS[master.dtype]), _words((word1, word3))
-    _over_blocks(kernel, region, BLOCK, stored(master), stored(delta), words, _words(key))
+    kernel, words = _add_kernel(FORMATS[master.dtype]), words_of((word1, word3))
+    _over_blocks(kernel, region, BLOCK, stored(master), stored(delta), words, words_of(key))
 
 
-def _words(numbers: Sequence[int]) -> tuple[np.uint32, ...]:
+def words_of(numbers: Sequence[int]) -> tuple[np.uint32, ...]:
+    """Numbers as the words that kernels take."""
     return tuple(u32(number) for number in numbers)
 
 

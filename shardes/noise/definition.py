@@ -4,7 +4,11 @@ docs/noise.md states the same in words. Nothing here may change without a new ``
 can only be replayed under the definition it was written with. The kernels import the constants from here.
 """
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +64,8 @@ class Stream(IntEnum):
     RADEMACHER = 2
     ROUNDING = 3
     SAMPLING = 4
+    LEFT = 5
+    RIGHT = 6
 
 
 class NoiseKind(StrEnum):
@@ -77,6 +83,54 @@ class NoiseKind(StrEnum):
     def largest(self) -> float:
         """What no eps exceeds in magnitude."""
         return {NoiseKind.GAUSSIAN: 6.67, NoiseKind.RADEMACHER: 1.0}[self]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Noise of low rank: of a matrix ``A B^T / sqrt(rank)``, A and B standard normal; of a vector normal.
+
+    Attributes:
+        rank: Columns of A and of B.
+
+    Raises:
+        ValueError: A rank below 1.
+    """
+
+    rank: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"the rank is {self.rank}; wanted at least 1")
+
+    @property
+    def scale(self) -> np.float32:
+        """What the elements of A are multiplied by."""
+        return np.float32(1 / math.sqrt(self.rank))
+
+    @property
+    def largest(self) -> float:
+        """What no eps exceeds in magnitude."""
+        return NoiseKind.GAUSSIAN.largest**2 * math.sqrt(self.rank)
+
+
+Kind = NoiseKind | LowRank
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int, int] | None:
+    """How noise of low rank takes a parameter: as how many matrices, of how many rows and columns.
+
+    Returns:
+        Three numbers whose product is the parameter's size: [m, n] is one matrix, [e, m, n] are e of them
+        (experts), each with factors of its own. None for a vector or a number, whose noise has full rank.
+
+    Raises:
+        ValueError: More than three dimensions.
+    """
+    if len(shape) > 3:
+        raise ValueError(f"low-rank noise has no rule for a parameter of shape {list(shape)}")
+    if len(shape) < 2:
+        return None
+    return (1, shape[0], shape[1]) if len(shape) == 2 else (shape[0], shape[1], shape[2])
 
 
 def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
@@ -195,7 +249,14 @@ def element_words(
 
 
 def normals(
-    *, seed: int, iteration: int, direction: int, param_id: int, start: int, length: int
+    *,
+    seed: int,
+    iteration: int,
+    direction: int,
+    param_id: int,
+    start: int,
+    length: int,
+    stream: Stream = Stream.GAUSSIAN,
 ) -> NDArray[np.float32]:
     """eps: the standard normals of elements [start, start + length) of one parameter.
 
@@ -206,6 +267,7 @@ def normals(
         param_id: Index of the parameter in the name-sorted list, below 2**24.
         start: Row-major index of the first element in the whole parameter.
         length: Number of elements.
+        stream: Whose counters; of a factor, elements are those of the factor.
 
     Returns:
         float32 of shape [length].
@@ -215,7 +277,7 @@ def normals(
         iteration=iteration,
         direction=direction,
         param_id=param_id,
-        stream=Stream.GAUSSIAN,
+        stream=stream,
         start=start,
         length=length,
     )
@@ -242,6 +304,84 @@ def signs(
     in_order = bits.transpose(1, 0, 3, 2).reshape(-1)  # block, word, bit, lane
     offset = start - first_block * SIGN_BLOCK
     return (np.float32(1) - np.float32(2) * in_order.astype(np.float32))[offset : offset + length]
+
+
+def factors(
+    *,
+    seed: int,
+    iteration: int,
+    direction: int,
+    param_id: int,
+    shape: Sequence[int],
+    kind: LowRank,
+    start: int,
+    length: int,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What the low-rank noise of elements [start, start + length) of some matrices is made of.
+
+    Args:
+        seed: As in ``normals``.
+        iteration: As in ``normals``.
+        direction: As in ``normals``.
+        param_id: As in ``normals``.
+        shape: The parameter's, of two or three dimensions.
+        kind: The rank.
+        start: Row-major index of the first element in the whole parameter.
+        length: Number of elements.
+
+    Returns:
+        The row of A that each element's row has, divided by sqrt(rank), and the row of B that its column has:
+        both float32 of shape [length, rank].
+    """
+    view = matrix_shape(shape)
+    assert view is not None, "a vector has no factors"
+    count, height, width = view
+    whole = partial(normals, seed=seed, iteration=iteration, direction=direction, param_id=param_id, start=0)
+    left = whole(length=count * height * kind.rank, stream=Stream.LEFT).reshape(-1, kind.rank) * kind.scale
+    right = whole(length=count * width * kind.rank, stream=Stream.RIGHT).reshape(-1, kind.rank)
+    index = np.arange(start, start + length)
+    return left[index // width], right[index // (height * width) * width + index % width]
+
+
+def low_rank(
+    *,
+    seed: int,
+    iteration: int,
+    direction: int,
+    param_id: int,
+    shape: Sequence[int],
+    kind: LowRank,
+    start: int,
+    length: int,
+) -> NDArray[np.float32]:
+    """Low-rank eps; arguments as in ``factors``.
+
+    Returns:
+        float32 of shape [length].
+    """
+    if matrix_shape(shape) is None:
+        return normals(
+            seed=seed,
+            iteration=iteration,
+            direction=direction,
+            param_id=param_id,
+            start=start,
+            length=length,
+        )
+    left, right = factors(
+        seed=seed,
+        iteration=iteration,
+        direction=direction,
+        param_id=param_id,
+        shape=shape,
+        kind=kind,
+        start=start,
+        length=length,
+    )
+    eps = np.zeros(length, np.float32)
+    for k in range(kind.rank):
+        eps = eps + left[:, k] * right[:, k]
+    return eps
 
 
 def rounding_bits(*, seed: int, iteration: int, param_id: int, start: int, length: int) -> NDArray[np.uint32]:

@@ -1,5 +1,6 @@
 """Which elements of which parameter a flat tensor holds."""
 
+import math
 from dataclasses import dataclass
 
 from shardes.noise.definition import MAX_ELEMENTS, MAX_PARAM_ID
@@ -18,10 +19,11 @@ class Region:
         length: Elements in a row.
         rows: Number of rows.
         stride: From the start of a row to the start of the next; not used with one row.
+        shape: The whole parameter's; only noise of low rank needs it.
 
     Raises:
-        ValueError: The region is not inside the parameter, its rows overlap, or a number is too large for
-            the noise's counter.
+        ValueError: The region is not inside the parameter, its rows overlap, the shape is another size's, or
+            a number is too large for the noise's counter.
     """
 
     param_id: int
@@ -30,6 +32,7 @@ class Region:
     length: int
     rows: int = 1
     stride: int = 0
+    shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.param_id <= MAX_PARAM_ID:
@@ -51,6 +54,9 @@ class Region:
                 f"elements up to {self.end} do not lie inside parameter {self.param_id}, which has "
                 f"{self.param_size}; got {self}"
             )
+
+        if self.shape is not None and math.prod(self.shape) != self.param_size:
+            raise ValueError(f"a parameter of shape {self.shape} has not {self.param_size} elements")
 
     @property
     def num_elements(self) -> int:

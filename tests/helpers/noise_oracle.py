@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from shardes.noise import definition
+from shardes.noise import LowRank, definition
 
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -24,6 +24,8 @@ def _over_rows(function, region, **address):
 
 def noise_at(region, *, kind="gaussian", **address):
     """eps at a region's elements; float32."""
+    if isinstance(kind, LowRank):
+        return _over_rows(definition.low_rank, region, shape=region.shape, kind=kind, **address)
     return _over_rows(
         {"gaussian": definition.normals, "rademacher": definition.signs}[kind], region, **address
     )
@@ -37,6 +39,13 @@ def perturbed(source, target_dtype, *, region, sigma, kind="gaussian", **address
 def accumulated(master, *, region, coefficients, directions, kind="gaussian", seed, iteration):
     total = np.zeros(region.num_elements, np.float32)
     for direction, coefficient in zip(directions, coefficients, strict=True):
+        if isinstance(kind, LowRank) and definition.matrix_shape(region.shape) is not None:
+            address = {"shape": region.shape, "seed": seed, "iteration": iteration, "direction": direction}
+            left = _over_rows(lambda **a: definition.factors(**a)[0], region, kind=kind, **address)
+            right = _over_rows(lambda **a: definition.factors(**a)[1], region, kind=kind, **address)
+            for k in range(kind.rank):
+                total = total + (left[:, k] * np.float32(coefficient)) * right[:, k]
+            continue
         eps = noise_at(region, kind=kind, seed=seed, iteration=iteration, direction=direction)
         total = total + np.float32(coefficient) * eps
     return added(master, torch.from_numpy(total), region=region, seed=seed, iteration=iteration)

@@ -1,0 +1,191 @@
+"""Low-rank noise on any region of a parameter, from factors that are filled once a call.
+
+A region is taken apart into tiles, rectangles of one matrix each. A tile's noise takes the rows of A that it
+has, the rows of B that its columns have, and no others. Every element is computed by itself, so the cut into
+tiles changes no bit.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+
+from shardes.noise.definition import LowRank, Stream, matrix_shape, seed_key
+from shardes.noise.region import Region
+
+# Numbers of a table of factors: 32 MiB of float32.
+MAX_TABLE = 1 << 23
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of one matrix, and where a flat tensor has it.
+
+    Attributes:
+        matrix: Which matrix of the parameter.
+        first_row: Of the rectangle, counted over the rows of all matrices.
+        rows: How many.
+        first_column: Of the rectangle.
+        columns: How many.
+        offset: The place of its first element in the tensor.
+        pitch: Elements of the tensor from the start of one row to that of the next.
+    """
+
+    matrix: int
+    first_row: int
+    rows: int
+    first_column: int
+    columns: int
+    offset: int
+    pitch: int
+
+    def cut(self, side: int) -> Iterator["Tile"]:
+        """The tile in pieces of at most so many rows and columns."""
+        for row in range(0, self.rows, side):
+            for column in range(0, self.columns, side):
+                yield replace(
+                    self,
+                    first_row=self.first_row + row,
+                    rows=min(side, self.rows - row),
+                    first_column=self.first_column + column,
+                    columns=min(side, self.columns - column),
+                    offset=self.offset + row * self.pitch + column,
+                )
+
+
+def tiles(region: Region) -> Iterator[Tile]:
+    """The rectangles of which a region of matrices consists.
+
+    Raises:
+        ValueError: The region's parameter is no matrix.
+    """
+    view = None if region.shape is None else matrix_shape(region.shape)
+    if view is None:
+        raise ValueError(f"{region} is of no matrix")
+    _, height, width = view
+    start, length, rows, stride = region.start, region.length, region.rows, region.stride
+    if rows == 1 or stride == length:
+        yield from _of_stretch(start, rows * length, offset=0, height=height, width=width)
+    elif stride == width and start % width + length <= width:
+        first = Tile(0, start // width, rows, start % width, length, 0, length)
+        yield from _by_matrix(first, height)
+    else:
+        for row in range(rows):
+            yield from _of_stretch(
+                start + row * stride, length, offset=row * length, height=height, width=width
+            )
+
+
+def _of_stretch(start: int, length: int, *, offset: int, height: int, width: int) -> Iterator[Tile]:
+    """Consecutive elements: the end of a row, whole rows, and the beginning of one."""
+    if start % width:
+        head = min(width - start % width, length)
+        yield Tile(start // (height * width), start // width, 1, start % width, head, offset, width)
+        start, length, offset = start + head, length - head, offset + head
+    if whole := length // width:
+        yield from _by_matrix(Tile(0, start // width, whole, 0, width, offset, width), height)
+        start, length, offset = start + whole * width, length - whole * width, offset + whole * width
+    if length:
+        yield Tile(start // (height * width), start // width, 1, 0, length, offset, width)
+
+
+def _by_matrix(tile: Tile, height: int) -> Iterator[Tile]:
+    """Parts a tile where one matrix ends and the next begins."""
+    row, end = tile.first_row, tile.first_row + tile.rows
+    while row < end:
+        rows = min(height - row % height, end - row)
+        offset = tile.offset + (row - tile.first_row) * tile.pitch
+        yield replace(tile, matrix=row // height, first_row=row, rows=rows, offset=offset)
+        row += rows
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Makes the tables of some directions.
+
+    Attributes:
+        kernels: Those of the device.
+        device: Where tables are wanted.
+        kind: The rank.
+        param_id: Of the parameter.
+        width: Columns of its matrices.
+        seed: The run's.
+        iteration: Whose.
+        directions: Which.
+    """
+
+    kernels: ModuleType
+    device: torch.device
+    kind: LowRank
+    param_id: int
+    width: int
+    seed: int
+    iteration: int
+    directions: Sequence[int]
+
+    def left(self, tile: Tile) -> torch.Tensor:
+        """A / sqrt(rank) at a tile's rows: float32 of shape [directions, rank, rows]."""
+        return self._table(Stream.LEFT, tile.first_row, tile.rows, scale=float(self.kind.scale))
+
+    def right(self, tile: Tile) -> torch.Tensor:
+        """B at a tile's columns: float32 of shape [directions, rank, columns]."""
+        first = tile.matrix * self.width + tile.first_column
+        return self._table(Stream.RIGHT, first, tile.columns, scale=1.0)
+
+    def _table(self, stream: Stream, first: int, count: int, *, scale: float) -> torch.Tensor:
+        table: torch.Tensor = self.kernels.table(
+            first,
+            count,
+            rank=self.kind.rank,
+            scale=scale,
+            param_id=self.param_id,
+            direction_words=[direction << 8 | stream for direction in self.directions],
+            iteration=self.iteration,
+            key=seed_key(self.seed),
+            device=self.device,
+        )
+        return table
+
+
+def perturb(
+    kernels: ModuleType,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    region: Region,
+    sigma: float,
+    factors: Factors,
+) -> None:
+    """As ``shardes.noise.perturb``, for matrices and one direction."""
+    side = max(MAX_TABLE // factors.kind.rank, 1)
+    for tile in (part for whole in tiles(region) for part in whole.cut(side)):
+        left, right = factors.left(tile), factors.right(tile)
+        kernels.perturb(source, target, tile, left.flatten(0, 1), right.flatten(0, 1), sigma=sigma)
+
+
+def accumulate(
+    kernels: ModuleType,
+    master: torch.Tensor,
+    *,
+    region: Region,
+    coefficients: Sequence[float],
+    factors: Factors,
+) -> None:
+    """As ``shardes.noise.accumulate``, for matrices."""
+    side = max(MAX_TABLE // (factors.kind.rank * max(len(coefficients), 1)), 1)
+    scales = torch.tensor(coefficients, dtype=torch.float32, device=master.device).view(-1, 1, 1)
+    for tile in (part for whole in tiles(region) for part in whole.cut(side)):
+        left, right = factors.left(tile).mul_(scales), factors.right(tile)
+        kernels.accumulate(
+            master,
+            tile,
+            left.flatten(0, 1),
+            right.flatten(0, 1),
+            # Of the parameter's element that the tile has first, and of the one below it.
+            index=tile.first_row * factors.width + tile.first_column,
+            width=factors.width,
+            param_id=factors.param_id,
+            iteration=factors.iteration,
+            key=seed_key(factors.seed),
+        )
