@@ -29,6 +29,8 @@ OPTIONS = {
     "by prompt, own prompts": {"shaping": "per_prompt", "prompts_per_member": 5},
     "outliers": {"clip_shaped": 0.9},
     "signs": {"noise": "rademacher"},
+    "low rank": {"noise": "low_rank", "rank": 2},
+    "low rank in pairs, adam": {"noise": "low_rank", "antithetic": True, "optimizer": "adam", "alpha": 0.01},
     "linear": {"schedule": "linear"},
     "cosine": {"schedule": "cosine", "warmup_iterations": 2},
     "sigma": {"sigma_schedule": "linear", "final_sigma": 0.02, "alpha": "auto"},

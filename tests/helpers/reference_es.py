@@ -3,16 +3,18 @@
 Of shardes it takes the definition of the noise and nothing else. What it is told has the names of the keys.
 """
 
+import functools
 import math
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shardes.noise import Region, data_order
+from shardes.noise import LowRank, Region, data_order
 from tests.helpers.noise_oracle import accumulated, added, noise_at
 
 f32 = np.float32
+eps_at = functools.lru_cache(maxsize=None)(noise_at)  # the same for many runs
 
 
 class ReferenceES:
@@ -25,6 +27,7 @@ class ReferenceES:
             batch_size,
             max_new_tokens,
         )
+        self.kind = LowRank(es["rank"]) if es["noise"] == "low_rank" else es["noise"]
         self.es, self.parameters = es, dict(sorted(self.model.named_parameters()))
         self.base = {name: p.detach().flatten().clone() for name, p in self.parameters.items()}
         self.masters = {name: values.clone() for name, values in self.base.items()}
@@ -32,7 +35,8 @@ class ReferenceES:
 
     def region(self, name):
         size = len(self.base[name])
-        return Region(list(self.parameters).index(name), size, 0, size)
+        shape = tuple(self.parameters[name].shape)
+        return Region(list(self.parameters).index(name), size, 0, size, shape=shape)
 
     @torch.no_grad()
     def answers(self, prompts):
@@ -44,9 +48,7 @@ class ReferenceES:
     @torch.no_grad()
     def rewards(self, rows, *, iteration, direction, sigma):
         for name, p in self.parameters.items():
-            eps = noise_at(
-                self.region(name), kind=self.es["noise"], seed=0, iteration=iteration, direction=direction
-            )
+            eps = eps_at(self.region(name), kind=self.kind, seed=0, iteration=iteration, direction=direction)
             moved = self.masters[name].to(p.dtype).float() + torch.from_numpy(f32(sigma) * eps)
             p.copy_(moved.to(p.dtype).view(p.shape))
         prompts = [row["prompt"] for row in rows]
@@ -120,7 +122,7 @@ class ReferenceES:
             torch.zeros(len(master)),
             coefficients=c,
             directions=range(len(c)),
-            kind=es["noise"],
+            kind=self.kind,
             iteration=noise_iteration,
             **address,
         )
