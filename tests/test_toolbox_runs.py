@@ -90,12 +90,13 @@ def test_options_give_the_same_bytes_and_metrics_however_they_are_sharded(tmp_pa
 
 
 @pytest.mark.parametrize("options", [PAIRS, BY_PROMPT], ids=["pairs", "by prompt"])
-def test_a_run_goes_on_from_a_snapshot_with_what_the_optimizer_keeps(tmp_path, model, options):
+def test_a_run_goes_on_from_a_snapshot_with_what_the_optimizer_keeps(tmp_path, model, options, caplog):
     wanted = train(tmp_path, model, name="whole", **options, es__iterations=5)
     train(tmp_path, model, **options, es__iterations=3, run__snapshot_every=2)
     assert find_snapshots(tmp_path / "run") == [2]
     found = train(tmp_path, model, **options, es__iterations=5, run__snapshot_every=2)
     assert same(found, wanted)
+    assert "damaged" not in caplog.text, "it was used"
     assert steady_metrics(tmp_path / "run") == steady_metrics(tmp_path / "whole")
 
 
