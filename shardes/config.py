@@ -489,6 +489,11 @@ class LogConfig(Section):
     """Iterations between those whose update is measured: its length, what of it was lost in rounding, how far
     the weights are from the base model; 0 means never. It takes one to two updates more, and reads the base
     model's file."""
+    kl_every: int = Field(default=0, ge=0)
+    """Iterations between estimates of how far the centre's answers have moved from the base model's, on
+    ``kl_prompts`` prompts; 0 means never."""
+    kl_prompts: int = Field(default=16, gt=0)
+    """How many prompts the base model answers for that, of the held-out problems, or else of the others."""
 
 
 class Config(Section):

@@ -109,24 +109,28 @@ class Population:
                 self._rollout.step_down()
         return results
 
-    def evaluate_centre(self, problems: Problems, *, keeps_samples: bool = False) -> Evaluation:
+    def evaluate_centre(
+        self, problems: Problems, *, rollout: Rollout | None = None, keeps_samples: bool = False
+    ) -> Evaluation:
         """What the centre earns; a collective of all ranks, which share the problems.
 
         Args:
             problems: What it answers.
+            rollout: How; None: as members do.
             keeps_samples: Whether every answer is kept, on the rank that gave it.
 
         Raises:
             Stopped: On all ranks, if the job was asked to stop.
         """
         self._stop_if_asked()
+        rollout = rollout or self._rollout
         while True:
-            self._rollout.begin(problems)
-            self._rollout.mode.centre()
+            rollout.begin(problems)
+            rollout.mode.centre()
             try:
-                return self._rollout.evaluate(problems, group=self._mesh.world, keeps_samples=keeps_samples)
+                return rollout.evaluate(problems, group=self._mesh.world, keeps_samples=keeps_samples)
             except MemoryShortageError:
-                self._rollout.step_down()
+                rollout.step_down()
 
     def _start(self, member: int, asked: Round) -> Pending:
         """Has a member answer; a collective of the team."""

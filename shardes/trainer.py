@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from shardes.agreement import check_agreement, shared_settings
 from shardes.batches import draw_batch
+from shardes.drift import Drift
 from shardes.errors import UserError
 from shardes.es.fitness import mean_reward
 from shardes.es.instruments import reward_instruments
@@ -91,6 +92,14 @@ class Trainer:
         self._known_evaluation: int | None = None
         self._known_heldout_reward: float | None = None
         self._best_reward: float | None = None
+        self._known_kls: set[int] = set()
+        self._drift = Drift(
+            self._rollout,
+            self._population,
+            task=task,
+            rows=(task.heldout or task.train)[: self._config.log.kl_prompts],
+            world=session.mesh.world,
+        )
         self._settings = self._config.determinants(data_sha256=rows_sha256(task.train))
         self._snapshots = Snapshots(
             self._config.run.dir,
@@ -116,6 +125,7 @@ class Trainer:
             first = self._open_run()
             with self._progress(first) as self._bar:
                 for iteration in range(first, self._config.es.iterations):
+                    self._measure_drift_if_due(iteration)
                     self._evaluate_centre_if_due(iteration)
                     asked = Round(iteration, self._draw_problems(iteration), self._rollout, self._strategy)
                     results = self._evaluate_members(asked)
@@ -259,6 +269,12 @@ class Trainer:
         )
         return [self._task.train[row] for row in drawn]
 
+    def _measure_drift_if_due(self, iteration: int) -> None:
+        """How far the centre has moved from the base model, every few iterations and at the end."""
+        every, is_last = self._config.log.kl_every, iteration == self._config.es.iterations
+        if every and (is_last or iteration % every == 0) and iteration not in self._known_kls:
+            self._record({"type": "kl", "iteration": iteration, "kl": self._drift.measure()})
+
     def _evaluate_centre_if_due(self, iteration: int) -> None:
         """Held-out rewards after ``iteration`` updates, every few iterations and at the end."""
         every = self._config.eval.every
@@ -317,6 +333,7 @@ class Trainer:
     def _finish(self) -> None:
         """Evaluates the final weights, and leaves the model at them."""
         last = self._config.es.iterations
+        self._measure_drift_if_due(last)
         self._evaluate_centre_if_due(last)
         with self._spans("snapshot"):
             self._snapshots.finish()
@@ -389,6 +406,8 @@ class Trainer:
                     "pending": list(history.members.get(first, {}).values()),
                     "evaluation": history.evaluations.get(first),
                     "best_reward": history.best_reward(before=first),
+                    "probe": history.probe,
+                    "has_kl": first in history.kls,
                 }
             except UserError as error:
                 state = {"error": str(error)}
@@ -397,6 +416,9 @@ class Trainer:
             raise UserError(state["error"])
         self._snapshots.open()
         first, digests = len(state["updates"]), dict(state["digests"])
+        self._known_kls = {first} if state["has_kl"] else set()
+        if self._config.log.kl_every:
+            self._drift.use(state["probe"] or self._draw_probe())
         restore_weights(
             self._session,
             state["updates"],
@@ -421,6 +443,14 @@ class Trainer:
             for iteration in range(self.run.metrics.num_lines, first):
                 self.run.metrics.write(iteration_metrics(self.run.history, iteration))
         return first
+
+    def _draw_probe(self) -> dict[str, Any]:
+        """Has the base model, which the centre still is, answer for comparisons to come."""
+        # The mode is chosen for what the run asks, not for the few prompts of the probe.
+        self._rollout.begin(self._rollout.prepare(self._draw_problems(0), iteration=0))
+        record = self._drift.draw()
+        self._record(record)
+        return record
 
     def _progress(self, first: int) -> Any:
         """A bar on the main rank's terminal; none where there is no terminal."""

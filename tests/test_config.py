@@ -363,6 +363,8 @@ FREE = [
     ("eval.every", 3),
     ("log.samples_every", 3),
     ("log.instruments_every", 3),
+    ("log.kl_every", 3),
+    ("log.kl_prompts", 3),
     ("es.iterations", 9),
     ("es.min_valid_fraction", 0.25),
     ("es.alpha", 5e-4),  # what auto stands for

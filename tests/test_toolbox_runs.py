@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from shardes.checkpoint import Checkpoint
 from shardes.noise import Region
@@ -27,6 +28,7 @@ PAIRS = {
     "es__weight_decay": 0.5,
     "es__decay_towards": "base",
     "log__instruments_every": 1,
+    "log__kl_every": 1,
     "eval__every": 0,
 }
 BY_PROMPT = {
@@ -182,3 +184,41 @@ def test_measuring_changes_nothing(tmp_path, model):
     )
     keys = {key for line in steady_metrics(tmp_path / "unmeasured") for key in line}
     assert not {"update_norm", "base_distance"} & keys
+
+
+def log_likelihood(model_dir, pairs):
+    """Over all answers, by transformers alone."""
+    model, total = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), 0.0
+    for prompt, answer in pairs:
+        with torch.no_grad():
+            scores = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        total += sum(float(scores[place, token]) for place, token in zip(places, answer, strict=True))
+    return total
+
+
+def test_the_divergence_from_the_base_model_is_that_of_its_answers_likelihoods(tmp_path, model):
+    changes = {"es__iterations": 4, "es__alpha": 0.3, "log__kl_every": 3, "log__kl_prompts": 6}
+    train(tmp_path, model, **changes)
+    (probe,) = (record for record in journal(tmp_path / "run") if record["type"] == "probe")
+    assert len(probe["pairs"]) == 6
+    assert len({tuple(answer) for _, answer in probe["pairs"]}) > 3
+    lines = {line["iteration"]: line.get("kl_to_base") for line in steady_metrics(tmp_path / "run")}
+    assert lines.keys() == {0, 1, 2, 3, 4}
+    assert (lines[0], lines[1], lines[2]) == (0.0, None, None)
+    assert call("shardes", "export", tmp_path / "run", tmp_path / "out").returncode == 0
+    num_tokens = sum(len(answer) for _, answer in probe["pairs"])
+    before, after = (log_likelihood(path, probe["pairs"]) for path in (model, tmp_path / "out"))
+    assert lines[4] == pytest.approx((before - after) / num_tokens, rel=1e-4)
+    assert lines[4] > 0.01
+
+
+def test_the_divergence_can_be_asked_for_later(tmp_path, model):
+    changes = {"log__kl_every": 1, "log__kl_prompts": 6}
+    wanted = train(tmp_path, model, name="whole", **changes)
+    train(tmp_path, model, es__iterations=2)
+    assert same(train(tmp_path, model, **changes), wanted)
+    lines, wanted = (
+        [line.get("kl_to_base") for line in steady_metrics(tmp_path / name)] for name in ("run", "whole")
+    )
+    assert lines == [None, None, *wanted[2:]]

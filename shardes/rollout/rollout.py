@@ -21,7 +21,7 @@ from shardes.rollout.scoring import Scorer
 from shardes.rollout.stop_texts import StopTexts
 from shardes.rollout.tally import AnswerTally, ChoiceSet, Evaluation, LikelihoodTally, Tally, choice_set
 from shardes.spans import Spans
-from shardes.tasks.base import Choices, Prompt, Row
+from shardes.tasks.base import Choices, Prompt, Row, Task
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ class Rollout:
         self._scorer = scorer
         self._modes = modes
         self._settings = settings
+        self._seed = seed
         self._spans = spans
         self._stop = StopTexts(settings.stop, tokenizer)
         self._sampling = None
@@ -156,6 +157,44 @@ class Rollout:
         prefix = torch.tensor([shared], device=device) if shared else None
         return Problems(rows, prompts, scorer, count, [batch.to(device) for batch in batches], prefix)
 
+    def drawing(self) -> "Rollout":
+        """One that draws answers at temperature 1 instead, one to each prompt, with the same mode."""
+        changes = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "samples_per_prompt": 1}
+        return Rollout(
+            self._backend,
+            tokenizer=self._tokenizer,
+            mesh=self._mesh,
+            scorer=self._scorer,
+            modes=self._modes,
+            settings=self._settings.model_copy(update=changes),
+            seed=self._seed,
+            spans=self._spans,
+        )
+
+    def release(self) -> None:
+        """Frees what generating keeps between members."""
+        self._decoder.release()
+
+    def tokens_of(self, task: Task) -> list[list[int]]:
+        """The tokens of a task's prompts."""
+        return [tokenize(task.make_prompt(row), self._tokenizer) for row in task.train]
+
+    def prepare_pairs(self, pairs: Sequence[Sequence[list[int]]], *, scorer: Scorer) -> Problems:
+        """The likelihood of given tokens as problems.
+
+        Args:
+            pairs: The tokens of each prompt and of what follows it.
+            scorer: Of a task whose metric is wanted of them.
+        """
+        texts = [self._text(completion) for _, completion in pairs]
+        choices = ChoiceSet(
+            prompts=[self._text(prompt) for prompt, _ in pairs],
+            choices=[Choices([text], gold=0) for text in texts],
+            pairs=[(prompt, completion) for prompt, completion in pairs],
+            first_pairs=range(len(pairs) + 1),
+        )
+        return self._of_pairs([{} for _ in pairs], list(choices.prompts), choices, scorer)
+
     def _prepare_choices(
         self,
         rows: Sequence[Row],
@@ -170,6 +209,11 @@ class Rollout:
             self._tokenizer,
             max_positions=max_positions(self._backend.lockstep_model),
         )
+        return self._of_pairs(rows, prompts, choices, scorer)
+
+    def _of_pairs(
+        self, rows: Sequence[Row], prompts: list[Prompt], choices: ChoiceSet, scorer: Scorer
+    ) -> Problems:
         batches = compose_completions(
             [prompt for prompt, _ in choices.pairs],
             [completion for _, completion in choices.pairs],

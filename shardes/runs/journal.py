@@ -5,6 +5,8 @@ changed, lost or moved is found. The records:
 
 - ``header``: what the run is: configuration, base model, noise version, parameter table.
 - ``member``: one member's reward, as soon as it is known.
+- ``probe``: what the base model answers to some prompts, to see how far the centre goes from it.
+- ``kl``: how far it has gone.
 - ``evaluation``: the centre's held-out metrics, before the iteration's members.
 - ``update``: the coefficients of one iteration, on disk before the update is applied.
 - ``weights``: the digest of the weights after it.
@@ -34,6 +36,8 @@ class History:
         evaluations: Records by iteration.
         digests: Digests of the weights, by the number of updates that they had had.
         instruments: What was measured of the update that led to them.
+        probe: What the base model answers to some prompts; None: it was not asked.
+        kls: How far the centre was from the base model on these, by iteration.
     """
 
     header: dict[str, Any] | None = None
@@ -42,6 +46,8 @@ class History:
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     digests: dict[int, str] = field(default_factory=dict)
     instruments: dict[int, dict[str, Any]] = field(default_factory=dict)
+    probe: dict[str, Any] | None = None
+    kls: dict[int, float | None] = field(default_factory=dict)
 
     def iteration_of(self, wanted: str | None, *, key: str) -> int:
         """How many updates a user means.
@@ -102,6 +108,10 @@ class History:
             for member in self.members.get(record["iteration"], {}).values():
                 member.pop("by_problem", None)
                 member.pop("problems", None)
+        elif kind == "probe" and self.probe is None:
+            self.probe = record
+        elif kind == "kl" and record["iteration"] == len(self.updates):
+            self.kls[record["iteration"]] = record["kl"]
         elif kind == "weights" and record["iteration"] == len(self.updates):
             self.digests[record["iteration"]] = record["digest"]
             self.instruments[record["iteration"]] = record.get("instruments", {})

@@ -47,13 +47,15 @@ def num_trained(header: dict[str, Any]) -> int:
 
 
 def heldout_metrics(history: History, iteration: int) -> dict[str, Any]:
-    """What the centre earned on held-out problems after ``iteration`` updates; empty if not evaluated."""
+    """What the centre was after ``iteration`` updates, on held-out problems and on the probe; if measured."""
+    metrics: dict[str, Any] = {}
+    if iteration in history.kls:
+        metrics["kl_to_base"] = history.kls[iteration]
     record = history.evaluations.get(iteration)
     if record is None:
-        return {}
-    metrics: dict[str, Any] = {}
+        return metrics
     if "reward" in record:
-        metrics = {
+        metrics |= {
             "heldout_reward": record["reward"],
             "heldout_num_failures": record["num_failures"],
             "heldout_components": record["components"],

@@ -49,8 +49,8 @@ def _pending(history: History) -> Iterator[str]:
     """What is known of the iteration that has not ended."""
     done = len(history.updates)
     yield f"{done} iterations are done"
-    if reward := heldout_metrics(history, done):
-        yield f"held-out reward after them: {_number(reward['heldout_reward'])}"
+    if "heldout_reward" in (metrics := heldout_metrics(history, done)):
+        yield f"held-out reward after them: {_number(metrics['heldout_reward'])}"
     if members := history.members.get(done):
         yield f"iteration {done} has begun: {len(members)} of its members are known"
 
