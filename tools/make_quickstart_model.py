@@ -17,7 +17,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations_with_replacement, permutations, product
 from pathlib import Path
 
@@ -156,18 +156,31 @@ def make_model() -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def pretrain(model: Qwen2ForCausalLM, corpus: Corpus) -> None:
-    """Trains on the answers alone; the prompts are uniform noise to a model this small."""
+def train_model(
+    model: Qwen2ForCausalLM,
+    draw: Callable[[torch.Generator], torch.Tensor],
+    *,
+    num_steps: int,
+    prompt_length: int,
+) -> None:
+    """Trains on the answers alone; the prompts are uniform noise to a model this small.
+
+    Args:
+        model: Trained in place.
+        draw: Gives a batch of texts, as token ids.
+        num_steps: How many are drawn.
+        prompt_length: Where answers begin.
+    """
     generator = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    for step in range(NUM_STEPS):
+    for step in range(num_steps):
         warmup = min(1.0, (step + 1) / NUM_WARMUP_STEPS)
-        cosine = 0.5 * (1 + math.cos(math.pi * step / NUM_STEPS))
+        cosine = 0.5 * (1 + math.cos(math.pi * step / num_steps))
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * warmup * cosine
-        ids = corpus.draw(generator)
-        logits = model(input_ids=ids[:, :-1]).logits[:, PROMPT_LENGTH - 1 :]
-        labels = ids[:, PROMPT_LENGTH:]
+        ids = draw(generator)
+        logits = model(input_ids=ids[:, :-1]).logits[:, prompt_length - 1 :]
+        labels = ids[:, prompt_length:]
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PAD_ID)
         optimizer.zero_grad()
         loss.backward()
@@ -212,7 +225,8 @@ def main(out: Path) -> None:
 
     tokenizer = make_tokenizer()
     model = make_model()
-    pretrain(model, Corpus([problems[str(short_prompt(row))] for row in pretraining], tokenizer))
+    corpus = Corpus([problems[str(short_prompt(row))] for row in pretraining], tokenizer)
+    train_model(model, corpus.draw, num_steps=NUM_STEPS, prompt_length=PROMPT_LENGTH)
     model.eval()
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=PAD_ID, eos_token_id=EOS_ID)
 

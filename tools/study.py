@@ -1,0 +1,332 @@
+"""The study behind benchmarks/es.md: arms of the algorithm on two small tasks, at equal evaluations.
+
+An arm is the base arm with something changed. Its step size is the best of three, tried on one seed; then it runs
+on five other seeds. Every run is a line of a file, so the study goes on where it was stopped.
+
+    python tools/study.py run --jobs 2 --out benchmarks/es.jsonl
+    python tools/study.py table benchmarks/es.jsonl
+"""
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+
+ROOT = Path(__file__).parent.parent
+TUNING_SEED, SEEDS = 100, (1, 2, 3, 4, 5)
+FACTORS = (0.5, 1.0, 2.0)
+# Two-sided 95% quantile of Student's t with four degrees of freedom.
+T_QUANTILE = 2.776
+
+TASKS: dict[str, dict[str, Any]] = {
+    "quickstart": {"es.iterations": 40},
+    "addition": {
+        "es.iterations": 12,
+        "model.path": ROOT / "configs" / "addition" / "model",
+        "task.name": None,
+        "task.data": ROOT / "configs" / "addition" / "train.jsonl",
+        "task.heldout_data": ROOT / "configs" / "addition" / "heldout.jsonl",
+        "task.reward": f"{ROOT / 'configs' / 'addition' / 'reward.py'}:digits",
+        "rollout.max_new_tokens": 4,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is tried.
+
+    Attributes:
+        group: What it is compared with.
+        changes: Keys that differ from the base arm's, besides alpha.
+        alpha: The step size that factors multiply: about as long a step as the base arm's.
+        reference: What is put in place of a part of shardes, by name; None: nothing.
+    """
+
+    group: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    alpha: float = 0.005
+    reference: str | None = None
+
+
+# With linear decay throughout, which the quickstart has and the paper does not: "constant" is the paper's.
+ARMS = {
+    "base": Arm("all"),
+    "constant": Arm("schedule", {"es.schedule": "constant"}),
+    "cosine": Arm("schedule", {"es.schedule": "cosine"}),
+    "sigma falls": Arm(
+        "schedule", {"es.sigma": 0.014, "es.sigma_schedule": "linear", "es.final_sigma": 0.006}
+    ),
+    "adaptive sigma": Arm("schedule", reference="adaptive sigma"),
+    "antithetic": Arm("directions", {"es.antithetic": True}),
+    "rademacher": Arm("directions", {"es.noise": "rademacher"}),
+    "noise reuse 2": Arm("directions", {"es.noise_reuse": 2}),
+    "own prompts": Arm(
+        "directions",
+        {"task.batch_size": 128, "es.prompts_per_member": 64, "es.shaping": "per_prompt"},
+        alpha=0.04,
+    ),
+    "centered ranks": Arm("shaping", {"es.shaping": "centered_rank"}, alpha=0.0175),
+    "rewards as they are": Arm("shaping", {"es.shaping": "none"}, alpha=0.08),
+    "per prompt": Arm("shaping", {"es.shaping": "per_prompt"}, alpha=0.04),
+    "momentum": Arm("optimizer", {"es.optimizer": "momentum"}, alpha=0.0005),
+    "adam": Arm("optimizer", {"es.optimizer": "adam"}, alpha=0.0009),
+    "adam, anchored": Arm(
+        "optimizer",
+        {"es.optimizer": "adam", "es.weight_decay": 10.0, "es.decay_towards": "base"},
+        alpha=0.0009,
+    ),
+    "bf16, float32 master": Arm("precision", {"model.dtype": "bfloat16"}),
+    "bf16, stochastic rounding": Arm("precision", {"model.dtype": "bfloat16", "weights.master": "model"}),
+    "bf16, perturb and subtract": Arm(
+        "precision", {"model.dtype": "bfloat16", "weights.master": "model"}, reference="perturb and subtract"
+    ),
+    **{f"rank {rank}": Arm("rank", {"es.noise": "low_rank", "es.rank": rank}) for rank in (1, 2, 4, 8)},
+}
+
+
+def perturb_and_subtract() -> Any:
+    """What other implementations do: noise is added to the bfloat16 weights and subtracted again."""
+    import torch
+
+    from shardes import noise
+    from shardes.es.update import Update
+    from shardes.es.weights import Weights
+
+    class Subtracting(Weights):
+        added: tuple[int, int, float] | None = None
+
+        def _add(self, iteration: int, direction: int, sigma: float) -> None:
+            for _, region, working, _ in self._on_device():
+                noise.perturb(
+                    working,
+                    working,
+                    region=region,
+                    sigma=sigma,
+                    seed=self.seed,
+                    iteration=iteration,
+                    direction=direction,
+                    kind=self.kind,
+                )
+            self._backend.commit()
+
+        def _restore(self) -> None:
+            if self.added is not None:
+                iteration, direction, sigma = self.added
+                self._add(iteration, direction, -sigma)
+            self.added = None
+
+        def perturb(self, *, iteration: int, direction: int, sigma: float) -> None:
+            self._restore()
+            self._add(iteration, direction, sigma)
+            self.added = (iteration, direction, sigma)
+
+        def centre(self) -> None:
+            if self._base is not None and self.last_update is None and self.added is None:
+                super().centre()  # the model has just been read
+            self._restore()
+
+        @torch.no_grad()
+        def update(self, update: Update, **_: Any) -> None:
+            self._restore()
+            for _, region, working, master in self._on_device():
+                working.copy_((working.float() + self._gradient(region, update)).to(working.dtype))
+                master.copy_(working)
+            self.last_update = update
+
+    return mock.patch("shardes.session.Weights", Subtracting)
+
+
+def adaptive_sigma(factor: float) -> Any:
+    """Sigma grows while members cannot be told apart, and shrinks while they can."""
+    from shardes.es.instruments import reward_instruments
+    from shardes.es.strategy import Strategy, reward_table
+
+    class Adaptive(Strategy):
+        scale = 1.0
+
+        def sigma(self, iteration: int) -> float:
+            return self._settings.sigma * self.scale
+
+        def alpha(self, iteration: int) -> float:
+            return super().alpha(iteration) * self.scale
+
+        def shaped(self, rewards: Any, results: Any) -> list[float]:
+            shaped = super().shaped(rewards, results)
+            found = reward_instruments(reward_table(results), rewards=rewards, shaped=shaped)["reward_snr"]
+            self.next_scale = self.scale * (1.05 if found is None or found < 1.5 else 1 / 1.05)
+            return shaped
+
+        def update(self, shaped: Any, *, iteration: int) -> Any:
+            update = super().update(shaped, iteration=iteration)
+            self.scale = min(max(self.next_scale, 0.25), 4.0)
+            return update
+
+    return mock.patch("shardes.trainer.Strategy", Adaptive)
+
+
+def run_one(task: str, name: str, factor: float, seed: int) -> dict[str, Any]:
+    """Trains once; returns the run's line."""
+    from shardes.config_files import load_config
+    from shardes.session import open_session
+    from shardes.tasks.loading import load_task
+    from shardes.trainer import Trainer
+
+    arm = ARMS[name]
+    references = {
+        None: contextlib.nullcontext,
+        "adaptive sigma": lambda: adaptive_sigma(factor),
+        "perturb and subtract": perturb_and_subtract,
+    }
+    keys: dict[str, Any] = {
+        "parallel.backend": "single",
+        "task.reward_workers": 0,
+        "log.samples_every": 0,
+        "log.instruments_every": 0,
+        "es.seed": seed,
+        "es.alpha": arm.alpha * factor,
+        **TASKS[task],
+        **arm.changes,
+    }
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory, references[arm.reference]():
+        keys["run.dir"] = directory
+        overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()]
+        config = load_config(ROOT / "configs" / "quickstart.yaml", overrides)
+        config = config.model_copy(
+            update={"eval": config.eval.model_copy(update={"every": config.es.iterations})}
+        )
+        with open_session(config) as session:
+            trainer = Trainer(session, load_task(config.task))
+            trainer.train()
+        lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+    del keys["run.dir"]
+    return {
+        "task": task,
+        "arm": name,
+        "factor": factor,
+        "seed": seed,
+        "heldout_reward": lines[-1]["heldout_reward"],
+        "base_reward": lines[0]["heldout_reward"],
+        "seconds": time.monotonic() - start,
+    }
+
+
+def best_factors(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """The step of each task and arm, once all were tried."""
+    tried: dict[tuple[str, str], dict[float, float]] = {}
+    for line in lines:
+        if line["seed"] == TUNING_SEED:
+            tried.setdefault((line["task"], line["arm"]), {})[line["factor"]] = line["heldout_reward"]
+    return {
+        key: max(found, key=lambda factor: found[factor])
+        for key, found in tried.items()
+        if set(found) == set(FACTORS)
+    }
+
+
+def missing(
+    lines: list[dict[str, Any]], tasks: list[str], arms: list[str]
+) -> Iterator[tuple[str, str, float, int]]:
+    """What can be run next."""
+    done = {(line["task"], line["arm"], line["factor"], line["seed"]) for line in lines}
+    best = best_factors(lines)
+    for task in tasks:
+        for arm in arms:
+            wanted = [(task, arm, factor, TUNING_SEED) for factor in FACTORS]
+            if (task, arm) in best:
+                wanted = [(task, arm, best[task, arm], seed) for seed in SEEDS]
+            yield from (each for each in wanted if each not in done)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="A line of it is one run.")
+@click.option("--jobs", default=1, help="Runs at a time, one thread each.")
+@click.option("--task", "tasks", multiple=True, type=click.Choice(list(TASKS)), help="Only these tasks.")
+@click.option("--arm", "arms", multiple=True, type=click.Choice(list(ARMS)), help="Only these arms.")
+def run(out: Path, jobs: int, tasks: tuple[str, ...], arms: tuple[str, ...]) -> None:
+    """Runs what the file does not have yet."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    failed: set[tuple[str, str, float, int]] = set()
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        pending: dict[Any, tuple[str, str, float, int]] = {}
+        while True:
+            left = missing(read(out), list(tasks or TASKS), list(arms or ARMS))
+            for each in left:
+                if len(pending) < 2 * jobs and each not in pending.values() and each not in failed:
+                    pending[pool.submit(run_one, *each)] = each
+            if not pending:
+                break
+            future = next(as_completed(pending))
+            each = pending.pop(future)
+            try:
+                line = future.result()
+            except Exception as error:
+                failed.add(each)
+                click.echo(f"{each}: {type(error).__name__}: {error}", err=True)
+                continue
+            with out.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+            click.echo(f"{each}: {line['heldout_reward']:.4f}, {line['seconds']:.0f} s")
+    raise SystemExit(bool(failed))
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path, exists=True))
+def table(path: Path) -> None:
+    """Prints what is known as tables."""
+    lines = sorted(read(path), key=lambda line: line["seed"])
+    best = best_factors(lines)
+    for task in TASKS:
+        found = {
+            arm: [
+                line["heldout_reward"]
+                for line in lines
+                if (line["task"], line["arm"], line["factor"]) == (task, arm, best.get((task, arm)))
+                and line["seed"] in SEEDS
+            ]
+            for arm in ARMS
+        }
+        base = found["base"]
+        click.echo(f"\n{task}\n\n| group | arm | alpha | held-out reward | against base, same seeds |")
+        click.echo("|---|---|---|---|---|")
+        for arm, rewards in found.items():
+            if len(rewards) < len(SEEDS):
+                continue
+            shift = ""
+            if arm != "base" and len(base) == len(SEEDS):
+                shift = shown([one - other for one, other in zip(rewards, base, strict=True)], sign="+")
+            alpha = ARMS[arm].alpha * best[task, arm]
+            click.echo(f"| {ARMS[arm].group} | {arm} | {alpha:g} | {shown(rewards)} | {shift} |")
+
+
+def shown(values: list[float], *, sign: str = "") -> str:
+    """The mean with half of its 95% interval."""
+    half = T_QUANTILE * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.fmean(values):{sign}.3f} ± {half:.3f}"
+
+
+if __name__ == "__main__":
+    main()
