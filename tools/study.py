@@ -1,7 +1,7 @@
 """The study behind benchmarks/es.md: arms of the algorithm on two small tasks, at equal evaluations.
 
-An arm is the base arm with something changed. Its step size is the best of three, tried on one seed; then it runs
-on five other seeds. Every run is a line of a file, so the study goes on where it was stopped.
+An arm is the base arm with something changed. Its step size is the best of three, tried on one seed; then it
+runs on five other seeds. Every run is a line of a file, so the study goes on where it was stopped.
 
     python tools/study.py run --jobs 2 --out benchmarks/es.jsonl
     python tools/study.py table benchmarks/es.jsonl
