@@ -139,7 +139,7 @@ def perturb_and_subtract() -> Any:
             self._restore()
 
         @torch.no_grad()
-        def update(self, update: Update, **_: Any) -> None:
+        def update(self, update: Update, **measures: Any) -> None:
             self._restore()
             for _, region, working, master in self._on_device():
                 working.copy_((working.float() + self._gradient(region, update)).to(working.dtype))
