@@ -5,6 +5,7 @@ than the centre does is then an estimate of the Kullback-Leibler divergence KL(b
 log-likelihoods of given tokens alone, with no second model in memory.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,14 +66,16 @@ class Drift:
         self._num_tokens = [len(answer) for _, answer in record["pairs"]]
 
     def measure(self) -> float | None:
-        """The divergence in nats per token; None if the base model's answers are empty. A collective."""
+        """The divergence in nats per token; None if the base model's answers are empty, or the centre's logits not finite. A
+        collective."""
         assert self._problems is not None, "use comes first"
         total = sum(self._num_tokens)
         if not total:
             return None
         now = self._found(self._problems)
         pairs = zip(self._num_tokens, self._base, now, strict=True)
-        return sum(number * (base - value) for number, base, value in pairs) / total
+        divergence = sum(number * (base - value) for number, base, value in pairs) / total
+        return divergence if math.isfinite(divergence) else None
 
     def _log_likelihoods(self, pairs: Sequence[Sequence[list[int]]]) -> list[float]:
         return self._found(self._rollout.prepare_pairs(pairs, scorer=self._scorer)) if pairs else []

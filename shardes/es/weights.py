@@ -313,18 +313,19 @@ class Weights:
         The bound is on the master's side and on that of the model's dtype, which may be the narrower.
         """
         gradient = math.fsum(map(abs, update.coefficients)) * self.kind.largest
-        largest = [
-            max((float(values.abs().max()) for values in state.tensors.values() if values.numel()), default=0)
-            for state in self._states
-        ] or [0.0] * len(self._optimizer.state_names)
+        # Before the first update there are no states, and they would be zeros.
+        states = [max(self._magnitudes(state), default=0.0) for state in self._states]
+        largest = states or [0.0] * len(self._optimizer.state_names)
         step = self._optimizer.largest_step(gradient, largest, alpha=update.alpha)
         limit = min(torch.finfo(self._backend.dtype).max, torch.finfo(self._dtype).max)
+        # What is compared with NaN is not smaller.
+        return not all(magnitude + step < limit for magnitude in self._magnitudes(self._masters))
+
+    def _magnitudes(self, kept: Kept) -> Iterator[float]:
+        """The largest magnitude in each run of this rank; NaN where there is one."""
         for shard, run in self._runs(self.trained):
-            low, high = torch.aminmax(self._masters.kept(shard, run))
-            # A NaN in the master is one in both; what is compared with NaN is not smaller.
-            if not max(float(high), -float(low)) + step < limit:
-                return True
-        return False
+            low, high = torch.aminmax(kept.kept(shard, run))
+            yield max(float(high), -float(low))
 
     def states_digest(self) -> int:
         """This rank's part of the digest of what the optimizer keeps; the whole is the sum over ranks."""
