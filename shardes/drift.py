@@ -66,8 +66,11 @@ class Drift:
         self._num_tokens = [len(answer) for _, answer in record["pairs"]]
 
     def measure(self) -> float | None:
-        """The divergence in nats per token; None if the base model's answers are empty, or the centre's logits not finite. A
-        collective."""
+        """The divergence in nats per token; a collective.
+
+        Returns:
+            None if the base model's answers are all empty, or the centre's logits are not finite.
+        """
         assert self._problems is not None, "use comes first"
         total = sum(self._num_tokens)
         if not total:
