@@ -9,11 +9,14 @@ from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
+from shardes.chunks import Chunks
 from shardes.distributed import Group, Mesh
 from shardes.es.results import MemberResult
 from shardes.rollout.memory import MemoryShortageError
+from shardes.rollout.modes import Batched
 from shardes.rollout.rollout import Pending, Problems, Rollout
 from shardes.rollout.tally import Evaluation
+from shardes.rollout.terms import Perturbation
 from shardes.spans import Spans
 from shardes.stopping import Stop, Stopped
 
@@ -79,9 +82,16 @@ class Population:
         self._timeout_seconds = timeout_seconds
         self._stop = stop
         self._spans = spans
+        self._chunks = Chunks(rollout, mesh=mesh, stop=stop, spans=spans)
 
     def evaluate_members(
-        self, members: Sequence[int], *, iteration: int, problems: Problems, on_result: OnResult
+        self,
+        members: Sequence[int],
+        *,
+        iteration: int,
+        problems: Problems,
+        on_result: OnResult,
+        population: int,
     ) -> dict[int, MemberResult]:
         """What members earn; a collective of all ranks.
 
@@ -90,6 +100,7 @@ class Population:
             iteration: Whose noise.
             problems: What they answer.
             on_result: Called on rank 0 with each result, as soon as rank 0 knows of it.
+            population: How many members the iteration has.
 
         Returns:
             Results by member, on every rank.
@@ -104,7 +115,16 @@ class Population:
             def start(member: int) -> tuple[int, Pending]:
                 return member, self._start(member, iteration=iteration, problems=problems)
 
-            results |= self._hand_out(missing, Evaluate(start, self._finish), on_result)
+            if isinstance(self._rollout.mode, Batched):
+                results |= self._chunks.evaluate(
+                    missing,
+                    population=population,
+                    perturbation_of=lambda member: Perturbation(iteration, member, self._sigma),
+                    problems=problems,
+                    on_result=on_result,
+                )
+            else:
+                results |= self._hand_out(missing, Evaluate(start, self._finish), on_result)
             if len(results) < len(members):
                 self._rollout.step_down()
         return results

@@ -190,7 +190,8 @@ def compare_on_the_quickstart(micro_batch_size: int) -> Row:
                 do_sample=False,
                 max_new_tokens=self._max_new_tokens,
             )
-        return Answers([self._cut(row) for row in output[:, batch.input_ids.shape[1] :].tolist()], True)
+        answers = [self._cut(row) for row in output[:, batch.input_ids.shape[1] :].tolist()]
+        return Answers(answers, [True] * len(answers))
 
     with open_session(config) as session:
         task = load_task(config.task)
@@ -207,7 +208,11 @@ def compare_on_the_quickstart(micro_batch_size: int) -> Row:
 
         def iteration(name: str) -> None:
             found = population.evaluate_members(
-                range(config.es.population), iteration=0, problems=problems, on_result=lambda _: None
+                range(config.es.population),
+                iteration=0,
+                problems=problems,
+                on_result=lambda _: None,
+                population=config.es.population,
             )
             rewards[name] = [result.reward for _, result in sorted(found.items())]
 

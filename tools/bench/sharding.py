@@ -39,7 +39,11 @@ from shardes.config_files import parse_config
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "configs" / "quickstart" / "model"
 BACKENDS = get_args(ParallelConfig.model_fields["backend"].annotation)
-MODES = [mode for mode in get_args(RolloutConfig.model_fields["mode"].annotation) if mode != "auto"]
+MODES = [
+    mode
+    for mode in get_args(RolloutConfig.model_fields["mode"].annotation)
+    if mode != "auto" and "batched" not in mode
+]
 PARTS = ("perturb", "gather", "rollout", "reward", "wait")
 SIGMA = 1e-3
 
@@ -159,7 +163,11 @@ def measure(tree: dict[str, Any], out: Path) -> None:
         def iteration(number: int, members: int) -> None:
             nonlocal found
             found = population.evaluate_members(
-                range(members), iteration=number, problems=problems, on_result=lambda _: None
+                range(members),
+                iteration=number,
+                problems=problems,
+                on_result=lambda _: None,
+                population=members,
             )
 
         def update(number: int) -> None:
