@@ -101,7 +101,7 @@ class ParallelConfig(Section):
 class RolloutConfig(Section):
     """How members answer prompts."""
 
-    mode: Literal["auto", "stream", "prompts", "members"] = "auto"
+    mode: Literal["auto", "stream", "prompts", "members", "batched", "batched_stream"] = "auto"
     """``stream``: layers are gathered in every forward, all ranks of a replica in step. ``prompts``: a
     member's weights are gathered once into a whole model on every rank, which then generates without a
     collective; the ranks share the prompts. ``members``: the centre is gathered once an iteration, and every
@@ -109,7 +109,16 @@ class RolloutConfig(Section):
     last of the three that fits into the memory that is free, and the one before it where memory runs out all
     the same; ``stream`` for ``tensor_parallel``, which has no other. All give the same bits. Where every
     rank holds a whole model anyway (``single``, or a ``shard_size`` of 1), there is no second copy, and
-    ``members`` says only that ranks do not share prompts."""
+    ``members`` says only that ranks do not share prompts.
+
+    ``batched``, for ``es.noise: low_rank``: many members in one forward, as terms added to what the layers of
+    the centre compute; every rank evaluates members of its own. The centre is gathered once an iteration, or,
+    where that does not fit, in every forward, as it always is with ``batched_stream``. Both give the same
+    bits; from the other modes they differ by rounding, so a run keeps to the one kind or the other."""
+    members_per_forward: Annotated[int, Field(gt=0)] | Literal["auto"] = 16
+    """Members whose prompts are rows of one forward, in the batched modes: each costs less, the more there
+    are, and memory for as many caches. Like ``micro_batch_size`` it may change the last bits. ``auto``: as
+    many as fit when the run begins, at most 64; the run keeps what was found."""
     micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = 32
     """Prompts per forward. Micro-batches are composed from the data alone, so results do not depend on the
     number of ranks; a different size may change the last bits. ``auto``: as many as memory allows and as give
@@ -128,6 +137,11 @@ class RolloutConfig(Section):
     """Tokens are drawn from the most likely ones that together reach this probability."""
     samples_per_prompt: int = Field(default=1, gt=0)
     """Answers to each prompt; a member's reward is the mean over all of them."""
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether members are evaluated many at a time."""
+        return self.mode in ("batched", "batched_stream")
 
     @field_validator("stop")
     @classmethod
@@ -343,14 +357,34 @@ class Config(Section):
     @classmethod
     def _tensor_parallelism_streams(cls, value: RolloutConfig, info: ValidationInfo) -> RolloutConfig:
         parallel = info.data.get("parallel")
-        if (
-            parallel is not None
-            and parallel.backend == "tensor_parallel"
-            and value.mode in ("prompts", "members")
-        ):
+        is_parallel = parallel is not None and parallel.backend == "tensor_parallel"
+        if is_parallel and value.is_batched:
+            raise ValueError(
+                f"mode is {value.mode}, for which parallel.backend: tensor_parallel has no rules; set "
+                "rollout.mode: stream, or parallel.backend: fsdp"
+            )
+        if is_parallel and value.mode in ("prompts", "members"):
             raise ValueError(
                 f"mode is {value.mode}, which gathers the whole model on every rank, but parallel.backend: "
                 "tensor_parallel never gathers it; set rollout.mode: stream, or parallel.backend: fsdp"
+            )
+        return value
+
+    @field_validator("es")
+    @classmethod
+    def _batches_are_of_low_rank(cls, value: EsConfig, info: ValidationInfo) -> EsConfig:
+        rollout = info.data.get("rollout")
+        if rollout is None or not rollout.is_batched:
+            return value
+        if value.noise != "low_rank":
+            raise ValueError(
+                f"noise is {value.noise}, but rollout.mode: {rollout.mode} needs es.noise: low_rank; set "
+                "that, or rollout.mode: auto"
+            )
+        if value.prompts_per_member is not None:
+            raise ValueError(
+                f"prompts_per_member is {value.prompts_per_member}, but the members of a forward answer the "
+                f"same prompts under rollout.mode: {rollout.mode}; set it to null, or rollout.mode: auto"
             )
         return value
 
@@ -400,6 +434,8 @@ class Config(Section):
         kept = {k: v for k, v in flat.items() if k not in free and not k.startswith(others)}
         if self.es.sigma_schedule == "constant":
             kept["es.alpha"] = self.alpha
+        if not self.rollout.is_batched:
+            kept["rollout.members_per_forward"] = None
         kept["task.data sha256"] = data_sha256
         return kept
 

@@ -9,9 +9,11 @@ from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
+from shardes.chunks import Chunks
 from shardes.distributed import Group, Mesh
 from shardes.es.results import MemberResult
 from shardes.rollout.memory import MemoryShortageError
+from shardes.rollout.modes import Batched
 from shardes.rollout.rollout import Pending, Problems, Rollout
 from shardes.rollout.tally import Evaluation
 from shardes.round import Round
@@ -77,6 +79,7 @@ class Population:
         self._timeout_seconds = timeout_seconds
         self._stop = stop
         self._spans = spans
+        self._chunks = Chunks(rollout, mesh=mesh, stop=stop, spans=spans)
 
     def evaluate_members(
         self, members: Sequence[int], *, asked: Round, on_result: OnResult
@@ -104,7 +107,10 @@ class Population:
             def finish(member: int, pending: Pending) -> MemberResult | None:
                 return self._finish(member, pending, asked)
 
-            results |= self._hand_out(missing, Evaluate(start, finish), on_result)
+            if isinstance(self._rollout.mode, Batched):
+                results |= self._chunks.evaluate(missing, asked=asked, on_result=on_result)
+            else:
+                results |= self._hand_out(missing, Evaluate(start, finish), on_result)
             if len(results) < len(members):
                 self._rollout.step_down()
         return results

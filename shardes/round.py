@@ -4,7 +4,8 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shardes.es.strategy import Perturbation, Strategy
+from shardes.es.perturbation import Perturbation
+from shardes.es.strategy import Strategy
 from shardes.rollout.rollout import Problems, Rollout
 from shardes.tasks.base import Row
 

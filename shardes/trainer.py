@@ -23,8 +23,9 @@ from shardes.es.strategy import Strategy, reward_table
 from shardes.es.update import Update
 from shardes.export import export_model
 from shardes.population import Population
-from shardes.rollout.probe import find_micro_batch_size
+from shardes.rollout.probe import find_members_per_forward, find_micro_batch_size
 from shardes.rollout.rollout import Problems
+from shardes.rollout.terms_check import check_terms
 from shardes.round import Round
 from shardes.runs.directory import RunDirectory
 from shardes.runs.journal import recorded_setting
@@ -73,6 +74,7 @@ class Trainer:
         self._settle_micro_batch_size()
         num_elements = sum(shard.num_elements for shard in session.weights.trained)
         self._strategy = Strategy(self._config.es, num_elements=num_elements)
+        self._settle_members_per_forward()
         self._population = Population(
             self._rollout,
             mesh=session.mesh,
@@ -385,6 +387,36 @@ class Trainer:
         self._rollout.micro_batch_size = size
         rollout = config.rollout.model_copy(update={"micro_batch_size": size})
         self._config = config.model_copy(update={"rollout": rollout})
+
+    def _settle_members_per_forward(self) -> None:
+        """In a batched mode, checks that members are computed rightly; under ``auto``, settles how many.
+
+        A collective.
+        """
+        config = self._config
+        if not config.rollout.is_batched:
+            return
+        count = config.rollout.members_per_forward
+        if count == "auto":
+            count = self._world.broadcast_json(
+                recorded_setting(config.run.dir, "rollout.members_per_forward")
+            )
+        rows = self._draw_problems(0)
+        if count is None:
+            count = find_members_per_forward(
+                self._rollout, rows, population=self._strategy.num_members(0), mesh=self._session.mesh
+            )
+        self._rollout.members_per_forward = count
+        rollout = config.rollout.model_copy(update={"members_per_forward": count})
+        self._config = config.model_copy(update={"rollout": rollout})
+        self._rollout.begin(self._rollout.prepare(rows, iteration=0))
+        check_terms(
+            self._rollout.mode,
+            backend=self._session.backend,
+            weights=self._weights,
+            world=self._world,
+            sigma=config.es.sigma,
+        )
 
     def _open_run(self) -> int:
         """Opens the run directory and restores what it holds; returns the first iteration to do."""

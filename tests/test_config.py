@@ -459,8 +459,33 @@ def test_every_key_is_known_to_be_free_or_binding(determinants):
         "task.data",  # by content
         "task.reward",  # by the user's own care
         "task.label_words",  # of tasks that the minimal configuration does not name; see below
+        "rollout.members_per_forward",  # of modes that it does not name; see below
     }
-    assert set(determinants()) == {key for key, _ in BINDING} | {"task.label_words", "task.data sha256"}
+    others = {"task.label_words", "task.data sha256", "rollout.members_per_forward"}
+    assert set(determinants()) == {key for key, _ in BINDING} | others
+
+
+def test_the_members_of_a_forward_bind_where_there_are_several(determinants):
+    def members(**rollout):
+        found = determinants("rollout", {"max_new_tokens": 5} | rollout)
+        return found["rollout.members_per_forward"]
+
+    assert members() is members(members_per_forward=4) is members(mode="stream") is None
+    assert members(mode="batched") == members(mode="batched_stream") == 16
+    assert members(mode="batched", members_per_forward=4) == 4
+
+
+@pytest.mark.parametrize("mode", ["batched", "batched_stream"])
+def test_batched_modes_want_noise_of_low_rank_and_whole_layers(mode):
+    assert f"es: noise is gaussian, but rollout.mode: {mode} needs es.noise: low_rank" in refusal(
+        "rollout.mode", mode
+    )
+    tree = with_key("rollout.mode", mode)
+    tree["es"]["noise"] = "low_rank"
+    assert parse_config(tree, source="test").rollout.is_batched
+    tree["parallel"] = {"backend": "tensor_parallel"}
+    with pytest.raises(UserError, match=f"rollout: mode is {mode}, for which .*tensor_parallel has no rules"):
+        parse_config(tree, source="test")
 
 
 @pytest.mark.parametrize(
@@ -484,6 +509,13 @@ def test_every_key_is_known_to_be_free_or_binding(determinants):
 )
 def test_an_algorithm_that_would_not_be_what_was_meant_is_refused(es, words):
     assert words in refusal("es", {"iterations": 2} | es)
+
+
+def test_members_of_one_forward_answer_the_same_prompts():
+    tree = with_key("es.prompts_per_member", 3)
+    tree["es"]["noise"], tree["rollout"]["mode"] = "low_rank", "batched"
+    with pytest.raises(UserError, match=r"es: prompts_per_member is 3"):
+        parse_config(tree, source="test")
 
 
 def test_by_prompt_goes_with_rules_for_prompts():

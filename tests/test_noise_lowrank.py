@@ -187,11 +187,12 @@ def test_a_vector_has_the_noise_of_full_rank():
 @pytest.mark.parametrize("shape", [(9, 14), (3, 4, 5)])
 @pytest.mark.parametrize("rank", [1, 4])
 def test_the_factors_are_those_of_the_noise(shape, rank):
-    address = {"param_id": 3, "direction": 8, "kind": LowRank(rank), "shape": shape, **ADDRESS}
-    left, right = noise.factors(device=CPU, **address)
-    eps = definition.low_rank(start=0, length=math.prod(shape), **address)
-    product = (left.double() @ right.double().mT).flatten().cpu()
-    np.testing.assert_allclose(product, eps, atol=1e-5)
+    address = {"param_id": 3, "kind": LowRank(rank), "shape": shape, **ADDRESS}
+    left, right = noise.factors(device=CPU, directions=[8, 2, 8], **address)
+    for place, direction in enumerate([8, 2, 8]):
+        eps = definition.low_rank(start=0, length=math.prod(shape), direction=direction, **address)
+        product = (left[place].double() @ right[place].double().mT).flatten()
+        np.testing.assert_allclose(product, eps, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 16])
@@ -231,7 +232,7 @@ def test_what_no_eps_exceeds_is_reached_by_no_product_of_the_largest_normals():
         (lambda: use(region_of((2, 3, 2, 2))), "no rule for a parameter of shape [2, 3, 2, 2]"),
         (
             lambda: noise.factors(
-                kind=LowRank(), param_id=0, shape=(4,), direction=0, device=torch.device("cpu"), **ADDRESS
+                kind=LowRank(), param_id=0, shape=(4,), directions=[0], device=torch.device("cpu"), **ADDRESS
             ),
             "a parameter of shape [4] has no factors",
         ),

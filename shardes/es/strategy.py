@@ -2,32 +2,17 @@
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from shardes.config import EsConfig
 from shardes.es.optimizers import Adam, Momentum, Optimizer, PlainStep
+from shardes.es.perturbation import Perturbation
 from shardes.es.results import MemberResult
 from shardes.es.schedules import between, factor
 from shardes.es.shaping import RewardTable, shape
 from shardes.es.update import Update
 from shardes.es.weights import Decay
-
-
-@dataclass(frozen=True)
-class Perturbation:
-    """Where a member looks: the centre plus sigma times a direction's noise.
-
-    Attributes:
-        iteration: Whose noise.
-        direction: Which.
-        sigma: The noise's scale; negative for the second member of an antithetic pair.
-    """
-
-    iteration: int
-    direction: int
-    sigma: float
 
 
 class Strategy:

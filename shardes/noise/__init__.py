@@ -188,7 +188,7 @@ def factors(
     shape: Sequence[int],
     seed: int,
     iteration: int,
-    direction: int,
+    directions: Sequence[int],
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the low-rank noise of a whole parameter is made of: eps = left @ right^T, but for rounding.
@@ -199,11 +199,12 @@ def factors(
         shape: The parameter's, [m, n] or [e, m, n].
         seed: The run's seed.
         iteration: Below 2**32.
-        direction: Below 2**24.
+        directions: Each below 2**24.
         device: Where the factors are wanted.
 
     Returns:
-        A / sqrt(rank) and B: float32 of shape [m, rank] and [n, rank], or [e, m, rank] and [e, n, rank].
+        A / sqrt(rank) and B of every direction: float32 of shape [directions, m, rank] and [directions, n,
+        rank], or [directions, e, m, rank] and [directions, e, n, rank].
 
     Raises:
         ValueError: The parameter is no matrix.
@@ -213,10 +214,12 @@ def factors(
         raise ValueError(f"a parameter of shape {list(shape)} has no factors")
     count, height, width = view
     region = Region(param_id, count * height * width, 0, 0, shape=tuple(shape))
-    made = _factors(device, region, kind, seed=seed, iteration=iteration, directions=[direction])
+    made = _factors(device, region, kind, seed=seed, iteration=iteration, directions=directions)
+    # All rows of all matrices, and as many columns: of the factors alone nothing is taken apart.
     tile = lowrank.Tile(0, 0, count * height, 0, count * width, 0, 0)
-    left, right = made.left(tile)[0].T, made.right(tile)[0].T
-    return left.reshape(*shape[:-1], kind.rank), right.reshape(*shape[:-2], width, kind.rank)
+    left, right = made.left(tile).mT, made.right(tile).mT
+    several = (len(directions), *shape[:-2])
+    return left.reshape(*several, height, kind.rank), right.reshape(*several, width, kind.rank)
 
 
 def _is_matrix(region: Region) -> bool:

@@ -25,6 +25,7 @@ class MicroBatch:
         budgets: Tokens that each answer may have, int64 of shape [rows], where the model's positions leave
             some less than wanted; else None.
         uniforms: Random numbers, if tokens are drawn: float32 of shape [rows, longest answer]; else None.
+        num_members: How often each prompt is there, side by side: row i is member ``i % num_members``'s.
     """
 
     rows: tuple[int, ...]
@@ -33,6 +34,24 @@ class MicroBatch:
     lengths: tuple[int, ...]
     budgets: torch.Tensor | None = None
     uniforms: torch.Tensor | None = None
+    num_members: int = 1
+
+    def for_members(self, count: int) -> Self:
+        """The same prompts, each once for every one of some members."""
+
+        def repeated(rows: torch.Tensor) -> torch.Tensor:
+            return rows.repeat_interleave(count, dim=0)
+
+        return replace(
+            self,
+            rows=tuple(row for row in self.rows for _ in range(count)),
+            input_ids=repeated(self.input_ids),
+            attention_mask=repeated(self.attention_mask),
+            lengths=tuple(length for length in self.lengths for _ in range(count)),
+            budgets=None if self.budgets is None else repeated(self.budgets),
+            uniforms=None if self.uniforms is None else repeated(self.uniforms),
+            num_members=count,
+        )
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""

@@ -81,9 +81,10 @@ class SlabLayer(CacheLayerMixin):
         self._rows = slice(rows)
 
     def take_prefix(self, prefix: Self, shifts: Sequence[int]) -> None:
-        """Fills each row with another layer's only row, moved to the right by as many tokens as it is padded.
+        """Fills each row from another layer, moved to the right by as many tokens as it is padded.
 
-        What a shift moves beyond the prefix's length is left out, so that all rows have that length.
+        The other layer's rows are taken in turn: its only one, or one for each member. What a shift moves
+        beyond the prefix's length is left out, so that all rows have that length.
         """
         if not self.is_initialized:
             self.lazy_initialization(prefix.keys, prefix.values)
@@ -94,9 +95,12 @@ class SlabLayer(CacheLayerMixin):
             while high < len(shifts) and shifts[high] == shifts[low]:
                 high += 1
             shift = min(shifts[low], self.length)
+            taken: Any = slice(1)
+            if prefix._rows.stop > 1:
+                taken = torch.arange(low, high, device=prefix.keys.device) % prefix._rows.stop
             for storage, source in ((self.keys, prefix.keys), (self.values, prefix.values)):
                 storage[low:high, :, :shift] = 0
-                storage[low:high, :, shift : self.length] = source[:1, :, : self.length - shift]
+                storage[low:high, :, shift : self.length] = source[taken, :, : self.length - shift]
             low = high
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -175,7 +179,7 @@ class SlabCache(Cache):
         return [storage.data_ptr() for layer in self.layers for storage in (layer.keys, layer.values)]
 
     def take_prefix(self, prefix: Self, shifts: Sequence[int]) -> None:
-        """Begins every row with the tokens of another cache's only row (see ``SlabLayer``)."""
+        """Begins every row with the tokens of another cache's rows (see ``SlabLayer``)."""
         for layer, source in zip(self.layers, prefix.layers, strict=True):
             layer.take_prefix(source, shifts)
 

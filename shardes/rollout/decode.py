@@ -31,17 +31,25 @@ TOKENS_PER_PART = 128
 LEAST_ROWS = 4
 
 
+OnRows = Callable[[torch.Tensor], None]
+
+
 @dataclass(frozen=True)
 class Answers:
     """What a micro-batch was answered.
 
     Attributes:
         tokens: Of each row, up to and including the one that ended it.
-        is_finite: Whether all the logits were by which a token was chosen.
+        are_finite: Of each row, whether all the logits were by which a token was chosen.
     """
 
     tokens: list[list[int]]
-    is_finite: bool
+    are_finite: list[bool]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all logits were."""
+        return all(self.are_finite)
 
 
 class Decoder:
@@ -78,13 +86,16 @@ class Decoder:
         self._has_begun = False
 
     @torch.no_grad()
-    def begin(self, model: nn.Module, prefix: torch.Tensor | None = None) -> None:
+    def begin(
+        self, model: nn.Module, prefix: torch.Tensor | None = None, *, on_rows: OnRows | None = None
+    ) -> None:
         """Comes before the micro-batches that are answered with the same weights.
 
         Args:
             model: A causal language model.
-            prefix: Tokens with which every prompt begins, int64 of shape [1, length]; what they leave in the
-                cache is computed here, once.
+            prefix: Tokens with which every prompt begins, int64 of shape [1, length], or [members, length];
+                what they leave in the cache is computed here, once.
+            on_rows: As in ``decode``, of the prefix's rows.
         """
         if not self._has_begun:
             self._slab = make_slab(model.config)
@@ -93,7 +104,9 @@ class Decoder:
             self._prefix = None
             return
         self._prefix = self._prefix or SlabCache(len(self._slab.layers))
-        self._prefix.restart(rows=1, max_length=prefix.shape[1])
+        self._prefix.restart(rows=len(prefix), max_length=prefix.shape[1])
+        if on_rows is not None:
+            on_rows(torch.arange(len(prefix), device=prefix.device))
         positions = torch.arange(prefix.shape[1], device=prefix.device)[None]
         _forward(
             model, prefix, cache=self._prefix, attention_mask=torch.ones_like(prefix), positions=positions
@@ -113,6 +126,7 @@ class Decoder:
         any_rank: Callable[[bool], bool] | None = None,
         num_prefills: int = 1,
         most_tokens: int | None = None,
+        on_rows: OnRows | None = None,
     ) -> Answers:
         """Answers a micro-batch.
 
@@ -122,6 +136,7 @@ class Decoder:
             any_rank: In lock-step, tells whether the flag is set on any rank; all go on until it is on none.
             num_prefills: In lock-step, the forwards that all ranks make before the first token.
             most_tokens: Where answers are cut short, to see whether there is the memory to give them.
+            on_rows: Told before each forward which rows of the micro-batch it is of.
 
         Raises:
             UserError: The model keeps no cache.
@@ -129,15 +144,21 @@ class Decoder:
         device, stop = batch.input_ids.device, self._stop
         # Looking at the device's data is free on the CPU, and so is leaving, unless others would wait.
         always_looks = device.type == "cpu"
-        rows = _Rows(batch, self._prepared(model, batch), num_steps=self._max_new_tokens, pad_id=self._pad_id)
-        is_finite = torch.ones((), dtype=torch.bool, device=device)
+        rows = _Rows(
+            batch,
+            self._prepared(model, batch),
+            num_steps=self._max_new_tokens,
+            pad_id=self._pad_id,
+            on_rows=on_rows,
+        )
         logits = rows.prefill(model, num_forwards=num_prefills if any_rank is not None else 1)
-        # In lock-step a forward is a collective, which is not captured.
-        graphs = None if any_rank is not None else self._graphs_of(model, device)
+        # In lock-step a forward is a collective, which is not captured; nor is one that must know its rows.
+        is_plain = any_rank is None and on_rows is None
+        graphs = self._graphs_of(model, device) if is_plain else None
         num_steps = min(self._max_new_tokens, most_tokens or self._max_new_tokens)
         for step in range(num_steps):
             largest, token = logits.max(dim=-1)  # a NaN counts as the largest
-            is_finite &= (largest.isfinite() | rows.has_ended).all()
+            rows.note(largest.isfinite())
             if self._sampling is not None:
                 assert batch.uniforms is not None, "drawing takes random numbers"
                 token = self._sampling.draw(logits, batch.uniforms[rows.indices, step])
@@ -159,13 +180,14 @@ class Decoder:
                 logits = rows.step(model)
             else:
                 logits = captured
-        if not bool(is_finite) and self._slab is not None:
+        are_finite = rows.are_finite.tolist()
+        if not all(are_finite) and self._slab is not None:
             self._slab.clear()
         budgets = (
             [self._max_new_tokens] * len(batch.rows) if batch.budgets is None else batch.budgets.tolist()
         )
         answers = [self._cut(row[:budget]) for row, budget in zip(rows.tokens.tolist(), budgets, strict=True)]
-        return Answers(answers, bool(is_finite))
+        return Answers(answers, are_finite)
 
     def _prepared(self, model: nn.Module, batch: MicroBatch) -> Cache:
         """A cache for a micro-batch, with the shared prefix in it."""
@@ -202,10 +224,14 @@ class _Rows:
         indices: Which row of the micro-batch each is, int64 of shape [live].
         has_ended: bool of shape [live].
         tokens: All answers so far, int64 of shape [rows of the micro-batch, num_steps].
+        are_finite: Whether the logits were so far, bool of shape [rows of the micro-batch].
     """
 
-    def __init__(self, batch: MicroBatch, cache: Cache, *, num_steps: int, pad_id: int) -> None:
+    def __init__(
+        self, batch: MicroBatch, cache: Cache, *, num_steps: int, pad_id: int, on_rows: OnRows | None
+    ) -> None:
         self._cache = cache
+        self._on_rows = on_rows
         self._pad_id = pad_id
         self._batch = batch
         num_rows, self._width = batch.input_ids.shape
@@ -213,6 +239,7 @@ class _Rows:
         self.indices = torch.arange(num_rows, device=device)
         self.has_ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self.tokens = torch.full((num_rows, num_steps), pad_id, device=device)
+        self.are_finite = torch.ones(num_rows, dtype=torch.bool, device=device)
         self._num_tokens = 0
         self._mask = batch.attention_mask.new_ones(num_rows, self._width + num_steps)
         self._mask[:, : self._width] = batch.attention_mask
@@ -231,7 +258,10 @@ class _Rows:
         if not isinstance(self._cache, SlabCache):
             return self._prefill_part(model, slice(len(self._batch.rows)), low=0, start=0)
         start = _num_cached(self._cache)
-        bounds = prefill_parts(self._batch.lengths)
+        # Of prompts, so that as many are computed together however many members they are for.
+        count = self._batch.num_members
+        parts_of_prompts = prefill_parts(self._batch.lengths[::count])
+        bounds = [slice(part.start * count, part.stop * count) for part in parts_of_prompts]
         parts = []
         for rows in bounds:
             low = self._width - self._batch.lengths[rows.stop - 1]
@@ -246,6 +276,8 @@ class _Rows:
 
     def _prefill_part(self, model: nn.Module, rows: slice, *, low: int, start: int) -> torch.Tensor:
         """The same of some rows, whose columns from ``low`` to ``start`` are in the cache."""
+        if self._on_rows is not None:
+            self._on_rows(self.indices[rows])
         logits = _forward(
             model,
             self._batch.input_ids[rows, start:],
@@ -262,6 +294,8 @@ class _Rows:
 
     def step(self, model: nn.Module) -> torch.Tensor:
         """The logits after the last token of each row, of shape [live, vocabulary]."""
+        if self._on_rows is not None:
+            self._on_rows(self.indices)
         return _forward(
             model,
             self._token[:, None],
@@ -274,6 +308,10 @@ class _Rows:
         """The same by a captured step; None if there is none."""
         mask = self._mask[:, : self._width + self._num_tokens]
         return graphs.step(self._token, positions=self._positions, attention_mask=mask)
+
+    def note(self, is_finite: torch.Tensor) -> None:
+        """Takes in whether the logits of each row are; of rows that have ended it does not matter."""
+        self.are_finite[self.indices] &= is_finite | self.has_ended
 
     def append(self, token: torch.Tensor, eos_ids: Sequence[int]) -> None:
         """Takes in the next token of each row; those of rows that have ended are dropped."""

@@ -24,6 +24,16 @@ class CompletionBatch:
     prompt_lengths: tuple[int, ...]
     lengths: tuple[int, ...]
 
+    def for_members(self, count: int) -> Self:
+        """The same pairs, each once for every one of some members, side by side."""
+        return replace(
+            self,
+            rows=tuple(row for row in self.rows for _ in range(count)),
+            input_ids=self.input_ids.repeat_interleave(count, dim=0),
+            prompt_lengths=tuple(length for length in self.prompt_lengths for _ in range(count)),
+            lengths=tuple(length for length in self.lengths for _ in range(count)),
+        )
+
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
         return replace(self, input_ids=self.input_ids.to(device))

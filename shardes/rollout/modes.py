@@ -1,6 +1,7 @@
 """How a member's weights become a model that answers: what ``rollout.mode`` chooses.
 
-All modes compute the same bits. They differ in who holds what, and in when ranks have to talk.
+The modes that evaluate members one by one compute the same bits, and so do the batched ones. They differ in
+who holds what, and in when ranks have to talk.
 """
 
 import gc
@@ -15,11 +16,13 @@ from shardes.distributed import Group, Mesh
 from shardes.es.weights import Weights
 from shardes.es.whole import WholeWeights
 from shardes.rollout.memory import free_bytes, is_shortage
+from shardes.rollout.terms import MemberTerms
 
 logger = logging.getLogger(__name__)
 
-# From the fastest, which takes the most memory, to the one that takes none.
-_BY_SPEED = ("members", "prompts", "stream")
+# The values of ``rollout.mode`` that leave a choice, and what from: the fastest, which takes the most memory,
+# to the one that takes none.
+_BY_SPEED = {"auto": ("members", "prompts", "stream"), "batched": ("batched", "batched_stream")}
 
 
 class Mode(ABC):
@@ -131,12 +134,77 @@ class Members(Mode):
         return self._whole.model
 
 
+class Batched(Mode):
+    """The model stays the centre; many members at a time are terms added to what its layers compute.
+
+    Args:
+        name: ``batched``: the centre is gathered once an iteration, into a whole model on every rank.
+            ``batched_stream``: the engine gathers it, layer by layer, in every forward.
+        backend: The model.
+        weights: Its weights.
+        team: The ranks that evaluate one chunk of members together.
+
+    Attributes:
+        terms: The members.
+    """
+
+    def __init__(self, name: str, *, backend: Backend, weights: Weights, team: Group) -> None:
+        super().__init__(name, backend=backend, weights=weights, team=team)
+        self._gathers = name == "batched"
+        self._version: int | None = None
+        self._terms: MemberTerms | None = None
+
+    @property
+    def terms(self) -> MemberTerms:
+        """Known once ``begin`` was called."""
+        assert self._terms is not None, "begin comes first"
+        return self._terms
+
+    @property
+    def is_in_step(self) -> bool:
+        """Where a forward is a collective."""
+        return self._backend.is_sharded and not self._gathers
+
+    def reserve(self) -> None:
+        """The whole model, if there is to be one."""
+        if self._gathers:
+            self._backend.reserve()
+
+    def release(self) -> None:
+        """The same."""
+        self._version = None
+        if self._gathers:
+            self._backend.release()
+
+    def begin(self) -> None:
+        """Makes the model the centre, if the weights have changed since the last time."""
+        if self._version == self._weights.version:
+            return
+        self._weights.centre()
+        if self._terms is None:
+            self._terms = MemberTerms(self._backend, self._weights)
+        self._model = self._backend.gathered() if self._gathers else self._backend.lockstep_model
+        self._version = self._weights.version
+
+    def perturb(self, *, iteration: int, direction: int, sigma: float) -> None:
+        """Nothing: members are given to the terms."""
+
+    def centre(self) -> None:
+        """Nothing: the model never is anything else."""
+
+    def model(self) -> nn.Module:
+        """The centre."""
+        return self._model
+
+
 def make_mode(name: str, *, backend: Backend, weights: Weights, mesh: Mesh) -> Mode:
     """The mode of a name, ``auto`` excepted."""
     if name == "stream":
         return Stream(name, backend=backend, weights=weights, team=mesh.shard)
     if name == "prompts":
         return Prompts(name, backend=backend, weights=weights, team=mesh.shard)
+    if name in _BY_SPEED["batched"]:
+        return Batched(name, backend=backend, weights=weights, team=mesh.alone)
     if backend.is_sharded:
         return Members(name, backend=backend, weights=weights, team=mesh.alone)
     # Every rank holds a whole model already: it is perturbed where it is.
@@ -144,7 +212,7 @@ def make_mode(name: str, *, backend: Backend, weights: Weights, mesh: Mesh) -> M
 
 
 class Modes:
-    """The mode in use, and, under ``auto``, which one that is.
+    """The mode in use, and, where memory decides, which one that is.
 
     Args:
         wanted: The value of ``rollout.mode``.
@@ -154,12 +222,13 @@ class Modes:
     """
 
     def __init__(self, wanted: str, *, backend: Backend, weights: Weights, mesh: Mesh) -> None:
-        self._is_auto = wanted == "auto"
+        self._by_speed = _BY_SPEED.get(wanted, ())
+        self._wanted = wanted
         self._backend = backend
         self._weights = weights
         self._mesh = mesh
         self._is_reserved = False
-        self._current = None if self._is_auto else self._make(wanted)
+        self._current = None if self._by_speed else self._make(wanted)
 
     def _make(self, name: str) -> Mode:
         return make_mode(name, backend=self._backend, weights=self._weights, mesh=self._mesh)
@@ -172,13 +241,18 @@ class Modes:
 
     @property
     def name(self) -> str | None:
-        """Its name; None before ``settle`` under ``auto``."""
+        """Its name; None before ``settle`` where memory decides."""
         return None if self._current is None else self._current.name
+
+    @property
+    def are_batched(self) -> bool:
+        """Whether members are evaluated many at a time."""
+        return self._wanted in _BY_SPEED["batched"]
 
     @property
     def can_step_down(self) -> bool:
         """Whether there is a mode that takes less memory, and it is ours to choose."""
-        return self._is_auto and self.current.name != _BY_SPEED[-1]
+        return bool(self._by_speed) and self.current.name != self._by_speed[-1]
 
     def settle(self, generation_bytes: int) -> None:
         """Chooses the mode, if that is still to do, and allocates what it holds; a collective of all ranks.
@@ -206,7 +280,7 @@ class Modes:
         old = self.current
         old.release()
         self._is_reserved = False
-        self._current = self._make(_BY_SPEED[_BY_SPEED.index(old.name) + 1])
+        self._current = self._make(self._by_speed[self._by_speed.index(old.name) + 1])
         gc.collect()
         if self._backend.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -225,13 +299,15 @@ class Modes:
         centre = sum(shard.num_elements for shard in self._weights.trained) * itemsize
         # Where a replica is one rank's, gathering it costs nothing and the centre need not be kept.
         needs = {"prompts": copy + generation_bytes}
-        if self._backend.is_sharded:
+        if self._wanted == "batched":
+            needs = {"batched": generation_bytes + copy * self._backend.is_sharded}
+        elif self._backend.is_sharded:
             needs = {"members": needs["prompts"] + centre} | needs
         free = self._mesh.world.min(free_bytes(self._backend.device))
-        name = next((name for name, need in needs.items() if need <= free), "stream")
+        name = next((name for name, need in needs.items() if need <= free), self._by_speed[-1])
         wants = ", ".join(f"{other} needs {_gib(need)}" for other, need in needs.items())
         here = f"{_gib(generation_bytes)} of it to generate; {_gib(free)} are free on every rank"
-        logger.info("rollout.mode: auto is %s: %s, %s", name, wants, here)
+        logger.info("rollout.mode: %s is %s: %s, %s", self._wanted, name, wants, here)
         return name
 
 

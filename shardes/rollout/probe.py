@@ -1,4 +1,4 @@
-"""How many prompts fit into a forward: ``rollout.micro_batch_size: auto``."""
+"""How many prompts fit into a forward, and how many members: what ``auto`` is of either."""
 
 import heapq
 import logging
@@ -13,6 +13,8 @@ logger = logging.getLogger(__name__)
 # With as many prompts the rollout mode is chosen, if that is to be chosen, too: a mode that shares weights
 # better is worth more than larger micro-batches.
 USUAL_SIZE = 32
+# More members than this in a forward save little more.
+MOST_MEMBERS = 64
 
 
 def find_micro_batch_size(
@@ -47,3 +49,33 @@ def find_micro_batch_size(
         size = -(-size // 2)
     logger.info("rollout.micro_batch_size: auto is %d", size)
     return size
+
+
+def find_members_per_forward(rollout: Rollout, rows: Sequence[Row], *, population: int, mesh: Mesh) -> int:
+    """How many members every rank has the memory for, by a formula; a collective.
+
+    Like the size of a micro-batch it decides the last bits of results, so a run keeps what was found.
+
+    Args:
+        rollout: Answers, in a batched mode; it is left with the number that was found.
+        rows: Problems of an iteration.
+        population: Members of an iteration.
+        mesh: All ranks.
+
+    Returns:
+        The same number on every rank: a power of two, and no larger than what holds the population.
+    """
+    count = MOST_MEMBERS
+    while count > 1 and count // 2 >= population:
+        count //= 2
+    rollout.members_per_forward = 1
+    problems = rollout.prepare(rows, iteration=0)
+    rollout.begin(problems)
+    while count > 1:
+        rollout.members_per_forward = count
+        if not mesh.world.any(not rollout.fits(problems)):
+            break
+        count //= 2
+    rollout.members_per_forward = count
+    logger.info("rollout.members_per_forward: auto is %d", count)
+    return count

@@ -10,12 +10,13 @@ import torch
 from shardes.backends.base import Backend
 from shardes.config import RolloutConfig
 from shardes.distributed import Group, Mesh
+from shardes.es.perturbation import Perturbation
 from shardes.modeling import end_tokens, max_positions
 from shardes.rollout.batching import MicroBatch, compose, shared_prefix, tokenize
-from shardes.rollout.decode import Answers, Decoder, prefill_parts
+from shardes.rollout.decode import Answers, Decoder, OnRows, prefill_parts
 from shardes.rollout.likelihood import CompletionBatch, completion_log_likelihoods, compose_completions
 from shardes.rollout.memory import MemoryShortageError, free_bytes, generation_bytes, is_shortage
-from shardes.rollout.modes import Mode, Modes
+from shardes.rollout.modes import Batched, Mode, Modes
 from shardes.rollout.sampling import Sampling
 from shardes.rollout.scoring import Scorer
 from shardes.rollout.stop_texts import StopTexts
@@ -72,6 +73,21 @@ class Pending:
     group: Group
     is_short: bool
     is_broken: bool
+
+
+@dataclass(frozen=True)
+class PendingChunk:
+    """As ``Pending``, of several members that answered in the same forwards.
+
+    Attributes:
+        tallies: What is known of each so far.
+        are_broken: Whether the model computed something that is not finite for it.
+        is_short: Whether this rank had too little memory.
+    """
+
+    tallies: list[Tally]
+    are_broken: list[bool]
+    is_short: bool
 
 
 class Rollout:
@@ -239,17 +255,30 @@ class Rollout:
         return self._settings.samples_per_prompt
 
     @property
+    def members_per_forward(self) -> int:
+        """Members whose prompts are rows of the same forward; 1 unless the mode is a batched one."""
+        if not self._modes.are_batched:
+            return 1
+        assert self._settings.members_per_forward != "auto", "what auto is must be found first"
+        return self._settings.members_per_forward
+
+    @members_per_forward.setter
+    def members_per_forward(self, count: int) -> None:
+        self._settings = self._settings.model_copy(update={"members_per_forward": count})
+
+    @property
     def num_sharers(self) -> int:
         """Ranks that share a member's micro-batches; known once ``begin`` was called."""
         return 1 if self._backend.shares_batches else self.mode.team.world_size
 
     def fits(self, problems: Problems) -> bool:
         """Whether this rank has the memory for the longest micro-batch; a collective of the team."""
-        batch = problems.micro_batches[-1]
+        batch = problems.micro_batches[-1].for_members(self.members_per_forward)
         device = self._mesh.world.device
         # Trying is no choice where too much memory ends the process instead of raising an error, or where the
         # other ranks would wait for the rest of a collective: then a formula has to do.
-        if (device.type == "cpu" or self.mode.is_in_step) and self._bytes_for(batch) > free_bytes(device):
+        needed = self._bytes_for(problems.micro_batches[-1])
+        if (device.type == "cpu" or self.mode.is_in_step) and needed > free_bytes(device):
             return False
         if self.mode.is_in_step:
             return True
@@ -293,6 +322,7 @@ class Rollout:
         """About what a micro-batch takes besides weights."""
         config: Any = self._backend.lockstep_model.config
         rows, width = batch.input_ids.shape
+        rows *= self.members_per_forward
         dtype = self._backend.dtype
         if isinstance(batch, MicroBatch):
             length = width + self._settings.max_new_tokens
@@ -327,7 +357,7 @@ class Rollout:
         """
         with self._spans("gather"):
             model = self.mode.model()
-        tally = self._tally(problems, keeps_samples=keeps_samples)
+        tally = self.tally(problems, keeps_samples=keeps_samples)
         shard, is_in_step = self._mesh.shard, self.mode.is_in_step
         # Ranks that need the same batch take turns together, and the first of them scores.
         together = shard.world_size if self._backend.shares_batches else 1
@@ -359,6 +389,43 @@ class Rollout:
             tally.send(is_last=True)
         return Pending(tally, group, is_short, is_broken)
 
+    def start_chunk(self, problems: Problems, members: Sequence[Perturbation]) -> PendingChunk:
+        """Has several members answer the problems in the same forwards, on this rank.
+
+        A collective of a replica's ranks where these are in step; each may have members of its own.
+        """
+        mode, count = self.mode, len(members)
+        assert isinstance(mode, Batched), "other modes evaluate members one by one"
+        with self._spans("gather"):
+            model = mode.model()
+        with self._spans("perturb"):
+            mode.terms.load(members)
+        tallies = [self.tally(problems) for _ in members]
+        are_broken = [False] * count
+        with mode.terms.on(model):
+            for number, batch in enumerate(problems.micro_batches):
+                with self._spans("rollout"):
+                    found = self._forward(
+                        model,
+                        problems,
+                        batch.for_members(count),
+                        is_first=number == 0,
+                        on_rows=mode.terms.on_rows,
+                    )
+                if found is None:
+                    return PendingChunk(tallies, are_broken, is_short=True)
+                for place, tally in enumerate(tallies):
+                    with self._spans("rollout"):
+                        mine = _of_member(found, place, count)
+                        tally.take(batch.rows, mine, is_first=number == 0)
+                    are_broken[place] |= isinstance(mine, Answers) and not mine.is_finite
+                    with self._spans("reward"):
+                        tally.send(is_last=False)
+        with self._spans("reward"):
+            for tally in tallies:
+                tally.send(is_last=True)
+        return PendingChunk(tallies, are_broken, is_short=False)
+
     def finish(self, pending: Pending) -> Evaluation:
         """Waits for the scores and brings them together; a collective of the group.
 
@@ -375,7 +442,8 @@ class Rollout:
         evaluation = pending.tally.evaluation(totals)
         return replace(evaluation, is_finite=evaluation.is_finite and not is_broken)
 
-    def _tally(self, problems: Problems, *, keeps_samples: bool) -> Tally:
+    def tally(self, problems: Problems, *, keeps_samples: bool = False) -> Tally:
+        """An evaluation of which nothing is known yet."""
         scorer = problems.scorer
         if problems.choices is not None:
             num_samples = len(problems.rows) if keeps_samples else self.micro_batch_size
@@ -396,15 +464,25 @@ class Rollout:
         batch: MicroBatch | CompletionBatch,
         *,
         is_first: bool,
+        on_rows: OnRows | None = None,
     ) -> Answers | list[torch.Tensor] | None:
         """What the model says; None if there was too little memory and there is a mode that takes less."""
         try:
             if isinstance(batch, CompletionBatch):
+                if on_rows is not None:
+                    on_rows(torch.arange(len(batch.rows), device=batch.input_ids.device))
                 return completion_log_likelihoods(model, batch)
             if is_first:
-                self._decoder.begin(model, problems.prefix)
+                prefix = problems.prefix
+                if prefix is not None:
+                    prefix = prefix.expand(batch.num_members, -1)
+                self._decoder.begin(model, prefix, on_rows=on_rows)
             return self._decoder.decode(
-                model, batch, any_rank=self._any_rank, num_prefills=problems.num_prefills
+                model,
+                batch,
+                any_rank=self._any_rank,
+                num_prefills=problems.num_prefills,
+                on_rows=on_rows,
             )
         except (RuntimeError, MemoryError) as error:
             if not (self._modes.can_step_down and is_shortage(error)):
@@ -413,3 +491,10 @@ class Rollout:
 
     def _text(self, answer: list[int]) -> str:
         return self._stop.trim(self._tokenizer.decode(answer, skip_special_tokens=True))
+
+
+def _of_member(found: Answers | list[torch.Tensor], place: int, count: int) -> Answers | list[torch.Tensor]:
+    """What one of ``count`` members said whose rows lie side by side."""
+    if isinstance(found, Answers):
+        return Answers(found.tokens[place::count], found.are_finite[place::count])
+    return found[place::count]

@@ -162,7 +162,8 @@ def compare_on_the_quickstart(micro_batch_size: int) -> Row:
                 do_sample=False,
                 max_new_tokens=self._max_new_tokens,
             )
-        return Answers([self._cut(row) for row in output[:, batch.input_ids.shape[1] :].tolist()], True)
+        answers = [self._cut(row) for row in output[:, batch.input_ids.shape[1] :].tolist()]
+        return Answers(answers, [True] * len(answers))
 
     with open_session(config) as session:
         task = load_task(config.task)

@@ -35,7 +35,11 @@ from shardes.config import ParallelConfig, RolloutConfig
 from shardes.config_files import parse_config
 
 BACKENDS = get_args(ParallelConfig.model_fields["backend"].annotation)
-MODES = [mode for mode in get_args(RolloutConfig.model_fields["mode"].annotation) if mode != "auto"]
+MODES = [
+    mode
+    for mode in get_args(RolloutConfig.model_fields["mode"].annotation)
+    if mode != "auto" and "batched" not in mode
+]
 PARTS = ("perturb", "gather", "rollout", "reward", "wait")
 SIGMA = 1e-3
 

@@ -1,0 +1,276 @@
+"""Many members in one forward: the rewards of one by one, and the same for every way to spread the model."""
+
+import json
+
+import pytest
+from torch import nn
+
+from shardes.errors import UserError
+from shardes.rollout import terms
+from shardes.session import open_session
+from shardes.tasks.loading import load_task
+from shardes.trainer import Trainer
+from tests.helpers.exports import fingerprint
+from tests.helpers.inprocess import call
+from tests.helpers.models import make_config, tiny_model, tree
+from tests.helpers.runs import rollout_modes, run_cases, steady_metrics
+
+# Seven members in chunks of three: the last chunk is smaller, and one rank of two has none.
+BATCHED = {
+    "rollout__mode": "batched",
+    "rollout__members_per_forward": 3,
+    "rollout__max_new_tokens": 12,
+    "rollout__stop": ["7", "3+"],
+    "es__noise": "low_rank",
+    "es__rank": 2,
+    "es__population": 7,
+    "es__iterations": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "qwen2": tiny_model(root / "qwen2", tied=True),
+        "moe": tiny_model(root / "moe", tied=False, architecture="qwen2_moe"),
+    }
+
+
+def write_long_problems(path):
+    """Prompts that begin alike, with enough tokens for a common prefix, and end differently."""
+    rows = [{"prompt": "1+2+3+4+5+6+7+8+9+" + f"{i}" + "+7" * (i % 4) + "="} for i in range(11)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def journal(run_dir):
+    return [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
+
+
+def rewards(run_dir):
+    return {
+        (line["iteration"], line["member"]): line["reward"]
+        for line in journal(run_dir)
+        if line["type"] == "member"
+    }
+
+
+def train(tmp_path, model, name="run", **changes):
+    """Trains in this process; returns the run directory."""
+    config = make_config(tmp_path, model=model, run_dir=tmp_path / name, **(BATCHED | changes))
+    with open_session(config) as session:
+        Trainer(session, load_task(config.task)).train()
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "moe"])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_members_earn_what_they_earn_one_by_one(tmp_path, models, architecture, prefix):
+    changes = {"model": models[architecture]}
+    if prefix:
+        changes["task__data"] = write_long_problems(tmp_path / "long.jsonl")
+    together = rewards(train(tmp_path, name="together", **changes))
+    alone = rewards(train(tmp_path, name="alone", **changes, rollout__mode="prompts"))
+    assert len(together) == 14
+    assert len(set(together.values())) > 7
+    assert together == alone
+
+
+def test_given_completions_are_as_likely_as_one_by_one(tmp_path, models):
+    rows = [
+        {"prompt": f"{i}+", "choices": ["3", "14+2", "9*9"], "gold": i % 3, "label": i % 3} for i in range(9)
+    ]
+    data = tmp_path / "choices.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {
+        "task__data": data,
+        "task__heldout_data": None,
+        "task__reward": None,
+        "task__name": "multiple_choice",
+        "task__metric": "log_likelihood",
+        "rollout__stop": [],
+    }
+    together = rewards(train(tmp_path, models["qwen2"], "together", **changes))
+    alone = rewards(train(tmp_path, models["qwen2"], "alone", **changes, rollout__mode="prompts"))
+    assert together.keys() == alone.keys()
+    # One by one the weights differ in later iterations, by as little.
+    assert all(abs(together[key] - alone[key]) < 1e-4 * abs(alone[key]) for key in alone)
+    assert len(set(together.values())) == 14
+
+
+def test_members_that_are_known_are_not_evaluated_again_and_change_nothing(tmp_path, models):
+    whole = train(tmp_path, models["qwen2"], "whole")
+    cut = train(tmp_path, models["qwen2"], "cut")
+    lines = (cut / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    kinds = [json.loads(line) for line in lines]
+    # Of the second iteration's seven members the first two are kept: a part of a chunk.
+    (last,) = [i for i, line in enumerate(kinds) if line.get("iteration") == 1 and line.get("member") == 1]
+    (cut / "journal.jsonl").write_bytes(b"".join(lines[: last + 1]))
+    again = train(tmp_path, models["qwen2"], "cut")
+    assert rewards(again) == rewards(whole)
+    assert strip(again) == strip(whole)
+    for directory in (whole, again):
+        assert call("shardes", "verify", directory).returncode == 0
+        assert call("shardes", "export", directory, directory / "export").returncode == 0
+    assert fingerprint(whole / "export") == fingerprint(again / "export")
+
+
+def strip(run_dir):
+    """Updates and digests without what chains lines together."""
+    kept = ("type", "iteration", "coefficients", "digest")
+    return [
+        {key: line.get(key) for key in kept}
+        for line in journal(run_dir)
+        if line["type"] in ("update", "weights")
+    ]
+
+
+def test_a_mode_of_the_other_kind_and_another_number_of_members_are_refused(tmp_path, models):
+    run_dir = train(tmp_path, models["qwen2"])
+    before = (run_dir / "journal.jsonl").read_bytes()
+    for changes in ({"rollout__mode": "prompts"}, {"rollout__members_per_forward": 4}):
+        with pytest.raises(UserError, match=r"rollout\.members_per_forward: the run has 3, this conf"):
+            train(tmp_path, models["qwen2"], **changes)
+    train(tmp_path, models["qwen2"], rollout__mode="batched_stream")
+    assert (run_dir / "journal.jsonl").read_bytes() == before
+
+
+def test_auto_is_found_once_and_kept(tmp_path, models, monkeypatch):
+    run_dir = train(tmp_path, models["qwen2"], rollout__members_per_forward="auto")
+    header = journal(run_dir)[0]
+    assert header["settings"]["rollout.members_per_forward"] == 8  # what holds seven
+    monkeypatch.setattr("shardes.rollout.probe.MOST_MEMBERS", 2)
+    train(tmp_path, models["qwen2"], rollout__members_per_forward="auto")
+    other = train(tmp_path, models["qwen2"], "other", rollout__members_per_forward="auto")
+    assert journal(other)[0]["settings"]["rollout.members_per_forward"] == 2
+
+
+# The check at the start, and what there is no rule for.
+
+
+# What norms and embeddings add in this model is hidden by the rounding of bfloat16.
+@pytest.mark.parametrize(
+    ("broken", "dtype"),
+    [
+        ("_linear", "float32"),
+        ("_linear", "bfloat16"),
+        ("_embedding", "float32"),
+        ("_rms_norm", "float32"),
+    ],
+)
+def test_a_wrong_rule_is_caught_before_the_first_iteration(tmp_path, models, monkeypatch, broken, dtype):
+    right = getattr(terms.MemberTerms, broken)
+
+    def wrong(self, module, x, out, names):
+        return 2 * out - right(self, module, x, out, names)
+
+    monkeypatch.setattr(terms.MemberTerms, broken, wrong)
+    with pytest.raises(UserError, match=r"rollout\.mode: batched computes other logits for a member"):
+        train(tmp_path, models["qwen2"], model__dtype=dtype)
+    assert not (tmp_path / "run" / "journal.jsonl").exists()
+
+
+def test_a_right_rule_passes_in_every_dtype(tmp_path, models):
+    for dtype in ("bfloat16", "float16"):
+        assert rewards(train(tmp_path, models["qwen2"], dtype, model__dtype=dtype, es__iterations=1))
+
+
+def test_a_parameter_without_a_rule_is_named_unless_it_is_frozen(tmp_path, models, monkeypatch):
+    rule = terms.MemberTerms._rule
+    monkeypatch.setattr(
+        terms.MemberTerms,
+        "_rule",
+        lambda self, module: None if isinstance(module, nn.Embedding) else rule(self, module),
+    )
+    with pytest.raises(
+        UserError,
+        match=r"model\.embed_tokens\.weight is a parameter of model\.embed_tokens, a Embedding, for",
+    ):
+        train(tmp_path, models["moe"])
+    train(tmp_path, models["moe"], "frozen", es__trainable=[".*", "!.*embed.*"])
+
+
+def test_a_parameter_of_more_dimensions_is_named(tmp_path, models, monkeypatch):
+    from shardes import session
+
+    def refuse(shape):
+        raise ValueError(f"no rule for {list(shape)}")
+
+    monkeypatch.setattr(session, "matrix_shape", refuse)
+    with pytest.raises(UserError, match=r"es\.noise: .*: no rule for \[.*freeze it \(es\.trainable"):
+        train(tmp_path, models["qwen2"])
+
+
+def test_logits_that_are_not_finite_are_one_members_alone(tmp_path, models, monkeypatch):
+    load = terms.MemberTerms.load
+
+    def damaging(self, members):
+        load(self, members)
+        for place, member in enumerate(members):
+            if member.direction == 4:
+                self._vectors["model.norm.weight"][place] = float("nan")
+
+    monkeypatch.setattr(terms.MemberTerms, "load", damaging)
+    found = rewards(train(tmp_path, models["qwen2"], es__iterations=1))
+    assert [member for (_, member), reward in found.items() if reward is None] == [4]
+
+
+# Every way to spread the model.
+
+
+def spread_trees(tmp_path, model, name, cases):
+    return [
+        tree(tmp_path, model=model, run_dir=tmp_path / f"run-{name}-{i}", **(BATCHED | case))
+        for i, case in enumerate(cases)
+    ]
+
+
+@pytest.fixture(scope="module")
+def oracle(models, tmp_path_factory):
+    """One process: exported bytes and metrics."""
+    root = tmp_path_factory.mktemp("oracle")
+    data = write_long_problems(root / "long.jsonl")
+    (prints,) = run_cases(
+        root, "oracle", spread_trees(root, models["qwen2"], "oracle", [{"task__data": data}]), 1
+    )
+    return data, prints, steady_metrics(root / "run-oracle-0")
+
+
+def check_spread(tmp_path, models, oracle, *, world_size, cases):
+    data, prints, metrics = oracle
+    cases = [case | {"task__data": data} for case in cases]
+    found = run_cases(
+        tmp_path, "spread", spread_trees(tmp_path, models["qwen2"], "spread", cases), world_size
+    )
+    for i, case in enumerate(cases):
+        assert found[i] == prints, case
+        assert steady_metrics(tmp_path / f"run-spread-{i}") == metrics, case
+        assert set(rollout_modes(tmp_path / f"run-spread-{i}")) == {case.get("rollout__mode", "batched")}
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_bytes_of_one(tmp_path, models, oracle):
+    cases = [
+        {"parallel__backend": "fsdp"},
+        {"parallel__backend": "fsdp", "rollout__mode": "batched_stream"},
+        {"parallel__backend": "zero3", "rollout__mode": "batched_stream"},
+    ]
+    check_spread(tmp_path, models, oracle, world_size=2, cases=cases)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_any_number_of_ranks_and_any_mesh_give_the_bytes_of_one(tmp_path, models, oracle, world_size):
+    cases = [
+        {"parallel__backend": backend, "rollout__mode": mode}
+        for backend in ("fsdp", "zero3", "single")
+        for mode in ("batched", "batched_stream")
+    ]
+    if world_size == 4:
+        cases += [
+            {"parallel__backend": backend, "rollout__mode": mode, "parallel__shard_size": 2}
+            for backend in ("fsdp", "zero3")
+            for mode in ("batched", "batched_stream")
+        ]
+    check_spread(tmp_path, models, oracle, world_size=world_size, cases=cases)
