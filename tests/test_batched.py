@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from shardes.errors import UserError
-from shardes.rollout import terms
+from shardes.rollout import decode, terms
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import Trainer
@@ -65,15 +65,34 @@ def train(tmp_path, model, name="run", **changes):
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "moe"])
-@pytest.mark.parametrize("prefix", [False, True])
-def test_members_earn_what_they_earn_one_by_one(tmp_path, models, architecture, prefix):
+@pytest.mark.parametrize("prompts", ["short", "with a prefix", "computed in parts"])
+def test_members_earn_what_they_earn_one_by_one(tmp_path, models, monkeypatch, architecture, prompts):
     changes = {"model": models[architecture]}
-    if prefix:
+    if prompts != "short":
         changes["task__data"] = write_long_problems(tmp_path / "long.jsonl")
+    if prompts == "computed in parts":
+        monkeypatch.setattr(decode, "PROMPTS_PER_FORWARD", 2)
+        monkeypatch.setattr(decode, "TOKENS_PER_PART", 1)
     together = rewards(train(tmp_path, name="together", **changes))
     alone = rewards(train(tmp_path, name="alone", **changes, rollout__mode="prompts"))
     assert len(together) == 14
     assert len(set(together.values())) > 7
+    assert together == alone
+
+
+def test_pairs_and_reused_directions_earn_what_they_earn_one_by_one(tmp_path, models):
+    changes = {
+        "model": models["qwen2"],
+        "es__antithetic": True,
+        "es__noise_reuse": 2,
+        "es__population": {0: 6, 1: 8},
+        "es__optimizer": "momentum",
+        "es__iterations": 3,
+    }
+    together = rewards(train(tmp_path, name="together", **changes))
+    alone = rewards(train(tmp_path, name="alone", **changes, rollout__mode="prompts"))
+    assert len(together) == 6 + 8 + 8
+    assert len(set(together.values())) > 10
     assert together == alone
 
 

@@ -1,0 +1,314 @@
+"""Measures members in chunks against members one by one, on sharded weights: seconds, and bytes received.
+
+A Llama of about 37 million random parameters, whose answers never end early, is written to a temporary
+directory. For every number of ranks and every backend one job under torchrun measures the modes that evaluate
+members of full rank one by one, and the batched ones with several numbers of members per forward.
+
+    python tools/bench/batched.py --world-size 2 --json benchmarks/batched.json
+
+Seconds are a member's: those of an iteration in which every team of ranks has two members, or two chunks of
+them, divided by the number of members; the columns of prefill and decoding are rank 0's. Received is what
+rank 0 receives for a member (see sharding.py). What is gathered once an iteration is shared by all members of
+it, so that it depends on their number, which the table has, too.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import torch
+from sharding import ReceivedBytes, stopwatch, write_problems
+
+from shardes.config_files import parse_config
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = ROOT / "configs" / "quickstart" / "model"
+SIGMA = 1e-3
+FULL_RANK = ("stream", "prompts", "members")
+BATCHED = ("batched_stream", "batched")
+
+Row = dict[str, Any]
+
+
+def write_model(path: Path) -> int:
+    """A random Llama and a tokenizer for it; returns the number of parameters."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=640,
+        intermediate_size=1760,
+        num_hidden_layers=8,
+        num_attention_heads=10,
+        num_key_value_heads=2,
+        vocab_size=2048,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(path)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@contextmanager
+def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
+    """Adds up what the forwards before the first token take, and what all of an answer takes."""
+    from shardes.rollout.decode import Decoder, _Rows
+
+    prefill, decode = _Rows.prefill, Decoder.decode
+
+    def timed_prefill(*arguments: Any, **named: Any) -> Any:
+        with stopwatch(seconds, "prefill"):
+            return prefill(*arguments, **named)
+
+    def timed_decode(*arguments: Any, **named: Any) -> Any:
+        with stopwatch(seconds, "answer"):
+            return decode(*arguments, **named)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(_Rows, "prefill", timed_prefill))
+        stack.enter_context(mock.patch.object(Decoder, "decode", timed_decode))
+        yield
+
+
+def measure(tree: dict[str, Any]) -> Row:
+    """One way to evaluate members, on every rank of a job."""
+    from shardes.population import Population
+    from shardes.session import make_rollout, open_session
+    from shardes.tasks.loading import load_task
+
+    config = parse_config(tree, source="benchmark")
+    with open_session(config) as session:
+        world = session.mesh.world
+        task = load_task(config.task)
+        rollout, *_ = make_rollout(session, task)
+        population = Population(
+            rollout,
+            mesh=session.mesh,
+            sigma=SIGMA,
+            timeout_seconds=config.parallel.timeout_seconds,
+            stop=session.stop,
+            spans=session.spans,
+        )
+        problems = rollout.prepare(task.train, iteration=0)
+
+        def iteration(number: int, members: int) -> None:
+            population.evaluate_members(
+                range(members),
+                iteration=number,
+                problems=problems,
+                on_result=lambda _: None,
+                population=members,
+            )
+            # An update would follow; with it, what is gathered once an iteration is gathered anew.
+            session.weights.version += 1
+
+        # What is evaluated at the same time, twice.
+        teams_are_ranks = config.rollout.is_batched or config.rollout.mode == "members"
+        at_once = (world.world_size if teams_are_ranks else 1) * rollout.members_per_forward
+        num_members = 2 * at_once
+        iteration(0, at_once)
+        world.barrier()
+        seconds: dict[str, float] = {}
+        with stopwatch(seconds, "member"), timed_parts(seconds):
+            iteration(1, num_members)
+        with ReceivedBytes(session.mesh.shard.world_size) as received:
+            iteration(2, num_members)
+        prefill, answer = seconds["prefill"], seconds["answer"]
+        return {
+            "num_members": num_members,
+            "member": seconds["member"] / num_members,
+            "prefill": prefill / num_members,
+            "decode": (answer - prefill) / num_members,
+            "received_bytes": received.total / num_members,
+        }
+
+
+def measure_update(num_directions: int) -> Row:
+    """Seconds of an update of one matrix, of full rank and of rank 1."""
+    from shardes import noise
+    from shardes.noise import LowRank, NoiseKind, Region
+
+    torch.set_num_threads(1)
+    shape = (640, 1760)
+    region = Region(1, 640 * 1760, 0, 640 * 1760, shape=shape)
+    master = torch.zeros(region.num_elements)
+    found: dict[str, list[float]] = {"full": [], "rank 1": []}
+    for turn in range(6):  # the first of each compiles
+        for name, kind in (("full", NoiseKind.GAUSSIAN), ("rank 1", LowRank(1))):
+            seconds: dict[str, float] = {}
+            with stopwatch(seconds, "update"):
+                noise.accumulate(
+                    master,
+                    region=region,
+                    coefficients=[1e-3] * num_directions,
+                    directions=range(num_directions),
+                    seed=0,
+                    iteration=turn,
+                    kind=kind,
+                )
+            found[name].append(seconds["update"])
+    return {name: min(values[1:]) for name, values in found.items()}
+
+
+def start(trees: list[Row], *, world_size: int, folder: Path) -> list[Row]:
+    """Runs a job that measures several ways, to its end; what rank 0 found, or why it failed."""
+    spec, out = folder / "job.json", folder / "found.json"
+    out.unlink(missing_ok=True)
+    spec.write_text(json.dumps(trees))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    command = [sys.executable, *launcher, __file__, "--job", str(spec), str(out)]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    if not torch.cuda.is_available():
+        env |= {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not out.exists():
+        lines = [line for line in done.stderr.splitlines() if "Error" in line]
+        failure = lines[0].strip() if lines else f"exit status {done.returncode}"
+        return [{"failure": failure} for _ in trees]
+    rows: list[Row] = json.loads(out.read_text())
+    return rows
+
+
+def run_job(spec: Path, out: Path) -> None:
+    """Measures on one rank of a job what its file says."""
+    port, rows = int(os.environ["MASTER_PORT"]), []
+    for number, tree in enumerate(json.loads(spec.read_text())):
+        os.environ["MASTER_PORT"] = str(port + number)  # a store of its own for each
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(number == 0)
+        rows.append(measure(tree))
+    if os.environ["RANK"] == "0":
+        out.write_text(json.dumps(rows))
+    sys.stdout.flush()
+    os._exit(0)  # as shardes.cli.main does, and for the same reason
+
+
+HEADER = (
+    "ranks  backend  mode             K  members |  member s  prefill s  decode s |  received MB |"
+    "  times stream  times prompts"
+)
+
+
+def formatted(row: Row) -> str:
+    """A row under ``HEADER``."""
+    place = f"{row['ranks']:>5}  {row['backend']:<7}  {row['mode']:<14} {row['k'] or '':>3}"
+    if "failure" in row:
+        return f"{place} | {row['failure']}"
+    times = "  ".join(f"{row[key]:>13.1f}" for key in ("times_stream", "times_prompts") if key in row)
+    return (
+        f"{place}  {row['num_members']:>7} | {row['member']:>9.4f}  {row['prefill']:>9.4f}  "
+        f"{row['decode']:>8.4f} |  {row['received_bytes'] / 1e6:>11.2f} | {times}"
+    )
+
+
+@click.command()
+@click.option("--world-size", "world_sizes", type=click.IntRange(min=1), multiple=True, default=(2,))
+@click.option("--backend", "backends", type=click.Choice(["zero3", "fsdp"]), multiple=True)
+@click.option(
+    "--members-per-forward", "counts", type=click.IntRange(min=1), multiple=True, default=(1, 4, 16)
+)
+@click.option("--rank", type=click.IntRange(min=1), default=1, show_default=True, help="Of the noise.")
+@click.option("--prompts", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of each rank.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--job", type=click.Path(path_type=Path), nargs=2, hidden=True)
+def main(
+    *,
+    world_sizes: tuple[int, ...],
+    backends: tuple[str, ...],
+    counts: tuple[int, ...],
+    rank: int,
+    prompts: int,
+    new_tokens: int,
+    dtype: str,
+    threads: int,
+    json_path: Path | None,
+    job: tuple[Path, Path] | None,
+) -> None:
+    """Measure members in chunks against members one by one."""
+    if job is not None:
+        run_job(*job)
+    with tempfile.TemporaryDirectory(prefix="shardes-bench-") as name:
+        folder = Path(name)
+        num_parameters = write_model(folder / "model")
+        write_problems(folder / "problems.jsonl", num_prompts=prompts)
+        update = measure_update(30)
+        facts = {
+            "parameters": num_parameters,
+            "dtype": dtype,
+            "rank": rank,
+            "prompts": prompts,
+            "max_new_tokens": new_tokens,
+            "threads_per_rank": threads,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "torch": torch.__version__,
+            "update of 640 x 1760 by 30 directions, full rank, seconds": round(update["full"], 6),
+            "the same of rank 1": round(update["rank 1"], 6),
+        }
+        for key, value in facts.items():
+            click.echo(f"{key}: {value}")
+        click.echo(f"\n{HEADER}")
+        rows: list[Row] = []
+
+        def tree(backend: str, mode: str, count: int | None) -> Row:
+            return {
+                "model": {"path": str(folder / "model"), "dtype": dtype},
+                "run": {"dir": str(folder / "run")},
+                "parallel": {"backend": backend, "threads_per_rank": threads},
+                "rollout": {
+                    "mode": mode,
+                    "micro_batch_size": prompts if count else max(1, prompts // 2),
+                    "max_new_tokens": new_tokens,
+                    "members_per_forward": count or 1,
+                },
+                "es": {
+                    "iterations": 1,
+                    "sigma": SIGMA,
+                    "noise": "low_rank" if count else "gaussian",
+                    "rank": rank if count else 1,
+                },
+                "task": {"data": str(folder / "problems.jsonl"), "reward": f"{__file__}:constant"},
+            }
+
+        cases = [(mode, None) for mode in FULL_RANK]
+        cases += [(mode, count) for mode in BATCHED for count in counts]  # type: ignore[misc]
+        for ranks in world_sizes:
+            for backend in backends or ("zero3", "fsdp"):
+                found = start([tree(backend, *case) for case in cases], world_size=ranks, folder=folder)
+                seconds = {case[0]: row.get("member") for case, row in zip(cases, found, strict=True)}
+                for (mode, count), row in zip(cases, found, strict=True):
+                    rows.append({"ranks": ranks, "backend": backend, "mode": mode, "k": count} | row)
+                    for other in ("stream", "prompts"):
+                        if count and "member" in row and seconds[other]:
+                            rows[-1][f"times_{other}"] = seconds[other] / row["member"]
+                    click.echo(formatted(rows[-1]))
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        command = ["python", *sys.argv]
+        json_path.write_text(json.dumps({"facts": facts, "command": command, "rows": rows}, indent=1) + "\n")
+
+
+def constant(prompts: list[Any], completions: list[str], **_: Any) -> list[float]:
+    """A reward that costs nothing."""
+    return [0.0] * len(completions)
+
+
+if __name__ == "__main__":
+    main()
