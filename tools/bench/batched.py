@@ -87,7 +87,9 @@ def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
 
 def measure(tree: dict[str, Any]) -> Row:
     """One way to evaluate members, on every rank of a job."""
+    from shardes.es.strategy import Strategy
     from shardes.population import Population
+    from shardes.round import Round
     from shardes.session import make_rollout, open_session
     from shardes.tasks.loading import load_task
 
@@ -99,21 +101,15 @@ def measure(tree: dict[str, Any]) -> Row:
         population = Population(
             rollout,
             mesh=session.mesh,
-            sigma=SIGMA,
             timeout_seconds=config.parallel.timeout_seconds,
             stop=session.stop,
             spans=session.spans,
         )
-        problems = rollout.prepare(task.train, iteration=0)
 
         def iteration(number: int, members: int) -> None:
-            population.evaluate_members(
-                range(members),
-                iteration=number,
-                problems=problems,
-                on_result=lambda _: None,
-                population=members,
-            )
+            strategy = Strategy(config.es.model_copy(update={"population": members}), num_elements=0)
+            asked = Round(number, task.train, rollout, strategy)
+            population.evaluate_members(asked.members, asked=asked, on_result=lambda _: None)
             # An update would follow; with it, what is gathered once an iteration is gathered anew.
             session.weights.version += 1
 
