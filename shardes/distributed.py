@@ -130,8 +130,8 @@ class Group:
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             gather(output, local, group=self.process_group)
             return
-        # gloo passes a gather on from rank to rank in pieces, through buffers of its own. Each rank's part sent
-        # as a whole takes a third of the time.
+        # gloo passes a gather on from rank to rank in pieces, through buffers of its own. Sending each rank's
+        # part as a whole takes a third of the time.
         parts = output.view(self.world_size, -1)
         parts[self.rank].copy_(local)
         if self.world_size == 1:

@@ -11,7 +11,7 @@ from shardes.modeling import fill_parameters
 
 # Bytes of a rank's shards that are copied together to be gathered at once. On the CPU a collective takes as
 # long to begin as a copy of this size.
-_BUCKET_BYTES = {"cuda": 16 * 2**20, "cpu": 2**18}
+_BUCKET_BYTES = {"cuda": 16 * 2**20, "cpu": 2**20}
 
 
 class Replica:

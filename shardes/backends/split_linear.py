@@ -38,12 +38,20 @@ def _rows(module: nn.Linear, group: Group, inputs: torch.Tensor) -> torch.Tensor
     return total if module.bias is None else total + module.bias
 
 
+def _rows_of_all(module: nn.Linear, group: Group, inputs: torch.Tensor) -> torch.Tensor:
+    """All outputs, from all inputs."""
+    size = -(-module.in_features // group.world_size)
+    return _rows(module, group, inputs[..., group.rank * size : (group.rank + 1) * size])
+
+
 _Forward = Callable[[nn.Linear, Group, torch.Tensor], torch.Tensor]
 _FORWARDS: Mapping[str, _Forward] = {
     "colwise": _columns,
     "colwise_gather_output": _gathered_columns,
     "colwise_rep": _gathered_columns,
     "rowwise": _rows,
+    "rowwise_split_input": _rows_of_all,
+    "rowwise_rep": _rows_of_all,
 }
 
 
@@ -52,10 +60,8 @@ def linears_of(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
 
     Modules that only inherit from ``nn.Linear`` are not among them: what their forwards do is not known here.
     """
-    modules = dict(model.named_modules())
-    return {
-        name: style for name, style in plan.items() if style in _FORWARDS and type(modules.get(name)) is nn.Linear
-    }
+    plain = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    return {name: style for name, style in plan.items() if style in _FORWARDS and name in plain}
 
 
 def use_plain_tensors(model: nn.Module, linears: Mapping[str, str], *, group: Group) -> None:
@@ -68,6 +74,7 @@ def use_plain_tensors(model: nn.Module, linears: Mapping[str, str], *, group: Gr
     """
     for name, style in linears.items():
         module = model.get_submodule(name)
+        assert isinstance(module, nn.Linear), name
         for key, parameter in module._parameters.items():
             if isinstance(parameter, DTensor):
                 module._parameters[key] = nn.Parameter(parameter.to_local(), requires_grad=False)
