@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from shardes.backends.layout import Layout
 from shardes.distributed import Group
 from shardes.modeling import fill_parameters
 
-# Bytes of a rank's shards that are copied together to be gathered at once.
-_BUCKET_BYTES = 16 * 2**20
+# Bytes of a rank's shards that are copied together to be gathered at once. On the CPU a collective takes as
+# long to begin as a copy of this size.
+_BUCKET_BYTES = {"cuda": 16 * 2**20, "cpu": 2**20}
 
 
 class Replica:
@@ -47,7 +47,8 @@ class Replica:
         # Elements of a rank's part. The last parts may own fewer, which the padding makes up for: all of it
         # is then at the end of what a gather gives.
         self._sizes = {name: sum(run.num_elements for run in layouts[name].runs((0,))) for name in shards}
-        self._buckets = _buckets({name: self._sizes[name] * shards[name].element_size() for name in shards})
+        sizes = {name: self._sizes[name] * shards[name].element_size() for name in shards}
+        self._buckets = _buckets(sizes, most_bytes=_BUCKET_BYTES[group.device.type])
         self._storage: dict[str, torch.Tensor] = {}
 
     def fill(self) -> nn.Module:
@@ -86,18 +87,13 @@ class Replica:
         sizes = [self._sizes[name] for name in names]
         local = [padded(self._shards[name], self._sizes[name]) for name in names]
         if len(names) == 1:
-            self._all_gather(self._storage[names[0]], local[0])
+            self._group.gather_tensor(local[0], self._storage[names[0]])
             return
         sent = torch.cat(local)
         received = sent.new_empty(self._group.world_size, sent.numel())
-        self._all_gather(received.view(-1), sent)
+        self._group.gather_tensor(sent, received.view(-1))
         for name, part in zip(names, received.split(sizes, dim=1), strict=True):
             self._storage[name].view(self._group.world_size, -1).copy_(part)
-
-    def _all_gather(self, output: torch.Tensor, local: torch.Tensor) -> None:
-        # torch 2.13 renames the function and warns about the old name, the only one that 2.11 has.
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(output, local, group=self._group.process_group)
 
 
 def padded(part: torch.Tensor, size: int) -> torch.Tensor:
@@ -109,12 +105,12 @@ def padded(part: torch.Tensor, size: int) -> torch.Tensor:
     return longer
 
 
-def _buckets(sizes: Mapping[str, int]) -> list[list[str]]:
+def _buckets(sizes: Mapping[str, int], *, most_bytes: int) -> list[list[str]]:
     """Names to gather together: neighbours, as long as their shards fit into a bucket."""
     buckets: list[list[str]] = []
-    total = _BUCKET_BYTES
+    total = most_bytes
     for name, num_bytes in sizes.items():
-        if total + num_bytes > _BUCKET_BYTES:
+        if total + num_bytes > most_bytes:
             buckets.append([])
             total = 0
         buckets[-1].append(name)

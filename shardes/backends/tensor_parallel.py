@@ -18,6 +18,7 @@ from transformers import __version__ as transformers_version
 
 from shardes.backends.dtensors import layout_of, local_of, make_mesh
 from shardes.backends.sharded import ShardedBackend, make_shards
+from shardes.backends.split_linear import linears_of, use_plain_tensors
 from shardes.distributed import Group
 from shardes.errors import UserError
 from shardes.modeling import parameter_aliases
@@ -43,8 +44,7 @@ class TensorParallelBackend(ShardedBackend):
         self.device = group.device
         self.aliases = parameter_aliases(skeleton)
         model = copy.deepcopy(skeleton).requires_grad_(False)
-        if group.world_size > 1:
-            _split(model, make_mesh(group, axis="tp"))
+        linears = _split(model, make_mesh(group, axis="tp")) if group.world_size > 1 else {}
         _allocate(model, group.device)
         self.lockstep_model = model
         parameters = dict(sorted(model.named_parameters()))
@@ -58,6 +58,7 @@ class TensorParallelBackend(ShardedBackend):
         local = {name: local_of(parameter) for name, parameter in parameters.items()}
         shapes = {name: layout.shape for name, layout in self._layouts.items()}
         self.shards = make_shards(local, layouts=self._layouts, shapes=shapes, group=group)
+        use_plain_tensors(model, linears, group=group)
 
     @property
     def shares_batches(self) -> bool:
@@ -81,8 +82,12 @@ class TensorParallelBackend(ShardedBackend):
         return self.lockstep_model
 
 
-def _split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Applies the model's plan: parameters become DTensors, and forwards reduce what they must."""
+def _split(model: PreTrainedModel, mesh: DeviceMesh) -> dict[str, str]:
+    """Applies the model's plan: parameters become DTensors, and forwards reduce what they must.
+
+    Returns:
+        Linear layers whose forwards are still to be changed, and the plan's styles of them.
+    """
     try:
         from transformers.distributed.configuration_utils import DistributedConfig
         from transformers.distributed.tensor_parallel import apply_tensor_parallelism
@@ -104,9 +109,12 @@ def _split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         if plan.get(name) is None and plan.get(alias) is not None:
             # One tensor cannot be whole in the embedding and split in the head: the head stays whole as well.
             plan = {key: style for key, style in plan.items() if key not in (alias, alias.rpartition(".")[0])}
-    apply_tensor_parallelism(model, mesh, plan)
+    linears = linears_of(model, plan)
+    wrapped = {name: style for name, style in plan.items() if name not in linears}
+    apply_tensor_parallelism(model, mesh, wrapped)
     _check_experts(model, mesh.size())
     _tie(model, aliases)
+    return linears
 
 
 def _check_heads(model: PreTrainedModel, plan: dict[str, str], num_ranks: int) -> None:

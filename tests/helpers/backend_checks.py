@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from shardes.backends import make_backend
 from shardes.checkpoint import Checkpoint
@@ -77,6 +78,9 @@ class Case:
         counted = sum(shard.num_owned for shard in self.backend.shards if not shard.is_copy)
         total = sum(shard.num_elements for shard in self.oracle.shards)
         assert self.group.sum_int64(counted) == total
+        if self.backend.shares_batches:
+            linears = [m for m in self.backend.lockstep_model.modules() if type(m) is torch.nn.Linear]
+            assert not any(isinstance(p, DTensor) for m in linears for p in m.parameters())
         for mine, its in zip(self.backend.shards, self.oracle.shards, strict=True):
             assert (mine.name, mine.param_id, mine.shape) == (its.name, its.param_id, its.shape)
             if mine.num_owned < mine.num_elements:

@@ -10,7 +10,7 @@ one process.
 Seconds are a member's, an iteration's divided by the population: those of the job in the column "member", so
 that members evaluated at the same time share them, and those of rank 0 in the columns of parts. Received is
 what rank 0 receives for a member, counted at torch's collectives as the usual algorithms send it: of a gather
-over W ranks (W - 1) / W of its output, of a reduction twice that of its operand, of a broadcast all.
+over W ranks (W - 1) / W of its output, of a reduction twice that of its operand, of another's broadcast all.
 """
 
 import json
@@ -27,6 +27,7 @@ from typing import Any, get_args
 
 import click
 import torch
+import torch.distributed as dist
 from common import ROOT, Row, machine_facts, show, write_model, write_report
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -79,6 +80,8 @@ class ReceivedBytes(TorchDispatchMode):
             size = self._shard_size
             share = {"gather": 1 - 1 / size, "reduce": 2 * (1 - 1 / size), "broadcast": 1.0}
             found = result if space == "_c10d_functional" else args[0]
+            if name == "broadcast_" and args[2] == dist.get_rank() % size:
+                return result  # this rank sends
             for kind, factor in share.items():
                 if kind in name and "wait" not in name:
                     tensors = [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
