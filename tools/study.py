@@ -149,7 +149,7 @@ def perturb_and_subtract() -> Any:
     return mock.patch("shardes.session.Weights", Subtracting)
 
 
-def adaptive_sigma(factor: float) -> Any:
+def adaptive_sigma() -> Any:
     """Sigma grows while members cannot be told apart, and shrinks while they can."""
     from shardes.es.instruments import reward_instruments
     from shardes.es.strategy import Strategy, reward_table
@@ -187,7 +187,7 @@ def run_one(task: str, name: str, factor: float, seed: int) -> dict[str, Any]:
     arm = ARMS[name]
     references = {
         None: contextlib.nullcontext,
-        "adaptive sigma": lambda: adaptive_sigma(factor),
+        "adaptive sigma": adaptive_sigma,
         "perturb and subtract": perturb_and_subtract,
     }
     keys: dict[str, Any] = {
@@ -212,16 +212,22 @@ def run_one(task: str, name: str, factor: float, seed: int) -> dict[str, Any]:
             trainer = Trainer(session, load_task(config.task))
             trainer.train()
         lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
-    del keys["run.dir"]
     return {
         "task": task,
         "arm": name,
         "factor": factor,
         "seed": seed,
+        "changes": changes_of(task, arm),
         "heldout_reward": lines[-1]["heldout_reward"],
         "base_reward": lines[0]["heldout_reward"],
         "seconds": time.monotonic() - start,
     }
+
+
+def changes_of(task: str, arm: Arm) -> dict[str, Any]:
+    """What an arm is on a task: a line of another is no result of this one."""
+    changes = {**TASKS[task], **arm.changes, "alpha": arm.alpha, "reference": arm.reference}
+    return {key: value for key, value in changes.items() if not str(value).startswith(str(ROOT))}
 
 
 def best_factors(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
@@ -252,7 +258,21 @@ def missing(
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The results of arms as they are now; a line whose writer died has no end, and counts as none."""
+    text = path.read_text() if path.exists() else ""
+    lines = []
+    for line in text.split("\n")[:-1]:
+        with contextlib.suppress(ValueError):  # half a line, closed by the next writer
+            lines.append(json.loads(line))
+    return [
+        line
+        for line in lines
+        if line["arm"] in ARMS and line["changes"] == changes_of(line["task"], ARMS[line["arm"]])
+    ]
+
+
+def ends_whole(path: Path) -> bool:
+    return not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
 
 
 @click.group(help=__doc__)
@@ -288,7 +308,8 @@ def run(out: Path, jobs: int, tasks: tuple[str, ...], arms: tuple[str, ...]) -> 
                 click.echo(f"{each}: {type(error).__name__}: {error}", err=True)
                 continue
             with out.open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
+                # A line without an end, which a kill may have left, must not swallow this one.
+                stream.write("\n" * (not ends_whole(out)) + json.dumps(line) + "\n")
             click.echo(f"{each}: {line['heldout_reward']:.4f}, {line['seconds']:.0f} s")
     raise SystemExit(bool(failed))
 
@@ -319,7 +340,8 @@ def table(path: Path) -> None:
             if arm != "base" and len(base) == len(SEEDS):
                 shift = shown([one - other for one, other in zip(rewards, base, strict=True)], sign="+")
             alpha = ARMS[arm].alpha * best[task, arm]
-            click.echo(f"| {ARMS[arm].group} | {arm} | {alpha:g} | {shown(rewards)} | {shift} |")
+            edge = "" if best[task, arm] == 1 else " (edge)"
+            click.echo(f"| {ARMS[arm].group} | {arm} | {alpha:g}{edge} | {shown(rewards)} | {shift} |")
 
 
 def shown(values: list[float], *, sign: str = "") -> str:
