@@ -240,16 +240,17 @@ def oracle(models, tmp_path_factory):
     return data, prints, steady_metrics(root / "run-oracle-0")
 
 
-def check_spread(tmp_path, models, oracle, *, world_size, cases):
+def check_spread(tmp_path, models, oracle, *, world_size, cases, shortages=None):
+    """Trains every case on as many ranks; ``shortages`` says, by case, where memory runs out."""
     data, prints, metrics = oracle
-    cases = [case | {"task__data": data} for case in cases]
-    found = run_cases(
-        tmp_path, "spread", spread_trees(tmp_path, models["qwen2"], "spread", cases), world_size
-    )
+    shortages = shortages or {}
+    trees = spread_trees(tmp_path, models["qwen2"], "spread", [case | {"task__data": data} for case in cases])
+    found = run_cases(tmp_path, "spread", trees, world_size, shortages)
     for i, case in enumerate(cases):
         assert found[i] == prints, case
         assert steady_metrics(tmp_path / f"run-spread-{i}") == metrics, case
-        assert set(rollout_modes(tmp_path / f"run-spread-{i}")) == {case.get("rollout__mode", "batched")}
+        used = "batched_stream" if i in shortages else case.get("rollout__mode", "batched")
+        assert set(rollout_modes(tmp_path / f"run-spread-{i}")) == {used}
 
 
 @pytest.mark.slow
@@ -258,8 +259,10 @@ def test_two_ranks_give_the_bytes_of_one(tmp_path, models, oracle):
         {"parallel__backend": "fsdp"},
         {"parallel__backend": "fsdp", "rollout__mode": "batched_stream"},
         {"parallel__backend": "zero3", "rollout__mode": "batched_stream"},
+        # In the first chunks of the first iteration, on one rank.
+        {"parallel__backend": "zero3"},
     ]
-    check_spread(tmp_path, models, oracle, world_size=2, cases=cases)
+    check_spread(tmp_path, models, oracle, world_size=2, cases=cases, shortages={3: [["decode", 1, 2]]})
 
 
 @pytest.mark.exhaustive
