@@ -115,6 +115,9 @@ def test_members_that_are_known_are_not_evaluated_again_and_change_nothing(tmp_p
     assert strip(again) == strip(whole)
     for directory in (whole, again):
         assert call("shardes", "verify", directory).returncode == 0
+        asked = ("--config", directory / "config.yaml", "--model", directory, "--out", directory / "answers")
+        found = call("shardes", "evaluate", *asked)
+        assert found.returncode == 0, found.stderr
         assert call("shardes", "export", directory, directory / "export").returncode == 0
     assert fingerprint(whole / "export") == fingerprint(again / "export")
 
@@ -145,8 +148,10 @@ def test_auto_is_found_once_and_kept(tmp_path, models, monkeypatch):
     assert header["settings"]["rollout.members_per_forward"] == 8  # what holds seven
     monkeypatch.setattr("shardes.rollout.probe.MOST_MEMBERS", 2)
     train(tmp_path, models["qwen2"], rollout__members_per_forward="auto")
-    other = train(tmp_path, models["qwen2"], "other", rollout__members_per_forward="auto")
-    assert journal(other)[0]["settings"]["rollout.members_per_forward"] == 2
+    both = {"rollout__members_per_forward": "auto", "rollout__micro_batch_size": "auto"}
+    settings = journal(train(tmp_path, models["qwen2"], "both", **both))[0]["settings"]
+    assert settings["rollout.members_per_forward"] == 2
+    assert settings["rollout.micro_batch_size"] == 9
 
 
 # The check at the start, and what there is no rule for.
