@@ -131,6 +131,9 @@ def test_members_that_are_known_are_not_evaluated_again_and_change_nothing(tmp_p
     assert strip(again) == strip(whole)
     for directory in (whole, again):
         assert call("shardes", "verify", directory).returncode == 0
+        asked = ("--config", directory / "config.yaml", "--model", directory, "--out", directory / "answers")
+        found = call("shardes", "evaluate", *asked)
+        assert found.returncode == 0, found.stderr
         assert call("shardes", "export", directory, directory / "export").returncode == 0
     assert fingerprint(whole / "export") == fingerprint(again / "export")
 
@@ -161,8 +164,10 @@ def test_auto_is_found_once_and_kept(tmp_path, models, monkeypatch):
     assert header["settings"]["rollout.members_per_forward"] == 8  # what holds seven
     monkeypatch.setattr("shardes.rollout.probe.MOST_MEMBERS", 2)
     train(tmp_path, models["qwen2"], rollout__members_per_forward="auto")
-    other = train(tmp_path, models["qwen2"], "other", rollout__members_per_forward="auto")
-    assert journal(other)[0]["settings"]["rollout.members_per_forward"] == 2
+    both = {"rollout__members_per_forward": "auto", "rollout__micro_batch_size": "auto"}
+    settings = journal(train(tmp_path, models["qwen2"], "both", **both))[0]["settings"]
+    assert settings["rollout.members_per_forward"] == 2
+    assert settings["rollout.micro_batch_size"] == 9
 
 
 # The check at the start, and what there is no rule for.
@@ -256,16 +261,17 @@ def oracle(models, tmp_path_factory):
     return data, prints, steady_metrics(root / "run-oracle-0")
 
 
-def check_spread(tmp_path, models, oracle, *, world_size, cases):
+def check_spread(tmp_path, models, oracle, *, world_size, cases, shortages=None):
+    """Trains every case on as many ranks; ``shortages`` says, by case, where memory runs out."""
     data, prints, metrics = oracle
-    cases = [case | {"task__data": data} for case in cases]
-    found = run_cases(
-        tmp_path, "spread", spread_trees(tmp_path, models["qwen2"], "spread", cases), world_size
-    )
+    shortages = shortages or {}
+    trees = spread_trees(tmp_path, models["qwen2"], "spread", [case | {"task__data": data} for case in cases])
+    found = run_cases(tmp_path, "spread", trees, world_size, shortages)
     for i, case in enumerate(cases):
         assert found[i] == prints, case
         assert steady_metrics(tmp_path / f"run-spread-{i}") == metrics, case
-        assert set(rollout_modes(tmp_path / f"run-spread-{i}")) == {case.get("rollout__mode", "batched")}
+        used = "batched_stream" if i in shortages else case.get("rollout__mode", "batched")
+        assert set(rollout_modes(tmp_path / f"run-spread-{i}")) == {used}
 
 
 @pytest.mark.slow
@@ -274,8 +280,10 @@ def test_two_ranks_give_the_bytes_of_one(tmp_path, models, oracle):
         {"parallel__backend": "fsdp"},
         {"parallel__backend": "fsdp", "rollout__mode": "batched_stream"},
         {"parallel__backend": "zero3", "rollout__mode": "batched_stream"},
+        # In the first chunks of the first iteration, on one rank.
+        {"parallel__backend": "zero3"},
     ]
-    check_spread(tmp_path, models, oracle, world_size=2, cases=cases)
+    check_spread(tmp_path, models, oracle, world_size=2, cases=cases, shortages={3: [["decode", 1, 2]]})
 
 
 @pytest.mark.exhaustive

@@ -167,6 +167,28 @@ def test_threads_do_not_change_a_bit():
     assert all(same_bits(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("name", ["_perturb", "_accumulate"])
+def test_the_compiler_neither_fuses_nor_flushes(name, tmp_path, monkeypatch):
+    """The code for an H200, which can be made without one."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(importlib.import_module("shardes.noise.gpu_lowrank"), name)
+    pointers = dict.fromkeys(("left", "right", "source"), "*fp32") | dict.fromkeys(
+        ("target", "master"), "*bf16"
+    )
+    types = {p.name: p.annotation_type or pointers.get(p.name, "constexpr") for p in kernel.params}
+    sizes = {"height": 16, "width": 128}
+    places = {(p.num,): sizes[p.name] for p in kernel.params if p.is_constexpr}
+    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+    source = ASTSource(kernel, types, places, {})
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    assert {"add.rn.f32", "mul.rn.f32"} <= set(re.findall(r"\b(?:add|mul)[\w.]*\.f32", code))
+    assert not re.search(r"\bfma|ftz|approx", code)
+
+
 @pytest.mark.parametrize("case", GOLDEN, ids=str)
 def test_the_definition_has_not_drifted(case):
     address = {key: value for key, value in case.items() if key not in ("bits", "rank")}

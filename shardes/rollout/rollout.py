@@ -257,10 +257,9 @@ class Rollout:
     @property
     def members_per_forward(self) -> int:
         """Members whose prompts are rows of the same forward; 1 unless the mode is a batched one."""
-        if not self._modes.are_batched:
-            return 1
-        assert self._settings.members_per_forward != "auto", "what auto is must be found first"
-        return self._settings.members_per_forward
+        count = self._settings.members_per_forward
+        # Before it is found what auto is, there are no members to evaluate, only the centre.
+        return 1 if count == "auto" or not self._modes.are_batched else count
 
     @members_per_forward.setter
     def members_per_forward(self, count: int) -> None:

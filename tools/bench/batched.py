@@ -122,15 +122,17 @@ def measure(tree: dict[str, Any]) -> Row:
         seconds: dict[str, float] = {}
         with stopwatch(seconds, "member"), timed_parts(seconds):
             iteration(1, num_members)
+        # What is gathered once an iteration serves all its members; anything else a member, or a chunk.
+        shares = num_members if config.rollout.mode in ("members", "batched") else at_once
         with ReceivedBytes(session.mesh.shard.world_size) as received:
-            iteration(2, num_members)
+            iteration(2, at_once)
         prefill, answer = seconds["prefill"], seconds["answer"]
         return {
             "num_members": num_members,
             "member": seconds["member"] / num_members,
             "prefill": prefill / num_members,
             "decode": (answer - prefill) / num_members,
-            "received_bytes": received.total / num_members,
+            "received_bytes": received.total / shares,
         }
 
 
