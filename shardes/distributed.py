@@ -140,8 +140,14 @@ class Group:
             dist.broadcast(part, group=self.process_group, group_src=rank, async_op=True)
             for rank, part in enumerate(parts)
         ]
-        for work in works:
-            work.wait()
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            # One of the messages says what happened, the others that the connection was closed because of it.
+            if "timeout" in str(error).lower() or "timed out" in str(error).lower():
+                raise TimeoutError("timed out waiting for another rank (parallel.timeout_seconds)") from None
+            raise
 
     def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' tensors, the same bits on all ranks; the argument may be overwritten.

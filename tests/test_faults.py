@@ -73,7 +73,7 @@ FAULTS = {
             5,
             {"parallel__timeout_seconds": 3, "rollout__mode": "prompts", "parallel__backend": "fsdp"},
         ),
-        *([1, 1], r"rank 0 failed:(?s:.*)[Tt]imed out"),
+        *([1, 1], r"rank 0 failed:(?s:.*)timed out waiting for another rank \(parallel\.timeout_seconds\)"),
     ),
     "interrupt": ("interrupt", 1, 5, {}, [130, 130], "interrupted; go on with the same command"),
     "prompts": (
