@@ -47,7 +47,9 @@ class Replica:
         # Elements of a rank's part. The last parts may own fewer, which the padding makes up for: all of it
         # is then at the end of what a gather gives.
         self._sizes = {name: sum(run.num_elements for run in layouts[name].runs((0,))) for name in shards}
-        self._buckets = _buckets({name: self._sizes[name] * shards[name].element_size() for name in shards})
+        self._buckets = make_buckets(
+            {name: self._sizes[name] * shards[name].element_size() for name in shards}
+        )
         self._storage: dict[str, torch.Tensor] = {}
 
     def fill(self) -> nn.Module:
@@ -109,7 +111,7 @@ def padded(part: torch.Tensor, size: int) -> torch.Tensor:
     return longer
 
 
-def _buckets(sizes: Mapping[str, int]) -> list[list[str]]:
+def make_buckets(sizes: Mapping[str, int]) -> list[list[str]]:
     """Names to gather together: neighbours, as long as their shards fit into a bucket."""
     buckets: list[list[str]] = []
     total = _BUCKET_BYTES

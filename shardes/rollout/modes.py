@@ -14,7 +14,7 @@ from shardes.backends.base import Backend
 from shardes.distributed import Group, Mesh
 from shardes.es.weights import Weights
 from shardes.es.whole import WholeWeights
-from shardes.rollout.memory import free_bytes, is_shortage
+from shardes.rollout.memory import free_bytes, is_shortage, mode_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -223,10 +223,8 @@ class Modes:
         itemsize = self._backend.dtype.itemsize
         copy = sum(shard.num_elements for shard in self._backend.shards) * itemsize
         centre = sum(shard.num_elements for shard in self._weights.trained) * itemsize
-        # Where a replica is one rank's, gathering it costs nothing and the centre need not be kept.
-        needs = {"prompts": copy + generation_bytes}
-        if self._backend.is_sharded:
-            needs = {"members": needs["prompts"] + centre} | needs
+        held = mode_bytes(copy=copy, centre=centre, is_sharded=self._backend.is_sharded)
+        needs = {name: need + generation_bytes for name, need in held.items()}
         free = self._mesh.world.min(free_bytes(self._backend.device))
         name = next((name for name, need in needs.items() if need <= free), "stream")
         wants = ", ".join(f"{other} needs {_gib(need)}" for other, need in needs.items())
