@@ -191,7 +191,16 @@ class Plan:
 
     def fewest_ranks(self, mode: str) -> int | None:
         """The smallest number of ranks that hold a replica and evaluate in a mode; None if there is none."""
-        return next((size for size in self._sizes() if self._fits_in(mode, size)), None)
+        for num_ranks in self._sizes():
+            try:
+                memory = self._memory(self._spread.over(num_ranks))
+            except UserError:  # so many ranks cannot share the heads
+                continue
+            if memory.needed(mode) <= self.usable_bytes:
+                return num_ranks
+            if num_ranks > 1 and memory.modes[mode] > self.usable_bytes:
+                break  # more ranks do not make a copy smaller
+        return None
 
     def _sizes(self) -> Iterator[int]:
         """Numbers of ranks that could hold a replica."""
@@ -204,13 +213,6 @@ class Plan:
         else:
             yield from range(1, 16)
             yield from range(16, _MOST_RANKS + 1, 8)
-
-    def _fits_in(self, mode: str, size: int) -> bool:
-        try:
-            shares = self._spread.over(size)
-        except UserError:  # so many ranks cannot share the heads
-            return False
-        return self._memory(shares).needed(mode) <= self.usable_bytes
 
     def _memory(self, shares: Shares) -> RankMemory:
         config, itemsize = self.config, self.dtype.itemsize
