@@ -367,8 +367,8 @@ def test_a_dry_run_on_two_ranks_speaks_once(tmp_path, model):
 
 
 def test_numbers_are_shown_in_units_that_suit_them():
-    assert [shown_bytes(n) for n in (0, 1023, 1536, 5 * 2**20, 3 * GIB, 4000 * GIB)] == [
-        *("0 B", "1023 B", "1.5 KiB", "5.0 MiB", "3.00 GiB", "4000.00 GiB")
+    assert [shown_bytes(n) for n in (0, 1023, 1536, 5 * 2**20, 4000 * GIB, 20480 * GIB)] == [
+        *("0 B", "1023 B", "1.5 KiB", "5.0 MiB", "4000.00 GiB", "20.0 TiB")
     ]
     assert [shown_seconds(s) for s in (0.01234, 119, 600, 7200)] == ["0.0123 s", "119 s", "10.0 min", "2.0 h"]
 

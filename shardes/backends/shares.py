@@ -53,6 +53,7 @@ class Spread:
         self._backend = backend
         self._shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
         self._units = _names_of_units(skeleton) if backend == "fsdp" else []
+        self._found: dict[int, Shares] = {}
 
     def over(self, num_ranks: int) -> Shares:
         """What a rank has if so many hold the model together; with ``single``, each of them holds all of it.
@@ -60,6 +61,11 @@ class Spread:
         Raises:
             UserError: So many ranks cannot split the model.
         """
+        if num_ranks not in self._found:
+            self._found[num_ranks] = self._over(num_ranks)
+        return self._found[num_ranks]
+
+    def _over(self, num_ranks: int) -> Shares:
         shapes = self._shapes.items()
         if self._backend == "single":
             return Shares(num_ranks, {name: math.prod(shape) for name, shape in shapes}, 0)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from shardes.planning.plan import Plan
-from shardes.planning.units import shown_bytes, shown_seconds
+from shardes.planning.units import shown_bytes, shown_count, shown_seconds
 
 _MODE_HOLDS = {
     "members": "the centre and a copy of the model",
@@ -25,8 +25,8 @@ def report(plan: Plan, *, files: str) -> list[str]:
 def _head(plan: Plan, files: str) -> list[str]:
     config, load, machine = plan.config, plan.workload, plan.machine
     total, trained = plan.num_parameters, plan.num_trained
-    model = f"{type(plan.model).__name__}, {total / 1e9:.4g} billion parameters"
-    model += "" if trained == total else f", {trained / 1e9:.4g} of them trained"
+    model = f"{type(plan.model).__name__}, {shown_count(total)} parameters"
+    model += "" if trained == total else f", {shown_count(trained)} of them trained"
     model += f", {shown_bytes(total * plan.dtype.itemsize)} in {config.model.dtype}"
     ranks = f"{plan.world_size} with {config.parallel.backend}, {plan.num_replicas} replica(s) of "
     ranks += f"{plan.shard_size}; {shown_bytes(machine.memory_bytes)} each, "
