@@ -6,19 +6,25 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from shardes import __version__
 from shardes.config import Config, check_model_directory
 from shardes.config_files import load_config, load_run_config
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, StorageError, UserError
+from shardes.planning.machine import Machine
 from shardes.runs.journal import History, read_journal
 from shardes.sandbox.pool import make_rewards
 from shardes.stopping import Stopped, stop_signals
 from shardes.tasks.base import Task
 from shardes.tasks.loading import load_task
+
+if TYPE_CHECKING:
+    from shardes.session import Session
+    from shardes.trainer import Trainer
 
 # How long a rank that has a message waits for rank 0 to print the same one first.
 _WAIT_FOR_MAIN_SECONDS = 10
@@ -34,9 +40,10 @@ def cli() -> None:
 
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.option("--config", "config_path", type=_PATH, required=True, help="The run's YAML file.")
+@click.option("--dry-run", is_flag=True, help="Evaluate one member on two prompts, print a plan, and end.")
 @click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False)
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
-def train(config_path: Path, overrides: tuple[str, ...]) -> None:
+def train(config_path: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
     """Train, or go on with a run that stopped.
 
     KEY=VALUE changes a key of the file, for example es.sigma=0.002. Start it with deepspeed, torchrun or
@@ -56,10 +63,22 @@ def train(config_path: Path, overrides: tuple[str, ...]) -> None:
         with stop_signals() as stop:
             try:
                 with open_session(config, stop=stop) as session:
-                    Trainer(session, task, rewards=rewards, heldout_sets=heldout_sets).train()
+                    trainer = Trainer(session, task, rewards=rewards, heldout_sets=heldout_sets)
+                    if not dry_run:
+                        trainer.train()
+                    elif lines := _rehearsed(session, trainer, task):
+                        click.echo("\n".join(lines))
             except Stopped:
                 if os.environ.get("RANK", "0") == "0":
                     tell_user(stop.farewell)
+
+
+def _rehearsed(session: "Session", trainer: "Trainer", task: Task) -> list[str]:
+    """What a dry run has to say, on rank 0; a collective."""
+    from shardes.planning.rehearsal import rehearse
+
+    lines = rehearse(session, trainer, task)
+    return lines if session.mesh.world.is_main else []
 
 
 def _load_tasks(config: Config) -> tuple[Task, dict[str, Task]]:
@@ -103,6 +122,101 @@ def evaluate(model: str, config_path: Path | None, out: Path | None, overrides: 
                 click.echo(
                     json.dumps({"model": model, "iteration": subject.iteration, "sets": sets}, indent=2)
                 )
+
+
+class _Size(click.ParamType):
+    """A number of bytes, as people write it."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return int(TypeAdapter(ByteSize).validate_python(value))
+        except ValidationError:
+            self.fail(
+                f"got {value!r}; wanted a number of bytes, or one with a unit, such as 80GiB", param, ctx
+            )
+
+
+_POSITIVE = click.IntRange(min=1)
+_RATE = click.FloatRange(min=0, min_open=True)
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "show_default": True})
+@click.option("--config", "config_path", type=_PATH, required=True, help="The run's YAML file.")
+@click.option(
+    "--world-size", type=_POSITIVE, help="Number of ranks; default: the fewest that hold the model."
+)
+@click.option("--device-memory", type=_Size(), default="80GiB", help="Of each rank's device.")
+@click.option("--reserve", type=_Size(), default="2GiB", help="What of it is left to the driver and others.")
+@click.option(
+    "--model-config",
+    type=click.Path(exists=True, path_type=Path),
+    help="A config.json instead of that of model.path, which then need not exist.",
+)
+@click.option(
+    "--num-prompts", type=_POSITIVE, help="Of an iteration; default: what configuration and data say."
+)
+@click.option("--prompt-tokens", type=_POSITIVE, help="Of the longest; default: what data and tokenizer say.")
+@click.option(
+    "--gather-bandwidth",
+    type=_RATE,
+    default=Machine.gather_bytes_per_second / 1e9,
+    help="GB/s that a rank receives in a gather.",
+)
+@click.option(
+    "--memory-bandwidth",
+    type=_RATE,
+    default=Machine.memory_bytes_per_second / 1e9,
+    help="GB/s at which a device reads weights.",
+)
+@click.option(
+    "--compute",
+    type=_RATE,
+    default=Machine.flops_per_second / 1e12,
+    help="TFLOP/s of matrix products in model.dtype.",
+)
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
+def plan(
+    config_path: Path,
+    world_size: int | None,
+    device_memory: int,
+    reserve: int,
+    model_config: Path | None,
+    num_prompts: int | None,
+    prompt_tokens: int | None,
+    gather_bandwidth: float,
+    memory_bandwidth: float,
+    compute: float,
+    overrides: tuple[str, ...],
+) -> None:
+    """Print what a run would take: memory of a rank, modes that fit, traffic, and about how long.
+
+    Only the configuration, config.json and the headers of the weights are read, the latter if they are there.
+    The exit status is 1 if it does not fit.
+    """
+    config = load_config(config_path, list(overrides))
+    from shardes.planning.report import report
+    from shardes.planning.sources import plan_run
+
+    machine = Machine(
+        memory_bytes=device_memory,
+        reserved_bytes=reserve,
+        gather_bytes_per_second=gather_bandwidth * 1e9,
+        memory_bytes_per_second=memory_bandwidth * 1e9,
+        flops_per_second=compute * 1e12,
+    )
+    planned, files = plan_run(
+        config,
+        machine=machine,
+        world_size=world_size,
+        model_config=model_config,
+        num_prompts=num_prompts,
+        prompt_tokens=prompt_tokens,
+    )
+    click.echo("\n".join(report(planned, files=files)))
+    if planned.chosen_mode is None:
+        click.get_current_context().exit(EXIT_FAILURE)
 
 
 _BASE = click.option("--base", type=_PATH, help="The base model's directory, if it was moved since the run.")

@@ -13,17 +13,19 @@ from shardes.errors import UserError
 
 
 def load_model_config(path: Path, *, trust_remote_code: bool) -> Any:
-    """The architecture of a model directory.
+    """The architecture of a model directory, or of a ``config.json`` by itself.
 
     Raises:
         UserError: No usable config.json.
     """
-    check_model_directory(path)
+    file = path if path.is_file() else path / "config.json"
+    if file != path:
+        check_model_directory(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(
-            f"model.path: {path}/config.json cannot be used: {_first_line(error)} (a model with code of its "
+            f"model.path: {file} cannot be used: {_first_line(error)} (a model with code of its "
             "own needs model.trust_remote_code: true)"
         ) from None
 

@@ -6,6 +6,7 @@ import resource
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,25 @@ from shardes.tasks.base import Row, Task
 from shardes.tasks.data import rows_sha256
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What became of a member that was evaluated for trial.
+
+    Attributes:
+        result: What it earned.
+        seconds: How long that took.
+        mode_name: How it was evaluated.
+        micro_batch_size: Prompts per forward that a run would have.
+        peak_memory_bytes: The most memory that this rank has used so far.
+    """
+
+    result: MemberResult
+    seconds: float
+    mode_name: str
+    micro_batch_size: int
+    peak_memory_bytes: int
 
 
 class Trainer:
@@ -139,6 +159,24 @@ class Trainer:
             self._snapshots.close()
             if self.run is not None:
                 self.run.close()
+
+    def rehearse(self, num_problems: int) -> Rehearsal:
+        """Evaluates the first member on a few problems, in the mode that training would have; a collective.
+
+        Nothing is written, and the weights stay as they are.
+        """
+        rows = self._draw_problems(0)
+        self._rollout.begin(self._rollout.prepare(rows, iteration=0))
+        asked = Round(0, rows[:num_problems], self._rollout, self._strategy)
+        start = time.monotonic()
+        results = self._population.evaluate_members([0], asked=asked, on_result=lambda _: None)
+        return Rehearsal(
+            results[0],
+            seconds=time.monotonic() - start,
+            mode_name=self._rollout.mode.name,
+            micro_batch_size=self._rollout.micro_batch_size,
+            peak_memory_bytes=_peak_memory_bytes(self._world.device),
+        )
 
     def _evaluate_members(self, asked: Round) -> list[MemberResult]:
         """What every member earned."""

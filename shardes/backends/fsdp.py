@@ -31,7 +31,7 @@ class FsdpBackend(GatheringBackend):
         super().__init__(skeleton, group=group)
         model = copy.deepcopy(skeleton).requires_grad_(False)
         mesh = make_mesh(group, axis="shard")
-        for module in _units(model):
+        for module in units(model):
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
             module.register_forward_pre_hook(_gather, prepend=True)
         # Buffers are real and move; parameters are on meta, and only this rank's rows get storage.
@@ -79,7 +79,7 @@ def _gather(module: nn.Module, _: object) -> None:
     module.unshard()
 
 
-def _units(model: PreTrainedModel) -> list[nn.Module]:
+def units(model: PreTrainedModel) -> list[nn.Module]:
     """What is gathered and freed as one, inner modules first; the model itself takes what is left.
 
     Blocks are the modules of the list that holds most of the parameters. An embedding and a head of their own

@@ -86,13 +86,13 @@ def _part(intervals: _Intervals, num_pieces: int, num_parts: int, index: int) ->
     total = sum(number for _, number in intervals)
     part: _Intervals = []
     for piece in range(num_pieces):
-        first, number = _chunk(total, num_pieces, piece)
-        low, length = _chunk(number, num_parts, index)
+        first, number = chunk(total, num_pieces, piece)
+        low, length = chunk(number, num_parts, index)
         part += _slice(intervals, first + low, length)
     return part
 
 
-def _chunk(total: int, num_chunks: int, index: int) -> tuple[int, int]:
+def chunk(total: int, num_chunks: int, index: int) -> tuple[int, int]:
     """Where chunk ``index`` starts and how long it is."""
     size = -(-total // num_chunks)
     low = min(total, size * index)

@@ -48,7 +48,7 @@ class Replica:
         # is then at the end of what a gather gives.
         self._sizes = {name: sum(run.num_elements for run in layouts[name].runs((0,))) for name in shards}
         sizes = {name: self._sizes[name] * shards[name].element_size() for name in shards}
-        self._buckets = _buckets(sizes, most_bytes=_BUCKET_BYTES[group.device.type])
+        self._buckets = make_buckets(sizes, device_type=group.device.type)
         self._storage: dict[str, torch.Tensor] = {}
 
     def fill(self) -> nn.Module:
@@ -105,9 +105,10 @@ def padded(part: torch.Tensor, size: int) -> torch.Tensor:
     return longer
 
 
-def _buckets(sizes: Mapping[str, int], *, most_bytes: int) -> list[list[str]]:
+def make_buckets(sizes: Mapping[str, int], *, device_type: str) -> list[list[str]]:
     """Names to gather together: neighbours, as long as their shards fit into a bucket."""
     buckets: list[list[str]] = []
+    most_bytes = _BUCKET_BYTES[device_type]
     total = most_bytes
     for name, num_bytes in sizes.items():
         if total + num_bytes > most_bytes:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
 from shardes.backends.dtensors import layout_of, local_of, make_mesh
+from shardes.backends.layout import Layout
 from shardes.backends.sharded import ShardedBackend, make_shards
 from shardes.backends.split_linear import linears_of, use_plain_tensors
 from shardes.distributed import Group
@@ -80,6 +81,19 @@ class TensorParallelBackend(ShardedBackend):
                 "stream, or parallel.backend: fsdp"
             )
         return self.lockstep_model
+
+
+def planned_layouts(skeleton: PreTrainedModel, *, num_ranks: int) -> dict[str, Layout]:
+    """How the model would be spread over a number of ranks, by name; no process group is needed.
+
+    Raises:
+        UserError: As for the backend.
+    """
+    model = copy.deepcopy(skeleton)
+    if num_ranks > 1:
+        ranks = torch.arange(num_ranks)
+        _split(model, DeviceMesh("cpu", ranks, mesh_dim_names=("tp",), _init_backend=False, _rank=0))
+    return {name: layout_of(part, world_size=num_ranks) for name, part in model.named_parameters()}
 
 
 def _split(model: PreTrainedModel, mesh: DeviceMesh) -> dict[str, str]:

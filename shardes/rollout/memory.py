@@ -48,7 +48,35 @@ def _container_bytes(group: Path) -> list[int]:
         return []
 
 
-def generation_bytes(model_config: Any, *, rows: int, length: int, dtype: torch.dtype) -> int:
+def mode_bytes(*, copy: int, centre: int, is_sharded: bool) -> dict[str, int]:
+    """What modes of evaluation hold besides a rank's shards, the fastest mode first.
+
+    A mode that is not named holds nothing but what a forward gathers.
+
+    Args:
+        copy: Bytes of the whole model.
+        centre: Bytes of the parameters that are trained.
+        is_sharded: Whether ranks hold different elements.
+    """
+    # Where a replica is one rank's, gathering it costs nothing and the centre need not be kept.
+    return ({"members": copy + centre} if is_sharded else {}) | {"prompts": copy}
+
+
+def cache_bytes(
+    model_config: Any, *, rows: int, length: int, dtype: torch.dtype, num_sharers: int = 1
+) -> int:
+    """What the keys and values of a micro-batch take; arguments as in ``generation_bytes``."""
+    config = model_config.get_text_config()
+    heads = config.num_attention_heads
+    kept_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    of_a_token = 2 * config.num_hidden_layers * kept_heads * head_size * dtype.itemsize
+    return rows * length * of_a_token // num_sharers
+
+
+def generation_bytes(
+    model_config: Any, *, rows: int, length: int, dtype: torch.dtype, num_sharers: int = 1
+) -> int:
     """About what a micro-batch takes besides the weights: the cache, activations and logits.
 
     Args:
@@ -56,13 +84,23 @@ def generation_bytes(model_config: Any, *, rows: int, length: int, dtype: torch.
         rows: Prompts in the micro-batch.
         length: Tokens of a prompt and its answer.
         dtype: The model's.
+        num_sharers: Ranks that share the heads and the inner neurons of every layer.
     """
     config = model_config.get_text_config()
-    hidden = config.hidden_size
-    heads = config.num_attention_heads
-    kept_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_size = getattr(config, "head_dim", None) or hidden // heads
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    cache = 2 * config.num_hidden_layers * kept_heads * head_size * length
-    activations = (4 * hidden + 3 * inner) * length
-    return rows * ((cache + activations) * dtype.itemsize + 2 * 4 * config.vocab_size)
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    activations = (4 * config.hidden_size + 3 * inner // num_sharers) * length * dtype.itemsize
+    cache = cache_bytes(model_config, rows=rows, length=length, dtype=dtype, num_sharers=num_sharers)
+    return cache + rows * (activations + 2 * 4 * config.vocab_size)
+
+
+def likelihood_bytes(
+    model_config: Any, *, rows: int, length: int, dtype: torch.dtype, num_sharers: int = 1
+) -> int:
+    """About what scoring a micro-batch takes besides the weights; arguments as in ``generation_bytes``.
+
+    Logits are kept at every place instead of one.
+    """
+    logits = rows * length * model_config.get_text_config().vocab_size * dtype.itemsize
+    return logits + generation_bytes(
+        model_config, rows=rows, length=length, dtype=dtype, num_sharers=num_sharers
+    )

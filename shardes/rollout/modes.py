@@ -15,7 +15,7 @@ from shardes.backends.base import Backend
 from shardes.distributed import Group, Mesh
 from shardes.es.weights import Weights
 from shardes.es.whole import WholeWeights
-from shardes.rollout.memory import free_bytes, is_shortage
+from shardes.rollout.memory import free_bytes, is_shortage, mode_bytes
 from shardes.rollout.terms import MemberTerms
 
 logger = logging.getLogger(__name__)
@@ -297,12 +297,10 @@ class Modes:
         itemsize = self._backend.dtype.itemsize
         copy = sum(shard.num_elements for shard in self._backend.shards) * itemsize
         centre = sum(shard.num_elements for shard in self._weights.trained) * itemsize
-        # Where a replica is one rank's, gathering it costs nothing and the centre need not be kept.
-        needs = {"prompts": copy + generation_bytes}
+        held = mode_bytes(copy=copy, centre=centre, is_sharded=self._backend.is_sharded)
         if self._wanted == "batched":
-            needs = {"batched": generation_bytes + copy * self._backend.is_sharded}
-        elif self._backend.is_sharded:
-            needs = {"members": needs["prompts"] + centre} | needs
+            held = {"batched": copy * self._backend.is_sharded}
+        needs = {name: need + generation_bytes for name, need in held.items()}
         free = self._mesh.world.min(free_bytes(self._backend.device))
         name = next((name for name, need in needs.items() if need <= free), self._by_speed[-1])
         wants = ", ".join(f"{other} needs {_gib(need)}" for other, need in needs.items())

@@ -15,7 +15,13 @@ from shardes.modeling import end_tokens, max_positions
 from shardes.rollout.batching import MicroBatch, compose, shared_prefix, tokenize
 from shardes.rollout.decode import Answers, Decoder, OnRows, prefill_parts
 from shardes.rollout.likelihood import CompletionBatch, completion_log_likelihoods, compose_completions
-from shardes.rollout.memory import MemoryShortageError, free_bytes, generation_bytes, is_shortage
+from shardes.rollout.memory import (
+    MemoryShortageError,
+    free_bytes,
+    generation_bytes,
+    is_shortage,
+    likelihood_bytes,
+)
 from shardes.rollout.modes import Batched, Mode, Modes
 from shardes.rollout.sampling import Sampling
 from shardes.rollout.scoring import Scorer
@@ -323,12 +329,11 @@ class Rollout:
         rows, width = batch.input_ids.shape
         rows *= self.members_per_forward
         dtype = self._backend.dtype
-        if isinstance(batch, MicroBatch):
-            length = width + self._settings.max_new_tokens
-            return generation_bytes(config, rows=rows, length=length, dtype=dtype)
-        # Logits at every place instead of one.
-        logits = rows * width * config.get_text_config().vocab_size * dtype.itemsize
-        return generation_bytes(config, rows=rows, length=width, dtype=dtype) + logits
+        sharers = self._mesh.shard.world_size if self._backend.shares_batches else 1
+        if isinstance(batch, CompletionBatch):
+            return likelihood_bytes(config, rows=rows, length=width, dtype=dtype, num_sharers=sharers)
+        length = width + self._settings.max_new_tokens
+        return generation_bytes(config, rows=rows, length=length, dtype=dtype, num_sharers=sharers)
 
     def step_down(self) -> None:
         """After a shortage of memory: goes on in a mode that takes less; a collective of all ranks."""

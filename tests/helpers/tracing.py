@@ -1,6 +1,7 @@
 """What a forward does underneath: which collectives run, and how many bytes of tensors are alive."""
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -38,7 +39,8 @@ class Trace(TorchDispatchMode):
         return result
 
     def _follow(self, tensor):
-        if tensor.device.type != "meta":
+        # A DTensor claims the storage of the whole, of which its local tensor is what exists.
+        if tensor.device.type != "meta" and not isinstance(tensor, DTensor):
             storage = tensor.untyped_storage()
             self._storages.setdefault(storage._cdata, StorageWeakRef(storage))
 

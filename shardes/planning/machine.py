@@ -1,0 +1,24 @@
+"""What a plan takes a rank's device for."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device of each rank. The rates are round numbers, about those of the GPUs of one node of 2024.
+
+    Attributes:
+        memory_bytes: What it has.
+        device_type: ``cuda`` or ``cpu``.
+        reserved_bytes: What of that is left to the driver, the communication library and fragments.
+        gather_bytes_per_second: What a rank receives in a large gather.
+        memory_bytes_per_second: How fast weights are read.
+        flops_per_second: Of large matrix products in the model's dtype.
+    """
+
+    memory_bytes: int
+    device_type: str = "cuda"
+    reserved_bytes: int = 2 * 2**30
+    gather_bytes_per_second: float = 200e9
+    memory_bytes_per_second: float = 2000e9
+    flops_per_second: float = 300e12

@@ -1,0 +1,117 @@
+"""A plan as a page to read."""
+
+from collections.abc import Sequence
+
+from shardes.planning.plan import Plan
+from shardes.planning.units import shown_bytes, shown_count, shown_seconds
+
+_MODE_HOLDS = {
+    "members": "the centre and a copy of the model",
+    "prompts": "a copy of the model",
+    "stream": "what a forward has gathered",
+    "batched": "a copy of the model",
+    "batched_stream": "what a forward has gathered",
+}
+
+
+def report(plan: Plan, *, files: str) -> list[str]:
+    """The lines of a plan.
+
+    Args:
+        plan: What is to be shown.
+        files: What is known of the model's files.
+    """
+    return [*_head(plan, files), "", *_memory(plan), "", *_modes(plan), "", _conclusion(plan)]
+
+
+def _head(plan: Plan, files: str) -> list[str]:
+    config, load, machine = plan.config, plan.workload, plan.machine
+    total, trained = plan.num_parameters, plan.num_trained
+    model = f"{type(plan.model).__name__}, {shown_count(total)} parameters"
+    model += "" if trained == total else f", {shown_count(trained)} of them trained"
+    model += f", {shown_bytes(total * plan.dtype.itemsize)} in {config.model.dtype}"
+    ranks = f"{plan.world_size} with {config.parallel.backend}, {plan.num_replicas} replica(s) of "
+    ranks += f"{plan.shard_size}; {shown_bytes(machine.memory_bytes)} each, "
+    ranks += f"{shown_bytes(machine.reserved_bytes)} of it left alone"
+    asks = f"{load.num_sequences} answers of up to {load.answer_tokens} tokens"
+    if load.answer_tokens == 0:
+        asks = f"{load.num_sequences} likelihoods"
+    asks = f"{load.num_members} members, each {asks}; prompts of up to {load.prompt_tokens} tokens"
+    rates = [
+        f"{machine.gather_bytes_per_second / 1e9:g} GB/s between ranks",
+        f"{machine.memory_bytes_per_second / 1e9:g} GB/s to the device's memory",
+        f"{machine.flops_per_second / 1e12:g} TFLOP/s",
+    ]
+    lines = {
+        "model": model,
+        "files": files,
+        "ranks": ranks,
+        "iteration": f"{asks}; {load.micro_batch_rows} in a forward",
+        "rates": ", ".join(rates),
+        "assumed": "; ".join([*load.assumed, "the rates"]),
+    }
+    return [f"{name:<11}{text}" for name, text in lines.items()]
+
+
+def _memory(plan: Plan) -> list[str]:
+    memory, config = plan.memory, plan.config
+    place = ", in host memory" if memory.is_on_host else ""
+    lines = [
+        ("working weights", memory.working, config.model.dtype),
+        ("master weights", memory.master, config.weights.master + place),
+        (f"states of {config.es.optimizer}", memory.optimizer, "float32" + place),
+        ("what passes through", memory.passing, "on its way from and to host memory"),
+        *((f"mode {mode}", held, _MODE_HOLDS[mode]) for mode, held in memory.modes.items()),
+        ("keys and values", memory.cache, "while answering"),
+        ("activations and logits", memory.activations, "while answering"),
+        ("buffers of a gather", memory.gather_buffers, "for the moment; not in mode stream"),
+    ]
+    rows = [(f"  {name}", shown_bytes(held), f"  {note}") for name, held, note in lines if held]
+    width = max(len(name) for name, *_ in rows)
+    return ["on each rank", *(f"{name:<{width}}  {held:>11}{note}" for name, held, note in rows)]
+
+
+def _modes(plan: Plan) -> list[str]:
+    rows = [("mode", "needs", "fits", "fewest ranks", "gathers", "received", "at least")]
+    for mode in plan.memory.modes:
+        cost, fewest = plan.cost(mode), plan.fewest_ranks(mode)
+        rows.append(
+            (
+                mode,
+                shown_bytes(plan.memory.needed(mode)),
+                "yes" if plan.fits(mode) else "no",
+                "none" if fewest is None else str(fewest),
+                str(cost.num_gathers),
+                shown_bytes(cost.received_bytes),
+                shown_seconds(cost.seconds),
+            )
+        )
+    return [
+        *_table(rows),
+        "Fewest ranks: to hold one replica. Gathers of the whole model, bytes received by a rank, and time",
+        "are an iteration's if all answers are as long as they may be. Noise, rewards and waits come on top.",
+    ]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _conclusion(plan: Plan) -> str:
+    wanted, found = plan.config.rollout.mode, plan.chosen_mode
+    if found is not None:
+        return f"rollout.mode: {wanted} " + ("fits" if found == wanted else f"comes to {found}")
+    needs = min(plan.memory.needed(mode) for mode in plan.memory.modes if wanted in ("auto", mode))
+    has = shown_bytes(plan.usable_bytes)
+    return (
+        f"DOES NOT FIT: rollout.mode: {wanted} needs {shown_bytes(needs)} of {has}. Less is needed with more "
+        "ranks to a replica, weights.master: model, weights.master_device: cpu, or a smaller "
+        "rollout.micro_batch_size"
+    )

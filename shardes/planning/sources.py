@@ -1,0 +1,95 @@
+"""Where a plan's numbers come from: the architecture, the headers of the weights, the data if it is there."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from shardes.checkpoint import Checkpoint
+from shardes.config import Config, is_hub_reference
+from shardes.conversion import Conversion
+from shardes.errors import UserError
+from shardes.modeling import build_skeleton, load_model_config, load_tokenizer, parameter_aliases
+from shardes.planning.machine import Machine
+from shardes.planning.plan import Plan
+from shardes.planning.units import shown_bytes
+from shardes.planning.workload import make_workload
+from shardes.tasks.loading import load_task
+
+
+def plan_run(
+    config: Config,
+    *,
+    machine: Machine,
+    world_size: int | None = None,
+    model_config: Path | None = None,
+    num_prompts: int | None = None,
+    prompt_tokens: int | None = None,
+) -> tuple[Plan, str]:
+    """Plans a run from its files, of which only ``config.json`` must be there; no weights are read.
+
+    Args:
+        config: The run's.
+        machine: What a rank has.
+        world_size: Number of ranks; None: the fewest that hold one replica.
+        model_config: A ``config.json`` to be taken instead of that of ``model.path``, or its directory.
+        num_prompts: Problems of an iteration; None: what the configuration and the data say.
+        prompt_tokens: Of the longest prompt; None: what the data and the tokenizer say.
+
+    Returns:
+        The plan, and what is known of the files.
+
+    Raises:
+        UserError: Something that is there cannot be used, or the ranks cannot hold the model so.
+    """
+    path = config.model.path
+    if model_config is None and not (path / "config.json").is_file():
+        raise UserError(
+            f"model.path: {path / 'config.json'} does not exist; for a plan that file is enough (hf download "
+            "ORGANISATION/MODEL config.json --local-dir DIRECTORY), or give another with --model-config"
+        )
+    model = skeleton(config, source=model_config)
+    files = "not looked at" if model_config is not None else check_files(path, model)
+    is_there = model_config is None and any(
+        (path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
+    )
+    tokenizer: Any = None
+    if is_there:
+        tokenizer = load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
+    data = config.task.data
+    task = load_task(config.task) if not is_hub_reference(data) and data.exists() else None
+    workload = make_workload(
+        config, task=task, tokenizer=tokenizer, num_prompts=num_prompts, prompt_tokens=prompt_tokens
+    )
+    return Plan(config, model, workload=workload, machine=machine, world_size=world_size), files
+
+
+def skeleton(config: Config, *, source: Path | None = None) -> PreTrainedModel:
+    """A run's model without weights.
+
+    Args:
+        config: The run's.
+        source: A ``config.json``, or its directory; None: that of ``model.path``.
+    """
+    trust = config.model.trust_remote_code
+    model_config = load_model_config(source or config.model.path, trust_remote_code=trust)
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    return build_skeleton(model_config, dtype=dtype, trust_remote_code=trust)
+
+
+def check_files(path: Path, model: PreTrainedModel) -> str:
+    """What the headers of a model's weights say, if there are any.
+
+    Raises:
+        UserError: They are damaged, or of another model.
+    """
+    if not any(path.glob("*.safetensors*")):
+        return "no weights there yet: planned from config.json alone"
+    checkpoint = Checkpoint(path)
+    files = {stored.path for found in checkpoint.tensors.values() for stored, *_ in found.find(0, 1)}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    checkpoint.join(Conversion(model).join(checkpoint.tensors), shapes=shapes)
+    checkpoint.check_matches(shapes, aliases=parameter_aliases(model))
+    total = shown_bytes(sum(file.stat().st_size for file in files))
+    return f"{len(files)} with {total}; all parameters are there, in the right shapes"

@@ -1,0 +1,26 @@
+"""Numbers as people read them."""
+
+
+def shown_bytes(num_bytes: float) -> str:
+    """In the largest unit that makes it 1 or more; up to 10 TiB in GiB, as memory is spoken of."""
+    if num_bytes < 1024:
+        return f"{num_bytes:.0f} B"
+    if num_bytes < 1024**2:
+        return f"{num_bytes / 1024:.1f} KiB"
+    if num_bytes < 1024**3:
+        return f"{num_bytes / 1024**2:.1f} MiB"
+    if num_bytes < 10 * 1024**4:
+        return f"{num_bytes / 1024**3:.2f} GiB"
+    return f"{num_bytes / 1024**4:.1f} TiB"
+
+
+def shown_seconds(seconds: float) -> str:
+    """In seconds, minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def shown_count(number: int) -> str:
+    """In billions from 100 million on."""
+    return f"{number / 1e9:.4g} billion" if number >= 10**8 else f"{number:,}"

@@ -1,0 +1,110 @@
+"""How much an iteration asks: members, prompts and tokens, read from the data where that is there."""
+
+import heapq
+from dataclasses import dataclass
+from typing import Any
+
+from shardes.config import Config
+from shardes.rollout.batching import tokenize
+from shardes.rollout.probe import USUAL_SIZE
+from shardes.rollout.tally import choice_set
+from shardes.tasks.base import Task
+from shardes.tasks.registry import definition_of
+
+# Where neither the data nor the user says how many there are.
+ASSUMED_PROMPTS = 200
+ASSUMED_PROMPT_TOKENS = 512
+# The texts with the most characters are tokenised to find the one with the most tokens.
+_NUM_TOKENISED = 64
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What an iteration asks.
+
+    Attributes:
+        num_members: Members that are evaluated: the most of any iteration.
+        num_sequences: Answers that a member gives, or completions whose likelihood it is asked for.
+        micro_batch_rows: How many of them go through a forward together.
+        prompt_tokens: Of the longest prompt; of likelihoods, with its completion.
+        answer_tokens: The most that are generated; 0 for likelihoods.
+        assumed: What of this is a guess, in words.
+    """
+
+    num_members: int
+    num_sequences: int
+    micro_batch_rows: int
+    prompt_tokens: int
+    answer_tokens: int
+    assumed: tuple[str, ...] = ()
+
+
+def make_workload(
+    config: Config,
+    *,
+    task: Task | None = None,
+    tokenizer: Any = None,
+    num_prompts: int | None = None,
+    prompt_tokens: int | None = None,
+) -> Workload:
+    """What an iteration of a run asks.
+
+    Args:
+        config: The run's.
+        task: The task with its data, if that can be read.
+        tokenizer: The model's, if it is there.
+        num_prompts: Problems of an iteration; None: what the configuration and the data say.
+        prompt_tokens: Of the longest prompt; None: what the data and the tokenizer say.
+    """
+    es, rollout, assumed = config.es, config.rollout, []
+    population = es.population
+    num_members = max(population.values()) if isinstance(population, dict) else population
+    if num_prompts is None:
+        num_prompts = config.task.batch_size
+        if task is not None:
+            num_prompts = min(num_prompts or len(task.train), len(task.train))
+    if num_prompts is None:
+        num_prompts = ASSUMED_PROMPTS
+        assumed.append(f"{num_prompts} prompts in an iteration (--num-prompts)")
+    num_prompts = min(num_prompts, es.prompts_per_member or num_prompts)
+    definition = definition_of(config.task)
+    is_scored = definition is not None and definition.choices is not None
+    per_prompt: float = rollout.samples_per_prompt
+    if is_scored:
+        per_prompt = _choices_per_prompt(task)
+        if task is None:
+            assumed.append("one completion to each prompt")
+    if prompt_tokens is None and task is not None and tokenizer is not None:
+        prompt_tokens = longest_prompt(task, tokenizer)
+    if prompt_tokens is None:
+        prompt_tokens = ASSUMED_PROMPT_TOKENS
+        assumed.append(f"prompts of up to {prompt_tokens} tokens (--prompt-tokens)")
+    num_sequences = round(num_prompts * per_prompt)
+    rows = rollout.micro_batch_size
+    if rows == "auto":
+        rows = USUAL_SIZE
+        assumed.append(f"{rows} prompts in a forward (rollout.micro_batch_size: auto finds out)")
+    return Workload(
+        num_members,
+        num_sequences,
+        min(rows, num_sequences),
+        prompt_tokens,
+        0 if is_scored else rollout.max_new_tokens,
+        tuple(assumed),
+    )
+
+
+def longest_prompt(task: Task, tokenizer: Any) -> int:
+    """Tokens of the longest prompt; of likelihoods, with its completion."""
+    rows = heapq.nlargest(_NUM_TOKENISED, task.train, key=lambda row: len(str(row)))
+    prompts = [task.make_prompt(row) for row in rows]
+    if task.choices is None:
+        return max(len(tokenize(prompt, tokenizer)) for prompt in prompts)
+    found = choice_set(prompts, [task.choices(row) for row in rows], tokenizer, max_positions=None)
+    return max(len(prompt) + len(completion) for prompt, completion in found.pairs)
+
+
+def _choices_per_prompt(task: Task | None) -> float:
+    if task is None or task.choices is None:
+        return 1.0
+    return sum(len(task.choices(row).completions) for row in task.train) / len(task.train)

@@ -1,0 +1,72 @@
+"""Run on every rank: the bytes of tensors that are alive while members are evaluated, as rank 0 sees them.
+
+python plan_checks.py CASES.json OUT.json; CASES.json is a list of configurations as trees
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from shardes.backends import make_backend
+from shardes.checkpoint import Checkpoint
+from shardes.config_files import parse_config
+from shardes.distributed import make_mesh, process_group
+from shardes.es.strategy import Strategy, optimizer_of
+from shardes.es.update import Update
+from shardes.es.weights import Weights
+from shardes.population import Population
+from shardes.round import Round
+from shardes.session import Session, make_rollout
+from shardes.spans import Spans
+from shardes.stopping import Stop
+from shardes.tasks.loading import load_task
+from tests.helpers.tracing import Trace
+
+NUM_MEMBERS = 2
+
+
+def measure(config, world):
+    """The most bytes that were alive in an iteration, and those before it."""
+    mesh = make_mesh(world, shard_size=config.parallel.shard_size, timeout_seconds=60)
+    backend = make_backend(config, group=mesh.shard)
+    narrow = config.weights.master == "model"
+    weights = Weights(
+        backend,
+        seed=7,
+        dtype=backend.dtype if narrow else torch.float32,
+        trainable=config.es.trainable,
+        optimizer=optimizer_of(config.es),
+    )
+    weights.load(Checkpoint(config.model.path))
+    session = Session(config, mesh, backend, weights, {}, Spans(), Stop())
+    task = load_task(config.task)
+    rollout, *_ = make_rollout(session, task)
+    population = Population(rollout, mesh=mesh, timeout_seconds=60, stop=session.stop, spans=session.spans)
+    strategy = Strategy(config.es, num_elements=0)
+    kept = [weights._masters, *weights._states_kept()]
+    held = [shard.local for shard in backend.shards]
+    with Trace([*held, *(tensor for each in kept for tensor in each.tensors.values())]) as trace:
+        asked = Round(0, task.train, rollout, strategy)
+        population.evaluate_members(range(NUM_MEMBERS), asked=asked, on_result=lambda _: None)
+        weights.update(Update(0, [1e-3] * NUM_MEMBERS, 1e-3))
+    world.barrier()
+    return {"peak": trace.peak_bytes, "held": trace.base_bytes}
+
+
+def main():
+    torch.set_num_threads(1)
+    cases = [parse_config(tree, source="case") for tree in json.loads(Path(sys.argv[1]).read_text())]
+    with process_group(timeout_seconds=60, always=True, stop=Stop(), stop_seconds=60) as world:
+        found = [measure(config, world) for config in cases]
+        if world.is_main:
+            Path(sys.argv[2]).write_text(json.dumps(found))
+        world.barrier()  # rank 0 keeps the store that others may still need
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # as shardes.cli.main does, and for the same reason
