@@ -15,6 +15,7 @@ from shardes.config import Config, check_model_directory
 from shardes.config_files import load_config, load_run_config
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, StorageError, UserError
 from shardes.runs.journal import History, read_journal
+from shardes.runs.trackers import check_trackers
 from shardes.sandbox.pool import make_rewards
 from shardes.stopping import Stopped, stop_signals
 from shardes.tasks.base import Task
@@ -45,6 +46,8 @@ def train(config_path: Path, overrides: tuple[str, ...]) -> None:
     config = load_config(config_path, list(overrides))
     # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
     check_model_directory(config.model.path)
+    if os.environ.get("RANK", "0") == "0":  # whose metrics they are told
+        check_trackers(config.log.to)
     task, heldout_sets = _load_tasks(config)
     # Processes for rewards come before threads, process groups and accelerators.
     with make_rewards(config.task, [task, *heldout_sets.values()]) as rewards:

@@ -25,6 +25,7 @@ from shardes.es.optimizers import Optimizer, PlainStep
 from shardes.es.selection import select_trainable
 from shardes.es.update import Update
 from shardes.noise import Kind, NoiseKind, Region
+from shardes.progress import progress
 from shardes.shards import Run, Shard
 
 # Elements of a master in host memory that are on the device at a time: 64 MiB of float32.
@@ -180,7 +181,9 @@ class Weights:
         self.last_update = last_update
 
     def _read(self, kept: Kept, source: Source, *, state: str | None = None) -> None:
-        for shard, run in self._runs(self.trained, most_elements=CHUNK_ELEMENTS):
+        parts = list(self._runs(self.trained, most_elements=CHUNK_ELEMENTS))
+        what = "loading weights" if state is None else f"loading the optimizer's {state}"
+        for shard, run in progress(parts, what=what, total=len(parts), unit="parts"):
             source.read(_kept_name(shard, state), region=shard.region(run), out=kept.kept(shard, run))
         self.version += 1
 
