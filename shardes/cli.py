@@ -240,12 +240,36 @@ def _read_run(run_dir: Path, *, base: Path | None, backend: str) -> tuple[Config
 @cli.command()
 @click.argument("run_dirs", nargs=-1, required=True, type=_PATH)
 @click.option("--out", type=_PATH, default="reward.png", show_default=True, help="A .png or .svg file.")
-def plot(run_dirs: tuple[Path, ...], out: Path) -> None:
-    """Draw the reward curves of one or several runs."""
+@click.option("--reward-only", is_flag=True, help="Leave out where the time goes, and the instruments.")
+def plot(run_dirs: tuple[Path, ...], out: Path, reward_only: bool) -> None:
+    """Draw the metrics of one or several runs: rewards, where the time goes, and the instruments."""
     from shardes.plot import plot_runs
 
-    plot_runs(list(run_dirs), out)
+    plot_runs(list(run_dirs), out, reward_only=reward_only)
     click.echo(str(out))
+
+
+@cli.command()
+@click.argument("run_dir", type=_PATH)
+@click.option("--once", is_flag=True, help="Print how the run is now, and end.")
+@click.option(
+    "--every",
+    "every_seconds",
+    type=click.FloatRange(min=0.1),
+    default=2.0,
+    show_default=True,
+    help="Seconds between two looks.",
+)
+def watch(run_dir: Path, once: bool, every_seconds: float) -> None:
+    """Follow the run in RUN_DIR until it is finished; all that takes is to see its files.
+
+    Control-C ends the watching, and nothing else.
+    """
+    from shardes.follow import follow
+
+    is_terminal = sys.stdout.isatty()
+    for text in follow(run_dir, once=once, every_seconds=every_seconds, is_terminal=is_terminal):
+        click.echo(text, nl=False)
 
 
 @cli.command()

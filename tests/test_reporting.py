@@ -216,8 +216,18 @@ def test_other_ranks_and_short_work_say_nothing(monkeypatch, caplog):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (99.4, "99 s"), (100, "2 min"), (3569, "59 min")]
-    + [(3600, "1 h"), (12000, "3 h 20 min"), (172800, "2 d"), (360000, "4 d 4 h")],
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (99.4, "99 s"),
+        (100, "2 min"),
+        (3569, "59 min"),
+        (3600, "1 h"),
+        (12000, "3 h 20 min"),
+        (172800, "2 d"),
+        (360000, "4 d 4 h"),
+    ],
 )
 def test_durations_have_two_units(seconds, text):
     assert duration(seconds) == text

@@ -69,7 +69,7 @@ def open_trackers(names: Sequence[str], run: RunDirectory, *, config: Mapping[st
 
 
 def scalars(line: Mapping[str, Any], *, prefix: str = "") -> dict[str, float]:
-    """The numbers of a line by name, those in groups as ``seconds/rollout``; the iteration is none of them."""
+    """The numbers of a line by name, those in groups as ``seconds/rollout``; not the iteration."""
     found: dict[str, float] = {}
     for key, value in line.items():
         if isinstance(value, Mapping):
