@@ -6,20 +6,19 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
 from shardes import __version__
-from shardes.config import Config, check_model_directory
-from shardes.config_files import load_config, load_run_config
+from shardes.config import check_model_directory
+from shardes.config_files import load_config
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, StorageError, UserError
-from shardes.runs.journal import History, read_journal
+from shardes.runs.reading import read_run, read_run_journal
 from shardes.runs.trackers import check_trackers
 from shardes.sandbox.pool import make_rewards
 from shardes.stopping import Stopped, stop_signals
-from shardes.tasks.base import Task
-from shardes.tasks.loading import load_task
+from shardes.tasks.loading import load_tasks
 
 # How long a rank that has a message waits for rank 0 to print the same one first.
 _WAIT_FOR_MAIN_SECONDS = 10
@@ -48,7 +47,7 @@ def train(config_path: Path, overrides: tuple[str, ...]) -> None:
     check_model_directory(config.model.path)
     if os.environ.get("RANK", "0") == "0":  # whose metrics they are told
         check_trackers(config.log.to)
-    task, heldout_sets = _load_tasks(config)
+    task, heldout_sets = load_tasks(config)
     # Processes for rewards come before threads, process groups and accelerators.
     with make_rewards(config.task, [task, *heldout_sets.values()]) as rewards:
         from shardes.logs import configure_logging, tell_user
@@ -63,12 +62,6 @@ def train(config_path: Path, overrides: tuple[str, ...]) -> None:
             except Stopped:
                 if os.environ.get("RANK", "0") == "0":
                     tell_user(stop.farewell)
-
-
-def _load_tasks(config: Config) -> tuple[Task, dict[str, Task]]:
-    """The task, and the further held-out sets by name."""
-    task = load_task(config.task)
-    return task, {name: load_task(part, key=f"eval.sets.{name}") for name, part in config.eval.sets.items()}
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -88,7 +81,7 @@ def evaluate(model: str, config_path: Path | None, out: Path | None, overrides: 
     subject = find_subject(model, config_path=config_path, overrides=list(overrides))
     config = subject.config
     check_model_directory(config.model.path)
-    task, heldout_sets = _load_tasks(config)
+    task, heldout_sets = load_tasks(config)
     with make_rewards(config.task, [task, *heldout_sets.values()]) as rewards:
         from shardes.evaluation import evaluate as evaluate_model
         from shardes.files import write_atomically
@@ -133,25 +126,16 @@ def export(run_dir: Path, out_dir: Path, iteration: str | None, base: Path | Non
     another --backend, started by a launcher, every rank replays its own shards, so the model need not fit on
     one device.
     """
-    config, header, history = _read_run(run_dir, base=base, backend=backend)
-    wanted = history.iteration_of(iteration, key=f"--iteration {iteration}")
-    from shardes.export import check_destination, export_model
-    from shardes.files import cannot_write
+    # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
+    _, _, history = read_run(run_dir, base=base, backend=backend)
+    history.iteration_of(iteration, key=f"--iteration {iteration}")
     from shardes.logs import configure_logging
-    from shardes.runs.restore import restore_weights
-    from shardes.session import open_session
+    from shardes.runs.exporting import export_run
 
-    check_destination(out_dir)
     configure_logging()
-    with open_session(config) as session:
-        session.check_base(header, run_dir)
-        restore_weights(session, history.updates[:wanted], digests=history.digests, run_dir=run_dir)
-        try:
-            export_model(session, out_dir, iteration=wanted, settings=header["settings"])
-        except OSError as error:
-            raise cannot_write(out_dir, error) from error
-        if session.mesh.world.is_main:
-            click.echo(f"{out_dir}: the weights after {wanted} iterations, {config.model.dtype}")
+    found = export_run(run_dir, out_dir, iteration=iteration, base=base, backend=backend)
+    if found.is_main:
+        click.echo(f"{out_dir}: the weights after {found.iteration} iterations, {found.dtype}")
 
 
 @cli.command()
@@ -170,7 +154,7 @@ def verify(
     Weights are compared by digest with the journal's and those in metrics.jsonl, after every iteration, and
     with snapshots. The exit status is 1 if something differs, and the first iteration that does is named.
     """
-    config, header, history = _read_run(run_dir, base=base, backend=backend)
+    config, header, history = read_run(run_dir, base=base, backend=backend)
     if export_dir is not None and not export_dir.is_dir():
         raise UserError(f"--export {export_dir}: is not a directory; give that of an exported model")
     from shardes.logs import configure_logging
@@ -204,7 +188,7 @@ def journal(run_dir: Path, as_json: bool) -> None:
     """
     from shardes.runs.report import report
 
-    _, history, good_bytes, num_bytes = _read_journal(run_dir)
+    _, history, good_bytes, num_bytes = read_run_journal(run_dir)
     if as_json:
         with (run_dir / "journal.jsonl").open("rb") as file:
             click.echo(file.read(good_bytes).decode(), nl=False)
@@ -213,28 +197,6 @@ def journal(run_dir: Path, as_json: bool) -> None:
     if num_bytes > good_bytes:
         torn = f"its last line is incomplete ({num_bytes - good_bytes} bytes) and does not count"
         click.echo(f"{run_dir}: {torn}", err=True)
-
-
-def _read_journal(run_dir: Path) -> tuple[dict[str, Any], History, int, int]:
-    """The header and all of a run's journal, how many of its bytes are whole lines, and how many it has."""
-    path = run_dir / "journal.jsonl"
-    if not path.is_file():
-        raise UserError(f"RUN_DIR {run_dir}: {path} does not exist; give the directory of a run")
-    history, _, good_bytes, num_bytes = read_journal(path)
-    if history.header is None:
-        raise UserError(f"RUN_DIR {run_dir}: its journal is empty; nothing can be replayed")
-    return history.header, history, good_bytes, num_bytes
-
-
-def _read_run(run_dir: Path, *, base: Path | None, backend: str) -> tuple[Config, dict[str, Any], History]:
-    """The configuration, for ranks of our own, and the journal of a run whose weights are wanted."""
-    changes: dict[str, str | None] = {"run.dir": str(run_dir), "parallel.backend": backend}
-    changes |= {"parallel.deepspeed": None, "parallel.shard_size": None, "rollout.mode": "auto"}
-    if base is not None:
-        changes["model.path"] = str(base)
-    config = load_run_config(run_dir, changes)
-    header, history, *_ = _read_journal(run_dir)
-    return config, header, history
 
 
 @cli.command()
