@@ -1,4 +1,4 @@
-"""Training from Python: the same run as the command line's, with data, rewards and callbacks given as objects."""
+"""Training from Python: the same run as the command line's, with data, rewards and callbacks as objects."""
 
 import json
 import subprocess
@@ -121,7 +121,7 @@ def test_what_a_callback_raises_ends_the_run_and_loses_nothing(given):
 def test_other_data_are_another_run(given):
     config, rows = given
     Trainer(config, data=rows, reward=spread).train()
-    with pytest.raises(UserError, match="task.data sha256"):
+    with pytest.raises(UserError, match=r"task\.data sha256"):
         Trainer(config, data=rows[1:], reward=spread).train()
 
 
@@ -187,7 +187,7 @@ def test_mistakes_in_the_configuration_are_told_at_once(model, tmp_path):
     with pytest.raises(UserError, match="run: missing"):
         TrainConfig(**{name: keys for name, keys in sections.items() if name != "run"})
     sections["task"]["data"] = [{"nonsense": 1}]
-    with pytest.raises(UserError, match="task.data"):
+    with pytest.raises(UserError, match=r"task\.data"):
         TrainConfig(**sections)
 
 
@@ -199,7 +199,7 @@ def test_a_row_without_a_prompt_is_told(given):
 
 def test_a_launchers_ranks_are_refused(given, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process.*torchrun"):
+    with pytest.raises(UserError, match=r"one process.*torchrun"):
         Trainer(given[0], data=given[1], reward=spread)
 
 
