@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import click
 
@@ -24,6 +25,21 @@ from shardes.tasks.loading import load_tasks
 _WAIT_FOR_MAIN_SECONDS = 10
 
 _PATH = click.Path(path_type=Path)
+
+
+class _Bytes(click.ParamType):
+    """A number of bytes: ``5GB``, ``500MiB`` or ``1000000``."""
+
+    name = "size"
+    _UNITS: ClassVar[dict[str, int]] = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    _UNITS |= {f"{letter}iB": 2 ** (10 * power) for power, letter in enumerate("KMGT", start=1)}
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?B)?", str(value))
+        size = int(float(found[1]) * self._UNITS[found[2] or ""]) if found else 0
+        if size < 1:
+            self.fail(f"got {value!r}; wanted a size such as 5GB, 500MiB or 1000000", param, ctx)
+        return size
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -117,9 +133,33 @@ _BACKEND = click.option(
 @click.option(
     "--iteration", help="Weights after this many updates, or best: by held-out reward; default: all."
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the weights in the files; default: that in which they were trained and evaluated.",
+)
+@click.option(
+    "--shard-size",
+    type=_Bytes(),
+    default="5GiB",
+    show_default=True,
+    help="Files are no larger, unless one parameter is.",
+)
+@click.option("--push-to-hub", metavar="NAME", help="Upload OUT_DIR to the Hugging Face hub as NAME, too.")
+@click.option("--public", is_flag=True, help="Have the hub show NAME to everybody if it is new.")
 @_BASE
 @_BACKEND
-def export(run_dir: Path, out_dir: Path, iteration: str | None, base: Path | None, backend: str) -> None:
+def export(
+    run_dir: Path,
+    out_dir: Path,
+    iteration: str | None,
+    dtype: str | None,
+    shard_size: int,
+    push_to_hub: str | None,
+    public: bool,
+    base: Path | None,
+    backend: str,
+) -> None:
     """Write RUN_DIR's weights to OUT_DIR as a consolidated Hugging Face model.
 
     The journal is replayed over the base model, or over the nearest snapshot before the iteration. With
@@ -129,13 +169,32 @@ def export(run_dir: Path, out_dir: Path, iteration: str | None, base: Path | Non
     # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
     _, _, history = read_run(run_dir, base=base, backend=backend)
     history.iteration_of(iteration, key=f"--iteration {iteration}")
+    if public and push_to_hub is None:
+        raise UserError("--public: it is for --push-to-hub NAME, which is not given")
+    repository = None
+    if push_to_hub is not None and os.environ.get("RANK", "0") == "0":
+        from shardes.hub import HubRepository
+
+        repository = HubRepository(push_to_hub, is_public=public)
     from shardes.logs import configure_logging
     from shardes.runs.exporting import export_run
 
     configure_logging()
-    found = export_run(run_dir, out_dir, iteration=iteration, base=base, backend=backend)
+    found = export_run(
+        run_dir,
+        out_dir,
+        iteration=iteration,
+        base=base,
+        backend=backend,
+        dtype=dtype,
+        max_file_bytes=shard_size,
+    )
     if found.is_main:
-        click.echo(f"{out_dir}: the weights after {found.iteration} iterations, {found.dtype}")
+        what = f"the weights after {found.iteration} iterations, {found.dtype}"
+        click.echo(f"{out_dir}: {what}")
+        if repository is not None:
+            repository.push(out_dir, message=what.capitalize())
+            click.echo(f"{repository.url}: uploaded")
 
 
 @cli.command()

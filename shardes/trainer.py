@@ -327,7 +327,8 @@ class Trainer:
             if self._world.is_main:
                 shutil.rmtree(best, ignore_errors=True)
             self._world.barrier()
-            export_model(self._session, best, iteration=iteration, settings=self._settings)
+            history = None if self.run is None else self.run.history
+            export_model(self._session, best, iteration=iteration, settings=self._settings, history=history)
 
     def _finish(self) -> None:
         """Evaluates the final weights, and leaves the model at them."""

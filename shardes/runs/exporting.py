@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardes.export import check_destination, export_model
+import torch
+
+from shardes.export import MAX_FILE_BYTES, check_destination, export_model
 from shardes.files import cannot_write
 from shardes.runs.reading import read_run
 from shardes.runs.restore import restore_weights
@@ -32,6 +34,8 @@ def export_run(
     iteration: str | None = None,
     base: Path | None = None,
     backend: str = "single",
+    dtype: str | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Exported:
     """Replays a run's journal over its base model and exports the weights; a collective of all ranks.
 
@@ -41,6 +45,8 @@ def export_run(
         iteration: After how many updates, or ``best`` by held-out reward; None: all.
         base: Where the base model is; None: where the run had it.
         backend: What spreads the model over ranks.
+        dtype: Of the exported weights; None: in which the model was trained.
+        max_file_bytes: Files are no larger, unless one parameter is.
 
     Raises:
         UserError: There is no such run or iteration, ``out`` is taken, or the base model is another.
@@ -53,7 +59,15 @@ def export_run(
         session.check_base(header, run_dir)
         restore_weights(session, history.updates[:wanted], digests=history.digests, run_dir=run_dir)
         try:
-            export_model(session, out, iteration=wanted, settings=header["settings"])
+            export_model(
+                session,
+                out,
+                iteration=wanted,
+                settings=header["settings"],
+                history=history,
+                dtype=None if dtype is None else getattr(torch, dtype),
+                max_file_bytes=max_file_bytes,
+            )
         except OSError as error:
             raise cannot_write(out, error) from error
-        return Exported(wanted, config.model.dtype, session.mesh.world.is_main)
+        return Exported(wanted, dtype or config.model.dtype, session.mesh.world.is_main)

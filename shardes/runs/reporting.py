@@ -131,7 +131,7 @@ class Reporter:
         if self._run is not None:
             self._call(self._callbacks.on_evaluation, self._line_of_centre(iteration))
 
-    def end_iteration(self, iteration: int, *, rollout_mode: str) -> None:
+    def end_iteration(self, iteration: int, *, rollout_mode: str | None) -> None:
         """The weights have had the iteration's update: writes its line, and says so.
 
         Raises:

@@ -95,7 +95,7 @@ class _TensorBoard:
         is_new = not any(directory.glob("events.out.tfevents.*"))
         first = run.metrics.num_lines
         try:
-            self._writer = SummaryWriter(str(directory), purge_step=None if is_new else first)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(directory), purge_step=None if is_new else first)
         except OSError as error:
             raise UserError(f"log.to: tensorboard: {directory} cannot be written ({error})") from None
         for line in read_lines(run.metrics.path) if is_new else ():
@@ -103,11 +103,11 @@ class _TensorBoard:
 
     def write(self, line: Mapping[str, Any]) -> None:
         for name, value in scalars(line).items():
-            self._writer.add_scalar(name, value, line["iteration"])  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, line["iteration"])
+        self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class _WeightsAndBiases:
