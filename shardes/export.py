@@ -88,7 +88,7 @@ def export_model(
         temporary.mkdir(parents=True)
         config = session.config
         card = model_card(
-            base=config.model.path.resolve().name,
+            base=config.model.path,
             base_digest=session.identity["base_weights_digest"],
             task=config.task.name or config.task.reward or "rewards of its own",
             iteration=iteration,

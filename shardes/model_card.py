@@ -1,7 +1,9 @@
 """The README.md of an exported model: what it is, how it was made, and what it earned."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from shardes import __version__
@@ -13,7 +15,7 @@ _MOST_ROWS = 12
 
 def model_card(
     *,
-    base: str,
+    base: Path,
     base_digest: str,
     task: str,
     iteration: int,
@@ -25,7 +27,7 @@ def model_card(
     """The card as Markdown with the hub's metadata.
 
     Args:
-        base: The base model's name.
+        base: The base model's directory.
         base_digest: Of its weights.
         task: What was trained on.
         iteration: How many updates the weights have had.
@@ -39,14 +41,16 @@ def model_card(
         "weights along the noise that earned more (Qiu et al. 2025, [arXiv "
         "2509.24372](https://arxiv.org/abs/2509.24372)). No gradient was computed."
     )
+    hub_name = _hub_name(base)
+    name = hub_name or base.resolve().name
+    known = f"base_model: {hub_name}\nbase_model_relation: finetune\n" if hub_name else ""
     parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-        f"base_model: {json.dumps(base)}\nbase_model_relation: finetune\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{known}"
         "tags:\n- evolution-strategies\n- shardes\n---",
-        f"# {base}, fine-tuned with evolution strategies",
+        f"# {name}, fine-tuned with evolution strategies",
         f"The weights after {iteration} iterations on the task `{task}`, made with shardes {__version__}. "
         f"{method}",
-        f"- base model: `{base}`, weights digest `{base_digest}`\n"
+        f"- base model: `{name}`, weights digest `{base_digest}`\n"
         f"- these weights: dtype {dtype}, digest of the master `{digest}`",
         *_evaluation(history, iteration),
         "## Settings",
@@ -57,6 +61,17 @@ def model_card(
         'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```',
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _hub_name(base: Path) -> str | None:
+    """The model's name on the hub, as the hub's cache remembers it; None for a directory of another name.
+
+    A wrong one would have the hub call the model a child of somebody else's.
+    """
+    for part in base.resolve().parts:
+        if match := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part):
+            return f"{match[1]}/{match[2]}"
+    return None
 
 
 def _evaluation(history: History | None, iteration: int) -> Iterator[str]:

@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -351,7 +352,8 @@ def test_the_card_tells_what_the_weights_earned(run, tmp_path, invoke):
     invoke("export", run.config.run.dir, tmp_path / "out", "--iteration", 2)
     card = (tmp_path / "out" / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---\n")[1])
-    assert metadata["base_model"] == "qwen2-True"
+    assert "base_model" not in metadata  # nobody knows what the hub calls it
+    assert "# qwen2-True, fine-tuned" in card
     assert {"evolution-strategies", "shardes"} <= set(metadata["tags"])
     rows = [line for line in card.splitlines() if line.startswith("| ")]
     assert rows == ["| iteration | reward | of it |"] + [f"| {i} | {rewards[i]:.4f} |  |" for i in (0, 2)]
@@ -366,7 +368,7 @@ def test_long_curves_are_thinned_and_the_best_stays():
         history.evaluations[i] = {"reward": reward, "components": {"a": 0.5, "b": None}}
     history.evaluations[99]["sets"] = {"other": {"reward": 0.25}}
     card = model_card(
-        base="b",
+        base=Path("/cache/models--Some-Lab--Model-7B.v2/snapshots/0123abc"),
         base_digest="0",
         task="t",
         iteration=99,
@@ -379,6 +381,8 @@ def test_long_curves_are_thinned_and_the_best_stays():
     assert [row[0] for row in rows] == [f"| {i}" for i in (0, 10, 20, 30, 37, 40, 50, 59, 69, 79, 89, 99)]
     assert rows[0][2] == "a 0.5000, b none |"
     assert "| other | 0.2500 |" in card
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "Some-Lab/Model-7B.v2"
+    assert "base model: `Some-Lab/Model-7B.v2`" in card
 
 
 class Hub(BaseHTTPRequestHandler):
