@@ -146,6 +146,7 @@ class Checkpoint(TensorReader):
         for path in _weight_files(directory):
             tensors |= stored_tensors(path, on_header=digest.update)
         super().__init__(tensors)
+        self._pieces: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
         self.header_sha256 = digest.hexdigest()
 
     def join(self, pieces: Mapping[str, Sequence[str]], *, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -159,6 +160,10 @@ class Checkpoint(TensorReader):
             UserError: The tensors do not add up to a parameter.
         """
         joined: dict[str, Found] = {}
+        names = {
+            name: [piece for part in parts for piece in self.pieces_of(part)]
+            for name, parts in pieces.items()
+        }
         for name, parts in pieces.items():
             if len(parts) == 1:
                 joined[name] = self.tensors[parts[0]]
@@ -176,7 +181,11 @@ class Checkpoint(TensorReader):
                     "are missing, or config.json is not theirs"
                 )
             joined[name] = JoinedTensor(tensors, shape)
-        self.tensors = joined
+        self.tensors, self._pieces = joined, names
+
+    def pieces_of(self, name: str) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the files' tensors whose elements, one after the other, are a parameter's."""
+        return self._pieces.get(name) or [(name, self.tensors[name].shape)]
 
     def check_matches(self, shapes: dict[str, tuple[int, ...]], *, aliases: set[str]) -> None:
         """Refuses a checkpoint whose tensors are not the model's parameters.

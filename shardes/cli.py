@@ -6,30 +6,49 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import click
+from annotated_types import Gt
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from shardes import __version__
-from shardes.config import Config, check_model_directory
-from shardes.config_files import load_config, load_run_config
+from shardes.config import check_model_directory
+from shardes.config_files import load_config
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, StorageError, UserError
 from shardes.planning.machine import Machine
-from shardes.runs.journal import History, read_journal
+from shardes.runs.reading import read_run, read_run_journal
+from shardes.runs.trackers import check_trackers
 from shardes.sandbox.pool import make_rewards
 from shardes.stopping import Stopped, stop_signals
-from shardes.tasks.base import Task
-from shardes.tasks.loading import load_task
+from shardes.tasks.loading import load_tasks
 
 if TYPE_CHECKING:
     from shardes.session import Session
+    from shardes.tasks.base import Task
     from shardes.trainer import Trainer
 
 # How long a rank that has a message waits for rank 0 to print the same one first.
 _WAIT_FOR_MAIN_SECONDS = 10
 
 _PATH = click.Path(path_type=Path)
+
+
+class _Size(click.ParamType):
+    """A number of bytes, as people write it."""
+
+    name = "SIZE"
+
+    def __init__(self, *, positive: bool = False) -> None:
+        self._type = TypeAdapter(Annotated[ByteSize, Gt(0)] if positive else ByteSize)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return int(self._type.validate_python(value))
+        except ValidationError:
+            self.fail(
+                f"got {value!r}; wanted a number of bytes, or one with a unit, such as 80GiB", param, ctx
+            )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,7 +71,9 @@ def train(config_path: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
     config = load_config(config_path, list(overrides))
     # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
     check_model_directory(config.model.path)
-    task, heldout_sets = _load_tasks(config)
+    if os.environ.get("RANK", "0") == "0":  # whose metrics they are told
+        check_trackers(config.log.to)
+    task, heldout_sets = load_tasks(config)
     # Processes for rewards come before threads, process groups and accelerators.
     with make_rewards(config.task, [task, *heldout_sets.values()]) as rewards:
         from shardes.logs import configure_logging, tell_user
@@ -73,18 +94,12 @@ def train(config_path: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
                     tell_user(stop.farewell)
 
 
-def _rehearsed(session: "Session", trainer: "Trainer", task: Task) -> list[str]:
+def _rehearsed(session: "Session", trainer: "Trainer", task: "Task") -> list[str]:
     """What a dry run has to say, on rank 0; a collective."""
     from shardes.planning.rehearsal import rehearse
 
     lines = rehearse(session, trainer, task)
     return lines if session.mesh.world.is_main else []
-
-
-def _load_tasks(config: Config) -> tuple[Task, dict[str, Task]]:
-    """The task, and the further held-out sets by name."""
-    task = load_task(config.task)
-    return task, {name: load_task(part, key=f"eval.sets.{name}") for name, part in config.eval.sets.items()}
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -104,7 +119,7 @@ def evaluate(model: str, config_path: Path | None, out: Path | None, overrides: 
     subject = find_subject(model, config_path=config_path, overrides=list(overrides))
     config = subject.config
     check_model_directory(config.model.path)
-    task, heldout_sets = _load_tasks(config)
+    task, heldout_sets = load_tasks(config)
     with make_rewards(config.task, [task, *heldout_sets.values()]) as rewards:
         from shardes.evaluation import evaluate as evaluate_model
         from shardes.files import write_atomically
@@ -122,20 +137,6 @@ def evaluate(model: str, config_path: Path | None, out: Path | None, overrides: 
                 click.echo(
                     json.dumps({"model": model, "iteration": subject.iteration, "sets": sets}, indent=2)
                 )
-
-
-class _Size(click.ParamType):
-    """A number of bytes, as people write it."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return int(TypeAdapter(ByteSize).validate_python(value))
-        except ValidationError:
-            self.fail(
-                f"got {value!r}; wanted a number of bytes, or one with a unit, such as 80GiB", param, ctx
-            )
 
 
 _POSITIVE = click.IntRange(min=1)
@@ -235,34 +236,68 @@ _BACKEND = click.option(
 @click.option(
     "--iteration", help="Weights after this many updates, or best: by held-out reward; default: all."
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the weights in the files; default: that in which they were trained and evaluated.",
+)
+@click.option(
+    "--shard-size",
+    type=_Size(positive=True),
+    default="5GiB",
+    show_default=True,
+    help="Files are no larger, unless one parameter is.",
+)
+@click.option("--push-to-hub", metavar="NAME", help="Upload OUT_DIR to the Hugging Face hub as NAME, too.")
+@click.option("--public", is_flag=True, help="Have the hub show NAME to everybody if it is new.")
 @_BASE
 @_BACKEND
-def export(run_dir: Path, out_dir: Path, iteration: str | None, base: Path | None, backend: str) -> None:
+def export(
+    run_dir: Path,
+    out_dir: Path,
+    iteration: str | None,
+    dtype: str | None,
+    shard_size: int,
+    push_to_hub: str | None,
+    public: bool,
+    base: Path | None,
+    backend: str,
+) -> None:
     """Write RUN_DIR's weights to OUT_DIR as a consolidated Hugging Face model.
 
     The journal is replayed over the base model, or over the nearest snapshot before the iteration. With
     another --backend, started by a launcher, every rank replays its own shards, so the model need not fit on
     one device.
     """
-    config, header, history = _read_run(run_dir, base=base, backend=backend)
-    wanted = history.iteration_of(iteration, key=f"--iteration {iteration}")
-    from shardes.export import check_destination, export_model
-    from shardes.files import cannot_write
-    from shardes.logs import configure_logging
-    from shardes.runs.restore import restore_weights
-    from shardes.session import open_session
+    # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
+    _, _, history = read_run(run_dir, base=base, backend=backend)
+    history.iteration_of(iteration, key=f"--iteration {iteration}")
+    if public and push_to_hub is None:
+        raise UserError("--public: it is for --push-to-hub NAME, which is not given")
+    repository = None
+    if push_to_hub is not None and os.environ.get("RANK", "0") == "0":
+        from shardes.hub import HubRepository
 
-    check_destination(out_dir)
+        repository = HubRepository(push_to_hub, is_public=public)
+    from shardes.logs import configure_logging
+    from shardes.runs.exporting import export_run
+
     configure_logging()
-    with open_session(config) as session:
-        session.check_base(header, run_dir)
-        restore_weights(session, history.updates[:wanted], digests=history.digests, run_dir=run_dir)
-        try:
-            export_model(session, out_dir, iteration=wanted, settings=header["settings"])
-        except OSError as error:
-            raise cannot_write(out_dir, error) from error
-        if session.mesh.world.is_main:
-            click.echo(f"{out_dir}: the weights after {wanted} iterations, {config.model.dtype}")
+    found = export_run(
+        run_dir,
+        out_dir,
+        iteration=iteration,
+        base=base,
+        backend=backend,
+        dtype=dtype,
+        max_file_bytes=shard_size,
+    )
+    if found.is_main:
+        what = f"the weights after {found.iteration} iterations, {found.dtype}"
+        click.echo(f"{out_dir}: {what}")
+        if repository is not None:
+            repository.push(out_dir, message=what.capitalize())
+            click.echo(f"{repository.url}: uploaded")
 
 
 @cli.command()
@@ -281,7 +316,7 @@ def verify(
     Weights are compared by digest with the journal's and those in metrics.jsonl, after every iteration, and
     with snapshots. The exit status is 1 if something differs, and the first iteration that does is named.
     """
-    config, header, history = _read_run(run_dir, base=base, backend=backend)
+    config, header, history = read_run(run_dir, base=base, backend=backend)
     if export_dir is not None and not export_dir.is_dir():
         raise UserError(f"--export {export_dir}: is not a directory; give that of an exported model")
     from shardes.logs import configure_logging
@@ -315,7 +350,7 @@ def journal(run_dir: Path, as_json: bool) -> None:
     """
     from shardes.runs.report import report
 
-    _, history, good_bytes, num_bytes = _read_journal(run_dir)
+    _, history, good_bytes, num_bytes = read_run_journal(run_dir)
     if as_json:
         with (run_dir / "journal.jsonl").open("rb") as file:
             click.echo(file.read(good_bytes).decode(), nl=False)
@@ -326,37 +361,39 @@ def journal(run_dir: Path, as_json: bool) -> None:
         click.echo(f"{run_dir}: {torn}", err=True)
 
 
-def _read_journal(run_dir: Path) -> tuple[dict[str, Any], History, int, int]:
-    """The header and all of a run's journal, how many of its bytes are whole lines, and how many it has."""
-    path = run_dir / "journal.jsonl"
-    if not path.is_file():
-        raise UserError(f"RUN_DIR {run_dir}: {path} does not exist; give the directory of a run")
-    history, _, good_bytes, num_bytes = read_journal(path)
-    if history.header is None:
-        raise UserError(f"RUN_DIR {run_dir}: its journal is empty; nothing can be replayed")
-    return history.header, history, good_bytes, num_bytes
-
-
-def _read_run(run_dir: Path, *, base: Path | None, backend: str) -> tuple[Config, dict[str, Any], History]:
-    """The configuration, for ranks of our own, and the journal of a run whose weights are wanted."""
-    changes: dict[str, str | None] = {"run.dir": str(run_dir), "parallel.backend": backend}
-    changes |= {"parallel.deepspeed": None, "parallel.shard_size": None, "rollout.mode": "auto"}
-    if base is not None:
-        changes["model.path"] = str(base)
-    config = load_run_config(run_dir, changes)
-    header, history, *_ = _read_journal(run_dir)
-    return config, header, history
-
-
 @cli.command()
 @click.argument("run_dirs", nargs=-1, required=True, type=_PATH)
 @click.option("--out", type=_PATH, default="reward.png", show_default=True, help="A .png or .svg file.")
-def plot(run_dirs: tuple[Path, ...], out: Path) -> None:
-    """Draw the reward curves of one or several runs."""
+@click.option("--reward-only", is_flag=True, help="Leave out where the time goes, and the instruments.")
+def plot(run_dirs: tuple[Path, ...], out: Path, reward_only: bool) -> None:
+    """Draw the metrics of one or several runs: rewards, where the time goes, and the instruments."""
     from shardes.plot import plot_runs
 
-    plot_runs(list(run_dirs), out)
+    plot_runs(list(run_dirs), out, reward_only=reward_only)
     click.echo(str(out))
+
+
+@cli.command()
+@click.argument("run_dir", type=_PATH)
+@click.option("--once", is_flag=True, help="Print how the run is now, and end.")
+@click.option(
+    "--every",
+    "every_seconds",
+    type=click.FloatRange(min=0.1),
+    default=2.0,
+    show_default=True,
+    help="Seconds between two looks.",
+)
+def watch(run_dir: Path, once: bool, every_seconds: float) -> None:
+    """Follow the run in RUN_DIR until it is finished; all that takes is to see its files.
+
+    Control-C ends the watching, and nothing else.
+    """
+    from shardes.follow import follow
+
+    is_terminal = sys.stdout.isatty()
+    for text in follow(run_dir, once=once, every_seconds=every_seconds, is_terminal=is_terminal):
+        click.echo(text, nl=False)
 
 
 @cli.command()

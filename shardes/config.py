@@ -338,6 +338,10 @@ class LogConfig(Section):
     ``kl_prompts`` prompts; 0 means never."""
     kl_prompts: int = Field(default=16, gt=0)
     """How many prompts the base model answers for that, of the held-out problems, or else of the others."""
+    to: list[Literal["tensorboard", "wandb"]] = []
+    """Where metrics go besides metrics.jsonl. ``tensorboard``: event files in ``run.dir``. ``wandb``: Weights
+    & Biases, as its own settings and environment variables (``WANDB_MODE``, ``WANDB_PROJECT``) say. Each is
+    an extra to install."""
 
 
 class Config(Section):

@@ -22,10 +22,19 @@ def load_config(path: Path, overrides: list[str]) -> Config:
     Raises:
         UserError: The file cannot be read, or a key or value is wrong.
     """
+    return parse_config(read_tree(path, overrides), source=str(path))
+
+
+def read_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The sections of a YAML file with overrides, not checked yet.
+
+    Raises:
+        UserError: The file cannot be read, or an override is none.
+    """
     tree = _read_tree(path, role="--config", remedy="give the path of a YAML file")
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree, source=str(path))
+    return tree
 
 
 def load_run_config(run_dir: Path, changes: dict[str, Any]) -> Config:

@@ -4,12 +4,18 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from shardes import __version__
+import torch
+
 from shardes.errors import UserError
+from shardes.es.weights import Weights
 from shardes.files import flush_to_disk, sync_directory, write_atomically
+from shardes.model_card import model_card
+from shardes.progress import progress
+from shardes.runs.journal import History
 from shardes.safetensors_writer import write_header, write_values
 from shardes.session import Session
 from shardes.shards import Shard
@@ -54,44 +60,64 @@ def export_model(
     *,
     iteration: int,
     settings: Mapping[str, Any],
+    history: History | None = None,
+    dtype: torch.dtype | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Writes the centre as a Hugging Face directory; a collective of all ranks, rank 0 writes.
 
-    Parameters are gathered one at a time, tied ones once. Everything goes to a temporary directory, which is
-    renamed at the end, so ``out`` either does not exist or is complete.
+    Parameters are gathered one at a time, tied ones once, and stored under the names, and in the pieces, that
+    the base model's files have. Everything goes to a temporary directory, which is renamed at the end, so
+    ``out`` either does not exist or is complete.
 
     Args:
         session: The model; its weights after ``iteration`` updates.
         out: A directory that does not exist or is empty.
         iteration: For the model card.
         settings: The same; what the run was told.
+        history: The same; what its journal says. Rank 0's counts.
+        dtype: What the master is rounded to; None: the model's dtype, in which it was evaluated.
         max_file_bytes: Files are no larger, unless one parameter is.
     """
-    is_main = session.mesh.world.is_main
+    is_main, dtype = session.mesh.world.is_main, dtype or session.backend.dtype
     digest = session.digest()
     out = out.resolve()
     temporary = out.with_name(f".{out.name}.incomplete")
     if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _write_companions(session, temporary, _model_card(session, iteration, settings, digest))
-    files = _plan(session.backend.shards, session.backend.dtype.itemsize, max_file_bytes)
+        config = session.config
+        card = model_card(
+            base=config.model.path,
+            base_digest=session.identity["base_weights_digest"],
+            task=config.task.name or config.task.reward or "rewards of its own",
+            iteration=iteration,
+            dtype=_name_of(dtype),
+            digest=digest,
+            settings=settings,
+            history=history,
+        )
+        _write_companions(config.model.path, temporary, card, dtype=_name_of(dtype))
+    files = _plan(session.backend.shards, dtype.itemsize, max_file_bytes)
+    what, num_shards = f"writing {out.name}", len(session.backend.shards)
+    shown = progress(session.backend.shards, what=what, total=num_shards, unit="parameters")
     for file in files:
         if is_main:
             with (temporary / file.name).open("wb") as stream:
-                dtype = session.backend.dtype
-                write_header(stream, [(shard.name, dtype, shard.shape) for shard in file.shards])
-                for shard in file.shards:
-                    values = session.weights.gather_centre(shard)
+                tensors = [each for shard in file.shards for each in session.weights.stored_as(shard)]
+                write_header(stream, [(name, dtype, shape) for name, shape in tensors])
+                # Files have the parameters in their order.
+                for shard in islice(shown, len(file.shards)):
+                    values = session.weights.gather_centre(shard, dtype=dtype)
                     assert values is not None, "rank 0 receives every gathered parameter"
                     write_values(stream, values)
                 flush_to_disk(stream)
         elif session.mesh.replica == 0:
             for shard in file.shards:
-                session.weights.gather_centre(shard)
+                session.weights.gather_centre(shard, dtype=dtype)
     if is_main:
-        _write_index(temporary, files, session.backend.dtype.itemsize)
+        if len(files) > 1:
+            _write_index(temporary, files, session.weights, itemsize=dtype.itemsize)
         if out.exists():
             out.rmdir()
         temporary.rename(out)
@@ -109,14 +135,18 @@ def _plan(shards: tuple[Shard, ...], itemsize: int, max_file_bytes: int) -> list
             size = 0
         groups[-1].append(shard)
         size += num_bytes
+    if len(groups) == 1:
+        return [_File("model.safetensors", tuple(groups[0]))]
     return [
         _File(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
         for i, group in enumerate(groups, start=1)
     ]
 
 
-def _write_index(directory: Path, files: list[_File], itemsize: int) -> None:
-    weight_map = {shard.name: file.name for file in files for shard in file.shards}
+def _write_index(directory: Path, files: list[_File], weights: Weights, *, itemsize: int) -> None:
+    weight_map = {
+        name: file.name for file in files for shard in file.shards for name, _ in weights.stored_as(shard)
+    }
     num_elements = sum(shard.num_elements for file in files for shard in file.shards)
     index = {"metadata": {"total_size": num_elements * itemsize}, "weight_map": weight_map}
     write_atomically(
@@ -124,44 +154,16 @@ def _write_index(directory: Path, files: list[_File], itemsize: int) -> None:
     )
 
 
-def _write_companions(session: Session, directory: Path, model_card: str) -> None:
-    base = session.config.model.path
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _write_companions(base: Path, directory: Path, card: str, *, dtype: str) -> None:
     for pattern in _COMPANIONS:
         for path in sorted(base.glob(pattern)):
             shutil.copyfile(path, directory / path.name)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
-    config["dtype"] = session.config.model.dtype
+    config["dtype"] = dtype
     write_atomically(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    write_atomically(directory / "README.md", model_card)
-
-
-def _model_card(session: Session, iteration: int, settings: Mapping[str, Any], digest: str) -> str:
-    config = session.config
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- evolution-strategies
-- shardes
----
-
-# {config.model.path.name}, fine-tuned with evolution strategies
-
-The weights after {iteration} iterations of evolution strategies (Qiu et al. 2025, arXiv 2509.24372) on the
-task `{config.task.name or config.task.reward}`, made with shardes {__version__}. No gradient was computed.
-
-- base model: `{config.model.path.name}`, weights digest `{session.identity["base_weights_digest"]}`
-- these weights: dtype {config.model.dtype}, digest of the master `{digest}`
-
-```json
-{json.dumps(settings, indent=2, sort_keys=True)}
-```
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-```
-"""
+    write_atomically(directory / "README.md", card)

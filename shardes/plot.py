@@ -1,4 +1,4 @@
-"""Pictures of runs: the reward over iterations, read from metrics.jsonl.
+"""Pictures of runs: rewards, instruments and where the time went, read from metrics.jsonl.
 
 matplotlib is imported only when something is drawn, through its object-oriented interface: no backend is
 chosen for the process and no figure stays open.
@@ -17,8 +17,37 @@ _FORMATS = (".png", ".svg")
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _INK, _GREY = "#333333", "#777777"
+_NUM_COLUMNS = 2
 
 Point = dict[str, float]
+
+# What is drawn below the rewards, for runs that have it: what stands above the panel, and the metrics in it.
+_INSTRUMENTS = {
+    "reward_snr: signal to noise of the members' rewards": ("reward_snr",),
+    "tied_members, agreed_prompts (dashed)": ("tied_members", "agreed_prompts"),
+    "effective_population": ("effective_population",),
+    "update_norm: length of the update": ("update_norm",),
+    "update_cosine, update_norm_ratio (dashed)": ("update_cosine", "update_norm_ratio"),
+    "update_cosine_to_last": ("update_cosine_to_last",),
+    "kl_to_base: nats per token": ("kl_to_base",),
+    "base_distance": ("base_distance",),
+    "num_tokens: of all members": ("num_tokens",),
+    "seconds per iteration": ("seconds",),
+}
+_METRICS = {name for names in _INSTRUMENTS.values() for name in names}
+_PHASES = "seconds/"
+# Phases of the time, in the order in which they follow each other, and after them any other.
+_PHASE_COLOURS = {
+    "perturb": "#E69F00",
+    "gather": "#CC79A7",
+    "rollout": "#0072B2",
+    "reward": "#009E73",
+    "wait": "#bbbbbb",
+    "update": "#D55E00",
+    "digest": "#8c6d46",
+    "snapshot": "#666666",
+    "io": "#56B4E9",
+}
 
 
 def read_metrics(run_dir: Path) -> dict[int, Point]:
@@ -31,7 +60,8 @@ def read_metrics(run_dir: Path) -> dict[int, Point]:
         run_dir: A run directory.
 
     Returns:
-        For each iteration the ``reward_*`` and ``heldout_reward`` values that were recorded.
+        For each iteration the numbers that were recorded of those that are drawn; ``seconds`` is the time of
+        all phases, ``seconds/NAME`` that of one.
 
     Raises:
         UserError: There is no metrics file, it holds nothing yet, or a line cannot be used.
@@ -73,15 +103,23 @@ def _parse(line: bytes, *, where: str) -> tuple[int, Point]:
     iteration = record.get("iteration") if isinstance(record, dict) else None
     if not isinstance(iteration, int):
         raise UserError(f"{where}: got {_shortened(line)}; {wanted}")
-    rewards = {
+    numbers = {
         key: value
         for key, value in record.items()
-        if value is not None and (key.startswith("reward_") or key == "heldout_reward")
+        if value is not None
+        and (key.startswith("reward_") or key == "heldout_reward" or key in _METRICS - {"seconds"})
     }
-    for key, value in rewards.items():
+    phases = record.get("seconds") or {}
+    if not isinstance(phases, dict):
+        raise UserError(f"{where}: seconds is {phases!r}; {wanted}")
+    numbers |= {f"{_PHASES}{name}": value for name, value in phases.items()}
+    for key, value in numbers.items():
         if not isinstance(value, int | float):
             raise UserError(f"{where}: {key} is {value!r}; {wanted}")
-    return iteration, rewards
+    # The line at the end is no iteration.
+    if phases and "reward_mean" in record:
+        numbers["seconds"] = sum(phases.values())
+    return iteration, numbers
 
 
 def _shortened(line: bytes) -> str:
@@ -95,8 +133,8 @@ def _labels(run_dirs: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run_dir) for run_dir in run_dirs]
 
 
-def plot_runs(run_dirs: list[Path], out: Path) -> None:
-    """Draws the held-out reward and the members' rewards of one or several runs over iterations.
+def plot_runs(run_dirs: list[Path], out: Path, *, reward_only: bool = False) -> None:
+    """Draws the rewards of one or several runs over iterations, and below them what else was measured.
 
     Both are placed at the number of updates that the weights had seen: the members of iteration k are
     scattered around the weights that the held-out reward of line k was measured with.
@@ -104,6 +142,7 @@ def plot_runs(run_dirs: list[Path], out: Path) -> None:
     Args:
         run_dirs: Run directories; each is named in the legend.
         out: A file that ends in .png or .svg; replaced if it exists.
+        reward_only: Whether the rewards are all.
 
     Raises:
         UserError: matplotlib is missing, a run cannot be read, or ``out`` cannot be written.
@@ -124,9 +163,15 @@ def plot_runs(run_dirs: list[Path], out: Path) -> None:
     except ImportError as error:
         raise UserError(f"plots need matplotlib ({error}); pip install 'shardes[plot]'") from None
 
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    panels = {} if reward_only else _panels(runs)
+    has_time = not reward_only and any(_mean_seconds(points) for points in runs)
+    num_rows = -(-len(panels) // _NUM_COLUMNS)
+    time_height = (0.45 + 0.3 * len(runs)) if has_time else 0.0
+    figure = Figure(figsize=(8, 4.5 + time_height + 1.6 * num_rows), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    heights = [3.6, *([time_height] if has_time else []), *[1.6] * num_rows]
+    grid = figure.add_gridspec(len(heights), _NUM_COLUMNS, height_ratios=heights)
+    axes = figure.add_subplot(grid[0, :])
     labels = _labels(run_dirs)
     run_handles = []
     for index, (label, points) in enumerate(zip(labels, runs, strict=True)):
@@ -142,12 +187,18 @@ def plot_runs(run_dirs: list[Path], out: Path) -> None:
     axes.set_xlabel("iteration (updates applied)", color=_INK)
     axes.set_ylabel("reward", color=_INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.margins(x=0.015)
-    axes.grid(color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#bbbbbb")
+    _style(axes)
+    if has_time:
+        _draw_time(figure.add_subplot(grid[1, :]), runs, labels=labels)
+    for place, (title, names) in enumerate(panels.items()):
+        row, column = divmod(place, _NUM_COLUMNS)
+        panel = figure.add_subplot(grid[len(heights) - num_rows + row, column])
+        _draw_instruments(panel, runs, names)
+        panel.set_title(title, fontsize=8, color=_INK, loc="left")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], nbins=5))
+        panel.yaxis.set_major_locator(MaxNLocator(nbins=4))
+        _style(panel, labelsize=7)
+        panel.set_xlim(axes.get_xlim())
     # Outside of the axes, where no curve is covered: above, what the strokes mean; below, which run is which.
     figure.legend(handles=style_handles, loc="outside upper left", ncols=3, frameon=False, labelcolor=_INK)
     columns = max(1, min(len(runs), 90 // (8 + max(map(len, labels)))))
@@ -166,6 +217,77 @@ def plot_runs(run_dirs: list[Path], out: Path) -> None:
         raise UserError(
             f"{out} cannot be written: {error.strerror}; give a file in a directory that exists"
         ) from None
+
+
+def _style(axes: Any, *, labelsize: float | None = None) -> None:
+    axes.margins(x=0.015)
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK, length=0, **({} if labelsize is None else {"labelsize": labelsize}))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#bbbbbb")
+
+
+def _panels(runs: Sequence[dict[int, Point]]) -> dict[str, tuple[str, ...]]:
+    """The panels of instruments for which one of the runs has something to draw."""
+    known = {name for points in runs for point in points.values() for name in point}
+    return {title: names for title, names in _INSTRUMENTS.items() if known.intersection(names)}
+
+
+def _mean_seconds(points: dict[int, Point]) -> dict[str, float]:
+    """What an iteration takes on average, by phase; the time after the last one does not count."""
+    timed = [point for point in points.values() if "seconds" in point]
+    names = sorted({key for point in timed for key in point if key.startswith(_PHASES)})
+    return {
+        name.removeprefix(_PHASES): sum(point.get(name, 0.0) for point in timed) / len(timed)
+        for name in names
+    }
+
+
+def _draw_time(axes: Any, runs: Sequence[dict[int, Point]], *, labels: Sequence[str]) -> None:
+    """A bar for each run: where the time of an iteration goes."""
+    seconds = [_mean_seconds(points) for points in runs]
+    # What nobody could see is not in the legend either.
+    least = 0.005 * max(sum(each.values()) for each in seconds)
+    seen = {name for each in seconds for name, value in each.items() if value > least}
+    names = [name for name in _PHASE_COLOURS if name in seen] + sorted(seen - _PHASE_COLOURS.keys())
+    starts = [0.0] * len(runs)
+    for name in names:
+        widths = [each.get(name, 0.0) for each in seconds]
+        colour = _PHASE_COLOURS.get(name, "#999999")
+        axes.barh(range(len(runs)), widths, left=starts, height=0.7, color=colour, label=name)
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    axes.set_yticks(range(len(runs)), labels if len(runs) > 1 else [""])
+    axes.invert_yaxis()
+    axes.set_title("seconds of an iteration, by phase (mean)", fontsize=8, color=_INK, loc="left")
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 0.98),
+        fontsize=7,
+        frameon=False,
+        labelcolor=_INK,
+        ncols=max(len(names), 1),
+        handlelength=1,
+        columnspacing=1,
+        borderpad=0,
+    )
+    _style(axes, labelsize=7)
+    axes.grid(visible=False, axis="y")
+
+
+def _draw_instruments(axes: Any, runs: Sequence[dict[int, Point]], names: Sequence[str]) -> None:
+    """Some metrics of each run over iterations, where they were measured."""
+    for index, points in enumerate(runs):
+        for name, stroke in zip(names, ("-", "--"), strict=False):
+            known = [(iteration, point[name]) for iteration, point in points.items() if name in point]
+            if known:
+                axes.plot(
+                    *zip(*known, strict=True),
+                    color=_COLOURS[index % len(_COLOURS)],
+                    linestyle=stroke,
+                    linewidth=1.1,
+                    marker="." if len(known) < 12 else "",
+                )
 
 
 def _draw(axes: Any, points: dict[int, Point], *, colour: str, marker: str, band_alpha: float) -> None:

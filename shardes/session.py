@@ -22,6 +22,7 @@ from shardes.es.update import Update
 from shardes.es.weights import Weights
 from shardes.modeling import load_tokenizer
 from shardes.noise import NOISE_VERSION, Kind, LowRank, NoiseKind, matrix_shape
+from shardes.progress import progress
 from shardes.rollout.modes import Modes
 from shardes.rollout.rollout import Rollout
 from shardes.rollout.scoring import Scorer
@@ -64,7 +65,7 @@ class Session:
 
     def replay(self, updates: list[dict[str, Any]]) -> None:
         """Applies past updates to the base weights: afterwards they are those of the run, bit for bit."""
-        for update in updates:
+        for update in progress(updates, what="replaying the journal", total=len(updates), unit="iterations"):
             self.weights.update(Update.of_record(update))
         self.weights.centre()
 

@@ -2,15 +2,11 @@
 
 import logging
 import math
-import resource
 import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from tqdm import tqdm
 
 from shardes.agreement import check_agreement, shared_settings
 from shardes.batches import draw_batch
@@ -30,7 +26,7 @@ from shardes.rollout.terms_check import check_terms
 from shardes.round import Round
 from shardes.runs.directory import RunDirectory
 from shardes.runs.journal import recorded_setting
-from shardes.runs.metrics import heldout_metrics, iteration_metrics
+from shardes.runs.reporting import Callbacks, Reporter, peak_memory_bytes
 from shardes.runs.restore import restore_weights
 from shardes.runs.snapshotting import Snapshots
 from shardes.sandbox.pool import Rewards
@@ -68,6 +64,7 @@ class Trainer:
         task: What it is trained on.
         rewards: Where rewards run; None: in this process.
         heldout_sets: Further tasks by name, on whose rows the centre is evaluated, too.
+        callbacks: Who is told of the run as it goes on.
 
     Attributes:
         run: The run directory, on rank 0; None elsewhere.
@@ -80,6 +77,7 @@ class Trainer:
         *,
         rewards: Rewards | None = None,
         heldout_sets: Mapping[str, Task] | None = None,
+        callbacks: Callbacks | None = None,
     ) -> None:
         self._task = task
         self._session = session
@@ -131,7 +129,13 @@ class Trainer:
             weights=session.weights,
             is_sharded=session.backend.is_sharded,
         )
-        self._bar: Any = None
+        self._reporter = Reporter(
+            self._config,
+            is_main=self._world.is_main,
+            device=self._world.device,
+            spans=self._spans,
+            callbacks=callbacks,
+        )
         self.run: RunDirectory | None = None
 
     def train(self) -> None:
@@ -145,7 +149,7 @@ class Trainer:
         check_agreement(self._world, **shared_settings(self._config) | self._settings)
         try:
             first = self._open_run()
-            with self._progress(first) as self._bar:
+            with self._reporter.bar(first):
                 for iteration in range(first, self._config.es.iterations):
                     self._measure_drift_if_due(iteration)
                     self._evaluate_centre_if_due(iteration)
@@ -153,10 +157,10 @@ class Trainer:
                     results = self._evaluate_members(asked)
                     update = self._decide_update(asked, results)
                     self._update(update)
-                    self._bar.update()
             self._finish()
         finally:
             self._snapshots.close()
+            self._reporter.close()
             if self.run is not None:
                 self.run.close()
 
@@ -175,7 +179,7 @@ class Trainer:
             seconds=time.monotonic() - start,
             mode_name=self._rollout.mode.name,
             micro_batch_size=self._rollout.micro_batch_size,
-            peak_memory_bytes=_peak_memory_bytes(self._world.device),
+            peak_memory_bytes=peak_memory_bytes(self._world.device),
         )
 
     def _evaluate_members(self, asked: Round) -> list[MemberResult]:
@@ -185,18 +189,15 @@ class Trainer:
 
         every = self._config.log.samples_every
         shows_samples = every > 0 and iteration % every == 0
-        start, num_tokens, num_done = time.monotonic(), 0, len(known)
+        self._reporter.begin_members(len(members), num_known=len(known))
 
         def record(result: MemberResult) -> None:
-            nonlocal num_tokens, num_done
             if self.run is not None and shows_samples:
                 # Before the journal entry: without one they are dropped and written again after a crash.
                 for sample in result.samples:
                     self.run.samples.write({"iteration": iteration, "member": result.member, **sample})
             self._record({"type": "member", "iteration": iteration, **result.record()})
-            num_tokens, num_done = num_tokens + result.num_tokens, num_done + 1
-            speed = num_tokens / (time.monotonic() - start)
-            self._bar.set_postfix_str(f"{num_done}/{len(members)} members, {speed:.0f} tokens/s")
+            self._reporter.end_member(result.num_tokens)
 
         results = self._population.evaluate_members(
             [member for member in members if member not in known], asked=asked, on_result=record
@@ -242,7 +243,7 @@ class Trainer:
         with self._spans("update"):
             self._weights.update(update, measures=measures)
         self._keep_weights(update.iteration + 1, measures=measures)
-        self._write_metrics(update.iteration)
+        self._reporter.end_iteration(update.iteration, rollout_mode=self._rollout.mode_name)
 
     def _check_enough_rewards(
         self, rewards: list[float | None], *, iteration: int, num_nonfinite: int
@@ -336,6 +337,7 @@ class Trainer:
         if sets:
             record["sets"] = sets
         self._record(record)
+        self._reporter.end_evaluation(iteration)
         self._save_if_best(iteration, record.get("reward"))
 
     def _evaluate_centre(self, iteration: int, problems: Problems, *, name: str | None) -> dict[str, Any]:
@@ -351,8 +353,6 @@ class Trainer:
             of = {} if name is None else {"set": name}
             for sample in evaluation.samples.values():
                 self.run.samples.write({"iteration": iteration, **of, **vars(sample)})
-            on = "" if name is None else f" on {name}"
-            logger.info("iteration %d: held-out reward%s %s", iteration, on, _shown(reward))
         components = evaluation.component_means()
         return {"reward": reward, "num_failures": evaluation.num_failures, "components": components}
 
@@ -368,7 +368,8 @@ class Trainer:
             if self._world.is_main:
                 shutil.rmtree(best, ignore_errors=True)
             self._world.barrier()
-            export_model(self._session, best, iteration=iteration, settings=self._settings)
+            history = None if self.run is None else self.run.history
+            export_model(self._session, best, iteration=iteration, settings=self._settings, history=history)
 
     def _finish(self) -> None:
         """Evaluates the final weights, and leaves the model at them."""
@@ -378,29 +379,7 @@ class Trainer:
         with self._spans("snapshot"):
             self._snapshots.finish()
         self._weights.centre()
-        digest = self._session.digest()
-        if self.run is not None:
-            line = {"iteration": last, **heldout_metrics(self.run.history, last)}
-            self.run.metrics.write(line | {"seconds": self._spans.take(), "weights_digest": digest})
-            logger.info("finished after %d iterations: %s", last, self.run.path)
-
-    def _write_metrics(self, iteration: int) -> None:
-        """The iteration's line."""
-        if self.run is None:
-            return
-        line = iteration_metrics(self.run.history, iteration) | {
-            "seconds": self._spans.take(),
-            "rollout_mode": self._rollout.mode_name,
-            "peak_memory_bytes": _peak_memory_bytes(self._world.device),
-        }
-        self.run.metrics.write(line)
-        logger.info(
-            "iteration %d: reward %s, std %s, %.1f s",
-            iteration,
-            _shown(line["reward_mean"]),
-            _shown(line["reward_std"]),
-            sum(line["seconds"].values()),
-        )
+        self._reporter.finish(weights_digest=self._session.digest())
 
     def _record(self, record: dict[str, Any], *, durable: bool = False) -> None:
         """Appends to the journal, on the rank that keeps it."""
@@ -468,6 +447,7 @@ class Trainer:
                     "config": self._config.model_dump(mode="json"),
                 }
                 self.run = RunDirectory(self._config, header=header)
+                self._reporter.open(self.run)
                 history = self.run.history
                 first = len(history.updates)
                 state = {
@@ -508,10 +488,7 @@ class Trainer:
             for record in state["pending"]
             if record["reward"] is not None
         }
-        if self.run is not None:
-            # A job may die between its journal entry and its metrics line.
-            for iteration in range(self.run.metrics.num_lines, first):
-                self.run.metrics.write(iteration_metrics(self.run.history, iteration))
+        self._reporter.catch_up()
         return first
 
     def _draw_probe(self) -> dict[str, Any]:
@@ -521,23 +498,3 @@ class Trainer:
         record = self._drift.draw()
         self._record(record)
         return record
-
-    def _progress(self, first: int) -> Any:
-        """A bar on the main rank's terminal; none where there is no terminal."""
-        return tqdm(
-            total=self._config.es.iterations,
-            initial=first,
-            unit="iteration",
-            disable=None if self._world.is_main else True,
-        )
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    """The most memory used so far: of the accelerator if there is one, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _shown(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shardes.checkpoint import Checkpoint
 from shardes.errors import UserError
+from shardes.progress import progress
 from shardes.runs.directory import read_lines
 from shardes.runs.journal import History
 from shardes.runs.snapshots import Snapshot, SnapshotError, find_snapshots, snapshot_path
@@ -48,7 +49,8 @@ def verify_run(session: Session, history: History, *, run_dir: Path, export: Pat
     if export is not None:
         wanted, result.problems = _export_digest(session, export)
     found: dict[int, str] = {}
-    for iteration in range(len(history.updates) + 1):
+    steps = range(len(history.updates) + 1)
+    for iteration in progress(steps, what="replaying and comparing", total=len(steps), unit="iterations"):
         if iteration:
             session.replay(history.updates[iteration - 1 : iteration])
         found[iteration] = session.digest()

@@ -93,12 +93,16 @@ def test_what_transformers_ignores_in_files_is_ignored(tmp_path, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe", "gpt_neox"])
-def test_an_export_of_a_converted_model_loads_in_transformers(architecture, tmp_path):
+def test_an_export_of_a_converted_model_has_the_tensors_of_the_base_and_loads(architecture, tmp_path):
     model = tiny_model(tmp_path / "model", tied=False, architecture=architecture)
     with open_session(make_config(tmp_path, model=model, run_dir=tmp_path / "run")) as session:
         session.weights.update(Update(0, [0.1]))
         session.weights.centre()
         export_model(session, tmp_path / "export", iteration=1, settings={})
         wanted = session.backend.lockstep_model(IDS).logits
+        # What reads published checkpoints expects the names and shapes that these have.
+        base, made = Checkpoint(model), Checkpoint(tmp_path / "export")
+        assert {k: t.shape for k, t in made.tensors.items()} == {k: t.shape for k, t in base.tensors.items()}
+        assert session.combined(session.weights.digest_of(made)) == session.digest(is_rounded=True)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32).eval()
     assert torch.equal(found(IDS).logits, wanted)

@@ -365,6 +365,7 @@ FREE = [
     ("log.instruments_every", 3),
     ("log.kl_every", 3),
     ("log.kl_prompts", 3),
+    ("log.to", ["tensorboard"]),
     ("es.iterations", 9),
     ("es.min_valid_fraction", 0.25),
     ("es.alpha", 5e-4),  # what auto stands for

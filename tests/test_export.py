@@ -1,11 +1,17 @@
 """Exports: what transformers loads is the session's model, bit for bit, for the last and past iterations."""
 
+import base64
+import functools
 import hashlib
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,7 +20,9 @@ from shardes.checkpoint import Checkpoint
 from shardes.cli import cli
 from shardes.errors import UserError
 from shardes.export import check_destination, export_model
+from shardes.model_card import model_card
 from shardes.noise import Region
+from shardes.runs.journal import History
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import Trainer
@@ -141,9 +149,13 @@ def test_files_keep_their_size_and_the_index_names_each_tensor_once(runs, tmp_pa
     out = tmp_path / "export"
     export_model(run, out, settings=SETTINGS, iteration=3, max_file_bytes=max_file_bytes)
     stored = stored_tensors(out)
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == {name: file for name, (file, _) in stored.items()}
-    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for _, t in stored.values())
+    path = out / "model.safetensors.index.json"
+    assert path.exists() is (max_file_bytes < 10**9)
+    if path.exists():
+        index = json.loads(path.read_text())
+        assert index["weight_map"] == {name: file for name, (file, _) in stored.items()}
+        sizes = [tensor.numel() * tensor.element_size() for _, tensor in stored.values()]
+        assert index["metadata"]["total_size"] == sum(sizes)
     files = {}
     for file, tensor in stored.values():
         files.setdefault(file, []).append(tensor.numel() * tensor.element_size())
@@ -151,7 +163,7 @@ def test_files_keep_their_size_and_the_index_names_each_tensor_once(runs, tmp_pa
     if max_file_bytes == 1:
         assert len(files) == len(stored)
     elif max_file_bytes == 10**9:
-        assert list(files) == ["model-00001-of-00001.safetensors"]
+        assert list(files) == ["model.safetensors"]
     else:
         assert 1 < len(files) < len(stored)
     model = AutoModelForCausalLM.from_pretrained(out).eval()
@@ -194,8 +206,7 @@ def test_only_what_belongs_to_a_model_is_copied(run, model_dirs, tmp_path):
         "README.md",
         "config.json",
         "generation_config.json",
-        "model-00001-of-00001.safetensors",
-        "model.safetensors.index.json",
+        "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
     }
@@ -224,11 +235,11 @@ def test_an_export_is_complete_or_absent(run, tmp_path, monkeypatch):
     out.mkdir()  # empty: allowed
     gather, calls = run.weights.gather_centre, []
 
-    def failing(shard):
+    def failing(shard, **keywords):
         calls.append(shard)
         if len(calls) == 4:
             raise OSError("no space left")
-        return gather(shard)
+        return gather(shard, **keywords)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
         patch.setattr(run.weights, "gather_centre", failing)
@@ -304,3 +315,158 @@ def test_the_data_are_not_needed_to_export(run, tmp_path, invoke):
     directory, _, data = own_run(run, tmp_path)
     data.unlink()
     assert invoke("export", directory, tmp_path / "out").exit_code == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_another_dtype_is_that_of_the_files_and_comes_from_the_master(runs, tmp_path, invoke, dtype):
+    session = runs["qwen2", True, "bfloat16"]
+    result = invoke("export", session.config.run.dir, tmp_path / "out", "--dtype", dtype)
+    assert result.exit_code == 0, result.output
+    assert result.output.endswith(f"3 iterations, {dtype}\n")
+    stored = {name: tensor for name, (_, tensor) in stored_tensors(tmp_path / "out").items()}
+    wanted = getattr(torch, dtype)
+    masters = {shard.name: master.view(shard.shape) for _, shard, master in session.weights.owned_tensors()}
+    assert stored.keys() == masters.keys()
+    for name, master in masters.items():
+        assert same_bits(stored[name], master.to(wanted))
+        assert not torch.equal(master, master.to(torch.bfloat16).float())  # there was something to lose
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == wanted
+    assert f"dtype {dtype}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_size_of_files_is_given_as_people_write_it(run, tmp_path, invoke):
+    for size, wanted in (("100KB", 3), ("0.15MiB", 2), ("1000000", 1)):
+        result = invoke("export", run.config.run.dir, tmp_path / size, "--shard-size", size)
+        assert result.exit_code == 0, result.output
+        assert len(list((tmp_path / size).glob("*.safetensors"))) == wanted, size
+    for size in ("many", "0", "5 bananas", "-1GB"):
+        result = invoke("export", run.config.run.dir, tmp_path / "no", "--shard-size", size)
+        assert result.exit_code == 2
+        assert "wanted a number of bytes, or one with a unit" in result.output
+
+
+def test_the_card_tells_what_the_weights_earned(run, tmp_path, invoke):
+    lines = (run.config.run.dir / "metrics.jsonl").read_text().splitlines()
+    rewards = {m["iteration"]: m["heldout_reward"] for m in map(json.loads, lines) if "heldout_reward" in m}
+    assert list(rewards) == [0, 2, 3]
+    invoke("export", run.config.run.dir, tmp_path / "out", "--iteration", 2)
+    card = (tmp_path / "out" / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert "base_model" not in metadata  # nobody knows what the hub calls it
+    assert "# qwen2-True, fine-tuned" in card
+    assert {"evolution-strategies", "shardes"} <= set(metadata["tags"])
+    rows = [line for line in card.splitlines() if line.startswith("| ")]
+    assert rows == ["| iteration | reward | of it |"] + [f"| {i} | {rewards[i]:.4f} |  |" for i in (0, 2)]
+    assert '"es.sigma": 0.05' in card
+    assert "after 2 iterations on the task `tests/helpers/rewards.py:spread`" in card
+
+
+def test_long_curves_are_thinned_and_the_best_stays():
+    history = History()
+    for i in range(100):
+        reward = 2.0 if i == 37 else i / 100
+        history.evaluations[i] = {"reward": reward, "components": {"a": 0.5, "b": None}}
+    history.evaluations[99]["sets"] = {"other": {"reward": 0.25}}
+    card = model_card(
+        base=Path("/cache/models--Some-Lab--Model-7B.v2/snapshots/0123abc"),
+        base_digest="0",
+        task="t",
+        iteration=99,
+        dtype="float32",
+        digest="1",
+        settings={},
+        history=history,
+    )
+    rows = [line.split(" | ") for line in card.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    assert [row[0] for row in rows] == [f"| {i}" for i in (0, 10, 20, 30, 37, 40, 50, 59, 69, 79, 89, 99)]
+    assert rows[0][2] == "a 0.5000, b none |"
+    assert "| other | 0.2500 |" in card
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "Some-Lab/Model-7B.v2"
+    assert "base model: `Some-Lab/Model-7B.v2`" in card
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the hub answers to who makes a repository and uploads to it, and what it was sent."""
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, content, status=200):
+        payload = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def do_GET(self):
+        self.answer({"id": "me/tuned", "sha": "0" * 40, "siblings": [], "name": "me"})
+
+    def do_POST(self):
+        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        server, url = self.server, f"http://127.0.0.1:{self.server.server_port}/me/tuned"
+        if self.headers.get("Authorization") != "Bearer secret":
+            self.answer({"error": "Invalid username or password."}, status=401)
+        elif self.path == "/api/repos/create":
+            server.repositories.append(json.loads(data))
+            self.answer({"url": url, "id": "me/tuned", "name": "me/tuned"})
+        elif "/preupload/" in self.path:
+            paths = [file["path"] for file in json.loads(data)["files"]]
+            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
+            self.answer({"files": modes})
+        elif "/commit/" in self.path:
+            for operation in map(json.loads, data.splitlines()):
+                if operation["key"] == "file":
+                    value = operation["value"]
+                    server.files[value["path"]] = base64.b64decode(value["content"])
+                else:
+                    server.summaries.append(operation["value"]["summary"])
+            commit = {"commitUrl": f"{url}/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
+            self.answer(commit)
+        else:
+            self.answer({"errors": [], "warnings": []})
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files, server.repositories, server.summaries = {}, [], []
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    import huggingface_hub
+
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    api = functools.partial(huggingface_hub.HfApi, endpoint=endpoint, token="secret")
+    monkeypatch.setattr(huggingface_hub, "HfApi", api)
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_export_goes_to_the_hub(run, tmp_path, invoke, hub):
+    result = invoke("export", run.config.run.dir, tmp_path / "out", "--push-to-hub", "tuned")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert result.output.splitlines()[1] == f"http://127.0.0.1:{hub.server_port}/me/tuned: uploaded"
+    assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (made,) = hub.repositories
+    assert (made["name"], made.get("private"), made.get("visibility", "private")) in [
+        ("tuned", True, "private"),
+        ("tuned", None, "private"),
+    ]
+    assert hub.summaries == ["The weights after 3 iterations, float32"]
+
+
+def test_what_the_hub_refuses_is_told_before_anything_is_exported(run, tmp_path, invoke, hub, monkeypatch):
+    import huggingface_hub
+
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    real = huggingface_hub.HfApi.func
+    monkeypatch.setattr(huggingface_hub, "HfApi", functools.partial(real, endpoint=endpoint, token="wrong"))
+    result = invoke("export", run.config.run.dir, tmp_path / "out", "--push-to-hub", "me/tuned")
+    assert isinstance(result.exception, UserError)
+    assert "--push-to-hub me/tuned: " in str(result.exception)
+    assert "hf auth login" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+    result = invoke("export", run.config.run.dir, tmp_path / "out", "--public")
+    assert "--public: it is for --push-to-hub" in str(result.exception)

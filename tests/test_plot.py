@@ -154,3 +154,60 @@ def test_a_missing_matplotlib_is_said_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'shardes\[plot\]'"):
         plot_runs([make_run(tmp_path / "run")], tmp_path / "r.png")
+
+
+def measured(factor):
+    """Lines of a run that has instruments and times."""
+    lines = [
+        line
+        | {"update_norm": factor * i, "tied_members": 0.5, "kl_to_base": None if i else 0.25}
+        | {"seconds": {"rollout": 3.0 * factor, "update": 1.0 * factor, "io": 1e-6}}
+        for i, line in enumerate(LINES[:4])
+    ]
+    return [*lines, LINES[4] | {"seconds": {"rollout": 1000.0}}]
+
+
+def panel(figure, start):
+    (found,) = [axes for axes in figure.axes if axes.get_title(loc="left").startswith(start)]
+    return found
+
+
+def test_instruments_have_panels_of_their_own_and_only_those_that_there_are(tmp_path, monkeypatch):
+    runs = [make_run(tmp_path / name, measured(factor)) for name, factor in (("one", 1), ("two", 2))]
+    runs.append(make_run(tmp_path / "old"))
+    figure = drawn(monkeypatch, runs, tmp_path / "all.png")
+    titles = {axes.get_title(loc="left").partition(":")[0].partition(",")[0] for axes in figure.axes}
+    wanted = {"", "seconds of an iteration", "tied_members", "update_norm", "kl_to_base"}
+    assert titles == wanted | {"seconds per iteration"}
+    norms = panel(figure, "update_norm").get_lines()
+    assert [line.get_xydata().tolist() for line in norms] == [
+        [[i, factor * i] for i in range(4)] for factor in (1, 2)
+    ]
+    assert [line.get_color() for line in norms] == [
+        line.get_color() for line in figure.axes[0].get_lines()[1:4:2]
+    ]
+    assert panel(figure, "kl_to_base").get_lines()[0].get_xydata().tolist() == [[0, 0.25]]
+
+
+def test_the_time_of_an_iteration_is_a_bar_of_its_phases(tmp_path, monkeypatch):
+    runs = [make_run(tmp_path / name, measured(factor)) for name, factor in (("one", 1), ("two", 2))]
+    axes = panel(drawn(monkeypatch, runs, tmp_path / "all.png"), "seconds of an iteration")
+    bars = {c.get_label(): [(b.get_x(), b.get_width()) for b in c] for c in axes.containers}
+    # The time after the last iteration is no iteration's, and what cannot be seen is left out.
+    assert bars == {"rollout": [(0, 3), (0, 6)], "update": [(3, 1), (6, 2)]}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"]
+
+
+def test_the_rewards_alone_can_be_drawn(tmp_path):
+    from matplotlib.image import imread
+
+    run = make_run(tmp_path / "run", measured(1))
+    plot_runs([run], tmp_path / "r.png", reward_only=True)
+    assert imread(tmp_path / "r.png").shape[:2] == (675, 1200)
+
+
+@pytest.mark.parametrize("seconds", [3, {"io": "x"}])
+def test_times_that_are_no_times_are_named(tmp_path, seconds):
+    run = make_run(tmp_path / "run", [LINES[0] | {"seconds": seconds}])
+    with pytest.raises(UserError, match=r"line 1: seconds(/io)? is .*wanted a JSON object"):
+        plot_runs([run], tmp_path / "r.png")

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from shardes import trainer
 from shardes.rollout.tally import NUM_SAMPLES
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
@@ -70,7 +69,7 @@ def test_the_bar_tells_members_and_tokens(tmp_path, model, monkeypatch):
         def set_postfix_str(self, text):
             told.append(text)
 
-    monkeypatch.setattr(trainer, "tqdm", Bar)
+    monkeypatch.setattr("shardes.runs.reporting.tqdm", Bar)
     train(tmp_path, model, es__iterations=1, es__population=3)
     assert [text.split(",")[0] for text in told] == ["1/3 members", "2/3 members", "3/3 members", "iteration"]
     assert all(int(text.split()[2]) > 0 and text.endswith("tokens/s") for text in told[:3])

@@ -25,6 +25,7 @@ from shardes.es.optimizers import Optimizer, PlainStep
 from shardes.es.selection import select_trainable
 from shardes.es.update import Update
 from shardes.noise import Kind, NoiseKind, Region
+from shardes.progress import progress
 from shardes.shards import Run, Shard
 
 # Elements of a master in host memory that are on the device at a time: 64 MiB of float32.
@@ -107,7 +108,7 @@ class Weights:
         self._chunk_elements = chunk_elements or (CHUNK_ELEMENTS if self._is_apart else None)
         self._masters = self._keep(dtype)
         self._states: list[Kept] = []  # made when first needed: not every user of weights updates them
-        self._base: Source | None = None
+        self._base: Checkpoint | None = None
         self._frozen_digest = 0
 
     def _keep(self, dtype: torch.dtype) -> Kept:
@@ -150,10 +151,7 @@ class Weights:
         Raises:
             UserError: The checkpoint does not fit the model.
         """
-        shapes = {shard.name: shard.shape for shard in self._backend.shards}
-        if self._backend.conversion is not None:
-            checkpoint.join(self._backend.conversion.join(checkpoint.tensors), shapes=shapes)
-        checkpoint.check_matches(shapes, aliases=self._backend.aliases)
+        self._match(checkpoint)
         self._base, self._states, self.last_update = checkpoint, [], None
         self._read(self._masters, checkpoint)
         frozen = torch.zeros(1, dtype=torch.int64, device=self._backend.device)
@@ -164,6 +162,17 @@ class Weights:
                 add_digest(frozen, values, region=region)
         self._frozen_digest = int(frozen.item())
         self.centre()
+
+    def _match(self, checkpoint: Checkpoint) -> None:
+        """Has a checkpoint speak of the model's parameters.
+
+        Raises:
+            UserError: It does not fit the model.
+        """
+        shapes = {shard.name: shard.shape for shard in self._backend.shards}
+        if self._backend.conversion is not None:
+            checkpoint.join(self._backend.conversion.join(checkpoint.tensors), shapes=shapes)
+        checkpoint.check_matches(shapes, aliases=self._backend.aliases)
 
     def load_snapshot(self, source: Source, *, last_update: Update) -> None:
         """Reads this rank's elements of the masters, and of what the optimizer keeps.
@@ -180,7 +189,9 @@ class Weights:
         self.last_update = last_update
 
     def _read(self, kept: Kept, source: Source, *, state: str | None = None) -> None:
-        for shard, run in self._runs(self.trained, most_elements=CHUNK_ELEMENTS):
+        parts = list(self._runs(self.trained, most_elements=CHUNK_ELEMENTS))
+        what = "loading weights" if state is None else f"loading the optimizer's {state}"
+        for shard, run in progress(parts, what=what, total=len(parts), unit="parts"):
             source.read(_kept_name(shard, state), region=shard.region(run), out=kept.kept(shard, run))
         self.version += 1
 
@@ -351,11 +362,20 @@ class Weights:
                 add_digest(total, values, region=region)
         return (int(total.item()) + self._frozen_digest) & 0xFFFFFFFFFFFFFFFF
 
-    def gather_centre(self, shard: Shard) -> torch.Tensor | None:
-        """One whole parameter of the centre, on rank 0; None elsewhere. A collective."""
-        master = self._masters.tensors.get(shard.name)
-        values = shard.local if master is None else master.to(self._backend.dtype).to(self._backend.device)
+    def gather_centre(self, shard: Shard, *, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+        """One whole parameter of the centre, on rank 0; None elsewhere. A collective.
+
+        Args:
+            shard: Which.
+            dtype: What the master is rounded to; None: the model's.
+        """
+        master, dtype = self._masters.tensors.get(shard.name), dtype or self._backend.dtype
+        values = shard.local.to(dtype) if master is None else master.to(dtype).to(self._backend.device)
         return self._backend.gather_parameter(shard, values)
+
+    def stored_as(self, shard: Shard) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the base model's file tensors that make up a parameter, in its order."""
+        return [(shard.name, shard.shape)] if self._base is None else self._base.pieces_of(shard.name)
 
     def digest_of(self, checkpoint: Checkpoint) -> int:
         """This rank's part of the digest of an export's weights: what ``digest(is_rounded=True)`` must be.
@@ -363,8 +383,7 @@ class Weights:
         Raises:
             UserError: The checkpoint does not fit the model, or its weights have another dtype.
         """
-        shapes = {shard.name: shard.shape for shard in self._backend.shards}
-        checkpoint.check_matches(shapes, aliases=self._backend.aliases)
+        self._match(checkpoint)
         for name, found in checkpoint.tensors.items():
             for stored, *_ in found.find(0, 1):
                 if stored.dtype != self._backend.dtype:

@@ -28,11 +28,14 @@ class LineFile:
 
     Attributes:
         num_lines: Number of lines.
+        first_untold: The iteration after the last one of which a line was ever written, removed or not.
     """
 
     def __init__(self, path: Path, *, keep: Callable[[dict[str, Any]], bool]) -> None:
         self.path = path
-        lines = [line for line in read_lines(path) if keep(line)]
+        found = read_lines(path)
+        lines = [line for line in found if keep(line)]
+        self.first_untold = max((line.get("iteration", -1) for line in found), default=-1) + 1
         self.num_lines = len(lines)
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = AppendFile(path)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from shardes.config import SetConfig, TaskConfig
+from shardes.config import Config, SetConfig, TaskConfig
 from shardes.errors import UserError
 from shardes.tasks.base import Definition, Prompt, Row, Task
 from shardes.tasks.data import read_rows, split_rows
@@ -14,6 +14,16 @@ from shardes.tasks.templates import check_prompt, prompt_maker
 
 # Rewards of the user's own judge answers to the rows' own prompts, which are checked for every task.
 _OWN = Definition(prompt_column, check_row=lambda row, where: None)
+
+
+def load_tasks(config: Config) -> tuple[Task, dict[str, Task]]:
+    """The task that a run trains on, and the further held-out sets by name.
+
+    Raises:
+        UserError: One of them cannot be used.
+    """
+    sets = {name: load_task(part, key=f"eval.sets.{name}") for name, part in config.eval.sets.items()}
+    return load_task(config.task), sets
 
 
 def load_task(config: SetConfig, *, key: str = "task") -> Task:

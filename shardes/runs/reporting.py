@@ -1,0 +1,224 @@
+"""What a run says while it goes on: metrics.jsonl and its trackers, a line an iteration, a bar, callbacks."""
+
+import logging
+import resource
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from shardes.config import Config
+from shardes.progress import duration
+from shardes.runs.directory import RunDirectory
+from shardes.runs.metrics import heldout_metrics, iteration_metrics
+from shardes.runs.trackers import Tracker, open_trackers
+from shardes.spans import Spans
+
+# How many of the last iterations the time that is left is judged by; evaluations come every few.
+_NUM_TIMED = 20
+
+logger = logging.getLogger(__name__)
+
+Callback = Callable[[dict[str, Any]], object]
+"""Gets metrics, as docs/metrics.md names them."""
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Who is told of a run as it goes on; called on rank 0.
+
+    Attributes:
+        on_iteration: Get every line of metrics.jsonl, as soon as it is there, that of the end included.
+        on_evaluation: Get what the centre earned on held-out problems, as soon as that is known.
+    """
+
+    on_iteration: Sequence[Callback] = ()
+    on_evaluation: Sequence[Callback] = ()
+
+
+class Reporter:
+    """Tells of a run on rank 0, and does nothing on the others.
+
+    Args:
+        config: What the run is told.
+        is_main: Whether this is rank 0.
+        device: Whose memory is looked at.
+        spans: Where the time goes.
+        callbacks: Who else is told.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        is_main: bool,
+        device: torch.device,
+        spans: Spans,
+        callbacks: Callbacks | None = None,
+    ) -> None:
+        self._config = config
+        self._num_iterations = config.es.iterations
+        self._is_main = is_main
+        self._device = device
+        self._spans = spans
+        self._callbacks = callbacks or Callbacks()
+        self._run: RunDirectory | None = None
+        self._trackers: list[Tracker] = []
+        self._bar: Any = None
+        self._iteration_seconds: deque[float] = deque(maxlen=_NUM_TIMED)
+        self._begun = self._asked = time.monotonic()
+        self._num_members = self._num_done = self._num_tokens = 0
+        self._tokens_per_second = 0.0
+
+    def open(self, run: RunDirectory) -> None:
+        """Takes a run directory over, on rank 0.
+
+        Raises:
+            UserError: One of ``log.to`` cannot be used.
+        """
+        self._run = run
+        self._trackers = open_trackers(self._config.log.to, run, config=self._config.model_dump(mode="json"))
+
+    def catch_up(self) -> None:
+        """Writes lines that are missing: a job may die between its journal entry and its metrics line.
+
+        Raises:
+            StorageError: They cannot be written.
+        """
+        if self._run is not None:
+            for iteration in range(self._run.metrics.num_lines, len(self._run.history.updates)):
+                self._write(iteration_metrics(self._run.history, iteration))
+
+    def close(self) -> None:
+        """Ends the trackers."""
+        for tracker in self._trackers:
+            self._try(tracker, tracker.close)
+        self._trackers = []
+
+    @contextmanager
+    def bar(self, first: int) -> Iterator[None]:
+        """Shows a bar while iterations from ``first`` on are done, if there is a terminal."""
+        self._begun = time.monotonic()
+        with tqdm(
+            total=self._num_iterations,
+            initial=first,
+            unit="iteration",
+            disable=None if self._is_main else True,
+        ) as self._bar:
+            yield
+
+    def begin_members(self, num_members: int, *, num_known: int) -> None:
+        """Members begin to answer; some of them did so before the job was started anew."""
+        self._asked = time.monotonic()
+        self._num_members, self._num_done, self._num_tokens = num_members, num_known, 0
+
+    def end_member(self, num_tokens: int) -> None:
+        """One more is known."""
+        self._num_done, self._num_tokens = self._num_done + 1, self._num_tokens + num_tokens
+        self._tokens_per_second = self._num_tokens / max(time.monotonic() - self._asked, 1e-9)
+        self._bar.set_postfix_str(
+            f"{self._num_done}/{self._num_members} members, {self._tokens_per_second:.0f} tokens/s"
+        )
+
+    def end_evaluation(self, iteration: int) -> None:
+        """The centre has been evaluated."""
+        if self._run is not None:
+            self._call(self._callbacks.on_evaluation, self._line_of_centre(iteration))
+
+    def end_iteration(self, iteration: int, *, rollout_mode: str | None) -> None:
+        """The weights have had the iteration's update: writes its line, and says so.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        now = time.monotonic()
+        self._iteration_seconds.append(now - self._begun)
+        self._begun = now
+        if self._run is not None:
+            line = iteration_metrics(self._run.history, iteration) | {
+                "seconds": self._spans.take(),
+                "rollout_mode": rollout_mode,
+                "peak_memory_bytes": peak_memory_bytes(self._device),
+            }
+            self._write(line)
+            left = fmean(self._iteration_seconds) * (self._num_iterations - iteration - 1)
+            logger.info(
+                "iteration %d/%d: reward %s, std %s, %s%s, %.0f tokens/s, %s left",
+                iteration,
+                self._num_iterations,
+                _shown(line["reward_mean"]),
+                _shown(line["reward_std"]),
+                _shown_heldout(line),
+                duration(self._iteration_seconds[-1]),
+                self._tokens_per_second,
+                duration(left),
+            )
+            self._call(self._callbacks.on_iteration, line)
+        self._bar.update()
+
+    def finish(self, *, weights_digest: str) -> None:
+        """All iterations are done: writes the last line.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        if self._run is None:
+            return
+        line = self._line_of_centre(self._num_iterations)
+        line |= {"seconds": self._spans.take(), "weights_digest": weights_digest}
+        self._write(line)
+        logger.info(
+            "finished after %d iterations: %s%s", self._num_iterations, _shown_heldout(line), self._run.path
+        )
+        self._call(self._callbacks.on_iteration, line)
+
+    def _line_of_centre(self, iteration: int) -> dict[str, Any]:
+        assert self._run is not None, "rank 0 has a run directory"
+        return {"iteration": iteration, **heldout_metrics(self._run.history, iteration)}
+
+    def _write(self, line: dict[str, Any]) -> None:
+        assert self._run is not None, "rank 0 has a run directory"
+        self._run.metrics.write(line)
+        for tracker in self._trackers:
+            self._try(tracker, lambda tracker=tracker: tracker.write(line))  # type: ignore[misc]
+
+    def _try(self, tracker: Tracker, action: Callable[[], None]) -> None:
+        """A tracker's failure is a warning, and its last one."""
+        try:
+            action()
+        except Exception as error:
+            self._trackers = [each for each in self._trackers if each is not tracker]
+            logger.warning(
+                "log.to: %s failed (%s: %s) and is told nothing more; metrics.jsonl has everything",
+                tracker.name,
+                type(error).__name__,
+                error,
+            )
+
+    def _call(self, callbacks: Sequence[Callback], metrics: dict[str, Any]) -> None:
+        for callback in callbacks:
+            callback(metrics)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: of the accelerator if there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _shown(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+def _shown_heldout(line: dict[str, Any]) -> str:
+    """What the centre earned, if it was evaluated, with a comma behind it."""
+    rewards = {"held-out": line["heldout_reward"]} if "heldout_reward" in line else {}
+    rewards |= {f"on {name}": part["reward"] for name, part in line.get("heldout_sets", {}).items()}
+    return "".join(f"{name} {_shown(reward)}, " for name, reward in rewards.items())

@@ -1,0 +1,62 @@
+"""The examples do what their pages say. They run in this process, which saves the imports."""
+
+import re
+import runpy
+import sys
+
+import pytest
+
+from tests.helpers.ranks import ROOT
+
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.fixture
+def run_example(tmp_path, monkeypatch, capfd):
+    """Runs one as the command line would; returns what it printed."""
+    monkeypatch.chdir(ROOT)
+
+    def run(name):
+        monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "run")])
+        try:
+            runpy.run_path(f"examples/{name}", run_name="__main__")
+        except SystemExit as end:
+            assert not end.code
+        return capfd.readouterr().out
+
+    return run
+
+
+def numbers(output, word):
+    return [float(text) for text in re.findall(rf"{word} ([\d.]+)", output)]
+
+
+@pytest.mark.slow
+def test_the_own_reward_is_learned(run_example):
+    rewards = numbers(run_example("own_reward.py"), "updates:")
+    assert len(rewards) == 4
+    assert rewards[-1] > 1.5 * rewards[0]
+
+
+@pytest.mark.slow
+def test_the_classes_become_likelier(run_example):
+    output = run_example("classification.py")
+    entropies, accuracies = numbers(output, "cross-entropy"), numbers(output, "accuracy")
+    assert len(entropies) == len(accuracies) == 5
+    assert entropies[-1] < 0.5 * entropies[0]
+    assert accuracies[-1] > accuracies[0] + 0.2
+
+
+@pytest.mark.slow
+def test_the_resumed_run_has_the_bytes_of_the_other(run_example):
+    output = run_example("resume_on_other_ranks.py")
+    first, second = re.findall(r": +([0-9a-f]{16})$", output, flags=re.MULTILINE)
+    assert first == second
+
+
+def test_every_example_is_run_and_listed():
+    tested = set(re.findall(r'run_example\("(\w+\.py)"', (ROOT / "tests/test_examples.py").read_text()))
+    assert tested == set(EXAMPLES)
+    page = (ROOT / "examples" / "README.md").read_text()
+    assert sorted(re.findall(r"`python examples/(\w+\.py)`", page)) == EXAMPLES
+    assert len(EXAMPLES) == 3
