@@ -51,12 +51,17 @@ class TrainConfig:
         UserError: A key or value is wrong; the message names it.
     """
 
-    def __init__(self, **sections: Mapping[str, Any]) -> None:
-        tree: dict[str, Any] = {name: copy.deepcopy(dict(keys)) for name, keys in sections.items()}
-        tree["parallel"] = tree.get("parallel", {}) | _ONE_PROCESS
+    def __init__(self, **sections: dict[str, Any]) -> None:
+        tree: dict[str, Any] = copy.deepcopy(sections)
+        for name in ("parallel", "task"):
+            if not isinstance(tree.setdefault(name, {}), dict):
+                raise UserError(
+                    f"TrainConfig: {name} is {tree[name]!r:.80}; wanted: a dictionary of its keys"
+                )
+        tree["parallel"] |= _ONE_PROCESS
         self._tree = tree
         # The Trainer may bring what is missing; all else is checked now.
-        task = {"data": "data.jsonl"} | tree.get("task", {})
+        task = {"data": "data.jsonl"} | tree["task"]
         if not any(task.get(key) for key in ("name", "reward", "rewards")):
             task["reward"] = "given:later"
         checked = parse_config(tree | {"task": task}, source="TrainConfig")
@@ -82,9 +87,7 @@ class TrainConfig:
         Raises:
             UserError: Something is missing.
         """
-        return parse_config(
-            self._tree | {"task": self._tree.get("task", {}) | task}, source="TrainConfig, Trainer"
-        )
+        return parse_config(self._tree | {"task": self._tree["task"] | task}, source="TrainConfig, Trainer")
 
 
 @dataclass(frozen=True)

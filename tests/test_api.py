@@ -184,6 +184,9 @@ def test_mistakes_in_the_configuration_are_told_at_once(model, tmp_path):
     sections = tree(tmp_path, model=model, run_dir=tmp_path / "run")
     with pytest.raises(UserError, match=r"es\.sgima: unknown key; did you mean 'es\.sigma'"):
         TrainConfig(**(sections | {"es": {"iterations": 3, "sgima": 1}}))
+    for section, message in (("task", "task is 3; wanted: a dictionary"), ("es", "es: got 3")):
+        with pytest.raises(UserError, match=message):
+            TrainConfig(**(sections | {section: 3}))
     with pytest.raises(UserError, match="run: missing"):
         TrainConfig(**{name: keys for name, keys in sections.items() if name != "run"})
     sections["task"]["data"] = [{"nonsense": 1}]

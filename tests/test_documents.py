@@ -12,9 +12,11 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 from shardes.cli import cli
 from shardes.config import Config
+from shardes.config_files import parse_config
 from tests.helpers.inprocess import call
 from tests.helpers.ranks import ROOT
 
@@ -89,6 +91,17 @@ def test_keys_and_options_that_a_page_names_in_commands_exist(page):
             assert command is not None, words
             options = {option for parameter in command.params for option in parameter.opts}
             assert {word for word in words[2:] if word.startswith("--")} <= options, words
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "yaml")], ids=lambda page: page.name)
+def test_pieces_of_configurations_are_accepted(page):
+    for text in blocks(page, "yaml"):
+        given = yaml.safe_load(text)
+        task = {"data": "rows.jsonl"} | given.pop("task", {})
+        if not task.keys() & {"name", "reward", "rewards"}:
+            task["name"] = "countdown"
+        whole = {"model": {"path": "m"}, "run": {"dir": "r"}, "rollout": {"max_new_tokens": 9}}
+        parse_config(whole | {"es": {"iterations": 9}, "task": task} | given, source=page.name)
 
 
 def executed_python(page):

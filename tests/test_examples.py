@@ -2,11 +2,12 @@
 
 import re
 import runpy
+import subprocess
 import sys
 
 import pytest
 
-from tests.helpers.ranks import ROOT
+from tests.helpers.ranks import ROOT, run_ranks
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
@@ -48,7 +49,18 @@ def test_the_classes_become_likelier(run_example):
 
 
 @pytest.mark.slow
-def test_the_resumed_run_has_the_bytes_of_the_other(run_example):
+@pytest.mark.parametrize("launcher", [None, pytest.param("its own", marks=pytest.mark.exhaustive)])
+def test_the_resumed_run_has_the_bytes_of_the_other(run_example, launcher, monkeypatch, tmp_path):
+    def start_ranks(command, *, check):
+        """The ranks that torchrun would start, without the seconds of their imports."""
+        text = " ".join(command)
+        launch, _, rest = text.partition(" -m shardes ")
+        assert launch == f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+        assert check
+        run_ranks(["-m", "shardes", *rest.split()], world_size=2, log_dir=tmp_path / "logs")
+
+    if launcher is None:
+        monkeypatch.setattr(subprocess, "run", start_ranks)
     output = run_example("resume_on_other_ranks.py")
     first, second = re.findall(r": +([0-9a-f]{16})$", output, flags=re.MULTILINE)
     assert first == second

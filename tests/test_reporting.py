@@ -1,6 +1,7 @@
 """What a run says while it goes on: its line, and TensorBoard and W&B, which get what metrics.jsonl has."""
 
 import importlib.machinery
+import io
 import json
 import logging
 import re
@@ -203,6 +204,18 @@ def test_long_work_tells_now_and_then_how_far_it_is(monkeypatch, caplog):
         "loading: 2 of 8 parts, about 36 s left",
         "loading: 5 of 8 parts, about 14 s left",
     ]
+
+
+def test_on_a_terminal_it_is_a_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setattr("shardes.progress._SECONDS_BEFORE_BAR", 0)
+    assert list(progress("abc", what="loading", total=3, unit="parts")) == list("abc")
+    assert re.search(r"loading: +\d+%\|.*/3 ", terminal.getvalue())
 
 
 def test_other_ranks_and_short_work_say_nothing(monkeypatch, caplog):
