@@ -5,12 +5,13 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
-from tests.helpers.inprocess import call
 from tests.helpers.ranks import ROOT
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
@@ -180,12 +181,16 @@ def test_deepspeed_reads_the_hostfile():
     assert dict(runner.fetch_hostfile(str(ROOT / "launch" / "hostfile"))) == {"node1": 8, "node2": 8}
 
 
-def test_the_scripts_are_the_commands():
-    """``launch/train.py`` itself is started in test_cli.py."""
-    from runpy import run_path
-
-    evaluate, train = (run_path(str(ROOT / "launch" / f"{name}.py"))[name] for name in ("evaluate", "train"))
-    from shardes import cli
-
-    assert (evaluate, train) == (cli.evaluate, cli.train)
-    assert "--model" in call("shardes", "evaluate", "--help").stdout
+@pytest.mark.parametrize(
+    ("script", "arguments", "complaint"),
+    [
+        ("train", ["--config", "no.yaml"], "--config no.yaml: cannot be read"),
+        ("evaluate", ["--model", "no/model"], "no/model"),
+    ],
+)
+def test_the_scripts_are_the_commands(monkeypatch, capsys, script, arguments, complaint):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        run_path(str(ROOT / "launch" / f"{script}.py"), run_name="__main__")
+    assert end.value.code == 2
+    assert complaint in capsys.readouterr().err

@@ -107,7 +107,7 @@ class Case:
         for mine, its in zip(self.backend.shards, self.oracle.shards, strict=True):
             pairs = [
                 (mine.local, its.local),
-                (self.weights._masters[mine.name], self.wanted._masters[its.name]),
+                (self.weights._masters.tensors[mine.name], self.wanted._masters.tensors[its.name]),
             ]
             for run in mine.runs:
                 for found, wanted in pairs:
@@ -135,7 +135,7 @@ class Case:
 
     def trace(self):
         """Forwards of one token, each under new weights."""
-        held = [shard.local for shard in self.backend.shards] + list(self.weights._masters.values())
+        held = [shard.local for shard in self.backend.shards] + list(self.weights._masters.tensors.values())
         for _ in range(NUM_TRACES):
             self.backend.commit()
             with Trace(held) as trace:
