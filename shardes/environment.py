@@ -103,6 +103,10 @@ def _import_zero3() -> None:
 
 
 def _import_tensor_parallel() -> None:
-    from shardes.backends.tensor_parallel import import_plans
+    import shardes.backends.tensor_parallel  # noqa: F401 - whether it can be
 
-    import_plans()
+    try:
+        from transformers.distributed.tensor_parallel import apply_tensor_parallelism  # noqa: F401
+    except ImportError:
+        found = _version("transformers")
+        raise UserError(f"it needs transformers 5.23, whose plans it applies; this is {found}") from None

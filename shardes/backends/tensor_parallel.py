@@ -8,7 +8,6 @@ routers, some biases) is whole on every rank, where the same noise changes it al
 
 import copy
 import re
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,23 +25,6 @@ from shardes.modeling import parameter_aliases
 
 # Attention modules compute whole heads, so a plan that splits their outputs deals heads to ranks.
 _DEALS_HEADS = re.compile(r".*\b(self_attn|attention|attn)\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value)")
-
-
-def import_plans() -> tuple[Any, Any]:
-    """What transformers has for plans: how one is asked for, and what applies it.
-
-    Raises:
-        UserError: This version of transformers has none.
-    """
-    try:
-        from transformers.distributed.configuration_utils import DistributedConfig
-        from transformers.distributed.tensor_parallel import apply_tensor_parallelism
-    except ImportError:
-        raise UserError(
-            "parallel.backend: tensor_parallel needs transformers 5.23, whose plans it applies; this is "
-            f"{transformers_version}. Upgrade it, or set parallel.backend: fsdp"
-        ) from None
-    return DistributedConfig, apply_tensor_parallelism
 
 
 class TensorParallelBackend(ShardedBackend):
@@ -115,10 +97,17 @@ def planned_layouts(skeleton: PreTrainedModel, *, num_ranks: int) -> dict[str, L
 
 def _split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Applies the model's plan: parameters become DTensors, and forwards reduce what they must."""
-    make_config, apply_plan = import_plans()
+    try:
+        from transformers.distributed.configuration_utils import DistributedConfig
+        from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+    except ImportError:
+        raise UserError(
+            "parallel.backend: tensor_parallel needs transformers 5.23, whose plans it applies; this is "
+            f"{transformers_version}. Upgrade it, or set parallel.backend: fsdp"
+        ) from None
     aliases = _untie(model)
     try:
-        plan, _, _ = model._resolve_parallel_plans(make_config(tp_size=mesh.size()))
+        plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=mesh.size()))
     except ValueError:
         raise UserError(
             f"parallel.backend: tensor_parallel: transformers has no tensor parallel plan for "
@@ -129,7 +118,7 @@ def _split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         if plan.get(name) is None and plan.get(alias) is not None:
             # One tensor cannot be whole in the embedding and split in the head: the head stays whole as well.
             plan = {key: style for key, style in plan.items() if key not in (alias, alias.rpartition(".")[0])}
-    apply_plan(model, mesh, plan)
+    apply_tensor_parallelism(model, mesh, plan)
     _check_experts(model, mesh.size())
     _tie(model, aliases)
 

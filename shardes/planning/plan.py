@@ -8,7 +8,6 @@ parameters, by the rules that the run itself follows: those of the backends for 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -127,16 +126,18 @@ class Plan:
         self._trained = select_trainable(
             list(self._shapes), config.es.trainable, aliases=parameter_aliases(model)
         )
-        shard_size = config.parallel.shard_size or (1 if self._is_whole else world_size)
+        is_single = config.parallel.backend == "single"
+        shard_size = config.parallel.shard_size or (1 if is_single else world_size)
         if shard_size is None:
-            # Of a large model, no mode takes less than stream.
-            shard_size = self.fewest_ranks("stream" if config.rollout.mode == "auto" else config.rollout.mode)
-            if shard_size is None:
+            modes = [config.rollout.mode] if config.rollout.mode != "auto" else self._mode_names()
+            found = [size for mode in modes if (size := self.fewest_ranks(mode)) is not None]
+            if not found:
                 raise UserError(
                     f"--device-memory: got {shown_bytes(machine.memory_bytes)}, but no number of ranks up "
                     f"to {_MOST_RANKS} holds the model with rollout.mode: {config.rollout.mode}; give "
                     "--world-size to see what is missing, a smaller rollout.micro_batch_size, or another mode"
                 )
+            shard_size = min(found)
         self.world_size = world_size or shard_size
         if self.world_size % shard_size:
             raise UserError(
@@ -183,23 +184,18 @@ class Plan:
         names = list(self.memory.modes) if wanted == "auto" else [wanted]
         return next((name for name in names if self.fits(name)), None)
 
-    @property
-    def _is_split(self) -> bool:
-        """Whether weights never move."""
-        return self.config.parallel.backend == "tensor_parallel"
-
-    @property
-    def _is_whole(self) -> bool:
-        """Whether every rank holds a whole model anyway."""
-        return self.config.parallel.backend == "single"
+    def _mode_names(self) -> list[str]:
+        if self.config.parallel.backend == "tensor_parallel":
+            return ["stream"]
+        return ["members", "prompts", "stream"]
 
     def fewest_ranks(self, mode: str) -> int | None:
         """The smallest number of ranks that hold a replica and evaluate in a mode; None if there is none."""
         for num_ranks in self._sizes():
             try:
                 memory = self._memory(self._spread.over(num_ranks))
-            except UserError:
-                continue  # so many ranks cannot share the heads
+            except UserError:  # so many ranks cannot share the heads
+                continue
             if memory.needed(mode) <= self.usable_bytes:
                 return num_ranks
             if num_ranks > 1 and memory.modes[mode] > self.usable_bytes:
@@ -225,15 +221,18 @@ class Plan:
         num_states = len(optimizer_of(config.es).state_names)
         is_on_host = config.weights.master_device == "cpu"
         chunk_bytes = CHUNK_ELEMENTS * (master_itemsize + num_states * torch.float32.itemsize)
+        is_split = config.parallel.backend == "tensor_parallel"
         load = self.workload
-        micro_batch: dict[str, Any] = {
+        wanted = {
             "rows": load.micro_batch_rows,
             "length": load.prompt_tokens + load.answer_tokens,
             "dtype": self.dtype,
-            "num_sharers": shares.num_ranks if self._is_split else 1,
+            "num_sharers": shares.num_ranks if is_split else 1,
         }
-        answering_bytes = generation_bytes if load.answer_tokens else likelihood_bytes
-        cache = cache_bytes(self.model.config, **micro_batch)
+        generating = (generation_bytes if load.answer_tokens else likelihood_bytes)(
+            self.model.config, **wanted
+        )
+        cache = cache_bytes(self.model.config, **wanted)
         return RankMemory(
             working=sum(shares.held.values()) * itemsize,
             master=trained * master_itemsize,
@@ -241,15 +240,20 @@ class Plan:
             passing=chunk_bytes if is_on_host else 0,
             is_on_host=is_on_host,
             modes=self._modes(shares),
-            gather_buffers=0 if self._is_split or self._is_whole else shares.gather_buffer_bytes(itemsize),
+            gather_buffers=0 if is_split or self._is_whole else shares.gather_buffer_bytes(itemsize),
             cache=cache,
-            activations=answering_bytes(self.model.config, **micro_batch) - cache,
+            activations=generating - cache,
         )
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether every rank holds a whole model anyway."""
+        return self.config.parallel.backend == "single"
 
     def _modes(self, shares: Shares) -> dict[str, int]:
         itemsize = self.dtype.itemsize
         stream = {"stream": shares.gathered * itemsize}
-        if self._is_split:
+        if self.config.parallel.backend == "tensor_parallel":
             return stream
         if self._is_whole:
             return {"prompts": 0, "members": 0, "stream": 0}
@@ -264,7 +268,7 @@ class Plan:
     def cost(self, mode: str) -> ModeCost:
         """What an iteration takes of a rank, if every answer is as long as it may be."""
         load, machine, ranks = self.workload, self.machine, self.shard_size
-        is_split = self._is_split
+        is_split = self.config.parallel.backend == "tensor_parallel"
         is_apart = mode == "members"
         num_teams = self.world_size if is_apart else self.num_replicas
         num_members = -(-load.num_members // num_teams)
