@@ -429,21 +429,10 @@ def make_data(
 
 @cli.command()
 def env() -> None:
-    """Print versions and devices, for bug reports."""
-    import importlib.metadata
-    import platform
+    """Print versions, devices, and what can be used or why not, for bug reports."""
+    from shardes.environment import describe
 
-    import torch
-
-    click.echo(f"shardes {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    for package in ("torch", "deepspeed", "transformers", "accelerate", "numba", "numpy", "safetensors"):
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            version = "not installed"
-        click.echo(f"{package} {version}")
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    click.echo(f"devices: {', '.join(devices) or f'CPU with {os.cpu_count()} cores'}")
+    click.echo("\n".join(f"{name}: {value}" for name, value in describe().items()))
 
 
 def main(command: click.Command = cli) -> NoReturn:

@@ -1,5 +1,6 @@
 """The configurations of large models and of an own task: they fit as their heads say, and they train."""
 
+import functools
 import json
 import re
 import shlex
@@ -10,7 +11,9 @@ import pytest
 
 from shardes.config_files import load_config
 from shardes.planning.machine import Machine
-from shardes.planning.sources import plan_run
+from shardes.planning.plan import Plan
+from shardes.planning.sources import skeleton
+from shardes.planning.workload import make_workload
 from shardes.tasks.loading import load_task
 from tests.helpers.inprocess import call
 from tests.helpers.models import tiny_model
@@ -21,6 +24,8 @@ MODELS = {path.stem: path for path in sorted((CONFIGS / "models").glob("*.yaml")
 ALL = MODELS | {"own_task": CONFIGS / "own_task" / "own_task.yaml"}
 SKELETONS = Path(__file__).parent / "data" / "models"
 GIB = 2**30
+# One of each backend; the others are repetitions.
+USUAL = ("qwen2.5-32b-1-node", "qwen2.5-72b-2-nodes", "qwen2.5-72b-2-nodes-likelihood")
 
 
 def commands_of(path):
@@ -56,16 +61,26 @@ def test_the_head_fetches_plans_and_starts_this_file(name):
     assert all(re.search("data: ", key) for key in uncommented), uncommented
 
 
+@pytest.fixture(scope="module")
+def skeletons():
+    """Models without weights, each made once."""
+
+    @functools.cache
+    def make(name):
+        return skeleton(load_config(ALL["own_task"], []), source=SKELETONS / f"{name}.json")
+
+    return make
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_what_the_head_plans_fits(name, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def test_what_the_head_plans_fits(name, skeletons):
     config = load_config(MODELS[name], [])
-    plan, _ = plan_run(
+    plan = Plan(
         config,
+        skeletons("qwen2.5-72b" if "72b" in name else "qwen2.5-32b"),
+        workload=make_workload(config, prompt_tokens=250),
         machine=Machine(80 * GIB),
         world_size=int(option(plan_command(MODELS[name]), "--world-size")),
-        model_config=SKELETONS / ("qwen2.5-72b.json" if "72b" in name else "qwen2.5-32b.json"),
-        prompt_tokens=250,
     )
     assert plan.chosen_mode is not None, plan.memory
     assert plan.num_replicas == plan.world_size // (config.parallel.shard_size or plan.world_size)
@@ -134,7 +149,10 @@ def test_the_own_reward_judges_as_it_says():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in USUAL else pytest.param(name, marks=pytest.mark.exhaustive) for name in MODELS],
+)
 def test_the_settings_of_large_models_train_a_tiny_one(tmp_path, model, name):
     """On as many ranks as a replica of two takes, twice: replicas are formed as in the file."""
     pytest.importorskip("deepspeed")

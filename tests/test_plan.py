@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -268,6 +269,8 @@ def test_likelihoods_generate_nothing(models):
     config = config_of(task__name="perplexity", task__batch_size=64)
     load = make_workload(config)
     assert (load.answer_tokens, load.num_sequences) == (0, 64)
+    words = config_of(task__name="sst2", task__batch_size=64, task__label_words=["a", "b", "c"])
+    assert make_workload(words).num_sequences == 3 * 64
     plan = Plan(config, models("qwen2.5-0.5b"), workload=load, machine=Machine(80 * GIB), world_size=1)
     generated = plan_of(models("qwen2.5-0.5b"), world_size=1).memory
     # Logits at 512 places of 25 rows.
@@ -313,6 +316,18 @@ def test_a_config_json_is_enough(tmp_path):
     assert "planned from config.json alone" in found.stdout
     assert "1 with zero3" in found.stdout
     assert "30 members, each 3 answers of up to 1024 tokens; prompts of up to 77 tokens" in found.stdout
+
+
+def test_the_documented_page_is_what_is_printed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    block = (ROOT / "docs" / "planning.md").read_text().split("```\n")[1]
+    command, _, page = block.partition("\n")
+    arguments = shlex.split(command.removeprefix("$ shardes plan "))
+    found = call("shardes", "plan", *arguments, "--model-config", MODELS / "qwen2.5-72b.json")
+    # Under another name of the file, the page is the same but for what is known of files.
+    assert (
+        found.stdout.replace("not looked at", "no weights there yet: planned from config.json alone") == page
+    )
 
 
 @pytest.mark.parametrize(

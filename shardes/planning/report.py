@@ -72,7 +72,7 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _modes(plan: Plan) -> list[str]:
-    rows = [("mode", "needs", "fits", "fewest ranks", "gathers", "received", "at least")]
+    rows = [("mode", "needs", "fits", "fewest ranks", "gathers", "received", "about")]
     for mode in plan.memory.modes:
         cost, fewest = plan.cost(mode), plan.fewest_ranks(mode)
         rows.append(

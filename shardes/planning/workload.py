@@ -71,8 +71,9 @@ def make_workload(
     is_scored = definition is not None and definition.choices is not None
     per_prompt: float = rollout.samples_per_prompt
     if is_scored:
-        per_prompt = _choices_per_prompt(task)
-        if task is None:
+        per_prompt = _choices_per_prompt(task) or len(config.task.label_words or [])
+        if not per_prompt:
+            per_prompt = 1
             assumed.append("one completion to each prompt")
     if prompt_tokens is None and task is not None and tokenizer is not None:
         prompt_tokens = longest_prompt(task, tokenizer)
@@ -105,6 +106,7 @@ def longest_prompt(task: Task, tokenizer: Any) -> int:
 
 
 def _choices_per_prompt(task: Task | None) -> float:
+    """The mean number of completions that follow a prompt; 0 if that is not known."""
     if task is None or task.choices is None:
-        return 1.0
+        return 0.0
     return sum(len(task.choices(row).completions) for row in task.train) / len(task.train)
