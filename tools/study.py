@@ -26,7 +26,7 @@ import click
 
 ROOT = Path(__file__).parent.parent
 TUNING_SEED, SEEDS = 100, (1, 2, 3, 4, 5)
-FACTORS = (0.5, 1.0, 2.0)
+FACTORS = (1.0, 2.0, 4.0)
 # Two-sided 95% quantile of Student's t with four degrees of freedom.
 T_QUANTILE = 2.776
 
@@ -340,7 +340,7 @@ def table(path: Path) -> None:
             if arm != "base" and len(base) == len(SEEDS):
                 shift = shown([one - other for one, other in zip(rewards, base, strict=True)], sign="+")
             alpha = ARMS[arm].alpha * best[task, arm]
-            edge = "" if best[task, arm] == 1 else " (edge)"
+            edge = "" if best[task, arm] == FACTORS[1] else " (edge)"
             click.echo(f"| {ARMS[arm].group} | {arm} | {alpha:g}{edge} | {shown(rewards)} | {shift} |")
 
 
