@@ -30,6 +30,7 @@ PYTHON_NOT_RUN = {
 # Commands that are not executed, by how they begin, and why.
 SHELL_NOT_RUN = {
     "bash tools/": "sets up an environment, trains or tests for minutes",
+    "bash .ci/run": "runs this test",
     "deepspeed --num_gpus": "starts ranks; test_cli.py does, with each launcher",
     "torchrun --nproc-per-node": "the same",
     "accelerate launch": "the same",
