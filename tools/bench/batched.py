@@ -14,7 +14,6 @@ it, so that it depends on their number, which the table has, too.
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,43 +24,22 @@ from unittest import mock
 
 import click
 import torch
+from common import Row, machine_facts, run_job, show, write_model, write_report
 from sharding import ReceivedBytes, stopwatch, write_problems
 
 from shardes.config_files import parse_config
 
-ROOT = Path(__file__).parents[2]
-TOKENIZER = ROOT / "configs" / "quickstart" / "model"
 SIGMA = 1e-3
 FULL_RANK = ("stream", "prompts", "members")
 BATCHED = ("batched_stream", "batched")
 
-Row = dict[str, Any]
-
-
-def write_model(path: Path) -> int:
-    """A random Llama and a tokenizer for it; returns the number of parameters."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-
-    config = LlamaConfig(
-        hidden_size=640,
-        intermediate_size=1760,
-        num_hidden_layers=8,
-        num_attention_heads=10,
-        num_key_value_heads=2,
-        vocab_size=2048,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(path)
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(path)
-    return sum(parameter.numel() for parameter in model.parameters())
+SIZES = {
+    "hidden_size": 640,
+    "intermediate_size": 1760,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 2,
+    "vocab_size": 2048,
+}
 
 
 @contextmanager
@@ -165,25 +143,11 @@ def measure_update(num_directions: int) -> Row:
 
 def start(trees: list[Row], *, world_size: int, folder: Path) -> list[Row]:
     """Runs a job that measures several ways, to its end; what rank 0 found, or why it failed."""
-    spec, out = folder / "job.json", folder / "found.json"
-    out.unlink(missing_ok=True)
-    spec.write_text(json.dumps(trees))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    command = [sys.executable, *launcher, __file__, "--job", str(spec), str(out)]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    if not torch.cuda.is_available():
-        env |= {"DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not out.exists():
-        lines = [line for line in done.stderr.splitlines() if "Error" in line]
-        failure = lines[0].strip() if lines else f"exit status {done.returncode}"
-        return [{"failure": failure} for _ in trees]
-    rows: list[Row] = json.loads(out.read_text())
-    return rows
+    found = run_job(__file__, trees, world_size=world_size, folder=folder)
+    return [{"failure": found} for _ in trees] if isinstance(found, str) else found
 
 
-def run_job(spec: Path, out: Path) -> None:
+def measure_all(spec: Path, out: Path) -> None:
     """Measures on one rank of a job what its file says."""
     port, rows = int(os.environ["MASTER_PORT"]), []
     for number, tree in enumerate(json.loads(spec.read_text())):
@@ -242,10 +206,10 @@ def main(
 ) -> None:
     """Measure members in chunks against members one by one."""
     if job is not None:
-        run_job(*job)
+        measure_all(*job)
     with tempfile.TemporaryDirectory(prefix="shardes-bench-") as name:
         folder = Path(name)
-        num_parameters = write_model(folder / "model")
+        num_parameters = write_model(folder / "model", layers=8, eos_id=None, **SIZES)
         write_problems(folder / "problems.jsonl", num_prompts=prompts)
         update = measure_update(30)
         facts = {
@@ -255,13 +219,11 @@ def main(
             "prompts": prompts,
             "max_new_tokens": new_tokens,
             "threads_per_rank": threads,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "torch": torch.__version__,
+            **machine_facts("cuda" if torch.cuda.is_available() else "cpu"),
             "update of 640 x 1760 by 30 directions, full rank, seconds": round(update["full"], 6),
             "the same of rank 1": round(update["rank 1"], 6),
         }
-        for key, value in facts.items():
-            click.echo(f"{key}: {value}")
+        show(facts)
         click.echo(f"\n{HEADER}")
         rows: list[Row] = []
 
@@ -297,10 +259,7 @@ def main(
                         if count and "member" in row and seconds[other]:
                             rows[-1][f"times_{other}"] = seconds[other] / row["member"]
                     click.echo(formatted(rows[-1]))
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        command = ["python", *sys.argv]
-        json_path.write_text(json.dumps({"facts": facts, "command": command, "rows": rows}, indent=1) + "\n")
+    write_report(json_path, facts=facts, rows=rows)
 
 
 def constant(prompts: list[Any], completions: list[str], **_: Any) -> list[float]:

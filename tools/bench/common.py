@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,19 +20,30 @@ TOKENIZER = ROOT / "configs" / "quickstart" / "model"
 Row = dict[str, Any]
 
 
+# Of a Llama: 7 million parameters a layer, and 13 more.
+SIZES = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "vocab_size": 8192,
+}
+
+
 def random_model(
-    *, layers: int, dtype: torch.dtype = torch.float32, num_positions: int = 4096, eos_id: int | None = None
+    *,
+    layers: int,
+    dtype: torch.dtype = torch.float32,
+    num_positions: int = 4096,
+    eos_id: int | None = None,
+    **sizes: int,
 ) -> Any:
-    """A Llama of 7 million random parameters a layer, and 13 more; without ``eos_id`` no answer ends."""
+    """A Llama of random parameters, of ``SIZES`` and others; without ``eos_id`` no answer ends."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
+        **(SIZES | sizes),
         num_hidden_layers=layers,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        vocab_size=8192,
         max_position_embeddings=num_positions,
         tie_word_embeddings=False,
         bos_token_id=None,
@@ -42,14 +54,45 @@ def random_model(
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def write_model(path: Path, *, layers: int) -> int:
+def write_model(path: Path, *, layers: int, eos_id: int | None = 1, **sizes: int) -> int:
     """Writes a random model and a tokenizer for it; returns the number of parameters."""
     from transformers import AutoTokenizer
 
-    model = random_model(layers=layers, num_positions=512, eos_id=1)
+    model = random_model(layers=layers, dtype=torch.float32, num_positions=512, eos_id=eos_id, **sizes)
     model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    if eos_id is None:
+        tokenizer.eos_token = None
+    tokenizer.save_pretrained(path)
     return num_parameters(model)
+
+
+def run_job(script: str, spec: Any, *, world_size: int, folder: Path) -> Any:
+    """Runs a script as a job, ``SCRIPT --job SPEC OUT``, to its end.
+
+    Args:
+        script: It writes what it finds to OUT, as JSON.
+        spec: What it is told.
+        world_size: Its ranks; 0: one process without a launcher.
+        folder: For both files.
+
+    Returns:
+        What it found, or as text why it failed.
+    """
+    told, out = folder / "job.json", folder / "found.json"
+    out.unlink(missing_ok=True)
+    told.write_text(json.dumps(spec))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    command = [sys.executable, *(launcher if world_size else []), script, "--job", str(told), str(out)]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    if not torch.cuda.is_available():
+        env |= {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not out.exists():
+        lines = [line for line in done.stderr.splitlines() if "Error" in line]
+        return lines[0].strip() if lines else f"exit status {done.returncode}"
+    return json.loads(out.read_text())
 
 
 def num_parameters(model: Any) -> int:

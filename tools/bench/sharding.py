@@ -16,7 +16,6 @@ over W ranks (W - 1) / W of its output, of a reduction twice that of its operand
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ from typing import Any, get_args
 import click
 import torch
 import torch.distributed as dist
-from common import ROOT, Row, machine_facts, show, write_model, write_report
+from common import Row, machine_facts, run_job, show, write_model, write_report
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -210,21 +209,8 @@ def measure_plain(tree: dict[str, Any], out: Path) -> None:
 
 def start(tree: dict[str, Any], *, world_size: int, folder: Path) -> Row:
     """Runs a job to its end; what rank 0 found, or why it failed."""
-    spec, out = folder / "job.json", folder / "found.json"
-    out.unlink(missing_ok=True)
-    spec.write_text(json.dumps(tree))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-    is_plain = tree["parallel"]["backend"] == "single" and world_size == 0
-    command = [sys.executable, *([] if is_plain else launcher), __file__, "--job", str(spec), str(out)]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    if not torch.cuda.is_available():
-        env |= {"DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not out.exists():
-        lines = [line for line in done.stderr.splitlines() if "Error" in line]
-        return {"failure": lines[0].strip() if lines else f"exit status {done.returncode}"}
-    return json.loads(out.read_text())
+    found = run_job(__file__, tree, world_size=world_size, folder=folder)
+    return {"failure": found} if isinstance(found, str) else found
 
 
 HEADER = (
