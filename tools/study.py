@@ -26,7 +26,8 @@ import click
 
 ROOT = Path(__file__).parent.parent
 TUNING_SEED, SEEDS = 100, (1, 2, 3, 4, 5)
-FACTORS = (1.0, 2.0, 4.0)
+# Of an arm's natural step, by task: three that have the best of most arms among them.
+FACTORS = {"quickstart": (1.0, 2.0, 4.0), "addition": (0.5, 1.0, 2.0)}
 # Two-sided 95% quantile of Student's t with four degrees of freedom.
 T_QUANTILE = 2.776
 
@@ -234,12 +235,12 @@ def best_factors(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float
     """The step of each task and arm, once all were tried."""
     tried: dict[tuple[str, str], dict[float, float]] = {}
     for line in lines:
-        if line["seed"] == TUNING_SEED:
+        if line["seed"] == TUNING_SEED and line["factor"] in FACTORS[line["task"]]:
             tried.setdefault((line["task"], line["arm"]), {})[line["factor"]] = line["heldout_reward"]
     return {
         key: max(found, key=lambda factor: found[factor])
         for key, found in tried.items()
-        if set(found) == set(FACTORS)
+        if set(found) == set(FACTORS[key[0]])
     }
 
 
@@ -251,7 +252,7 @@ def missing(
     best = best_factors(lines)
     for task in tasks:
         for arm in arms:
-            wanted = [(task, arm, factor, TUNING_SEED) for factor in FACTORS]
+            wanted = [(task, arm, factor, TUNING_SEED) for factor in FACTORS[task]]
             if (task, arm) in best:
                 wanted = [(task, arm, best[task, arm], seed) for seed in SEEDS]
             yield from (each for each in wanted if each not in done)
@@ -340,7 +341,7 @@ def table(path: Path) -> None:
             if arm != "base" and len(base) == len(SEEDS):
                 shift = shown([one - other for one, other in zip(rewards, base, strict=True)], sign="+")
             alpha = ARMS[arm].alpha * best[task, arm]
-            edge = "" if best[task, arm] == FACTORS[1] else " (edge)"
+            edge = "" if best[task, arm] == FACTORS[task][1] else " (edge)"
             click.echo(f"| {ARMS[arm].group} | {arm} | {alpha:g}{edge} | {shown(rewards)} | {shift} |")
 
 
