@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -239,6 +240,31 @@ def test_processes_end_with_the_one_that_started_them():
         assert all(map(is_alive, pids))
         process.send_signal(signal.SIGKILL)
     wait_until(lambda: not any(map(is_alive, pids)))
+
+
+SIGNALLED_AS_IT_ENDS = """
+import atexit, os, signal, sys
+from shardes.sandbox.template import main
+atexit.register(os.kill, os.getpid(), signal.SIGTERM)
+main(int(sys.argv[1]), 0, os.getppid())
+"""
+
+
+def test_a_template_told_twice_to_end_says_nothing():
+    """A parent that dies closes the socket first; the signal for its death comes a moment later."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.shutdown(socket.SHUT_WR)
+        result = subprocess.run(
+            [sys.executable, "-c", SIGNALLED_AS_IT_ENDS, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=60,
+        )
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_nothing_heavy_is_imported_by_the_processes():

@@ -17,6 +17,7 @@ import signal
 import socket
 import struct
 import sys
+from types import FrameType
 from typing import Any, NoReturn
 
 from shardes.sandbox.judging import Judge
@@ -34,31 +35,45 @@ def main(descriptor: int, memory_bytes: int, parent: int) -> None:
         memory_bytes: Address space of a worker; 0: no limit.
         parent: The process that has the pool.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    signal.signal(signal.SIGTERM, _leave)
     _end_with_parent(signal.SIGTERM)
-    control = socket.socket(fileno=descriptor)
     workers: set[int] = set()
     try:
-        while os.getppid() == parent:
-            message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
-            if not message:
-                return
-            if message[:1] == b"f":
-                pid = os.fork()
-                if pid == 0:
-                    control.close()
-                    _work(socket.socket(fileno=descriptors[0]), memory_bytes)
-                os.close(descriptors[0])
-                workers.add(pid)
-                control.send(str(pid).encode())
-            else:
-                pid = int(message[1:])
-                code = _end(pid) if pid in workers else 0
-                workers.discard(pid)
-                control.send(str(code).encode())
+        try:
+            _obey(socket.socket(fileno=descriptor), workers, memory_bytes, parent)
+        finally:
+            # A parent that dies closes the socket a moment before it has the signal sent.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
     finally:
         for pid in workers:
             _end(pid)
+
+
+def _leave(number: int, _frame: FrameType | None) -> NoReturn:
+    """Ends the template on a signal, the first time."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit()
+
+
+def _obey(control: socket.socket, workers: set[int], memory_bytes: int, parent: int) -> None:
+    """Does as commanded until nobody is there to command; ``workers`` has those alive."""
+    while os.getppid() == parent:
+        message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
+        if not message:
+            return
+        if message[:1] == b"f":
+            pid = os.fork()
+            if pid == 0:
+                control.close()
+                _work(socket.socket(fileno=descriptors[0]), memory_bytes)
+            os.close(descriptors[0])
+            workers.add(pid)
+            control.send(str(pid).encode())
+        else:
+            pid = int(message[1:])
+            code = _end(pid) if pid in workers else 0
+            workers.discard(pid)
+            control.send(str(code).encode())
 
 
 def _end(pid: int) -> int:
