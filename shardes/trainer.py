@@ -238,7 +238,7 @@ class Trainer:
         """Moves the weights."""
         every = self._config.log.instruments_every
         measures = None
-        if every and update.iteration % every == 0:
+        if every and update.iteration % every == 0 and self._weights.moves(update):
             measures = UpdateMeasures(self._world.device)
         with self._spans("update"):
             self._weights.update(update, measures=measures)

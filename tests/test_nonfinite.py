@@ -11,6 +11,7 @@ import torch
 from shardes.config_files import parse_config
 from shardes.errors import UserError
 from shardes.es.fitness import mean_and_deviation
+from shardes.es.measures import UpdateMeasures
 from shardes.es.shaping import shape
 from shardes.es.update import Update
 from shardes.noise import NoiseKind, definition
@@ -168,6 +169,24 @@ def test_a_skipped_update_touches_no_element(configured):
         before = session.digest()
         session.weights.update(Update(0, [0.0, -0.0]))
         assert session.digest() == before
+
+
+def test_a_skipped_update_touches_no_element_when_it_is_to_be_measured(configured):
+    with open_session(configured()) as session:
+        *_, master = next(iter(session.weights.owned_tensors()))
+        master[0] = -0.0
+        before = session.digest()
+        session.weights.update(Update(0, [0.0, -0.0]), measures=UpdateMeasures(torch.device("cpu")))
+        assert session.digest() == before
+
+
+def test_a_skipped_update_has_no_measures(configured, tmp_path):
+    (tmp_path / "reward.py").write_text("def score(prompts, completions, **c): return [0.5] * len(prompts)")
+    config = configured(
+        task__reward=f"{tmp_path}/reward.py:score", es__iterations=1, log__instruments_every=1
+    )
+    train(config)
+    assert not {"update_norm", "base_distance"} & metrics_of(config)[0].keys()
 
 
 def test_the_deviation_of_equal_numbers_is_0():

@@ -104,6 +104,7 @@ class Weights:
         self._dtype = dtype
         self._optimizer = optimizer or PlainStep()
         self._decay = decay
+        self._is_plain = self._optimizer.steps_are_gradients and decay is None
         self._is_apart = on_host and backend.device.type != "cpu"
         self._chunk_elements = chunk_elements or (CHUNK_ELEMENTS if self._is_apart else None)
         self._masters = self._keep(dtype)
@@ -229,6 +230,13 @@ class Weights:
             working.copy_(master)
         self._backend.commit()
 
+    def moves(self, update: Update) -> bool:
+        """Whether an update moves the masters at all: one that adds nothing is not applied.
+
+        Adding 0 to a weight that is -0 would change its bits.
+        """
+        return not self._is_plain or any(update.coefficients)
+
     @torch.no_grad()
     def update(self, update: Update, *, measures: UpdateMeasures | None = None) -> None:
         """Moves the masters by what the optimizer makes of ``sum_n coefficients[n] * eps(n)``.
@@ -237,13 +245,12 @@ class Weights:
             update: The coefficients, and whose noise they are for.
             measures: Takes in what happens, if given; the weights become the same.
         """
-        is_plain = self._optimizer.steps_are_gradients and self._decay is None
-        if is_plain and measures is None and not any(update.coefficients):
+        if not self.moves(update):
             self.last_update = update
             return
         # Rounding draws on the iteration, which with noise of another is not the noise's.
         is_fused = self._dtype == torch.float32 or update.noise_of == update.iteration
-        if is_plain and measures is None and is_fused:
+        if self._is_plain and measures is None and is_fused:
             for shard, run in self._runs(self.trained):
                 self._add_noise(self._masters.on_device(shard, run), shard.region(run), update)
                 self._masters.write_back(shard, run)
