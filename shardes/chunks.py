@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from shardes.distributed import Mesh
 from shardes.es.results import MemberResult
-from shardes.rollout.rollout import PendingChunk, Problems, Rollout
+from shardes.rollout.problems import Problems
+from shardes.rollout.rollout import PendingChunk, Rollout
 from shardes.round import Round
 from shardes.spans import Spans
 from shardes.stopping import Stop, Stopped

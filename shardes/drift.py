@@ -11,7 +11,8 @@ from typing import Any
 
 from shardes.distributed import Group
 from shardes.population import Population
-from shardes.rollout.rollout import Problems, Rollout
+from shardes.rollout.problems import Problems
+from shardes.rollout.rollout import Rollout
 from shardes.rollout.scoring import Scorer
 from shardes.sandbox.pool import DirectRewards
 from shardes.tasks.base import Component, Row, Task

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 from shardes.es.results import settled
-from shardes.population import Population
 from shardes.rollout.probe import find_micro_batch_size
 from shardes.rollout.tally import Evaluation, Sample
 from shardes.sandbox.pool import Rewards
-from shardes.session import Session, make_rollout
+from shardes.session import Session, make_population, make_rollout
 from shardes.tasks.base import Task
 
 NUM_RESAMPLES = 1000
@@ -119,13 +118,7 @@ def evaluate(
     if config.rollout.micro_batch_size == "auto":
         rows = task.heldout or task.train
         find_micro_batch_size(rollout, rows, num_rows=len(rows), mesh=session.mesh, sigma=config.es.sigma)
-    population = Population(
-        rollout,
-        mesh=session.mesh,
-        timeout_seconds=config.parallel.timeout_seconds,
-        stop=session.stop,
-        spans=session.spans,
-    )
+    population = make_population(session, rollout)
     sets = {"heldout" if task.heldout else "data": (task.heldout or task.train, scorer)}
     sets |= {name: (other.train, scorers[name]) for name, other in heldout_sets.items()}
     summaries: dict[str, Any] = {}

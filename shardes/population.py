@@ -14,7 +14,8 @@ from shardes.distributed import Group, Mesh
 from shardes.es.results import MemberResult
 from shardes.rollout.memory import MemoryShortageError
 from shardes.rollout.modes import Batched
-from shardes.rollout.rollout import Pending, Problems, Rollout
+from shardes.rollout.problems import Problems
+from shardes.rollout.rollout import Pending, Rollout
 from shardes.rollout.tally import Evaluation
 from shardes.round import Round
 from shardes.spans import Spans

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from shardes.es.perturbation import Perturbation
 from shardes.es.strategy import Strategy
-from shardes.rollout.rollout import Problems, Rollout
+from shardes.rollout.problems import Problems
+from shardes.rollout.rollout import Rollout
 from shardes.tasks.base import Row
 
 

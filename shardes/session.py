@@ -22,6 +22,7 @@ from shardes.es.update import Update
 from shardes.es.weights import Weights
 from shardes.modeling import load_tokenizer
 from shardes.noise import NOISE_VERSION, Kind, LowRank, NoiseKind, matrix_shape
+from shardes.population import Population
 from shardes.progress import progress
 from shardes.rollout.modes import Modes
 from shardes.rollout.rollout import Rollout
@@ -191,6 +192,17 @@ def make_rollout(
         spans=session.spans,
     )
     return rollout, scorer, scorers
+
+
+def make_population(session: Session, rollout: Rollout) -> Population:
+    """What has members answer over a session's ranks."""
+    return Population(
+        rollout,
+        mesh=session.mesh,
+        timeout_seconds=session.config.parallel.timeout_seconds,
+        stop=session.stop,
+        spans=session.spans,
+    )
 
 
 def _kind(config: Config) -> Kind:

@@ -19,18 +19,16 @@ from shardes.es.results import MemberResult, member_rewards, settled
 from shardes.es.strategy import Strategy, reward_table
 from shardes.es.update import Update
 from shardes.export import export_model
-from shardes.population import Population
-from shardes.rollout.probe import find_members_per_forward, find_micro_batch_size
-from shardes.rollout.rollout import Problems
+from shardes.rollout.problems import Problems
 from shardes.rollout.terms_check import check_terms
 from shardes.round import Round
 from shardes.runs.directory import RunDirectory
-from shardes.runs.journal import recorded_setting
 from shardes.runs.reporting import Callbacks, Reporter, peak_memory_bytes
 from shardes.runs.restore import restore_weights
 from shardes.runs.snapshotting import Snapshots
 from shardes.sandbox.pool import Rewards
-from shardes.session import Session, make_rollout
+from shardes.session import Session, make_population, make_rollout
+from shardes.settling import settle
 from shardes.tasks.base import Row, Task
 from shardes.tasks.data import rows_sha256
 
@@ -89,17 +87,18 @@ class Trainer:
         self._rollout, self._scorer, scorers = make_rollout(
             session, task, rewards=rewards, others=heldout_sets
         )
-        self._settle_micro_batch_size()
         num_elements = sum(shard.num_elements for shard in session.weights.trained)
         self._strategy = Strategy(self._config.es, num_elements=num_elements)
-        self._settle_members_per_forward()
-        self._population = Population(
+        self._config = settle(
+            self._config,
             self._rollout,
+            rows=task.train,
+            first_rows=self._draw_problems(0),
+            population=self._strategy.num_members(0),
             mesh=session.mesh,
-            timeout_seconds=self._config.parallel.timeout_seconds,
-            stop=session.stop,
-            spans=self._spans,
         )
+        self._check_terms()
+        self._population = make_population(session, self._rollout)
         self._heldout = self._rollout.prepare(task.heldout, iteration=0) if task.heldout else None
         self._heldout_sets = {
             name: self._rollout.prepare(other.train, iteration=0, scorer=scorers[name])
@@ -229,9 +228,10 @@ class Trainer:
         self._check_step(update)
         with self._spans("snapshot"):
             self._snapshots.finish()
-        instruments = reward_instruments(reward_table(results), rewards=rewards, shaped=shaped)
-        record = {"type": "update", **update.record(), "sigma": sigma, "instruments": instruments}
-        self._record(record, durable=True)
+        if self._world.is_main:
+            instruments = reward_instruments(reward_table(results), rewards=rewards, shaped=shaped)
+            record = {"type": "update", **update.record(), "sigma": sigma, "instruments": instruments}
+            self._record(record, durable=True)
         return update
 
     def _update(self, update: Update) -> None:
@@ -387,52 +387,17 @@ class Trainer:
             with self._spans("io"):
                 self.run.record(record, durable=durable)
 
-    def _settle_micro_batch_size(self) -> None:
-        """Under ``auto``, takes the run's size if it has begun, or finds one; a collective."""
-        config, task = self._config, self._task
-        if config.rollout.micro_batch_size != "auto":
+    def _check_terms(self) -> None:
+        """In a batched mode, refuses terms that compute other members than weights do; a collective."""
+        if not self._config.rollout.is_batched:
             return
-        size = self._world.broadcast_json(recorded_setting(config.run.dir, "rollout.micro_batch_size"))
-        if size is None:
-            size = find_micro_batch_size(
-                self._rollout,
-                task.train,
-                num_rows=min(config.task.batch_size or len(task.train), len(task.train)),
-                mesh=self._session.mesh,
-                sigma=config.es.sigma,
-            )
-        self._rollout.micro_batch_size = size
-        rollout = config.rollout.model_copy(update={"micro_batch_size": size})
-        self._config = config.model_copy(update={"rollout": rollout})
-
-    def _settle_members_per_forward(self) -> None:
-        """In a batched mode, checks that members are computed rightly; under ``auto``, settles how many.
-
-        A collective.
-        """
-        config = self._config
-        if not config.rollout.is_batched:
-            return
-        count = config.rollout.members_per_forward
-        if count == "auto":
-            count = self._world.broadcast_json(
-                recorded_setting(config.run.dir, "rollout.members_per_forward")
-            )
-        rows = self._draw_problems(0)
-        if count is None:
-            count = find_members_per_forward(
-                self._rollout, rows, population=self._strategy.num_members(0), mesh=self._session.mesh
-            )
-        self._rollout.members_per_forward = count
-        rollout = config.rollout.model_copy(update={"members_per_forward": count})
-        self._config = config.model_copy(update={"rollout": rollout})
-        self._rollout.begin(self._rollout.prepare(rows, iteration=0))
+        self._rollout.begin(self._rollout.prepare(self._draw_problems(0), iteration=0))
         check_terms(
             self._rollout.mode,
             backend=self._session.backend,
             weights=self._weights,
             world=self._world,
-            sigma=config.es.sigma,
+            sigma=self._config.es.sigma,
         )
 
     def _open_run(self) -> int:

@@ -14,14 +14,11 @@ import click
 import torch
 from make_quickstart_model import (
     BATCH_SIZE,
-    EOS_ID,
-    PAD_ID,
     make_model,
     make_tokenizer,
     train_model,
     write_rows,
 )
-from transformers import GenerationConfig
 
 SEED = 0
 RIGHT_SHARE = 0.45
@@ -59,8 +56,6 @@ def main(out: Path) -> None:
         return ids[(which * len(seen)).long() * 2 + (right >= RIGHT_SHARE).long()]
 
     train_model(model, draw, num_steps=NUM_STEPS, prompt_length=PROMPT_LENGTH)
-    model.eval()
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=PAD_ID, eos_token_id=EOS_ID)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     for name, part in ("train", train), ("heldout", heldout):

@@ -165,6 +165,8 @@ def train_model(
 ) -> None:
     """Trains on the answers alone; the prompts are uniform noise to a model this small.
 
+    It then answers greedily.
+
     Args:
         model: Trained in place.
         draw: Gives a batch of texts, as token ids.
@@ -188,6 +190,8 @@ def train_model(
         optimizer.step()
         if (step + 1) % 100 == 0:
             click.echo(f"step {step + 1} loss {loss.item():.3f}")
+    model.eval()
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=PAD_ID, eos_token_id=EOS_ID)
 
 
 def measure(
@@ -227,8 +231,6 @@ def main(out: Path) -> None:
     model = make_model()
     corpus = Corpus([problems[str(short_prompt(row))] for row in pretraining], tokenizer)
     train_model(model, corpus.draw, num_steps=NUM_STEPS, prompt_length=PROMPT_LENGTH)
-    model.eval()
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=PAD_ID, eos_token_id=EOS_ID)
 
     out.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=out))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from shardes.distributed import Group, Mesh
 from shardes.es.perturbation import Perturbation
 from shardes.modeling import end_tokens, max_positions
 from shardes.rollout.batching import MicroBatch, compose, shared_prefix, tokenize
-from shardes.rollout.decode import Answers, Decoder, OnRows, prefill_parts
+from shardes.rollout.decode import Answers, Decoder, OnRows
 from shardes.rollout.likelihood import CompletionBatch, completion_log_likelihoods, compose_completions
 from shardes.rollout.memory import (
     MemoryShortageError,
@@ -23,45 +22,13 @@ from shardes.rollout.memory import (
     likelihood_bytes,
 )
 from shardes.rollout.modes import Batched, Mode, Modes
+from shardes.rollout.problems import Problems
 from shardes.rollout.sampling import Sampling
 from shardes.rollout.scoring import Scorer
 from shardes.rollout.stop_texts import StopTexts
 from shardes.rollout.tally import AnswerTally, ChoiceSet, Evaluation, LikelihoodTally, Tally, choice_set
 from shardes.spans import Spans
 from shardes.tasks.base import Choices, Prompt, Row, Task
-
-
-@dataclass(frozen=True)
-class Problems:
-    """A batch of rows, rendered, tokenised and cut once, then answered by every member.
-
-    Attributes:
-        rows: The problems.
-        prompts: What is asked, one for each row.
-        scorer: Has answers judged.
-        samples_per_prompt: Answers to each; answer i is to prompt ``i // samples_per_prompt``.
-        micro_batches: Prompts, once for each answer; or, for a likelihood task, prompts with completions.
-        prefix: The tokens with which all prompts begin, int64 of shape [1, length]; None if they are few.
-        choices: For a likelihood task, what may follow the prompts.
-    """
-
-    rows: Sequence[Row]
-    prompts: list[Prompt]
-    scorer: Scorer
-    samples_per_prompt: int
-    micro_batches: Sequence[MicroBatch | CompletionBatch]
-    prefix: torch.Tensor | None = None
-    choices: ChoiceSet | None = None
-
-    @cached_property
-    def num_prefills(self) -> int:
-        """Forwards before the first token of the micro-batch that takes the most of them."""
-        batches = [batch for batch in self.micro_batches if isinstance(batch, MicroBatch)]
-        return max((len(prefill_parts(batch.lengths)) for batch in batches), default=1)
-
-    def fingerprint(self) -> bytes:
-        """What the model is asked, token by token: equal for equal problems, templates and tokenizers."""
-        return b"".join(batch.input_ids.cpu().numpy().tobytes() for batch in self.micro_batches)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ def set_fault(kind, call):
     import torch
 
     from shardes.es.weights import Weights
-    from shardes.rollout.rollout import Problems, Rollout
+    from shardes.rollout.problems import Problems
+    from shardes.rollout.rollout import Rollout
 
     if kind == "corrupt":
         original, calls = Weights.update, iter(range(1_000_000))

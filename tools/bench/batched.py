@@ -66,9 +66,8 @@ def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
 def measure(tree: dict[str, Any]) -> Row:
     """One way to evaluate members, on every rank of a job."""
     from shardes.es.strategy import Strategy
-    from shardes.population import Population
     from shardes.round import Round
-    from shardes.session import make_rollout, open_session
+    from shardes.session import make_population, make_rollout, open_session
     from shardes.tasks.loading import load_task
 
     config = parse_config(tree, source="benchmark")
@@ -76,13 +75,7 @@ def measure(tree: dict[str, Any]) -> Row:
         world = session.mesh.world
         task = load_task(config.task)
         rollout, *_ = make_rollout(session, task)
-        population = Population(
-            rollout,
-            mesh=session.mesh,
-            timeout_seconds=config.parallel.timeout_seconds,
-            stop=session.stop,
-            spans=session.spans,
-        )
+        population = make_population(session, rollout)
 
         def iteration(number: int, members: int) -> None:
             strategy = Strategy(config.es.model_copy(update={"population": members}), num_elements=0)

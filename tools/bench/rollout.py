@@ -140,10 +140,9 @@ def compare_on_the_quickstart(micro_batch_size: int) -> Row:
     """An iteration of it, with the loop and with ``generate`` in its place."""
     from shardes.config_files import load_config
     from shardes.es.strategy import Strategy
-    from shardes.population import Population
     from shardes.rollout.decode import Answers, Decoder
     from shardes.round import Round
-    from shardes.session import make_rollout, open_session
+    from shardes.session import make_population, make_rollout, open_session
     from shardes.tasks.loading import load_task
 
     overrides = [
@@ -168,13 +167,7 @@ def compare_on_the_quickstart(micro_batch_size: int) -> Row:
     with open_session(config) as session:
         task = load_task(config.task)
         rollout, *_ = make_rollout(session, task)
-        population = Population(
-            rollout,
-            mesh=session.mesh,
-            timeout_seconds=60,
-            stop=session.stop,
-            spans=session.spans,
-        )
+        population = make_population(session, rollout)
         asked = Round(0, task.train[: config.task.batch_size], rollout, Strategy(config.es, num_elements=0))
 
         def iteration(name: str) -> None:

@@ -112,9 +112,8 @@ def measure(tree: dict[str, Any], out: Path) -> None:
     """One job, on each of its ranks; rank 0 writes what it found."""
     from shardes.es.strategy import Strategy
     from shardes.es.update import Update
-    from shardes.population import Population
     from shardes.round import Round
-    from shardes.session import make_rollout, open_session
+    from shardes.session import make_population, make_rollout, open_session
     from shardes.tasks.loading import load_task
 
     config = parse_config(tree, source="benchmark")
@@ -124,13 +123,7 @@ def measure(tree: dict[str, Any], out: Path) -> None:
         world = session.mesh.world
         task = load_task(config.task)
         rollout, *_ = make_rollout(session, task)
-        population = Population(
-            rollout,
-            mesh=session.mesh,
-            timeout_seconds=config.parallel.timeout_seconds,
-            stop=session.stop,
-            spans=session.spans,
-        )
+        population = make_population(session, rollout)
         strategy = Strategy(config.es, num_elements=0)
         seconds: dict[str, float] = {}
         found = {}

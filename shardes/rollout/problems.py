@@ -1,0 +1,47 @@
+"""Problems as a model is asked them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from shardes.rollout.batching import MicroBatch
+from shardes.rollout.decode import prefill_parts
+from shardes.rollout.likelihood import CompletionBatch
+from shardes.rollout.scoring import Scorer
+from shardes.rollout.tally import ChoiceSet
+from shardes.tasks.base import Prompt, Row
+
+
+@dataclass(frozen=True)
+class Problems:
+    """A batch of rows, rendered, tokenised and cut once, then answered by every member.
+
+    Attributes:
+        rows: The problems.
+        prompts: What is asked, one for each row.
+        scorer: Has answers judged.
+        samples_per_prompt: Answers to each; answer i is to prompt ``i // samples_per_prompt``.
+        micro_batches: Prompts, once for each answer; or, for a likelihood task, prompts with completions.
+        prefix: The tokens with which all prompts begin, int64 of shape [1, length]; None if they are few.
+        choices: For a likelihood task, what may follow the prompts.
+    """
+
+    rows: Sequence[Row]
+    prompts: list[Prompt]
+    scorer: Scorer
+    samples_per_prompt: int
+    micro_batches: Sequence[MicroBatch | CompletionBatch]
+    prefix: torch.Tensor | None = None
+    choices: ChoiceSet | None = None
+
+    @cached_property
+    def num_prefills(self) -> int:
+        """Forwards before the first token of the micro-batch that takes the most of them."""
+        batches = [batch for batch in self.micro_batches if isinstance(batch, MicroBatch)]
+        return max((len(prefill_parts(batch.lengths)) for batch in batches), default=1)
+
+    def fingerprint(self) -> bytes:
+        """What the model is asked, token by token: equal for equal problems, templates and tokenizers."""
+        return b"".join(batch.input_ids.cpu().numpy().tobytes() for batch in self.micro_batches)
