@@ -362,11 +362,6 @@ class Config(Section):
     def _tensor_parallelism_streams(cls, value: RolloutConfig, info: ValidationInfo) -> RolloutConfig:
         parallel = info.data.get("parallel")
         is_parallel = parallel is not None and parallel.backend == "tensor_parallel"
-        if is_parallel and value.is_batched:
-            raise ValueError(
-                f"mode is {value.mode}, for which parallel.backend: tensor_parallel has no rules; set "
-                "rollout.mode: stream, or parallel.backend: fsdp"
-            )
         if is_parallel and value.mode in ("prompts", "members"):
             raise ValueError(
                 f"mode is {value.mode}, which gathers the whole model on every rank, but parallel.backend: "

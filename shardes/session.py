@@ -35,10 +35,11 @@ from shardes.tasks.base import Task, all_rewards
 
 logger = logging.getLogger(__name__)
 
-# What rollout.mode: auto is for backends that leave no choice, and why.
+# What a rollout.mode is for backends that leave no choice, and why.
 _ONLY_MODES = {
-    "single": ("prompts", "every rank holds a whole model, so nothing is gathered"),
-    "tensor_parallel": ("stream", "no rank ever holds a whole model"),
+    ("single", "auto"): ("prompts", "every rank holds a whole model, so nothing is gathered"),
+    ("tensor_parallel", "auto"): ("stream", "no rank ever holds a whole model"),
+    ("tensor_parallel", "batched"): ("batched_stream", "no rank ever holds a whole model"),
 }
 
 
@@ -178,9 +179,9 @@ def make_rollout(
     scorer = Scorer(task, rewards=rewards, on_error=on_error)
     scorers = {name: Scorer(other, rewards=rewards, on_error=on_error) for name, other in others.items()}
     mode: str = config.rollout.mode
-    if mode == "auto" and config.parallel.backend in _ONLY_MODES:
-        mode, reason = _ONLY_MODES[config.parallel.backend]
-        logger.info("rollout.mode: auto is %s: %s", mode, reason)
+    if (only := _ONLY_MODES.get((config.parallel.backend, mode))) is not None:
+        logger.info("rollout.mode: %s is %s: %s", mode, *only)
+        mode = only[0]
     rollout = Rollout(
         session.backend,
         tokenizer=load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code),

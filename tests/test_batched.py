@@ -44,6 +44,23 @@ def write_long_problems(path):
     return path
 
 
+def write_choices(tmp_path):
+    """A task of given completions, as changes of a configuration."""
+    rows = [
+        {"prompt": f"{i}+", "choices": ["3", "14+2", "9*9"], "gold": i % 3, "label": i % 3} for i in range(9)
+    ]
+    data = tmp_path / "choices.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "task__data": data,
+        "task__heldout_data": None,
+        "task__reward": None,
+        "task__name": "multiple_choice",
+        "task__metric": "log_likelihood",
+        "rollout__stop": [],
+    }
+
+
 def journal(run_dir):
     return [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
 
@@ -104,19 +121,7 @@ def test_pairs_and_reused_directions_earn_what_they_earn_one_by_one(tmp_path, mo
 
 
 def test_given_completions_are_as_likely_as_one_by_one(tmp_path, models):
-    rows = [
-        {"prompt": f"{i}+", "choices": ["3", "14+2", "9*9"], "gold": i % 3, "label": i % 3} for i in range(9)
-    ]
-    data = tmp_path / "choices.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changes = {
-        "task__data": data,
-        "task__heldout_data": None,
-        "task__reward": None,
-        "task__name": "multiple_choice",
-        "task__metric": "log_likelihood",
-        "rollout__stop": [],
-    }
+    changes = write_choices(tmp_path)
     together = rewards(train(tmp_path, models["qwen2"], "together", **changes))
     alone = rewards(train(tmp_path, models["qwen2"], "alone", **changes, rollout__mode="prompts"))
     assert together.keys() == alone.keys()
@@ -291,6 +296,37 @@ def test_two_ranks_give_the_bytes_of_one(tmp_path, models, oracle):
         {"parallel__backend": "zero3"},
     ]
     check_spread(tmp_path, models, oracle, world_size=2, cases=cases, shortages={3: [["decode", 1, 2]]})
+
+
+def check_split(tmp_path, model, *, world_size, **changes):
+    """Trains by tensor parallelism, whose forwards add up in another order, and in one process."""
+    alone = rewards(train(tmp_path, model, "alone", es__iterations=1, **changes))
+    cases = [
+        {"rollout__mode": "batched"},
+        {"rollout__mode": "batched_stream", "parallel__shard_size": 2},
+    ]
+    common = {"parallel__backend": "tensor_parallel", "es__iterations": 1} | changes
+    trees = spread_trees(tmp_path, model, "split", [common | case for case in cases])
+    run_cases(tmp_path, "split", trees, world_size)
+    for i in range(len(cases)):
+        run_dir = tmp_path / f"run-split-{i}"
+        assert rewards(run_dir) == pytest.approx(alone, rel=1e-4)
+        assert set(rollout_modes(run_dir)) == {"batched_stream"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answers", ["generated", "given"])
+def test_ranks_that_split_layers_earn_what_one_does(tmp_path, answers):
+    model = tiny_model(tmp_path / "model", tied=True, num_heads=2, num_kv_heads=2)
+    changes = write_choices(tmp_path) if answers == "given" else {}
+    check_split(tmp_path, model, world_size=2, **changes)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("tied", [True, False])
+def test_replicas_of_ranks_that_split_layers_earn_what_one_does(tmp_path, tied):
+    model = tiny_model(tmp_path / "model", tied=tied, num_heads=4, num_kv_heads=4)
+    check_split(tmp_path, model, world_size=4, **write_choices(tmp_path))
 
 
 @pytest.mark.exhaustive

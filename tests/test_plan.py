@@ -188,6 +188,14 @@ def test_members_of_a_forward_share_its_gathers(models):
     # 30 members in 3 chunks, of which a rank has one.
     assert (gathered.num_gathers, streamed.num_gathers) == (1, 8 * 1024)
     assert many.memory.modes["batched_stream"] == one.memory.modes["stream"]
+    # Under tensor parallelism a replica's ranks evaluate a chunk together.
+    split = {"world_size": 4, "parallel__backend": "tensor_parallel"}
+    together = plan_of(models("qwen2.5-7b"), **keys, **split, rollout__mode="batched")
+    assert list(together.memory.modes) == ["batched_stream"]
+    cost, alone = together.cost("batched_stream"), plan_of(models("qwen2.5-7b"), **split).cost("stream")
+    assert cost.num_gathers == 0
+    assert cost.received_bytes == pytest.approx(alone.received_bytes)
+    assert cost.seconds < alone.seconds
 
 
 @pytest.fixture(scope="module")

@@ -68,8 +68,8 @@ def test_parts_make_up_the_layer(name, world_size):
     for rank in range(world_size):
         held = part(getattr(layers, name), STYLES[name], rank=rank, world_size=world_size)
         model = nn.ModuleDict({name: held})
-        use_plain_tensors(model, {name: STYLES[name]}, group=ranks)
         ranks.rank, mine = rank, inputs
+        use_plain_tensors(model, {name: STYLES[name]}, group=ranks)
         if name == "rows":
             mine = shares[rank] if rank < len(shares) else inputs[..., :0]
         found.append(held(mine))

@@ -1,19 +1,17 @@
 """Members as terms of layers' outputs: against the same members as weights, for every architecture."""
 
+import json
+import re
+
 import pytest
-import torch
 from transformers import GPT2Config
 
-from shardes.es.perturbation import Perturbation
-from shardes.rollout.terms import MemberTerms
 from shardes.session import open_session
-from tests.helpers.models import ARCHITECTURES, make_config, tiny_model
+from tests.helpers import terms_checks
+from tests.helpers.models import ARCHITECTURES, make_config, tiny_model, tree
+from tests.helpers.ranks import ROOT, run_ranks
 
-MEMBERS = [Perturbation(0, 0, 0.02), Perturbation(0, 3, -0.02), Perturbation(5, 0, 0.01)]
-IDS = torch.arange(1, 22).view(3, 7)
 
-
-@torch.no_grad()
 def compare(tmp_path, model, *, rank, dtype="float32", **changes):
     """The largest difference of logits, and the size of what the perturbations do to them."""
     config = make_config(
@@ -26,25 +24,7 @@ def compare(tmp_path, model, *, rank, dtype="float32", **changes):
         **changes,
     )
     with open_session(config) as session:
-        weights, whole = session.weights, session.backend.lockstep_model
-        centre = whole(IDS).logits.clone()
-        wanted = []
-        for member in MEMBERS:
-            weights.perturb(**vars(member))
-            wanted.append(whole(IDS).logits.clone())
-        weights.centre()
-        terms = MemberTerms(session.backend, weights)
-        terms.load(MEMBERS)
-        rows = torch.arange(9)
-        found = torch.empty(9, *centre.shape[1:], dtype=centre.dtype)
-        order = torch.tensor([4, 0, 8, 3, 7, 1, 2, 6, 5])  # as after rows were compacted
-        with terms.on(whole):
-            terms.on_rows(rows[order])
-            found[order] = whole(IDS.repeat_interleave(3, 0)[order]).logits
-        assert torch.equal(whole(IDS).logits, centre)
-        wanted = torch.stack(wanted, dim=1).flatten(0, 1)
-        effects = wanted - centre.repeat_interleave(3, 0)
-        return (found - wanted).abs().max().item(), effects.abs().mean().item()
+        return terms_checks.compare(session)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -69,3 +49,24 @@ def test_frozen_parameters_have_no_terms(tmp_path, trainable):
     error, effect = compare(tmp_path, model, rank=1, es__trainable=[trainable])
     assert effect > 0
     assert error < 1e-3 * effect
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_terms_of_split_layers_give_the_logits_of_perturbed_weights(tmp_path, world_size):
+    """Three ranks divide no size of these models but the number of heads."""
+    heads = {"num_heads": world_size, "num_kv_heads": world_size}
+    cases = []
+    for number, architecture in enumerate(ARCHITECTURES):
+        path = tiny_model(tmp_path / architecture, tied=bool(number % 2), architecture=architecture, **heads)
+        settings = {"parallel__backend": "tensor_parallel", "es__noise": "low_rank", "es__rank": 2}
+        config = tree(tmp_path, model=path, run_dir=tmp_path / "run", **settings)
+        cases.append({"config": config, "is_refused": architecture in ("mixtral", "qwen2_moe")})
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps(cases))
+    script = ROOT / "tests" / "helpers" / "terms_checks.py"
+    output = run_ranks([script, path], world_size=world_size, log_dir=tmp_path / "logs")
+    named = (
+        r"mlp\.experts\.\w+ is a parameter of model\.layers\.0\.mlp\.experts, a \w+, for which there is no"
+    )
+    assert len(re.findall(named, output)) == 2 * world_size, output

@@ -27,12 +27,15 @@ import click
 ROOT = Path(__file__).parent.parent
 TUNING_SEED, SEEDS = 100, (1, 2, 3, 4, 5)
 # Of an arm's natural step, by task: three that have the best of most arms among them.
-FACTORS = {"quickstart": (1.0, 2.0, 4.0), "addition": (0.5, 1.0, 2.0)}
+FACTORS = {"quickstart": (1.0, 2.0, 4.0), "long quickstart": (1.0, 2.0), "addition": (0.5, 1.0, 2.0)}
+# Where these are not all.
+ARMS_OF = {"long quickstart": ("base", "constant", "cosine", "rank 4", "rank 8")}
 # Two-sided 95% quantile of Student's t with four degrees of freedom.
 T_QUANTILE = 2.776
 
 TASKS: dict[str, dict[str, Any]] = {
     "quickstart": {"es.iterations": 40},
+    "long quickstart": {"es.iterations": 100},
     "addition": {
         "es.iterations": 12,
         "model.path": ROOT / "configs" / "addition" / "model",
@@ -251,7 +254,7 @@ def missing(
     done = {(line["task"], line["arm"], line["factor"], line["seed"]) for line in lines}
     best = best_factors(lines)
     for task in tasks:
-        for arm in arms:
+        for arm in (arm for arm in arms if arm in ARMS_OF.get(task, ARMS)):
             wanted = [(task, arm, factor, TUNING_SEED) for factor in FACTORS[task]]
             if (task, arm) in best:
                 wanted = [(task, arm, best[task, arm], seed) for seed in SEEDS]

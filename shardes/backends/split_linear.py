@@ -6,7 +6,6 @@ the plan says so one collective.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 from torch import nn
@@ -15,36 +14,86 @@ from torch.nn import functional
 
 from shardes.distributed import Group
 
+Terms = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From the inputs and outputs of a product to outputs with something added that is linear in the inputs."""
 
-def _columns(module: nn.Linear, group: Group, inputs: torch.Tensor) -> torch.Tensor:
+
+class LinearPart:
+    """The forward of a linear layer of which this rank has a part.
+
+    Args:
+        module: The layer, with this rank's part of its weight.
+        style: The plan's.
+        group: The ranks.
+        held: The layer's parameters as they were before it had parts of them: another module may share them.
+
+    Attributes:
+        held: The same.
+        outputs: Which of the layer's outputs this rank computes.
+        inputs: From which of its inputs.
+        is_sum: Whether what ranks compute is added up; the bias then comes last.
+        terms: Added to this rank's product; None: nothing.
+    """
+
+    def __init__(
+        self,
+        module: nn.Linear,
+        style: str,
+        group: Group,
+        *,
+        held: Mapping[str, nn.Parameter | None],
+    ) -> None:
+        self.held = held
+        self._module = module
+        self._forward = _FORWARDS[style]
+        self.group = group
+        rows, columns = module.weight.shape
+        self.is_sum = self._forward in (_rows, _rows_of_all)
+        # Ranks hold equally many, but for the last ones, which may hold fewer.
+        first = group.rank * -(
+            -(module.in_features if self.is_sum else module.out_features) // group.world_size
+        )
+        self.outputs = slice(None) if self.is_sum else slice(first, first + rows)
+        self.inputs = slice(first, first + columns) if self.is_sum else slice(None)
+        self.terms: Terms | None = None
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """All outputs, or those of this rank, as the style says."""
+        return self._forward(self, self._module, inputs)
+
+    def product(self, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """With this rank's part of the weight."""
+        out = functional.linear(inputs, self._module.weight, bias)
+        return out if self.terms is None else self.terms(inputs, out)
+
+
+def _columns(part: LinearPart, module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
     """This rank's part of the outputs."""
-    return functional.linear(inputs, module.weight, module.bias)
+    return part.product(inputs, module.bias)
 
 
-def _gathered_columns(module: nn.Linear, group: Group, inputs: torch.Tensor) -> torch.Tensor:
+def _gathered_columns(part: LinearPart, module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
     """All outputs, of which each rank computes a part."""
-    part = _columns(module, group, inputs)
-    # Ranks hold equally many outputs, but for the last ones, which may hold fewer.
-    size = -(-module.out_features // group.world_size)
-    part = functional.pad(part, (0, size - part.shape[-1])).contiguous()
-    parts = part.new_empty(group.world_size, *part.shape)
-    group.gather_tensor(part.view(-1), parts.view(-1))
+    mine = _columns(part, module, inputs)
+    size = -(-module.out_features // part.group.world_size)
+    mine = functional.pad(mine, (0, size - mine.shape[-1])).contiguous()
+    parts = mine.new_empty(part.group.world_size, *mine.shape)
+    part.group.gather_tensor(mine.view(-1), parts.view(-1))
     return parts.movedim(0, -2).flatten(-2)[..., : module.out_features]
 
 
-def _rows(module: nn.Linear, group: Group, inputs: torch.Tensor) -> torch.Tensor:
+def _rows(part: LinearPart, module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
     """All outputs, from this rank's part of the inputs."""
-    total = group.sum_tensor(functional.linear(inputs, module.weight))
+    total = part.group.sum_tensor(part.product(inputs))
     return total if module.bias is None else total + module.bias
 
 
-def _rows_of_all(module: nn.Linear, group: Group, inputs: torch.Tensor) -> torch.Tensor:
+def _rows_of_all(part: LinearPart, module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
     """All outputs, from all inputs."""
-    size = -(-module.in_features // group.world_size)
-    return _rows(module, group, inputs[..., group.rank * size : (group.rank + 1) * size])
+    return _rows(part, module, inputs[..., part.inputs])
 
 
-_Forward = Callable[[nn.Linear, Group, torch.Tensor], torch.Tensor]
+_Forward = Callable[[LinearPart, nn.Linear, torch.Tensor], torch.Tensor]
 _FORWARDS: Mapping[str, _Forward] = {
     "colwise": _columns,
     "colwise_gather_output": _gathered_columns,
@@ -75,7 +124,8 @@ def use_plain_tensors(model: nn.Module, linears: Mapping[str, str], *, group: Gr
     for name, style in linears.items():
         module = model.get_submodule(name)
         assert isinstance(module, nn.Linear), name
-        for key, parameter in module._parameters.items():
+        held = dict(module._parameters)
+        for key, parameter in held.items():
             if isinstance(parameter, DTensor):
                 module._parameters[key] = nn.Parameter(parameter.to_local(), requires_grad=False)
-        module.forward = partial(_FORWARDS[style], module, group)  # type: ignore[method-assign]
+        module.forward = LinearPart(module, style, group, held=held)  # type: ignore[method-assign,assignment]

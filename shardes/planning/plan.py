@@ -188,9 +188,10 @@ class Plan:
         return next((name for name in names if self.fits(name)), None)
 
     def _mode_names(self) -> list[str]:
+        is_batched = self.config.rollout.is_batched
         if self.config.parallel.backend == "tensor_parallel":
-            return ["stream"]
-        if self.config.rollout.is_batched:
+            return ["batched_stream" if is_batched else "stream"]
+        if is_batched:
             return ["batched", "batched_stream"]
         return ["members", "prompts", "stream"]
 
@@ -269,7 +270,7 @@ class Plan:
         itemsize = self.dtype.itemsize
         stream = {"stream": shares.gathered * itemsize}
         if self.config.parallel.backend == "tensor_parallel":
-            return stream
+            return dict.fromkeys(self._mode_names(), shares.gathered * itemsize)
         if self.config.rollout.is_batched:
             copy = shares.whole * itemsize * (shares.num_ranks > 1 and not self._is_whole)
             return {"batched": copy, "batched_stream": shares.gathered * itemsize}
@@ -288,7 +289,7 @@ class Plan:
         load, machine, ranks = self.workload, self.machine, self.shard_size
         is_split = self.config.parallel.backend == "tensor_parallel"
         is_batched = self.config.rollout.is_batched
-        is_apart = mode == "members" or is_batched
+        is_apart = (mode == "members" or is_batched) and not is_split
         num_teams = self.world_size if is_apart else self.num_replicas
         together = self._members_per_forward
         num_members = -(-load.num_members // (num_teams * together))

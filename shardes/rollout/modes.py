@@ -204,7 +204,8 @@ def make_mode(name: str, *, backend: Backend, weights: Weights, mesh: Mesh) -> M
     if name == "prompts":
         return Prompts(name, backend=backend, weights=weights, team=mesh.shard)
     if name in _BY_SPEED["batched"]:
-        return Batched(name, backend=backend, weights=weights, team=mesh.alone)
+        team = mesh.shard if backend.shares_batches else mesh.alone
+        return Batched(name, backend=backend, weights=weights, team=team)
     if backend.is_sharded:
         return Members(name, backend=backend, weights=weights, team=mesh.alone)
     # Every rank holds a whole model already: it is perturbed where it is.

@@ -239,6 +239,11 @@ class Rollout:
         self._settings = self._settings.model_copy(update={"members_per_forward": count})
 
     @property
+    def num_together(self) -> int:
+        """Ranks that each compute a part of the same forward."""
+        return self._mesh.shard.world_size if self._backend.shares_batches else 1
+
+    @property
     def num_sharers(self) -> int:
         """Ranks that share a member's micro-batches; known once ``begin`` was called."""
         return 1 if self._backend.shares_batches else self.mode.team.world_size
@@ -296,7 +301,7 @@ class Rollout:
         rows, width = batch.input_ids.shape
         rows *= self.members_per_forward
         dtype = self._backend.dtype
-        sharers = self._mesh.shard.world_size if self._backend.shares_batches else 1
+        sharers = self.num_together
         if isinstance(batch, CompletionBatch):
             return likelihood_bytes(config, rows=rows, length=width, dtype=dtype, num_sharers=sharers)
         length = width + self._settings.max_new_tokens
@@ -331,7 +336,7 @@ class Rollout:
         tally = self.tally(problems, keeps_samples=keeps_samples)
         shard, is_in_step = self._mesh.shard, self.mode.is_in_step
         # Ranks that need the same batch take turns together, and the first of them scores.
-        together = shard.world_size if self._backend.shares_batches else 1
+        together = self.num_together
         stride, place = group.world_size // together, group.rank // together
         # In step, ranks of a replica go on for as long as its first has a micro-batch.
         leader = (group.rank - shard.rank) // together if is_in_step else place
@@ -363,9 +368,11 @@ class Rollout:
     def start_chunk(self, problems: Problems, members: Sequence[Perturbation]) -> PendingChunk:
         """Has several members answer the problems in the same forwards, on this rank.
 
-        A collective of a replica's ranks where these are in step; each may have members of its own.
+        A collective of a replica's ranks where these are in step. Each may have members of its own, unless
+        each computes a part of the same forwards; then the first of them scores.
         """
         mode, count = self.mode, len(members)
+        is_counted = self.num_together == 1 or self._mesh.shard.is_main
         assert isinstance(mode, Batched), "other modes evaluate members one by one"
         with self._spans("gather"):
             model = mode.model()
@@ -385,6 +392,8 @@ class Rollout:
                     )
                 if found is None:
                     return PendingChunk(tallies, are_broken, is_short=True)
+                if not is_counted:
+                    continue
                 for place, tally in enumerate(tallies):
                     with self._spans("rollout"):
                         mine = _of_member(found, place, count)

@@ -7,18 +7,21 @@ and what comes out, so those of engines and these do not meet.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from shardes import noise
 from shardes.backends.base import Backend
+from shardes.backends.split_linear import LinearPart
 from shardes.errors import UserError
 from shardes.es.perturbation import Perturbation
 from shardes.es.weights import Weights
@@ -55,6 +58,7 @@ class MemberTerms:
         self._vectors: dict[str, torch.Tensor] = {}
         self._num_members = 0
         self._members = torch.zeros(0, dtype=torch.int64)
+        self._is_split = backend.shares_batches
         self._uses = self._find_uses(backend.lockstep_model)
 
     def _find_uses(self, model: nn.Module) -> dict[str, tuple[Patch, Names]]:
@@ -62,7 +66,14 @@ class MemberTerms:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         uses: dict[str, tuple[Patch, Names]] = {}
         for path, module in model.named_modules():
-            held = {key: names[id(each)] for key, each in module._parameters.items() if each is not None}
+            part = _part_of(module)
+            before = module._parameters if part is None else part.held
+            held = {
+                # A part of a tied weight is no parameter of the model, but what it is a part of is.
+                key: names.get(id(before[key])) or names[id(each)]
+                for key, each in module._parameters.items()
+                if each is not None
+            }
             held = {key: name for key, name in held.items() if name in self._shards}
             if not held:
                 continue
@@ -80,6 +91,11 @@ class MemberTerms:
         """How a module's outputs are changed; None if that is not known."""
         name, keys = _class_name(module), set(module._parameters)
         forward = type(module).forward
+        if _part_of(module) is not None:
+            return self._patch_part
+        is_split = self._is_split and any(isinstance(each, DTensor) for each in module._parameters.values())
+        if is_split and not isinstance(module, nn.Embedding):
+            return None  # of experts and the like a hook sees a part; of an embedding it sees all
         if forward is nn.Linear.forward:
             return functools.partial(_hooked, self._linear)
         if forward is nn.Embedding.forward or (
@@ -182,7 +198,8 @@ class MemberTerms:
 
     def _by_row(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, tokens, features]."""
-        return x.reshape(len(self._members), -1, x.shape[-1])
+        num_rows = len(self._members)
+        return x.reshape(num_rows, math.prod(x.shape[:-1]) // num_rows, x.shape[-1])
 
     def _moved(
         self, x: torch.Tensor, out: torch.Tensor, right: torch.Tensor, left: torch.Tensor
@@ -191,16 +208,37 @@ class MemberTerms:
         inner = torch.bmm(self._by_row(x), right[self._members])
         return torch.baddbmm(self._by_row(out), inner, left[self._members].mT).view_as(out)
 
-    def _shifted(self, out: torch.Tensor, name: str | None) -> torch.Tensor:
-        """``out`` plus a vector's noise, if the vector is trained."""
+    def _shifted(self, out: torch.Tensor, name: str | None, *, outputs: slice = slice(None)) -> torch.Tensor:
+        """``out`` plus a vector's noise, or a part of it, if the vector is trained."""
         if name is None:
             return out
-        return (self._by_row(out) + self._vectors[name][self._members][:, None]).view_as(out)
+        return (self._by_row(out) + self._vectors[name][:, outputs][self._members][:, None]).view_as(out)
 
     def _linear(self, module: Any, x: torch.Tensor, out: torch.Tensor, names: Names) -> torch.Tensor:
         if (name := names.get("weight")) is not None:
             out = self._moved(x, out, self._right[name], self._left[name])
         return self._shifted(out, names.get("bias"))
+
+    def _patch_part(self, module: Any, names: Names) -> Callable[[], None]:
+        """Adds to what a rank computes of a linear layer, before ranks bring that together."""
+        part = _part_of(module)
+        assert part is not None
+        weight, bias = names.get("weight"), names.get("bias")
+
+        def add(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+            if weight is not None:
+                right, left = self._right[weight][:, part.inputs], self._left[weight][:, part.outputs]
+                out = self._moved(x, out, right, left)
+            return out if part.is_sum else self._shifted(out, bias, outputs=part.outputs)
+
+        def undo() -> None:
+            part.terms = None
+            unhook()
+
+        part.terms = add
+        last = bias if part.is_sum else None
+        unhook = _hooked(lambda module, x, out, names: self._shifted(out, last), module, names)
+        return undo
 
     def _conv1d(self, module: Any, x: torch.Tensor, out: torch.Tensor, names: Names) -> torch.Tensor:
         # y = x W: what the weight's rows are, its columns are to a linear layer.
@@ -307,6 +345,12 @@ def _by_iteration(members: Sequence[Perturbation]) -> dict[int, list[int]]:
 
 def _class_name(module: nn.Module) -> str:
     return type(module).__name__
+
+
+def _part_of(module: nn.Module) -> LinearPart | None:
+    """What computes this rank's part of a linear layer; None if the module is no such layer."""
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, LinearPart) else None
 
 
 def _norm_epsilon(module: Any) -> Any:

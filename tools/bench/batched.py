@@ -85,7 +85,8 @@ def measure(tree: dict[str, Any]) -> Row:
             session.weights.version += 1
 
         # What is evaluated at the same time, twice.
-        teams_are_ranks = config.rollout.is_batched or config.rollout.mode == "members"
+        is_apart = config.rollout.is_batched or config.rollout.mode == "members"
+        teams_are_ranks = is_apart and config.parallel.backend != "tensor_parallel"
         at_once = (world.world_size if teams_are_ranks else 1) * rollout.members_per_forward
         num_members = 2 * at_once
         iteration(0, at_once)
@@ -173,7 +174,7 @@ def formatted(row: Row) -> str:
 
 @click.command()
 @click.option("--world-size", "world_sizes", type=click.IntRange(min=1), multiple=True, default=(2,))
-@click.option("--backend", "backends", type=click.Choice(["zero3", "fsdp"]), multiple=True)
+@click.option("--backend", "backends", type=click.Choice(["zero3", "fsdp", "tensor_parallel"]), multiple=True)
 @click.option(
     "--members-per-forward", "counts", type=click.IntRange(min=1), multiple=True, default=(1, 4, 16)
 )
@@ -240,16 +241,18 @@ def main(
                 "task": {"data": str(folder / "problems.jsonl"), "reward": f"{__file__}:constant"},
             }
 
-        cases = [(mode, None) for mode in FULL_RANK]
-        cases += [(mode, count) for mode in BATCHED for count in counts]  # type: ignore[misc]
         for ranks in world_sizes:
-            for backend in backends or ("zero3", "fsdp"):
+            for backend in backends or ("zero3", "fsdp", "tensor_parallel"):
+                splits = backend == "tensor_parallel"  # it has no other modes
+                full_rank, batched = (("stream",), ("batched_stream",)) if splits else (FULL_RANK, BATCHED)
+                cases = [(mode, None) for mode in full_rank]
+                cases += [(mode, count) for mode in batched for count in counts]  # type: ignore[misc]
                 found = start([tree(backend, *case) for case in cases], world_size=ranks, folder=folder)
                 seconds = {case[0]: row.get("member") for case, row in zip(cases, found, strict=True)}
                 for (mode, count), row in zip(cases, found, strict=True):
                     rows.append({"ranks": ranks, "backend": backend, "mode": mode, "k": count} | row)
                     for other in ("stream", "prompts"):
-                        if count and "member" in row and seconds[other]:
+                        if count and "member" in row and seconds.get(other):
                             rows[-1][f"times_{other}"] = seconds[other] / row["member"]
                     click.echo(formatted(rows[-1]))
     write_report(json_path, facts=facts, rows=rows)
