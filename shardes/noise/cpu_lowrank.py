@@ -30,8 +30,8 @@ from shardes.noise.definition import BLOCK
 from shardes.noise.lowrank import Tile
 from shardes.threads import split_over_threads
 
-# Columns whose sums are made together: those of two rows, and of four terms, stay in the fastest cache.
-_STRIP = 512
+# Rows and columns whose sums are made together: of these, three terms at a time, registers are not too few.
+_ROWS, _STRIP = 4, 512
 _MIN_PER_THREAD = 1 << 15  # elements; see split_over_threads
 # See cpu.py: numba must know what its kernels are made of in other files.
 _OTHER_FILES = (cpu, cpu_math, definition)
@@ -92,25 +92,32 @@ def _perturb_kernel(source_format: int, target_format: int) -> Callable[..., Non
 
 
 @nb.njit(inline="always")
-def _add_products(total0, total1, above, below, right, low, high):
-    """Adds the products of two rows with some columns to their sums, one term after the other."""
+def _add_products(totals, lefts, right, low, high):
+    """Adds the products of ``_ROWS`` rows with some columns to their sums, one term after the other."""
     terms, columns = right.shape[0], high - low
-    num_in_fours = terms - terms % 4
-    for t in range(0, num_in_fours, 4):
+    sum0, sum1, sum2, sum3 = totals
+    num_in_threes = terms - terms % 3
+    for t in range(0, num_in_threes, 3):
         # Read here, not in the loop below: what is read there might, for all the compiler knows, be written.
-        a0, a1, a2, a3 = above[t], above[t + 1], above[t + 2], above[t + 3]
-        b0, b1, b2, b3 = below[t], below[t + 1], below[t + 2], below[t + 3]
-        other0, other1 = right[t, low:high], right[t + 1, low:high]
-        other2, other3 = right[t + 2, low:high], right[t + 3, low:high]
+        a0, a1, a2 = lefts[0, t], lefts[0, t + 1], lefts[0, t + 2]
+        b0, b1, b2 = lefts[1, t], lefts[1, t + 1], lefts[1, t + 2]
+        c0, c1, c2 = lefts[2, t], lefts[2, t + 1], lefts[2, t + 2]
+        d0, d1, d2 = lefts[3, t], lefts[3, t + 1], lefts[3, t + 2]
+        other0, other1, other2 = right[t, low:high], right[t + 1, low:high], right[t + 2, low:high]
         for j in range(columns):
-            x0, x1, x2, x3 = other0[j], other1[j], other2[j], other3[j]
-            total0[j] = (((total0[j] + a0 * x0) + a1 * x1) + a2 * x2) + a3 * x3
-            total1[j] = (((total1[j] + b0 * x0) + b1 * x1) + b2 * x2) + b3 * x3
-    for t in range(num_in_fours, terms):
-        a0, b0, other0 = above[t], below[t], right[t, low:high]
+            x0, x1, x2 = other0[j], other1[j], other2[j]
+            sum0[j] = ((sum0[j] + a0 * x0) + a1 * x1) + a2 * x2
+            sum1[j] = ((sum1[j] + b0 * x0) + b1 * x1) + b2 * x2
+            sum2[j] = ((sum2[j] + c0 * x0) + c1 * x1) + c2 * x2
+            sum3[j] = ((sum3[j] + d0 * x0) + d1 * x1) + d2 * x2
+    for t in range(num_in_threes, terms):
+        a0, b0, c0, d0 = lefts[0, t], lefts[1, t], lefts[2, t], lefts[3, t]
+        other0 = right[t, low:high]
         for j in range(columns):
-            total0[j] += a0 * other0[j]
-            total1[j] += b0 * other0[j]
+            sum0[j] += a0 * other0[j]
+            sum1[j] += b0 * other0[j]
+            sum2[j] += c0 * other0[j]
+            sum3[j] += d0 * other0[j]
 
 
 @functools.cache
@@ -119,25 +126,26 @@ def _accumulate_kernel(master_format: int) -> Callable[..., None]:
     sources = _SOURCES
 
     @nb.njit(nogil=True, cache=True, error_model="numpy")
-    def accumulate(first, last, master, offset, pitch, left, right, place, words, key):
+    def accumulate(first, last, master, offset, pitch, left, right, start, words, key):
         _ = sources
         terms, columns = right.shape
-        total = np.empty((2, _STRIP), np.float32)
-        above, below = np.empty(terms, np.float32), np.empty(terms, np.float32)
+        totals = np.empty((_ROWS, _STRIP), np.float32)
+        lefts = np.empty((_ROWS, terms), np.float32)
         bits = np.empty(_STRIP + 2 * BLOCK, np.uint32)
-        (index, width), (c1, c3), (k0, k1) = place, words, key
+        (index, width), (c1, c3), (k0, k1) = start, words, key
         rows = left.shape[1]
-        for low in range(0, columns, _STRIP):
-            high = min(low + _STRIP, columns)
-            for pair in range(first, last):
-                lower = min(2 * pair + 1, rows - 1)
+        for band in range(first, last):
+            top = band * _ROWS
+            for place in range(_ROWS):
                 for t in range(terms):
-                    above[t], below[t] = left[t, 2 * pair], left[t, lower]
-                total[:] = f32(0)
-                _add_products(total[0], total[1], above, below, right, low, high)
-                for row in range(2 * pair, lower + 1):
+                    lefts[place, t] = left[t, min(top + place, rows - 1)]
+            for low in range(0, columns, _STRIP):
+                high = min(low + _STRIP, columns)
+                totals[:] = f32(0)
+                _add_products((totals[0], totals[1], totals[2], totals[3]), lefts, right, low, high)
+                for row in range(top, min(top + _ROWS, rows)):
                     begin = offset + row * pitch
-                    here, moved = master[begin + low : begin + high], total[row - 2 * pair]
+                    here, moved = master[begin + low : begin + high], totals[row - top]
                     if master_format == FLOAT32:
                         for j in range(here.size):
                             here[j] = as_bits(as_float(here[j]) + moved[j])
@@ -229,7 +237,7 @@ def accumulate(
     """Updates a tile; the factors are of shape [terms, rows] and [terms, columns]."""
     split_over_threads(
         _accumulate_kernel(FORMATS[master.dtype]),
-        -(-tile.rows // 2),
+        -(-tile.rows // _ROWS),
         stored(master),
         tile.offset,
         tile.pitch,
@@ -238,5 +246,5 @@ def accumulate(
         (index, width),
         words_of((param_id << 8, iteration)),
         words_of(key),
-        at_least=max(_MIN_PER_THREAD // (2 * tile.columns), 1),
+        at_least=max(_MIN_PER_THREAD // (_ROWS * tile.columns), 1),
     )
