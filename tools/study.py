@@ -28,8 +28,6 @@ ROOT = Path(__file__).parent.parent
 TUNING_SEED, SEEDS = 100, (1, 2, 3, 4, 5)
 # Of an arm's natural step, by task: three that have the best of most arms among them.
 FACTORS = {"quickstart": (1.0, 2.0, 4.0), "long quickstart": (1.0, 2.0), "addition": (0.5, 1.0, 2.0)}
-# Where these are not all.
-ARMS_OF = {"long quickstart": ("base", "constant", "cosine", "rank 4", "rank 8")}
 # Two-sided 95% quantile of Student's t with four degrees of freedom.
 T_QUANTILE = 2.776
 
@@ -57,19 +55,25 @@ class Arm:
         changes: Keys that differ from the base arm's, besides alpha.
         alpha: The step size that factors multiply: about as long a step as the base arm's.
         reference: What is put in place of a part of shardes, by name; None: nothing.
+        tasks: On which it is tried.
     """
 
     group: str
     changes: dict[str, Any] = field(default_factory=dict)
     alpha: float = 0.005
     reference: str | None = None
+    tasks: tuple[str, ...] = ("quickstart", "addition")
 
+
+LONG = ("quickstart", "long quickstart", "addition")
+# As many iterations as take the time of the base arm's 40, in one process, members sharing forwards.
+ITERATIONS_AT_EQUAL_TIME = {1: 47, 4: 31, 8: 26}
 
 # With linear decay throughout, which the quickstart has and the paper does not: "constant" is the paper's.
 ARMS = {
-    "base": Arm("all"),
-    "constant": Arm("schedule", {"es.schedule": "constant"}),
-    "cosine": Arm("schedule", {"es.schedule": "cosine"}),
+    "base": Arm("all", tasks=LONG),
+    "constant": Arm("schedule", {"es.schedule": "constant"}, tasks=LONG),
+    "cosine": Arm("schedule", {"es.schedule": "cosine"}, tasks=LONG),
     "sigma falls": Arm(
         "schedule", {"es.sigma": 0.014, "es.sigma_schedule": "linear", "es.final_sigma": 0.006}
     ),
@@ -98,6 +102,20 @@ ARMS = {
         "precision", {"model.dtype": "bfloat16", "weights.master": "model"}, reference="perturb and subtract"
     ),
     **{f"rank {rank}": Arm("rank", {"es.noise": "low_rank", "es.rank": rank}) for rank in (1, 2, 4, 8)},
+    **{
+        f"rank {rank}, equal time": Arm(
+            "rank",
+            {
+                "es.noise": "low_rank",
+                "es.rank": rank,
+                "es.iterations": iterations,
+                "rollout.mode": "batched",
+                "rollout.members_per_forward": 32 if rank == 1 else 16,
+            },
+            tasks=("quickstart",),
+        )
+        for rank, iterations in ITERATIONS_AT_EQUAL_TIME.items()
+    },
 }
 
 
@@ -254,7 +272,7 @@ def missing(
     done = {(line["task"], line["arm"], line["factor"], line["seed"]) for line in lines}
     best = best_factors(lines)
     for task in tasks:
-        for arm in (arm for arm in arms if arm in ARMS_OF.get(task, ARMS)):
+        for arm in (arm for arm in arms if task in ARMS[arm].tasks):
             wanted = [(task, arm, factor, TUNING_SEED) for factor in FACTORS[task]]
             if (task, arm) in best:
                 wanted = [(task, arm, best[task, arm], seed) for seed in SEEDS]

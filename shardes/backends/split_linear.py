@@ -50,9 +50,8 @@ class LinearPart:
         rows, columns = module.weight.shape
         self.is_sum = self._forward in (_rows, _rows_of_all)
         # Ranks hold equally many, but for the last ones, which may hold fewer.
-        first = group.rank * -(
-            -(module.in_features if self.is_sum else module.out_features) // group.world_size
-        )
+        size = module.in_features if self.is_sum else module.out_features
+        first = group.rank * -(-size // group.world_size)
         self.outputs = slice(None) if self.is_sum else slice(first, first + rows)
         self.inputs = slice(first, first + columns) if self.is_sum else slice(None)
         self.terms: Terms | None = None

@@ -14,6 +14,7 @@ it, so that it depends on their number, which the table has, too.
 
 import json
 import os
+import random
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -91,7 +92,8 @@ def measure(tree: dict[str, Any]) -> Row:
         num_members = 2 * at_once
         iteration(0, at_once)
         world.barrier()
-        seconds: dict[str, float] = {}
+        # A rank may have no micro-batch.
+        seconds = {"prefill": 0.0, "answer": 0.0}
         with stopwatch(seconds, "member"), timed_parts(seconds):
             iteration(1, num_members)
         # What is gathered once an iteration serves all its members; anything else a member, or a chunk.
@@ -143,17 +145,19 @@ def measure_update(num_directions: int) -> Row:
 
 def start(trees: list[Row], *, world_size: int, folder: Path) -> list[Row]:
     """Runs a job that measures several ways, to its end; what rank 0 found, or why it failed."""
-    found = run_job(__file__, trees, world_size=world_size, folder=folder)
+    # A store of its own for each, at a port that no connection of another is given.
+    ports = random.sample(range(20000, 30000), len(trees))
+    cases = [{"tree": tree, "port": port} for tree, port in zip(trees, ports, strict=True)]
+    found = run_job(__file__, cases, world_size=world_size, folder=folder)
     return [{"failure": found} for _ in trees] if isinstance(found, str) else found
 
 
 def measure_all(spec: Path, out: Path) -> None:
     """Measures on one rank of a job what its file says."""
-    port, rows = int(os.environ["MASTER_PORT"]), []
-    for number, tree in enumerate(json.loads(spec.read_text())):
-        os.environ["MASTER_PORT"] = str(port + number)  # a store of its own for each
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(number == 0)
-        rows.append(measure(tree))
+    rows = []
+    for case in json.loads(spec.read_text()):
+        os.environ |= {"MASTER_PORT": str(case["port"]), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        rows.append(measure(case["tree"]))
     if os.environ["RANK"] == "0":
         out.write_text(json.dumps(rows))
     sys.stdout.flush()
