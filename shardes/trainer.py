@@ -235,7 +235,12 @@ class Trainer:
         return update
 
     def _update(self, update: Update) -> None:
-        """Moves the weights."""
+        """Moves the weights, and says what the iteration was."""
+        self._move_weights(update)
+        self._reporter.end_iteration(update.iteration, rollout_mode=self._rollout.mode_name)
+
+    def _move_weights(self, update: Update) -> None:
+        """Moves the weights, measuring that if it is due, and records what they became."""
         every = self._config.log.instruments_every
         measures = None
         if every and update.iteration % every == 0 and self._weights.moves(update):
@@ -243,7 +248,6 @@ class Trainer:
         with self._spans("update"):
             self._weights.update(update, measures=measures)
         self._keep_weights(update.iteration + 1, measures=measures)
-        self._reporter.end_iteration(update.iteration, rollout_mode=self._rollout.mode_name)
 
     def _check_enough_rewards(
         self, rewards: list[float | None], *, iteration: int, num_nonfinite: int
@@ -279,7 +283,7 @@ class Trainer:
                 "be exported. Give another run.dir, and a smaller es.alpha or a wider model.dtype"
             )
 
-    def _keep_weights(self, iteration: int, *, measures: UpdateMeasures | None = None) -> None:
+    def _keep_weights(self, iteration: int, *, measures: UpdateMeasures | None) -> None:
         """Records what the weights became, and takes a snapshot of them if one is due.
 
         Args:
@@ -434,15 +438,18 @@ class Trainer:
         self._known_kls = {first} if state["has_kl"] else set()
         if self._config.log.kl_every:
             self._drift.use(state["probe"] or self._draw_probe())
+        # The job died before it had recorded what the last update made of the weights: that is done again.
+        is_cut_off = first > 0 and first not in digests
+        updates = state["updates"]
         restore_weights(
             self._session,
-            state["updates"],
+            updates[:-1] if is_cut_off else updates,
             digests=digests,
             run_dir=self._config.run.dir,
             sets_damaged_aside=True,
         )
-        if first and first not in digests:
-            self._keep_weights(first)
+        if is_cut_off:
+            self._move_weights(Update.of_record(updates[-1]))
         if state["evaluation"] is not None:
             self._known_evaluation = first
             self._known_heldout_reward = state["evaluation"].get("reward")

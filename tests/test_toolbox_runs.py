@@ -222,3 +222,26 @@ def test_the_divergence_can_be_asked_for_later(tmp_path, model):
         [line.get("kl_to_base") for line in steady_metrics(tmp_path / name)] for name in ("run", "whole")
     )
     assert lines == [None, None, *wanted[2:]]
+
+
+@pytest.mark.parametrize("snapshot_every", [0, 1])
+@pytest.mark.parametrize("options", [PAIRS, BY_PROMPT])
+def test_what_a_kill_left_unmeasured_is_measured_again(tmp_path, model, options, snapshot_every):
+    changes = options | {"es__iterations": 4, "run__snapshot_every": snapshot_every, "run__keep_snapshots": 5}
+    train(tmp_path, model, name="whole", **changes)
+    wanted = steady_metrics(tmp_path / "whole")
+    lines = (tmp_path / "whole" / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    updates = [i for i, line in enumerate(lines) if json.loads(line)["type"] == "update"]
+    assert len(updates) == 4
+    for number, last in enumerate(updates, start=1):
+        run_dir = tmp_path / f"cut{number}"
+        shutil.copytree(tmp_path / "whole", run_dir)
+        # After the update's record, before that of the weights; metrics and snapshots come later still.
+        (run_dir / "journal.jsonl").write_bytes(b"".join(lines[: last + 1]))
+        metrics = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        (run_dir / "metrics.jsonl").write_bytes(b"".join(metrics[: number - 1]))
+        for iteration in find_snapshots(run_dir):
+            if iteration >= number:
+                shutil.rmtree(snapshot_path(run_dir, iteration))
+        train(tmp_path, model, name=run_dir.name, **changes)
+        assert steady_metrics(run_dir) == wanted
