@@ -254,6 +254,8 @@ class Attempt:
             failed = {rank: status for rank, status in statuses.items() if status != 0}
             return [f"exit statuses {failed}: {output[-2000:]}"] if failed else []
         survivors = {rank: status for rank, status in statuses.items() if rank != self._victim}
+        if "finished after" in output and not any(survivors.values()):
+            return []  # the run was over, so there was nothing left to die in the middle of
         problems = [f"rank {rank} ended with status 0" for rank, status in survivors.items() if status == 0]
         count = output.count("ended without a word")
         # Who dies before it has met the others is waited for; nobody knows then what has become of it.
