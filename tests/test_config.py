@@ -1,4 +1,4 @@
-"""Configuration: what is accepted, what each mistake is answered with, and what a resume may change."""
+"""Configuration: what is accepted, and what each mistake is answered with."""
 
 import copy
 from pathlib import Path
@@ -13,29 +13,9 @@ from shardes.config import Config, EsConfig, TaskName
 from shardes.config_files import dump_config, load_config, parse_config
 from shardes.errors import UserError
 from shardes.tasks.registry import LABEL_WORD_TASKS, TASKS
+from tests.helpers.config_trees import MINIMAL, with_key
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
-MINIMAL = {
-    "model": {"path": "a/model"},
-    "run": {"dir": "a/run"},
-    "rollout": {"max_new_tokens": 5},
-    "es": {"iterations": 7},
-    "task": {"name": "countdown", "data": "a/data.jsonl"},
-}
-
-
-def with_key(key, value):
-    """The minimal tree with one dotted key set; a value of ... removes it."""
-    tree = copy.deepcopy(MINIMAL)
-    *sections, last = key.split(".")
-    target = tree
-    for section in sections:
-        target = target.setdefault(section, {})
-    if value is ...:
-        del target[last]
-    else:
-        target[last] = value
-    return tree
 
 
 def parsed(key, value):
@@ -338,144 +318,6 @@ def test_a_rank_is_for_noise_that_has_one():
     assert parse_config(tree, source="test").es.rank == 4
 
 
-FREE = [
-    ("eval.sets", {"other": {"name": "countdown", "data": "other.jsonl"}}),
-    ("eval.save_best", True),
-    ("eval.pass_reward", 0.5),
-    ("task.reward_timeout_seconds", 5.0),
-    ("task.reward_workers", 0),
-    ("task.reward_memory_bytes", None),
-    ("model.path", "elsewhere"),
-    ("model.trust_remote_code", True),
-    ("run.dir", "other"),
-    ("run.resume", "never"),
-    ("run.stop_seconds", 5),
-    ("run.check_every", 5),
-    ("run.snapshot_every", 5),
-    ("run.keep_snapshots", 3),
-    ("parallel.backend", "single"),
-    ("parallel.shard_size", 2),
-    ("parallel.deepspeed", "ds.json"),
-    ("parallel.timeout_seconds", 5),
-    ("parallel.threads_per_rank", 2),
-    ("rollout.mode", "stream"),
-    ("weights.master_device", "cpu"),
-    ("eval.every", 3),
-    ("log.samples_every", 3),
-    ("log.instruments_every", 3),
-    ("log.kl_every", 3),
-    ("log.kl_prompts", 3),
-    ("log.to", ["tensorboard"]),
-    ("es.iterations", 9),
-    ("es.min_valid_fraction", 0.25),
-    ("es.alpha", 5e-4),  # what auto stands for
-    ("task.heldout_data", "held.jsonl"),
-    ("task.columns", {"numbers": "cards"}),  # what it makes of the rows is compared, as for the next two
-    ("task.heldout_fraction", 0.5),
-    ("task.split_seed", 1),
-]
-BINDING = [
-    ("task.rewards", [{"path": "m:f", "weight": 0.5}]),
-    ("task.metric", "accuracy"),
-    ("model.dtype", "float32"),
-    ("rollout.micro_batch_size", 3),
-    ("rollout.max_new_tokens", 6),
-    ("rollout.stop", ["."]),
-    ("rollout.temperature", 0.7),
-    ("rollout.top_k", 5),
-    ("rollout.top_p", 0.9),
-    ("rollout.samples_per_prompt", 2),
-    ("weights.master", "model"),
-    ("es.seed", 1),
-    ("es.noise", "rademacher"),
-    ("es.rank", 3),
-    ("es.population", 31),
-    ("es.sigma", 2e-3),
-    ("es.alpha", 6e-4),
-    ("es.schedule", "linear"),
-    ("es.warmup_iterations", 2),
-    ("es.antithetic", True),
-    ("es.noise_reuse", 2),
-    ("es.population", {0: 8, 10: 16}),
-    ("es.prompts_per_member", 3),
-    ("es.sigma_schedule", "linear"),
-    ("es.final_sigma", 1e-4),
-    ("es.shaping", "centered_rank"),
-    ("es.clip_shaped", 2.0),
-    ("es.optimizer", "adam"),
-    ("es.momentum", 0.5),
-    ("es.adam_betas", [0.8, 0.99]),
-    ("es.adam_epsilon", 1e-6),
-    ("es.weight_decay", 0.1),
-    ("es.decay_towards", "base"),
-    ("es.max_update_norm", 1.0),
-    ("es.trainable", [".*", "!.*norm.*"]),
-    ("task.name", "countdown_short"),
-    ("task.batch_size", 4),
-    ("task.sampling", "epochs"),
-    ("task.template", "{{ numbers }}"),
-    ("task.system", "Be brief."),
-    ("task.on_reward_error", 0.0),
-]
-
-
-# Keys without which a key would do nothing, and is refused.
-NEEDED = {
-    "es.sigma_schedule": {"sigma_schedule": "cosine", "final_sigma": 1e-5},
-    "es.final_sigma": {"sigma_schedule": "cosine", "final_sigma": 1e-5},
-    "es.momentum": {"optimizer": "momentum"},
-    "es.adam_betas": {"optimizer": "adam"},
-    "es.adam_epsilon": {"optimizer": "adam"},
-    "es.decay_towards": {"weight_decay": 0.5},
-}
-
-
-@pytest.fixture
-def determinants():
-    def of(key="es.iterations", value=7, *, data_sha256="of the rows", needed_for=None):
-        tree = with_key(key, value)
-        tree["rollout"].setdefault("temperature", 0.5)  # what is drawn depends on more keys
-        tree["es"] = NEEDED.get(needed_for, {}) | tree["es"]
-        tree["es"].setdefault("noise", "low_rank")  # so does this
-        return parse_config(tree, source="test").determinants(data_sha256=data_sha256)
-
-    return of
-
-
-@pytest.mark.parametrize(("key", "value"), FREE)
-def test_a_resume_may_change(determinants, key, value):
-    assert determinants(key, value) == determinants()
-
-
-@pytest.mark.parametrize(("key", "value"), BINDING)
-def test_a_resume_may_not_change(determinants, key, value):
-    changed = determinants(key, value, needed_for=key)
-    assert changed[key] != determinants(needed_for=key)[key]
-
-
-def test_every_key_is_known_to_be_free_or_binding(determinants):
-    every = {f"{s}.{k}" for s, field in Config.model_fields.items() for k in field.annotation.model_fields}
-    judged = {key for key, _ in FREE + BINDING}
-    assert every - judged == {
-        "task.data",  # by content
-        "task.reward",  # by the user's own care
-        "task.label_words",  # of tasks that the minimal configuration does not name; see below
-        "rollout.members_per_forward",  # of modes that it does not name; see below
-    }
-    others = {"task.label_words", "task.data sha256", "rollout.members_per_forward"}
-    assert set(determinants()) == {key for key, _ in BINDING} | others
-
-
-def test_the_members_of_a_forward_bind_where_there_are_several(determinants):
-    def members(**rollout):
-        found = determinants("rollout", {"max_new_tokens": 5} | rollout)
-        return found["rollout.members_per_forward"]
-
-    assert members() is members(members_per_forward=4) is members(mode="stream") is None
-    assert members(mode="batched") == members(mode="batched_stream") == 16
-    assert members(mode="batched", members_per_forward=4) == 4
-
-
 @pytest.mark.parametrize("mode", ["batched", "batched_stream"])
 def test_batched_modes_want_noise_of_low_rank(mode):
     assert f"es: noise is gaussian, but rollout.mode: {mode} needs es.noise: low_rank" in refusal(
@@ -523,19 +365,6 @@ def test_by_prompt_goes_with_rules_for_prompts():
     tree["task"]["on_reward_error"] = "worst"
     with pytest.raises(UserError, match=r"task: on_reward_error is worst"):
         parse_config(tree, source="test")
-
-
-def test_label_words_bind(determinants):
-    task = {"name": "sst2", "data": "d", "label_words": ["bad", "good"]}
-    assert determinants("task", task) != determinants("task", task | {"label_words": ["awful", "good"]})
-
-
-def test_data_bind_by_content_and_iterations_only_under_a_linear_schedule(determinants):
-    assert determinants("task.data", "another/place.csv") == determinants()
-    assert determinants()["task.data sha256"] == "of the rows"
-    assert determinants(data_sha256="of others") != determinants()
-    es = {"schedule": "linear", "iterations": 7}
-    assert determinants("es", es) != determinants("es", es | {"iterations": 8})
 
 
 @settings(deadline=None)
