@@ -17,7 +17,7 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,9 +111,9 @@ def measure(tree: dict[str, Any]) -> Row:
 
 
 def measure_update(num_directions: int) -> Row:
-    """Seconds of an update of a matrix, of full rank and of rank 1, and of the matrix product in it alone."""
+    """Seconds of a matrix's update: of full rank, of rank 1, of its matrix product alone, and by torch."""
     from shardes import noise
-    from shardes.noise import LowRank, NoiseKind, Region
+    from shardes.noise import Kind, LowRank, NoiseKind, Region
 
     torch.set_num_threads(1)
     shape = (640, 1760)
@@ -121,24 +121,39 @@ def measure_update(num_directions: int) -> Row:
     # As many as a model has, one after the other: more than fits into a cache.
     masters = torch.zeros(16, *shape)
     left, right = torch.randn(shape[0], num_directions), torch.randn(num_directions, shape[1])
-    found: dict[str, list[float]] = {"full": [], "rank 1": [], "product": []}
-    for turn in range(6):  # the first of each compiles
-        for name, kind in (("full", NoiseKind.GAUSSIAN), ("rank 1", LowRank(1)), ("product", None)):
+    generator = torch.Generator().manual_seed(0)
+
+    def of_kind(kind: Kind) -> Callable[[int, torch.Tensor], object]:
+        def update(number: int, master: torch.Tensor) -> None:
+            noise.accumulate(
+                master.view(-1),
+                region=Region(number, size, 0, size, shape=shape),
+                coefficients=[1e-3] * num_directions,
+                directions=range(num_directions),
+                seed=0,
+                iteration=0,
+                kind=kind,
+            )
+
+        return update
+
+    def by_torch(number: int, master: torch.Tensor) -> None:
+        for _ in range(num_directions):
+            master.add_(torch.randn(shape, generator=generator).mul_(1e-3))
+
+    sides = {
+        "full": of_kind(NoiseKind.GAUSSIAN),
+        "rank 1": of_kind(LowRank(1)),
+        "product": lambda number, master: master.addmm_(left, right),
+        "torch": by_torch,
+    }
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(6):  # the first of each compiles
+        for name, update in sides.items():
             seconds: dict[str, float] = {}
             with stopwatch(seconds, "update"):
                 for number, master in enumerate(masters):
-                    if kind is None:
-                        master.addmm_(left, right)
-                        continue
-                    noise.accumulate(
-                        master.view(-1),
-                        region=Region(number, size, 0, size, shape=shape),
-                        coefficients=[1e-3] * num_directions,
-                        directions=range(num_directions),
-                        seed=0,
-                        iteration=turn,
-                        kind=kind,
-                    )
+                    update(number, master)
             found[name].append(seconds["update"] / len(masters))
     return {name: min(values[1:]) for name, values in found.items()}
 
@@ -227,6 +242,7 @@ def main(
             "update of 640 x 1760 by 30 directions, full rank, seconds": round(update["full"], 6),
             "the same of rank 1": round(update["rank 1"], 6),
             "the product of its factors alone, by BLAS": round(update["product"], 6),
+            "the update of full rank by torch's generator": round(update["torch"], 6),
         }
         show(facts)
         click.echo(f"\n{HEADER}")
