@@ -164,6 +164,7 @@ def check_result(config, output, *, backend="fsdp"):
     assert fingerprint(root / "run-export") == fingerprint(root / "alone-export")
 
 
+@pytest.mark.exhaustive
 def test_torchrun_with_numbered_nodes(run_on_hosts, job):
     first = with_files(documented("torchrun")[1], job)
     second = list(first)

@@ -52,7 +52,7 @@ def test_frozen_parameters_have_no_terms(tmp_path, trainable):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_terms_of_split_layers_give_the_logits_of_perturbed_weights(tmp_path, world_size):
     """Three ranks divide no size of these models but the number of heads."""
     heads = {"num_heads": world_size, "num_kv_heads": world_size}
