@@ -76,6 +76,13 @@ def largest_layer(model: PreTrainedModel) -> int:
     return max(sum(p.numel() for p in layer.parameters()) for layer in layers if layer is not None)
 
 
+def largest_parameter(model: PreTrainedModel) -> int:
+    """Elements of the largest parameter, but for a tied embedding."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    held = [id(parameter) for module in ends if module is not None for parameter in module.parameters()]
+    return max(p.numel() for p in model.parameters() if held.count(id(p)) < 2)
+
+
 def build_skeleton(model_config: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """A model whose parameters are on the meta device and whose buffers are real.
 

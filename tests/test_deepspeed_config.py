@@ -16,11 +16,13 @@ SIZES = {
     "world_size": 3,
     "hidden_size": 10,
     "largest_layer": 50,
+    "largest_parameter": 30,
 }
 # What is gathered at a time, if the user does not say otherwise.
 LIMITS = {
-    "stage3_max_live_parameters": 100,
-    "stage3_prefetch_bucket_size": 50,
+    "stage3_max_live_parameters": 70,
+    "stage3_prefetch_bucket_size": 1,
+    "stage3_allgather_sequential": True,
     "stage3_param_persistence_threshold": 10,
 }
 
@@ -99,7 +101,8 @@ def test_autos_are_filled(tmp_path):
             "reduce_bucket_size": 100,
             "stage3_prefetch_bucket_size": 90,
             "stage3_param_persistence_threshold": 100,
-            "stage3_max_live_parameters": 100,
+            "stage3_max_live_parameters": 70,
+            "stage3_allgather_sequential": True,
         },
         "steps_per_print": 10**9,
     }

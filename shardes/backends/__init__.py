@@ -51,7 +51,7 @@ def _spread(skeleton: "PreTrainedModel", *, config: Config, group: Group) -> Bac
 
     from shardes.backends.deepspeed_config import make_deepspeed_config
     from shardes.backends.zero3 import Zero3Backend
-    from shardes.modeling import largest_layer
+    from shardes.modeling import largest_layer, largest_parameter
 
     size = config.rollout.micro_batch_size
     deepspeed_config = make_deepspeed_config(
@@ -61,6 +61,7 @@ def _spread(skeleton: "PreTrainedModel", *, config: Config, group: Group) -> Bac
         world_size=group.world_size,
         hidden_size=skeleton.config.get_text_config().hidden_size,
         largest_layer=largest_layer(skeleton),
+        largest_parameter=largest_parameter(skeleton),
     )
     trust = config.model.trust_remote_code
     return Zero3Backend(skeleton, deepspeed_config=deepspeed_config, group=group, trust_remote_code=trust)

@@ -79,6 +79,7 @@ def make_deepspeed_config(
     world_size: int,
     hidden_size: int,
     largest_layer: int,
+    largest_parameter: int,
 ) -> dict[str, Any]:
     """A complete configuration for ``deepspeed.initialize``.
 
@@ -91,6 +92,7 @@ def make_deepspeed_config(
         hidden_size: The model's width; ``auto`` bucket sizes depend on it.
         largest_layer: Elements of the model's largest layer: what is gathered at a time is at most twice
             that, unless the file says otherwise.
+        largest_parameter: Elements of the largest parameter that is fetched ahead.
 
     Raises:
         UserError: The file cannot be read, or asks for what ES on shards cannot honour.
@@ -121,10 +123,19 @@ def make_deepspeed_config(
                 f"parallel.deepspeed: {path}: {key} is {json.dumps(tree[key])}, but rollout.micro_batch_size "
                 f'and the number of ranks make it {value}; set it to "auto" or remove it'
             )
-    # DeepSpeed's own limits are absolute numbers, which hold whole models of a billion parameters.
-    tree["zero_optimization"].setdefault("stage3_max_live_parameters", 2 * largest_layer)
-    tree["zero_optimization"].setdefault("stage3_prefetch_bucket_size", largest_layer)
-    tree["zero_optimization"].setdefault("stage3_param_persistence_threshold", hidden_size)
+    # DeepSpeed's own limits are absolute numbers, which hold whole models of a billion parameters. It fetches
+    # until its limit is reached, so that the last parameter comes on top.
+    limits = {
+        "stage3_max_live_parameters": 2 * largest_layer - largest_parameter,
+        # Whenever a module is called, the next parameter is fetched ahead, soon several. What is fetched
+        # in one go could be held until the last of it was used, ...
+        "stage3_prefetch_bucket_size": 1,
+        # ... and would be copied out of a buffer as large as all of it.
+        "stage3_allgather_sequential": True,
+        "stage3_param_persistence_threshold": hidden_size,
+    }
+    for key, limit in limits.items():
+        tree["zero_optimization"].setdefault(key, limit)
     tree.setdefault("train_micro_batch_size_per_gpu", per_rank)
     tree.setdefault("steps_per_print", 10**9)
     return tree

@@ -82,9 +82,8 @@ class Spread:
             # A unit and the buffer that it is gathered through, besides what stays for the whole forward.
             return Shares(num_ranks, held, max(2 * root, root + 2 * max(inner, default=0)))
         held = {name: chunk(math.prod(shape), num_ranks, 0)[1] for name, shape in shapes}
-        # DeepSpeed keeps two layers alive (deepspeed_config.py), and while it fetches the second, also the
-        # buffer that it is gathered through.
-        return Shares(num_ranks, held, 3 * largest_layer(self._skeleton))
+        # What DeepSpeed is told (deepspeed_config.py).
+        return Shares(num_ranks, held, 2 * largest_layer(self._skeleton))
 
 
 def _names_of_units(skeleton: PreTrainedModel) -> list[list[str]]:
