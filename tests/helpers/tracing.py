@@ -17,10 +17,12 @@ class Trace(TorchDispatchMode):
 
     Args:
         alive: Tensors that exist already and count as well.
+        ignored: Tensors that do not count.
     """
 
-    def __init__(self, alive):
+    def __init__(self, alive, ignored=()):
         super().__init__()
+        self._ignored = {tensor.untyped_storage()._cdata for tensor in ignored}
         self._storages = {}
         self.peak_bytes = 0
         self.gathered = 0
@@ -42,7 +44,8 @@ class Trace(TorchDispatchMode):
         # A DTensor claims the storage of the whole, of which its local tensor is what exists.
         if tensor.device.type != "meta" and not isinstance(tensor, DTensor):
             storage = tensor.untyped_storage()
-            self._storages.setdefault(storage._cdata, StorageWeakRef(storage))
+            if storage._cdata not in self._ignored:
+                self._storages.setdefault(storage._cdata, StorageWeakRef(storage))
 
     def _alive_bytes(self):
         total = 0

@@ -11,6 +11,7 @@ Seconds are a member's, an iteration's divided by the population: those of the j
 that members evaluated at the same time share them, and those of rank 0 in the columns of parts. Received is
 what rank 0 receives for a member, counted at torch's collectives as the usual algorithms send it: of a gather
 over W ranks (W - 1) / W of its output, of a reduction twice that of its operand, of another's broadcast all.
+A gather through memory that ranks share counts like any other.
 """
 
 import json
@@ -22,7 +23,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
+from unittest import mock
 
 import click
 import torch
@@ -33,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from shardes.config import ParallelConfig, RolloutConfig
 from shardes.config_files import parse_config
+from shardes.shared_memory import SharedMemory
 
 BACKENDS = get_args(ParallelConfig.model_fields["backend"].annotation)
 MODES = [
@@ -87,6 +90,21 @@ class ReceivedBytes(TorchDispatchMode):
                     self.total += factor * sum(t.numel() * t.element_size() for t in tensors)
                     break
         return result
+
+    def __enter__(self) -> Self:
+        gather = SharedMemory.gather
+
+        def counted(memory: SharedMemory, local: torch.Tensor, output: torch.Tensor) -> None:
+            gather(memory, local, output)
+            self.total += (1 - 1 / self._shard_size) * output.numel() * output.element_size()
+
+        self._patch = mock.patch.object(SharedMemory, "gather", counted)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *arguments: Any) -> None:
+        self._patch.stop()
+        super().__exit__(*arguments)
 
 
 def peak_memory_bytes() -> int:

@@ -1,0 +1,154 @@
+"""Gathering through memory that the ranks of one machine share, where they compute on its CPU.
+
+Between processes of one machine gloo goes through sockets and threads of its own. These need the very cores
+that compute, and often wait for one until the scheduler's next tick: what could take a tenth of a millisecond
+takes several. Here every rank copies its part to where the others see it, counts, and looks at their counts.
+"""
+
+import mmap
+import os
+import platform
+import secrets
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from shardes.distributed import Group
+
+# What a rank puts there at a time: so little that it is still in the caches when the others read it.
+SLOT_BYTES = 1 << 20
+# A count has a cache line of its own, so that looking at one does not slow down the writing of another.
+_LINE_BYTES = 64
+# Where processors let others see writes in another order than they were made in, counting needs instructions
+# that Python does not have.
+_MACHINES = ("x86_64", "AMD64")
+# How long a rank looks for the others without a pause. Activations, which are waited for most, come sooner.
+_BUSY_SECONDS = 2e-3
+_PAUSE_SECONDS = 1e-4
+
+
+class SharedMemory:
+    """Memory that ranks have in common.
+
+    Every rank has two slots and uses them in turn. In a turn it fills one, counts the turn, and waits for the
+    others to have counted it. A rank can begin the next turn but one only after all have counted the next,
+    and have therefore read what it is about to overwrite.
+
+    Args:
+        buffer: ``num_bytes`` of them, zeros; the same memory on all ranks.
+        rank: This process's index among them.
+        world_size: Number of ranks.
+        timeout_seconds: How long a rank waits for another.
+    """
+
+    def __init__(self, buffer: Any, *, rank: int, world_size: int, timeout_seconds: float) -> None:
+        self._rank = rank
+        self._timeout_seconds = timeout_seconds
+        counts = np.frombuffer(buffer, np.int64, count=world_size * _LINE_BYTES // 8)
+        self._counts = counts[:: _LINE_BYTES // 8]
+        slots = torch.frombuffer(buffer, dtype=torch.uint8, offset=world_size * _LINE_BYTES)
+        self._slots = slots.view(2, world_size, SLOT_BYTES)
+        self._others = [other for other in range(world_size) if other != rank]
+        self._turn = 0
+
+    @staticmethod
+    def num_bytes(world_size: int) -> int:
+        """What so many ranks need."""
+        return world_size * (_LINE_BYTES + 2 * SLOT_BYTES)
+
+    def gather(self, local: torch.Tensor, output: torch.Tensor) -> None:
+        """Puts the ranks' tensors one behind the other.
+
+        Args:
+            local: This rank's, flat; equally long on all ranks.
+            output: Flat, as long as all together.
+
+        Raises:
+            TimeoutError: A rank did not come.
+        """
+        parts = output.view(1 + len(self._others), -1)
+        parts[self._rank].copy_(local)
+        slots = self._slots.view(local.dtype)
+        step = slots.shape[-1]
+        for first in range(0, len(local), step):
+            sent = local[first : first + step]
+            self._turn += 1
+            of_turn = slots[self._turn % 2, :, : len(sent)]
+            of_turn[self._rank].copy_(sent)
+            self._counts[self._rank] = self._turn
+            for other in self._others:
+                self._wait_for(other)
+                parts[other, first : first + step].copy_(of_turn[other])
+
+    def _wait_for(self, rank: int) -> None:
+        """Until it has counted this turn."""
+        start = None
+        while self._counts[rank] < self._turn:
+            now = time.monotonic()
+            start = now if start is None else start
+            if now - start > self._timeout_seconds:
+                raise TimeoutError("timed out waiting for another rank (parallel.timeout_seconds)")
+            if now - start > _BUSY_SECONDS:
+                time.sleep(_PAUSE_SECONDS)
+            else:
+                os.sched_yield()  # the rank that is waited for may need this core
+
+
+def share_memory(group: "Group", *, timeout_seconds: float) -> SharedMemory | None:
+    """What the ranks of a group can gather through; a collective of them.
+
+    Args:
+        group: With a process group, unless it is of one rank.
+        timeout_seconds: How long a rank waits for another.
+
+    Returns:
+        None on all ranks, if there is only one, or if they compute on GPUs or are on several machines.
+    """
+    if group.world_size == 1 or group.device.type != "cpu":
+        return None
+    machine = platform.machine()
+    if len(set(group.gather_json(f"{platform.node()} {machine}"))) > 1 or machine not in _MACHINES:
+        return None
+    size, token = SharedMemory.num_bytes(group.world_size), secrets.token_hex(32)
+    # The file has no name: nothing is left behind, whoever dies when.
+    file = _make_file(size, token) if group.is_main else None
+    path = None if file is None else f"/proc/{os.getpid()}/fd/{file}"
+    path, token = group.broadcast_json([path, token])
+    buffer = None if path is None else _map(path, size, token)
+    is_missing = group.any(buffer is None)
+    if file is not None:
+        os.close(file)
+    if is_missing:
+        return None
+    return SharedMemory(buffer, rank=group.rank, world_size=group.world_size, timeout_seconds=timeout_seconds)
+
+
+def _make_file(size: int, token: str) -> int | None:
+    """A file in memory, zeros that end with a token; None where there are no such files."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    try:
+        file = os.memfd_create("shardes")
+        os.truncate(file, size)
+        os.pwrite(file, token.encode(), size - len(token))
+    except OSError:
+        return None
+    return file
+
+
+def _map(path: str, size: int, token: str) -> mmap.mmap | None:
+    """A file in memory; None if there is none, or another one because that machine is not this one."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        buffer = mmap.mmap(file, size)
+    except (OSError, ValueError):
+        return None
+    finally:
+        os.close(file)
+    return buffer if buffer[-len(token) :] == token.encode() else None
