@@ -95,7 +95,7 @@ def test_members_earn_what_they_earn_one_by_one(tmp_path, models, monkeypatch, a
     if prompts != "short":
         changes["task__data"] = write_long_problems(tmp_path / "long.jsonl")
     if prompts == "computed in parts":
-        monkeypatch.setattr(decode, "PROMPTS_PER_FORWARD", 2)
+        monkeypatch.setattr(decode, "ROWS_PER_PART", 3)
         monkeypatch.setattr(decode, "TOKENS_PER_PART", 1)
     together = rewards(train(tmp_path, name="together", **changes))
     alone = rewards(train(tmp_path, name="alone", **changes, rollout__mode="prompts"))

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shardes.errors import UserError
 from shardes.modeling import load_tokenizer
@@ -82,10 +84,28 @@ def test_prompts_of_like_lengths_are_computed_together(models, name, monkeypatch
 
 
 def test_prompts_are_parted_only_if_that_saves_padding():
-    assert decode.prefill_parts([7]) == [slice(0, 1)]
-    assert decode.prefill_parts([9] * 64) == [slice(0, 64)]
-    assert decode.prefill_parts([*[5] * 63, 12]) == [slice(0, 64)]
-    assert decode.prefill_parts(list(range(8, 40))) == [slice(0, 16), slice(16, 32)]
+    def parts(*lengths, num_members=1):
+        found = decode.prefill_parts(lengths, num_members=num_members)
+        assert [part.start for part in found] == [0, *(part.stop for part in found[:-1])]
+        assert found[-1].stop == len(lengths)
+        return [part.stop - part.start for part in found]
+
+    assert parts(7) == [1]
+    assert parts(*[9] * 64) == [64]
+    assert parts(*[5] * 63, 8) == [64]
+    assert parts(*[5] * 63, 12) == [32, 32]
+    assert parts(*range(8, 40)) == [16, 16]
+    assert parts(*range(8, 24)) == [16]
+    assert parts(*range(8, 24), num_members=3) == [8, 8]
+    assert parts(*range(8, 24), num_members=200) == [1] * 16
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=70), st.integers(1, 40))
+def test_fewer_members_never_take_more_parts(lengths, num_members):
+    """In step, all ranks make as many forwards as a full chunk takes."""
+    lengths = tuple(sorted(lengths))
+    counts = [len(decode.prefill_parts(lengths, num_members=n)) for n in range(1, num_members + 1)]
+    assert counts == sorted(counts)
 
 
 def test_rows_that_have_ended_are_no_longer_computed(models):

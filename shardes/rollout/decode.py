@@ -22,10 +22,10 @@ from shardes.rollout.stop_texts import StopTexts
 # Tokens between two looks at which rows have ended, where a look waits for a device or for other ranks:
 # decoding up to this many tokens too many costs less than looking after each.
 TOKENS_PER_CHECK = 8
-# Prompts that are computed together before the first token: padded to the longest of these, and not to that
-# of the micro-batch.
-PROMPTS_PER_FORWARD = 16
-# Padding that a further forward must save.
+# Rows that are computed together before the first token, at least: they are padded to the longest of their
+# part, and not to that of the micro-batch.
+ROWS_PER_PART = 16
+# Padding that a further part must save.
 TOKENS_PER_PART = 128
 # A batch never shrinks below: matrix products of fewer rows use other kernels, with other bits.
 LEAST_ROWS = 4
@@ -258,9 +258,8 @@ class _Rows:
         if not isinstance(self._cache, SlabCache):
             return self._prefill_part(model, slice(len(self._batch.rows)), low=0, start=0)
         start = _num_cached(self._cache)
-        # Of prompts, so that as many are computed together however many members they are for.
         count = self._batch.num_members
-        parts_of_prompts = prefill_parts(self._batch.lengths[::count])
+        parts_of_prompts = prefill_parts(self._batch.lengths[::count], num_members=count)
         bounds = [slice(part.start * count, part.stop * count) for part in parts_of_prompts]
         parts = []
         for rows in bounds:
@@ -369,19 +368,27 @@ class _Rows:
             self._limits = kept(self._limits)
 
 
-def prefill_parts(lengths: Sequence[int]) -> list[slice]:
-    """The rows of a micro-batch that are computed together before the first token.
+def prefill_parts(lengths: tuple[int, ...], *, num_members: int) -> list[slice]:
+    """The prompts of a micro-batch that are computed together before the first token.
 
     Args:
         lengths: Tokens of each prompt, ascending.
+        num_members: How many rows each prompt is.
 
     Returns:
-        Even parts of ``PROMPTS_PER_FORWARD`` rows at most, if that saves enough padding; else all rows.
+        As many even parts as cost least, if a part costs what ``TOKENS_PER_PART`` tokens of padding do. The
+        more members, the more parts.
     """
-    count = -(-len(lengths) // PROMPTS_PER_FORWARD)
-    parts = [slice(len(lengths) * i // count, len(lengths) * (i + 1) // count) for i in range(count)]
-    num_saved = sum((lengths[-1] - lengths[part.stop - 1]) * (part.stop - part.start) for part in parts)
-    return parts if num_saved >= TOKENS_PER_PART * (count - 1) else [slice(0, len(lengths))]
+
+    def even(count: int) -> list[slice]:
+        return [slice(len(lengths) * i // count, len(lengths) * (i + 1) // count) for i in range(count)]
+
+    def cost(parts: list[slice]) -> int:
+        num_tokens = sum(lengths[part.stop - 1] * (part.stop - part.start) for part in parts)
+        return num_tokens * num_members + TOKENS_PER_PART * len(parts)
+
+    most = min(len(lengths), -(-len(lengths) * num_members // ROWS_PER_PART))
+    return min(map(even, range(1, most + 1)), key=cost)
 
 
 def _num_cached(cache: Cache) -> int:

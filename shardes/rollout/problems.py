@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -36,11 +35,11 @@ class Problems:
     prefix: torch.Tensor | None = None
     choices: ChoiceSet | None = None
 
-    @cached_property
-    def num_prefills(self) -> int:
-        """Forwards before the first token of the micro-batch that takes the most of them."""
+    def num_prefills(self, num_members: int) -> int:
+        """The most forwards that a micro-batch of so many members, or fewer, takes before its first token."""
         batches = [batch for batch in self.micro_batches if isinstance(batch, MicroBatch)]
-        return max((len(prefill_parts(batch.lengths)) for batch in batches), default=1)
+        parts = [prefill_parts(batch.lengths, num_members=num_members) for batch in batches]
+        return max(map(len, parts), default=1)
 
     def fingerprint(self) -> bytes:
         """What the model is asked, token by token: equal for equal problems, templates and tokenizers."""

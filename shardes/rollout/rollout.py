@@ -388,6 +388,7 @@ class Rollout:
                         problems,
                         batch.for_members(count),
                         is_first=number == 0,
+                        num_members=self.members_per_forward,
                         on_rows=mode.terms.on_rows,
                     )
                 if found is None:
@@ -444,6 +445,7 @@ class Rollout:
         batch: MicroBatch | CompletionBatch,
         *,
         is_first: bool,
+        num_members: int = 1,
         on_rows: OnRows | None = None,
     ) -> Answers | list[torch.Tensor] | None:
         """What the model says; None if there was too little memory and there is a mode that takes less."""
@@ -461,7 +463,7 @@ class Rollout:
                 model,
                 batch,
                 any_rank=self._any_rank,
-                num_prefills=problems.num_prefills,
+                num_prefills=problems.num_prefills(num_members),
                 on_rows=on_rows,
             )
         except (RuntimeError, MemoryError) as error:

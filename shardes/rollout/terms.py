@@ -204,9 +204,9 @@ class MemberTerms:
     def _moved(
         self, x: torch.Tensor, out: torch.Tensor, right: torch.Tensor, left: torch.Tensor
     ) -> torch.Tensor:
-        """``out + (x right) left^T``; the factors are [members, features, rank]."""
+        """``out + (x right) left^T``, in place; the factors are [members, features, rank]."""
         inner = torch.bmm(self._by_row(x), right[self._members])
-        return torch.baddbmm(self._by_row(out), inner, left[self._members].mT).view_as(out)
+        return self._by_row(out).baddbmm_(inner, left[self._members].mT).view_as(out)
 
     def _shifted(self, out: torch.Tensor, name: str | None, *, outputs: slice = slice(None)) -> torch.Tensor:
         """``out`` plus a vector's noise, or a part of it, if the vector is trained."""
