@@ -3,6 +3,8 @@
 import datetime
 import json
 import os
+import platform
+import secrets
 import time
 import uuid
 from collections.abc import Iterator
@@ -13,8 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shardes import shared_memory
 from shardes.errors import UserError
-from shardes.shared_memory import SharedMemory, share_memory
+from shardes.shared_memory import SharedMemory
 from shardes.stopping import Stop, Stopped
 from shardes.watch import Watch
 
@@ -233,8 +236,32 @@ def make_mesh(world: Group, *, shard_size: int | None, timeout_seconds: int) -> 
         ]
         shard = Group(world.rank % size, size, world.device, groups[world.rank // size], world.store)
     if shard.store is not None:
-        shard = replace(shard, memory=share_memory(shard, timeout_seconds=timeout_seconds))
+        shard = replace(shard, memory=_share_memory(shard, timeout_seconds=timeout_seconds))
     return Mesh(world, shard)
+
+
+def _share_memory(group: Group, *, timeout_seconds: int) -> SharedMemory | None:
+    """What the ranks of a group can gather through; a collective of them.
+
+    Returns:
+        None on all ranks, if there is only one, or if they compute on GPUs or are on several machines.
+    """
+    if group.world_size == 1 or group.device.type != "cpu":
+        return None
+    place = platform.node() if shared_memory.IS_POSSIBLE else None
+    if set(group.gather_json(place)) != {place} or place is None:
+        return None
+    size, token = SharedMemory.num_bytes(group.world_size), secrets.token_hex(32)
+    file = shared_memory.make_file(size, token) if group.is_main else None
+    path, token = group.broadcast_json([None if file is None else f"/proc/{os.getpid()}/fd/{file}", token])
+    # Names of machines need not be different: another's file is not taken for this one.
+    buffer = None if path is None else shared_memory.map_file(path, size, token)
+    is_missing = group.any(buffer is None)
+    if file is not None:
+        os.close(file)
+    if is_missing:
+        return None
+    return SharedMemory(buffer, rank=group.rank, world_size=group.world_size, timeout_seconds=timeout_seconds)
 
 
 @contextmanager

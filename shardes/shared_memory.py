@@ -8,15 +8,11 @@ takes several. Here every rank copies its part to where the others see it, count
 import mmap
 import os
 import platform
-import secrets
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    from shardes.distributed import Group
 
 # What a rank puts there at a time: so little that it is still in the caches when the others read it.
 SLOT_BYTES = 1 << 20
@@ -24,7 +20,7 @@ SLOT_BYTES = 1 << 20
 _LINE_BYTES = 64
 # Where processors let others see writes in another order than they were made in, counting needs instructions
 # that Python does not have.
-_MACHINES = ("x86_64", "AMD64")
+IS_POSSIBLE = platform.machine() in ("x86_64", "AMD64") and hasattr(os, "memfd_create")
 # How long a rank looks for the others without a pause. Activations, which are waited for most, come sooner.
 _BUSY_SECONDS = 2e-3
 _PAUSE_SECONDS = 1e-4
@@ -97,39 +93,11 @@ class SharedMemory:
                 os.sched_yield()  # the rank that is waited for may need this core
 
 
-def share_memory(group: "Group", *, timeout_seconds: float) -> SharedMemory | None:
-    """What the ranks of a group can gather through; a collective of them.
+def make_file(size: int, token: str) -> int | None:
+    """A file in memory, zeros that end with a token; None if there can be none.
 
-    Args:
-        group: With a process group, unless it is of one rank.
-        timeout_seconds: How long a rank waits for another.
-
-    Returns:
-        None on all ranks, if there is only one, or if they compute on GPUs or are on several machines.
+    It has no name, so that nothing is left behind, whoever dies when.
     """
-    if group.world_size == 1 or group.device.type != "cpu":
-        return None
-    machine = platform.machine()
-    if len(set(group.gather_json(f"{platform.node()} {machine}"))) > 1 or machine not in _MACHINES:
-        return None
-    size, token = SharedMemory.num_bytes(group.world_size), secrets.token_hex(32)
-    # The file has no name: nothing is left behind, whoever dies when.
-    file = _make_file(size, token) if group.is_main else None
-    path = None if file is None else f"/proc/{os.getpid()}/fd/{file}"
-    path, token = group.broadcast_json([path, token])
-    buffer = None if path is None else _map(path, size, token)
-    is_missing = group.any(buffer is None)
-    if file is not None:
-        os.close(file)
-    if is_missing:
-        return None
-    return SharedMemory(buffer, rank=group.rank, world_size=group.world_size, timeout_seconds=timeout_seconds)
-
-
-def _make_file(size: int, token: str) -> int | None:
-    """A file in memory, zeros that end with a token; None where there are no such files."""
-    if not hasattr(os, "memfd_create"):
-        return None
     try:
         file = os.memfd_create("shardes")
         os.truncate(file, size)
@@ -139,8 +107,8 @@ def _make_file(size: int, token: str) -> int | None:
     return file
 
 
-def _map(path: str, size: int, token: str) -> mmap.mmap | None:
-    """A file in memory; None if there is none, or another one because that machine is not this one."""
+def map_file(path: str, size: int, token: str) -> mmap.mmap | None:
+    """Another process's file in memory; None if there is none, or not the one with the token."""
     try:
         file = os.open(path, os.O_RDWR | os.O_NONBLOCK)
     except OSError:
