@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,9 +15,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that nobody has now, nor is given to a connection of another job before it is used."""
+    while True:
+        port = random.SystemRandom().randint(15000, 30000)  # below those that the kernel gives to connections
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def environment(**extra):
