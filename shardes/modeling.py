@@ -68,6 +68,20 @@ def max_positions(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def last_positions(count: int, *, width: int, device: torch.device) -> int | torch.Tensor:
+    """The ``logits_to_keep`` with which a model computes the logits of the last positions only.
+
+    Of positions that are named one by one, transformers makes a copy. A number of them makes a slice, which
+    lies in pieces in memory, and for each of these torch multiplies by a head of its own: on CPUs by a copy.
+
+    Args:
+        count: How many.
+        width: Of how many that go through the model.
+        device: The model's.
+    """
+    return count if count == width else torch.arange(width - count, width, device=device)
+
+
 def largest_layer(model: PreTrainedModel) -> int:
     """Elements of the largest block, embedding or head."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]

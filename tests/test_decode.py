@@ -16,6 +16,7 @@ from tests.helpers.decoding import (
     EVERY,
     PAD,
     VOCABULARY,
+    HeadInputs,
     Rows,
     composed,
     decoded,
@@ -47,6 +48,15 @@ def test_a_shared_prefix_computed_once_changes_no_token(models, name):
         assert decoded(models[name], batch, eos_ids=[3, 12], prefix=prefix) == wanted
     width = batch.input_ids.shape[1]
     assert seen[:2] == [(1, len(prefix)), (13, width - len(prefix))]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_head_computes_one_position_of_all_rows_at_once(models, name):
+    batch = composed(random_prompts(3))
+    wanted = generated(models[name], batch, max_new_tokens=3)
+    with HeadInputs(models[name]) as seen:
+        assert decoded(models[name], batch, max_new_tokens=3) == wanted
+    assert seen[:3] == [(13, 1)] * 3
 
 
 def test_a_prefix_is_shared_only_if_it_is_long_and_nobodys_whole_prompt():

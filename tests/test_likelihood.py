@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shardes.rollout.likelihood import completion_log_likelihoods, compose_completions
-from tests.helpers.decoding import EVERY, PAD, random_prompts
+from tests.helpers.decoding import EVERY, PAD, HeadInputs, random_prompts
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -15,8 +15,15 @@ def test_log_likelihoods_are_those_of_each_pair_alone(models, name):
     batches = compose_completions(prompts, completions, micro_batch_size=4, pad_id=PAD)
     assert [len(batch.rows) for batch in batches] == [4, 4, 1]
     found = {}
-    for batch in batches:
-        found |= dict(zip(batch.rows, completion_log_likelihoods(model, batch), strict=True))
+    with HeadInputs(model) as seen:
+        for batch in batches:
+            found |= dict(zip(batch.rows, completion_log_likelihoods(model, batch), strict=True))
+    firsts = [min(batch.prompt_lengths) - 1 for batch in batches]
+    assert seen == [
+        (len(batch.rows), batch.input_ids.shape[1] - first)
+        for batch, first in zip(batches, firsts, strict=True)
+    ]
+    assert any(firsts)
     assert sorted(found) == list(range(9))
     for row, scores in found.items():
         pair = prompts[row] + completions[row]

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 
 from shardes.errors import UserError
+from shardes.modeling import last_positions
 from shardes.rollout.batching import MicroBatch
 from shardes.rollout.cache import SlabCache, make_slab
 from shardes.rollout.graphs import CudaGraph, MakeGraph, StepGraphs, can_be_captured, ladder
@@ -410,6 +411,6 @@ def _forward(
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=last_positions(1, width=input_ids.shape[1], device=input_ids.device),
     )
     return output.logits[:, -1]

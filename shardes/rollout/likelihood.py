@@ -7,6 +7,8 @@ from typing import Self
 import torch
 from torch import nn
 
+from shardes.modeling import last_positions
+
 
 @dataclass(frozen=True)
 class CompletionBatch:
@@ -80,7 +82,8 @@ def completion_log_likelihoods(model: nn.Module, batch: CompletionBatch) -> list
     """
     width = batch.input_ids.shape[1]
     first = min(batch.prompt_lengths) - 1  # the position whose logits speak of the first scored token
-    logits = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=width - first).logits
+    kept = last_positions(width - first, width=width, device=batch.input_ids.device)
+    logits = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=kept).logits
     scores = []
     for i, (start, end) in enumerate(zip(batch.prompt_lengths, batch.lengths, strict=True)):
         # Row by row, so that float32 copies of logits stay small.

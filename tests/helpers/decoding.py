@@ -83,3 +83,22 @@ class Rows:
 
     def __exit__(self, *_):
         self._handle.remove()
+
+
+class HeadInputs:
+    """Sees what the head of a model multiplies: [rows, positions] of each time, all in one piece."""
+
+    def __init__(self, model):
+        self.seen = []
+        self._handle = model.get_output_embeddings().register_forward_pre_hook(self._look)
+
+    def _look(self, module, args):
+        # What is in pieces is multiplied by a head of its own for each row.
+        assert args[0].is_contiguous()
+        self.seen.append(tuple(args[0].shape[:2]))
+
+    def __enter__(self):
+        return self.seen
+
+    def __exit__(self, *_):
+        self._handle.remove()
