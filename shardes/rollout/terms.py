@@ -201,18 +201,30 @@ class MemberTerms:
         num_rows = len(self._members)
         return x.reshape(num_rows, math.prod(x.shape[:-1]) // num_rows, x.shape[-1])
 
+    def _of_rows(self, of_members: torch.Tensor) -> torch.Tensor:
+        """What each member has, for each row."""
+        return of_members.index_select(0, self._members)
+
     def _moved(
         self, x: torch.Tensor, out: torch.Tensor, right: torch.Tensor, left: torch.Tensor
     ) -> torch.Tensor:
         """``out + (x right) left^T``, in place; the factors are [members, features, rank]."""
-        inner = torch.bmm(self._by_row(x), right[self._members])
-        return self._by_row(out).baddbmm_(inner, left[self._members].mT).view_as(out)
+        inputs, outputs = self._by_row(x), self._by_row(out)
+        right, left = self._of_rows(right), self._of_rows(left)
+        if self._kind.rank == 1:
+            # Libraries have no quick matrix product with a single column, of every row with another.
+            inner = (inputs * right.mT).sum(dim=-1, keepdim=True)
+            outputs.addcmul_(inner, left.mT)
+        else:
+            outputs.baddbmm_(torch.bmm(inputs, right), left.mT)
+        return outputs.view_as(out)
 
     def _shifted(self, out: torch.Tensor, name: str | None, *, outputs: slice = slice(None)) -> torch.Tensor:
         """``out`` plus a vector's noise, or a part of it, if the vector is trained."""
         if name is None:
             return out
-        return (self._by_row(out) + self._vectors[name][:, outputs][self._members][:, None]).view_as(out)
+        noise_of_rows = self._of_rows(self._vectors[name][:, outputs])
+        return (self._by_row(out) + noise_of_rows[:, None]).view_as(out)
 
     def _linear(self, module: Any, x: torch.Tensor, out: torch.Tensor, names: Names) -> torch.Tensor:
         if (name := names.get("weight")) is not None:
@@ -252,7 +264,7 @@ class MemberTerms:
         if len(ids) == 1 < rows:  # positions that all rows share
             ids, out = ids.expand(rows, -1), out.expand(rows, -1, -1)
         left = self._left[name][self._members[:, None], ids.reshape(rows, -1)]
-        term = torch.bmm(left, self._right[name][self._members].mT).view_as(out)
+        term = torch.bmm(left, self._of_rows(self._right[name]).mT).view_as(out)
         return out + term * getattr(module, "embed_scale", 1.0)
 
     def _layer_norm(self, module: Any, x: torch.Tensor, out: torch.Tensor, names: Names) -> torch.Tensor:
@@ -268,7 +280,7 @@ class MemberTerms:
 
     def _scaled(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """``x`` times a vector's noise; ``x`` may have more dimensions in between, such as heads."""
-        noise_of_rows = self._vectors[name][self._members]
+        noise_of_rows = self._of_rows(self._vectors[name])
         return (self._by_row(x) * noise_of_rows[:, None]).view_as(x)
 
     def _patch_router(self, module: Any, names: Names) -> Callable[[], None]:
