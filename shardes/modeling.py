@@ -72,7 +72,8 @@ def last_positions(count: int, *, width: int, device: torch.device) -> int | tor
     """The ``logits_to_keep`` with which a model computes the logits of the last positions only.
 
     Of positions that are named one by one, transformers makes a copy. A number of them makes a slice, which
-    lies in pieces in memory, and for each of these torch multiplies by a head of its own: on CPUs by a copy.
+    lies in pieces in memory. Weights that want no gradients are then multiplied with each piece by itself,
+    for which torch copies them on CPUs.
 
     Args:
         count: How many.
