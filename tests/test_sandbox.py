@@ -1,6 +1,7 @@
 """Rewards in processes of their own: what they do there harms nobody else."""
 
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from shardes.errors import UserError
 from shardes.sandbox import pool
 from shardes.sandbox.judging import Answers
 from shardes.sandbox.pool import DirectRewards, Sandbox, make_rewards
+from shardes.sandbox.template import HEADER
 from shardes.tasks.base import Component, Task
 from tests.helpers import hostile_rewards
 from tests.helpers.ranks import ROOT
@@ -250,6 +252,18 @@ main(int(sys.argv[1]), 0, os.getppid())
 """
 
 
+def test_a_process_whose_reply_nobody_reads_ends_in_silence():
+    template = pool._Template(None)
+    pid, connection = template.fork()
+    setup = pickle.dumps([])
+    connection.sendall(HEADER.pack(len(setup)) + setup)
+    connection.recv(1, socket.MSG_PEEK)
+    connection.close()  # what is left unread is reported to the other end, as an error
+    wait_until(lambda: not is_alive(pid))
+    assert template.kill(pid) == 0
+    template.close()
+
+
 def test_a_template_told_twice_to_end_says_nothing():
     """A parent that dies closes the socket first; the signal for its death comes a moment later."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -265,6 +279,21 @@ def test_a_template_told_twice_to_end_says_nothing():
             timeout=60,
         )
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_template_whose_reply_nobody_reads_ends_in_silence():
+    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    code = f"from shardes.sandbox.template import main; main({theirs.fileno()}, 0, {os.getpid()})"
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, env=environment)
+    with process, control, theirs:
+        control.send(b"k0")
+        control.recv(1, socket.MSG_PEEK)
+        theirs.close()
+        control.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 def test_nothing_heavy_is_imported_by_the_processes():

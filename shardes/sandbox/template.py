@@ -40,7 +40,8 @@ def main(descriptor: int, memory_bytes: int, parent: int) -> None:
     workers: set[int] = set()
     try:
         try:
-            _obey(socket.socket(fileno=descriptor), workers, memory_bytes, parent)
+            with contextlib.suppress(ConnectionError):  # a pool that died may have left a reply unread
+                _obey(socket.socket(fileno=descriptor), workers, memory_bytes, parent)
         finally:
             # A parent that dies closes the socket a moment before it has the signal sent.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -103,7 +104,7 @@ def _work(connection: socket.socket, memory_bytes: int) -> NoReturn:
             resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
         _serve(connection)
         status = 0
-    except EOFError:
+    except (EOFError, ConnectionError):  # an error, if the pool died and left a reply unread
         status = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
