@@ -100,9 +100,13 @@ def make_file(size: int, token: str) -> int | None:
     """
     try:
         file = os.memfd_create("shardes")
+    except OSError:
+        return None
+    try:
         os.truncate(file, size)
         os.pwrite(file, token.encode(), size - len(token))
     except OSError:
+        os.close(file)
         return None
     return file
 
