@@ -12,12 +12,15 @@ from pathlib import Path
 from tests.helpers.nursery import Nursery
 
 ROOT = Path(__file__).parents[2]
+# Below the ports that the kernel gives to connections. Each of pytest's workers takes every 16th of them.
+PORTS = range(15000, 31000, 16)
 
 
 def free_port():
-    """One that nobody has now, nor is given to a connection of another job before it is used."""
+    """One that nobody has now, nor takes before it is used."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
-        port = random.SystemRandom().randint(15000, 30000)  # below those that the kernel gives to connections
+        port = random.SystemRandom().choice(PORTS) + worker % PORTS.step
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

@@ -3,7 +3,7 @@
 import json
 
 from tests.helpers.exports import fingerprint
-from tests.helpers.ranks import ROOT, free_port, run_ranks
+from tests.helpers.ranks import ROOT, run_ranks
 
 # What depends on the clock, or on how members are evaluated.
 VOLATILE = ("seconds", "rollout_mode", "peak_memory_bytes")
@@ -30,7 +30,6 @@ def run_cases(root, name, trees, world_size, shortages=None):
         {
             "config": config,
             "export": str(root / f"{name}-export{i}"),
-            "port": free_port(),
             "shortages": (shortages or {}).get(i, []),
         }
         for i, config in enumerate(trees)

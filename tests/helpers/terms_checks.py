@@ -15,6 +15,7 @@ from shardes.errors import UserError
 from shardes.es.perturbation import Perturbation
 from shardes.rollout.terms import MemberTerms
 from shardes.session import open_session
+from tests.helpers.one_store import make_store
 
 MEMBERS = [Perturbation(0, 0, 0.02), Perturbation(0, 3, -0.02), Perturbation(5, 0, 0.01)]
 IDS = torch.arange(1, 22).view(3, 7)
@@ -45,9 +46,8 @@ def compare(session):
 
 
 def main():
-    port = int(os.environ["MASTER_PORT"])
-    for number, case in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-        os.environ["MASTER_PORT"] = str(port + number)  # a store of its own for each
+    _store = make_store()
+    for case in json.loads(Path(sys.argv[1]).read_text()):
         config = parse_config(case["config"], source="case")
         with open_session(config) as session:
             try:

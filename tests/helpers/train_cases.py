@@ -1,6 +1,6 @@
 """Run on every rank: trains and exports a list of configurations, one after the other.
 
-python train_cases.py CASES.json, a list of {"config": tree, "export": directory, "port": number, "shortages":
+python train_cases.py CASES.json, a list of {"config": tree, "export": directory, "shortages":
 [[where, rank, call], ...]}: on that rank, that call (from 0) of "reserve" or of "decode" fails for want of
 memory.
 """
@@ -20,6 +20,7 @@ from shardes.rollout.decode import Decoder
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import Trainer
+from tests.helpers.one_store import make_store
 
 ERRORS = {
     "reserve": RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
@@ -52,9 +53,8 @@ def shortages(backend, wanted, rank):
 
 
 def main():
+    _store = make_store()
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        # Every case has a store of its own, on a port of its own.
-        os.environ["MASTER_PORT"] = str(case["port"])
         with open_session(parse_config(case["config"], source="case")) as session:
             with shortages(session.backend, case.get("shortages", []), session.mesh.world.rank):
                 Trainer(session, load_task(session.config.task)).train()

@@ -14,7 +14,6 @@ it, so that it depends on their number, which the table has, too.
 
 import json
 import os
-import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -160,19 +159,13 @@ def measure_update(num_directions: int) -> Row:
 
 def start(trees: list[Row], *, world_size: int, folder: Path) -> list[Row]:
     """Runs a job that measures several ways, to its end; what rank 0 found, or why it failed."""
-    # A store of its own for each, at a port that no connection of another is given.
-    ports = random.sample(range(20000, 30000), len(trees))
-    cases = [{"tree": tree, "port": port} for tree, port in zip(trees, ports, strict=True)]
-    found = run_job(__file__, cases, world_size=world_size, folder=folder)
+    found = run_job(__file__, trees, world_size=world_size, folder=folder)
     return [{"failure": found} for _ in trees] if isinstance(found, str) else found
 
 
 def measure_all(spec: Path, out: Path) -> None:
     """Measures on one rank of a job what its file says."""
-    rows = []
-    for case in json.loads(spec.read_text()):
-        os.environ |= {"MASTER_PORT": str(case["port"]), "TORCHELASTIC_USE_AGENT_STORE": "False"}
-        rows.append(measure(case["tree"]))
+    rows = [measure(tree) for tree in json.loads(spec.read_text())]
     if os.environ["RANK"] == "0":
         out.write_text(json.dumps(rows))
     sys.stdout.flush()
