@@ -1,5 +1,6 @@
 """Rewards in processes of their own: what they do there harms nobody else."""
 
+import contextlib
 import os
 import pickle
 import signal
@@ -253,15 +254,14 @@ main(int(sys.argv[1]), 0, os.getppid())
 
 
 def test_a_process_whose_reply_nobody_reads_ends_in_silence():
-    template = pool._Template(None)
-    pid, connection = template.fork()
-    setup = pickle.dumps([])
-    connection.sendall(HEADER.pack(len(setup)) + setup)
-    connection.recv(1, socket.MSG_PEEK)
-    connection.close()  # what is left unread is reported to the other end, as an error
-    wait_until(lambda: not is_alive(pid))
-    assert template.kill(pid) == 0
-    template.close()
+    with contextlib.closing(pool._Template(None)) as template:
+        pid, connection = template.fork()
+        setup = pickle.dumps([])
+        connection.sendall(HEADER.pack(len(setup)) + setup)
+        connection.recv(1, socket.MSG_PEEK)
+        connection.close()  # what is left unread is reported to the other end, as an error
+        wait_until(lambda: not is_alive(pid))
+        assert template.kill(pid) == 0
 
 
 def test_a_template_told_twice_to_end_says_nothing():

@@ -19,6 +19,7 @@ def obstacles(rank):
     """Patches that keep ranks from sharing memory, and the ranks that are patched, one of each replica."""
     yield mock.patch.object(platform, "node", lambda: f"node{rank}"), (0, 3)
     yield mock.patch.object(os, "memfd_create", side_effect=OSError), (0, 2)
+    yield mock.patch.object(os, "truncate", side_effect=OSError), (0, 2)
     yield mock.patch.object(shared_memory, "map_file", lambda path, size, token: None), (0, 3)
     # The path is another file on that machine.
     yield mock.patch.object(os, "open", lambda path, flags: os.memfd_create("another")), (0, 3)
