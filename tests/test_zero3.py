@@ -3,10 +3,12 @@
 import json
 import re
 import sys
+from unittest import mock
 
 import pytest
 import torch
 
+from shardes.backends.zero3 import _check_alike
 from tests.helpers.backend_cases import backend_case, check_backends
 from tests.helpers.models import tiny_model, tree
 from tests.helpers.ranks import run_command
@@ -37,6 +39,13 @@ def test_no_gathered_copy_goes_stale(tmp_path):
     output = check(tmp_path, world_size=3, zero=zero)
     # Three ranks do not divide every parameter, so there is padding to leave alone.
     assert all(int(n) > 0 for n in re.findall(r"padding (\d+) checked", output)[-1:])
+
+
+def test_ranks_that_gather_different_parameters_are_stopped():
+    group = mock.Mock(gather_json=lambda ints: [ints, [3, 1]])
+    _check_alike(group, [3, 1])
+    with pytest.raises(RuntimeError, match="different orders"):
+        _check_alike(group, [1, 3])
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ DeepSpeed keeps gathered copies of parameters (persistent ones always, others wh
 a forward reads such a copy without noticing that the shard underneath was written. ``commit`` drops them.
 """
 
+import functools
 import sys
 from typing import Any
 
@@ -30,12 +31,19 @@ def import_deepspeed() -> Any:
     try:
         import deepspeed
         import deepspeed.comm.torch
+        import deepspeed.runtime.zero.partitioned_param_coordinator
     except ImportError as error:
         raise UserError(
             f"parallel.backend: zero3 needs deepspeed, which cannot be imported ({error}); "
             "install it with: pip install 'shardes[zero3]', or set parallel.backend: single"
         ) from None
     return deepspeed
+
+
+def _check_alike(group: Group, ints: list[int]) -> None:
+    """Stops ranks that gather together, but not the same."""
+    if any(others != ints for others in group.gather_json(ints)):
+        raise RuntimeError("the ranks of a replica ran the model's modules in different orders")
 
 
 class _Ranks:
@@ -94,6 +102,10 @@ class Zero3Backend(GatheringBackend):
         deepspeed.init_distributed(
             dist_backend="nccl" if group.device.type == "cuda" else "gloo", verbose=False
         )
+        # DeepSpeed has all ranks of the job compare what their first forwards gathered. A replica that has
+        # nothing to answer yet runs none, and the others would wait for it.
+        coordinator: Any = sys.modules["deepspeed.runtime.zero.partitioned_param_coordinator"]
+        coordinator.assert_ints_same_as_other_ranks = functools.partial(_check_alike, group)
         ranks = _Ranks(group)
         with (
             no_init_weights(),
