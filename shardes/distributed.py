@@ -23,6 +23,8 @@ from shardes.watch import Watch
 
 # Where rank 0 writes the name of the attempt that it has begun.
 _ATTEMPT = "attempt"
+# What launchers set on every rank, and what DeepSpeed reads even when it adopts a group.
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # How often ranks look for each other while they meet.
 _MEETING_SECONDS = 0.02
 
@@ -284,7 +286,7 @@ def process_group(*, timeout_seconds: int, always: bool, stop: Stop, stop_second
         UserError: There are more ranks than GPUs on this machine.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -305,7 +307,9 @@ def process_group(*, timeout_seconds: int, always: bool, stop: Stop, stop_second
         timeout_seconds=timeout_seconds,
     )
     watch.start()
+    own_variables = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
     try:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
         store = None
         if world_size > 1 or always:
             store = _meet(rank, world_size, timeout)
@@ -324,12 +328,15 @@ def process_group(*, timeout_seconds: int, always: bool, stop: Stop, stop_second
         watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+        # A process that goes on must not be taken for one that a launcher started.
+        for name in own_variables:
+            os.environ.pop(name, None)
 
 
 def _meet(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
     """Meets the other ranks at the launcher's address; returns a store of this attempt alone."""
     if "MASTER_ADDR" not in os.environ:
-        # Started by hand as one process. DeepSpeed reads these variables even when it adopts a group.
+        # Started by hand as one process.
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
         return dist.HashStore()
     agent_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

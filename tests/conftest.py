@@ -1,6 +1,23 @@
 """Fixtures of several files."""
 
+import os
+
 import pytest
+
+# Of launchers, and of the libraries that go by them.
+VARIABLES = ("RANK", "LOCAL_", "WORLD_SIZE", "CROSS_", "MASTER_", "TORCHELASTIC", "DS_", "WANDB_")
+
+
+@pytest.fixture(autouse=True)
+def environment_is_left_as_it_was():
+    """Other tests, those that happen to run in the same process, would go by what one leaves there."""
+    before = _environment()
+    yield
+    assert _environment() == before
+
+
+def _environment():
+    return {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)}
 
 
 @pytest.fixture(scope="session")

@@ -129,11 +129,12 @@ def history_of(directory):
 
 @pytest.mark.slow
 def test_wandb_has_the_lines_of_the_metrics_each_once_however_the_run_went(tmp_path, model, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     first = train(tmp_path, model, log__to=["wandb"])
     cut_journal(tmp_path / "run", before=("update", 2))
     again = train(tmp_path, model, log__to=["wandb"], es__iterations=4)
+    wandb.teardown()  # ends the process that it has started
     rows = history_of(tmp_path / "run" / "wandb")
     # Steps that it had before the job died are not told again, and the end's keeps its place.
     wanted = wanted_of(first) | {k: v for k, v in wanted_of(again).items() if k[0] > 3}
