@@ -2,16 +2,15 @@
 
 import json
 import re
-import sys
 from unittest import mock
 
 import pytest
-import torch
 
 from shardes.backends.zero3 import _check_alike
+from shardes.errors import UserError
+from shardes.session import open_session
 from tests.helpers.backend_cases import backend_case, check_backends
-from tests.helpers.models import tiny_model, tree
-from tests.helpers.ranks import run_command
+from tests.helpers.models import make_config, tiny_model
 
 pytest.importorskip("deepspeed")
 
@@ -55,13 +54,26 @@ def test_prefetching_as_little_as_possible_changes_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have float16")
-def test_float16_is_refused_where_deepspeed_has_none(tmp_path):
+def test_float16_is_refused_where_deepspeed_has_none(tmp_path, monkeypatch):
+    import deepspeed
+
+    accelerator = deepspeed.get_accelerator()
+    monkeypatch.setattr(type(accelerator), "is_fp16_supported", lambda self: False)
     model = tiny_model(tmp_path / "model", tied=True)
-    config = tmp_path / "config.yaml"
-    config.write_text(json.dumps(tree(tmp_path, model=model, run_dir=tmp_path / "run")))
-    arguments = ["launch/train.py", "--config", config, "parallel.backend=zero3", "model.dtype=float16"]
-    result = run_command([sys.executable, *arguments])
-    assert result.returncode == 2
-    assert "model.dtype: deepspeed has no float16" in result.stderr
-    assert "Traceback" not in result.stderr
+    config = make_config(
+        tmp_path, model=model, run_dir=tmp_path / "run", parallel__backend="zero3", model__dtype="float16"
+    )
+    with pytest.raises(UserError, match=r"model\.dtype: deepspeed has no float16"), open_session(config):
+        pass
+
+
+def has_float16():
+    import deepspeed
+
+    return deepspeed.get_accelerator().is_fp16_supported()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("not has_float16()", reason="DeepSpeed has no float16 on this device")
+def test_float16_is_as_exact_as_the_others(tmp_path):
+    check(tmp_path, world_size=2, dtype="float16")
