@@ -6,14 +6,17 @@ import re
 import sys
 from pathlib import Path
 
+import numba as nb
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core.codegen import get_host_cpu_features
 
 from shardes import noise
-from shardes.noise import NOISE_VERSION, NoiseKind, Region, cpu, definition
+from shardes.noise import NOISE_VERSION, NoiseKind, Region, cpu, cpu_math, definition
+from shardes.noise.cpu_math import u32
 from tests.helpers.noise_oracle import FORMATS, accumulated, added, perturbed, same_bits
 from tests.helpers.ranks import run_command
 
@@ -436,3 +439,26 @@ def test_another_process_finds_the_kernels_compiled():
     run_command([sys.executable, "-c", code])  # whoever is first compiles
     found = run_command([sys.executable, "-c", code])
     assert found.stdout.splitlines() == ["Counter()"] * 4, found.stdout + found.stderr
+
+
+@pytest.mark.skipif("+avx512vl" not in get_host_cpu_features(), reason="for processors with AVX-512")
+def test_vectors_are_as_wide_as_the_processors():
+    @nb.njit
+    def fill(eps):
+        for i in range(eps.size):
+            eps[i] = cpu_math.four_normals(u32(i), u32(1), u32(2), u32(3), u32(4), u32(5))[0]
+
+    eps = np.empty(64, np.float32)
+    fill(eps)
+    (code,) = fill.inspect_asm().values()
+    assert re.findall(r"vsqrtps\s+%(.)mm", code)[:1] == ["z"]
+
+
+def test_what_the_user_tells_numba_counts():
+    code = (
+        "import shardes.noise.cpu\n"
+        "from numba.core.registry import cpu_target\n"
+        "print(cpu_target.target_context.codegen()._tm_features)\n"
+    )
+    found = run_command([sys.executable, "-c", code], NUMBA_CPU_FEATURES="+avx2")
+    assert found.stdout.strip() == "+avx2", found.stderr

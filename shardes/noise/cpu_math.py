@@ -22,6 +22,9 @@ from shardes.noise.definition import (
     SIN_TURNS,
     SQRT_HALF_BITS,
 )
+from shardes.noise.vectors import use_widest_vectors
+
+use_widest_vectors()
 
 u32, u64, i32, f32 = np.uint32, np.uint64, np.int32, np.float32
 
