@@ -4,8 +4,7 @@ import os
 
 import pytest
 
-# Of launchers, and of the libraries that go by them.
-VARIABLES = ("RANK", "LOCAL_", "WORLD_SIZE", "CROSS_", "MASTER_", "TORCHELASTIC", "DS_", "WANDB_")
+from tests.helpers.ranks import LAUNCHER_VARIABLES
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +16,8 @@ def environment_is_left_as_it_was():
 
 
 def _environment():
-    return {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)}
+    prefixes = (*LAUNCHER_VARIABLES, "DS_", "WANDB_")
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
 
 
 @pytest.fixture(scope="session")

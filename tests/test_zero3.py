@@ -7,10 +7,9 @@ from unittest import mock
 import pytest
 
 from shardes.backends.zero3 import _check_alike
-from shardes.errors import UserError
-from shardes.session import open_session
 from tests.helpers.backend_cases import backend_case, check_backends
-from tests.helpers.models import make_config, tiny_model
+from tests.helpers.inprocess import call
+from tests.helpers.models import tiny_model, tree
 
 pytest.importorskip("deepspeed")
 
@@ -60,11 +59,12 @@ def test_float16_is_refused_where_deepspeed_has_none(tmp_path, monkeypatch):
     accelerator = deepspeed.get_accelerator()
     monkeypatch.setattr(type(accelerator), "is_fp16_supported", lambda self: False)
     model = tiny_model(tmp_path / "model", tied=True)
-    config = make_config(
-        tmp_path, model=model, run_dir=tmp_path / "run", parallel__backend="zero3", model__dtype="float16"
-    )
-    with pytest.raises(UserError, match=r"model\.dtype: deepspeed has no float16"), open_session(config):
-        pass
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(tree(tmp_path, model=model, run_dir=tmp_path / "run")))
+    result = call("train", "--config", config, "parallel.backend=zero3", "model.dtype=float16")
+    assert result.returncode == 2
+    assert "model.dtype: deepspeed has no float16" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def has_float16():

@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 
 bash tools/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
-# A worker that ends without a word is a failure, after which pytest-xdist 3.8 may wait for ever: no other takes over.
+# A worker that dies ends the run: pytest-xdist 3.8 would start another one, and might then wait for ever.
 exec python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not exhaustive" "$@"

@@ -14,6 +14,8 @@ from tests.helpers.nursery import Nursery
 ROOT = Path(__file__).parents[2]
 # Below the ports that the kernel gives to connections. Each of pytest's workers takes every 16th of them.
 PORTS = range(15000, 31000, 16)
+# How the names of what launchers set begin.
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_", "WORLD_SIZE", "CROSS_", "MASTER_", "TORCHELASTIC")
 
 
 def free_port():
@@ -28,8 +30,7 @@ def free_port():
 
 def environment(**extra):
     """This environment without a launcher's variables; one thread, so that bits can be compared."""
-    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return kept | threads | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"} | extra
 
