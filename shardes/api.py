@@ -15,16 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shardes.config import Config, check_model_directory
-from shardes.config_files import parse_config, read_tree
+from shardes.config.loading import parse_config, read_tree
+from shardes.config.schema import Config, check_model_directory
+from shardes.distributed.stop import Stop, Stopped
 from shardes.errors import UserError
-from shardes.files import write_atomically
+from shardes.rewards.pool import DirectRewards, Sandbox, make_rewards
 from shardes.runs.directory import read_lines
 from shardes.runs.trackers import check_trackers
-from shardes.sandbox.pool import DirectRewards, Sandbox, make_rewards
-from shardes.stopping import Stop, Stopped
 from shardes.tasks.base import Component, RewardFunction, Row, Task, all_rewards
 from shardes.tasks.loading import load_tasks
+from shardes.utils.files import write_atomically
 
 Callback = Callable[[dict[str, Any]], object]
 """Gets metrics, as docs/metrics.md names them; what it returns is ignored."""
@@ -183,10 +183,10 @@ class Trainer:
         task, heldout_sets = self._load_tasks()
         is_finished = True
         with self._make_rewards([task, *heldout_sets.values()]) as rewards:
-            from shardes.logs import configure_logging
             from shardes.runs.reporting import Callbacks
             from shardes.session import open_session
             from shardes.trainer import Trainer as Loop
+            from shardes.utils.logs import configure_logging
 
             if not logging.getLogger().handlers:
                 configure_logging()
@@ -221,7 +221,7 @@ class Trainer:
             UserError: There is no such iteration, or ``out`` is taken.
             StorageError: The export cannot be written.
         """
-        from shardes.runs.exporting import export_run
+        from shardes.export.from_run import export_run
 
         export_run(
             self.config.run.dir,

@@ -13,14 +13,14 @@ from annotated_types import Gt
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from shardes import __version__
-from shardes.config import check_model_directory
-from shardes.config_files import load_config
+from shardes.config.loading import load_config
+from shardes.config.schema import check_model_directory
+from shardes.distributed.stop import Stopped, stop_signals
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, StorageError, UserError
 from shardes.planning.machine import Machine
+from shardes.rewards.pool import make_rewards
 from shardes.runs.reading import read_run, read_run_journal
 from shardes.runs.trackers import check_trackers
-from shardes.sandbox.pool import make_rewards
-from shardes.stopping import Stopped, stop_signals
 from shardes.tasks.loading import load_tasks
 
 if TYPE_CHECKING:
@@ -76,9 +76,9 @@ def train(config_path: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
     task, heldout_sets = load_tasks(config)
     # Processes for rewards come before threads, process groups and accelerators.
     with make_rewards(config.task, [task, *heldout_sets.values()]) as rewards:
-        from shardes.logs import configure_logging, tell_user
         from shardes.session import open_session
         from shardes.trainer import Trainer
+        from shardes.utils.logs import configure_logging, tell_user
 
         configure_logging()
         with stop_signals() as stop:
@@ -96,7 +96,7 @@ def train(config_path: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
 
 def _rehearsed(session: "Session", trainer: "Trainer", task: "Task") -> list[str]:
     """What a dry run has to say, on rank 0; a collective."""
-    from shardes.planning.rehearsal import rehearse
+    from shardes.planning.dry_run import rehearse
 
     lines = rehearse(session, trainer, task)
     return lines if session.mesh.world.is_main else []
@@ -114,17 +114,17 @@ def evaluate(model: str, config_path: Path | None, out: Path | None, overrides: 
     KEY=VALUE changes a key of the configuration, for example rollout.samples_per_prompt=8 and
     rollout.temperature=0.7. Start it with a launcher to use several ranks.
     """
-    from shardes.subject import find_subject
+    from shardes.evaluation.model_ref import find_subject
 
     subject = find_subject(model, config_path=config_path, overrides=list(overrides))
     config = subject.config
     check_model_directory(config.model.path)
     task, heldout_sets = load_tasks(config)
     with make_rewards(config.task, [task, *heldout_sets.values()]) as rewards:
-        from shardes.evaluation import evaluate as evaluate_model
-        from shardes.files import write_atomically
-        from shardes.logs import configure_logging
+        from shardes.evaluation.summary import evaluate as evaluate_model
         from shardes.session import open_session
+        from shardes.utils.files import write_atomically
+        from shardes.utils.logs import configure_logging
 
         configure_logging()
         with open_session(config) as session:
@@ -276,11 +276,11 @@ def export(
         raise UserError("--public: it is for --push-to-hub NAME, which is not given")
     repository = None
     if push_to_hub is not None and os.environ.get("RANK", "0") == "0":
-        from shardes.hub import HubRepository
+        from shardes.export.hub import HubRepository
 
         repository = HubRepository(push_to_hub, is_public=public)
-    from shardes.logs import configure_logging
-    from shardes.runs.exporting import export_run
+    from shardes.export.from_run import export_run
+    from shardes.utils.logs import configure_logging
 
     configure_logging()
     found = export_run(
@@ -319,9 +319,9 @@ def verify(
     config, header, history = read_run(run_dir, base=base, backend=backend)
     if export_dir is not None and not export_dir.is_dir():
         raise UserError(f"--export {export_dir}: is not a directory; give that of an exported model")
-    from shardes.logs import configure_logging
+    from shardes.monitor.verify import verify_run
     from shardes.session import open_session
-    from shardes.verify import verify_run
+    from shardes.utils.logs import configure_logging
 
     configure_logging()
     with open_session(config) as session:
@@ -348,7 +348,7 @@ def journal(run_dir: Path, as_json: bool) -> None:
 
     Nothing is changed, and a run that is going on may be looked at.
     """
-    from shardes.runs.report import report
+    from shardes.monitor.journal_table import report
 
     _, history, good_bytes, num_bytes = read_run_journal(run_dir)
     if as_json:
@@ -367,7 +367,7 @@ def journal(run_dir: Path, as_json: bool) -> None:
 @click.option("--reward-only", is_flag=True, help="Leave out where the time goes, and the instruments.")
 def plot(run_dirs: tuple[Path, ...], out: Path, reward_only: bool) -> None:
     """Draw the metrics of one or several runs: rewards, where the time goes, and the instruments."""
-    from shardes.plot import plot_runs
+    from shardes.monitor.plot import plot_runs
 
     plot_runs(list(run_dirs), out, reward_only=reward_only)
     click.echo(str(out))
@@ -389,7 +389,7 @@ def watch(run_dir: Path, once: bool, every_seconds: float) -> None:
 
     Control-C ends the watching, and nothing else.
     """
-    from shardes.follow import follow
+    from shardes.monitor.watch import follow
 
     is_terminal = sys.stdout.isatty()
     for text in follow(run_dir, once=once, every_seconds=every_seconds, is_terminal=is_terminal):
@@ -410,8 +410,8 @@ def make_data(
 
     Problems are a function of the arguments alone. Each has a solution, and no two are the same.
     """
-    from shardes.files import write_atomically
     from shardes.tasks.generating import convert_arc, make_problems
+    from shardes.utils.files import write_atomically
 
     if (source is None) == (task == "arc"):
         raise UserError(
@@ -430,7 +430,7 @@ def make_data(
 @cli.command()
 def env() -> None:
     """Print versions, devices, and what can be used or why not, for bug reports."""
-    from shardes.environment import describe
+    from shardes.monitor.env import describe
 
     click.echo("\n".join(f"{name}: {value}" for name, value in describe().items()))
 

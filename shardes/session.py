@@ -13,25 +13,25 @@ import torch
 
 from shardes import __version__
 from shardes.backends import Backend, make_backend
-from shardes.checkpoint import Checkpoint
-from shardes.config import Config
-from shardes.distributed import Mesh, make_mesh, process_group
+from shardes.config.schema import Config
+from shardes.distributed.group import Mesh, make_mesh, process_group
+from shardes.distributed.stop import Stop
 from shardes.errors import UserError
 from shardes.es.strategy import decay_of, optimizer_of
 from shardes.es.update import Update
-from shardes.es.weights import Weights
-from shardes.modeling import load_tokenizer
+from shardes.models.build import load_tokenizer
+from shardes.models.checkpoint import Checkpoint
 from shardes.noise import NOISE_VERSION, Kind, LowRank, NoiseKind, matrix_shape
-from shardes.population import Population
-from shardes.progress import progress
-from shardes.rollout.modes import Modes
-from shardes.rollout.rollout import Rollout
-from shardes.rollout.scoring import Scorer
+from shardes.rewards.pool import DirectRewards, Rewards
+from shardes.rewards.scorer import Scorer
+from shardes.rollout.evaluator import Rollout
+from shardes.rollout.gather_modes import Modes
+from shardes.rollout.scheduler import Population
 from shardes.runs.journal import JOURNAL_VERSION
-from shardes.sandbox.pool import DirectRewards, Rewards
-from shardes.spans import Spans
-from shardes.stopping import Stop
 from shardes.tasks.base import Task, all_rewards
+from shardes.utils.progress import progress
+from shardes.utils.timers import Spans
+from shardes.weights.master import Weights
 
 logger = logging.getLogger(__name__)
 

@@ -8,29 +8,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardes.agreement import check_agreement, shared_settings
-from shardes.batches import draw_batch
-from shardes.drift import Drift
+from shardes.distributed.consistency import check_agreement, shared_settings
 from shardes.errors import UserError
 from shardes.es.fitness import mean_reward
-from shardes.es.instruments import reward_instruments
-from shardes.es.measures import UpdateMeasures, update_instruments
-from shardes.es.results import MemberResult, member_rewards, settled
+from shardes.es.member import MemberResult, member_rewards, settled
+from shardes.es.reward_stats import reward_instruments
 from shardes.es.strategy import Strategy, reward_table
 from shardes.es.update import Update
-from shardes.export import export_model
-from shardes.rollout.problems import Problems
-from shardes.rollout.terms_check import check_terms
-from shardes.round import Round
+from shardes.evaluation.kl import Drift
+from shardes.export.writer import export_model
+from shardes.rewards.pool import Rewards
+from shardes.rollout.autotune import settle
+from shardes.rollout.iteration import Round
+from shardes.rollout.lowrank.check import check_terms
+from shardes.rollout.prompts import Problems
 from shardes.runs.directory import RunDirectory
 from shardes.runs.reporting import Callbacks, Reporter, peak_memory_bytes
-from shardes.runs.restore import restore_weights
-from shardes.runs.snapshotting import Snapshots
-from shardes.sandbox.pool import Rewards
+from shardes.runs.resume import restore_weights
+from shardes.runs.snapshot_writer import Snapshots
 from shardes.session import Session, make_population, make_rollout
-from shardes.settling import settle
 from shardes.tasks.base import Row, Task
 from shardes.tasks.data import rows_sha256
+from shardes.tasks.sampler import draw_batch
+from shardes.weights.update_stats import UpdateMeasures, update_instruments
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from shardes.agreement import check_agreement, shared_settings
-from shardes.distributed import Group
+from shardes.distributed.consistency import check_agreement, shared_settings
+from shardes.distributed.group import Group
 from tests.helpers.models import make_config
 
 

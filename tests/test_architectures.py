@@ -7,15 +7,15 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Transpose
 
 from shardes.backends import make_backend
-from shardes.checkpoint import Checkpoint
-from shardes.conversion import Conversion
-from shardes.distributed import Group
+from shardes.distributed.group import Group
 from shardes.errors import UserError
 from shardes.es.update import Update
-from shardes.es.weights import Weights
-from shardes.export import export_model
-from shardes.modeling import build_skeleton, load_model_config
+from shardes.export.writer import export_model
+from shardes.models.build import build_skeleton, load_model_config
+from shardes.models.checkpoint import Checkpoint
+from shardes.models.conversion import Conversion
 from shardes.session import open_session
+from shardes.weights.master import Weights
 from tests.helpers.models import ARCHITECTURES, make_config, tiny_model
 
 ALONE = Group(0, 1, torch.device("cpu"))

@@ -6,7 +6,8 @@ import pytest
 from torch import nn
 
 from shardes.errors import UserError
-from shardes.rollout import decode, terms
+from shardes.rollout.engines.transformers import decoder as decode
+from shardes.rollout.lowrank import hooks as terms
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import Trainer

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardes.batches import draw_batch
 from shardes.noise import data_order
+from shardes.tasks.sampler import draw_batch
 
 
 def draws(num_problems, batch_size, sampling, *, seed=0, iterations=range(6)):

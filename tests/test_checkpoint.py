@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from shardes import checkpoint as checkpoint_module
-from shardes.checkpoint import Checkpoint
 from shardes.errors import UserError
+from shardes.models import checkpoint as checkpoint_module
+from shardes.models.checkpoint import Checkpoint
 from shardes.noise import Region
 from tests.helpers.safetensors_files import write_index, write_raw, write_sharded
 

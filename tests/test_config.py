@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardes.config import Config, EsConfig, TaskName
-from shardes.config_files import dump_config, load_config, parse_config
+from shardes.config.loading import dump_config, load_config, parse_config
+from shardes.config.schema import Config, EsConfig, TaskName
 from shardes.errors import UserError
 from shardes.tasks.registry import LABEL_WORD_TASKS, TASKS
 from tests.helpers.config_trees import MINIMAL, with_key

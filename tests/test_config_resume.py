@@ -2,8 +2,8 @@
 
 import pytest
 
-from shardes.config import Config
-from shardes.config_files import parse_config
+from shardes.config.loading import parse_config
+from shardes.config.schema import Config
 from tests.helpers.config_trees import with_key
 
 FREE = [

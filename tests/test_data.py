@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardes.config import SetConfig, TaskConfig
+from shardes.config.schema import SetConfig, TaskConfig
 from shardes.errors import UserError
 from shardes.tasks.data import read_rows, rows_sha256, split_rows
 from shardes.tasks.loading import load_task
@@ -129,7 +129,7 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(tmp_path, monkeyp
 
 def test_plain_files_need_neither_torch_nor_the_libraries_of_tables():
     code = (
-        "import sys\nfrom pathlib import Path\nfrom shardes.config import TaskConfig\n"
+        "import sys\nfrom pathlib import Path\nfrom shardes.config.schema import TaskConfig\n"
         "from shardes.tasks.loading import load_task\n"
         "load_task(TaskConfig(name='countdown_short', data=Path('configs/quickstart/train.jsonl')))\n"
         "heavy = {'torch', 'numpy', 'pyarrow', 'pandas', 'datasets', 'sympy', 'math_verify', 'jinja2'}\n"

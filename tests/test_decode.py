@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardes.errors import UserError
-from shardes.modeling import load_tokenizer
-from shardes.rollout import decode
+from shardes.models.build import load_tokenizer
 from shardes.rollout.batching import LEAST_PREFIX, shared_prefix
-from shardes.rollout.decode import LEAST_ROWS, TOKENS_PER_CHECK, Decoder
-from shardes.rollout.stop_texts import StopTexts
+from shardes.rollout.engines.stop_strings import StopTexts
+from shardes.rollout.engines.transformers import decoder as decode
+from shardes.rollout.engines.transformers.decoder import LEAST_ROWS, TOKENS_PER_CHECK, Decoder
 from tests.helpers.decoding import (
     BUDGET,
     EVERY,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from shardes.rollout.batching import LEAST_PREFIX, shared_prefix
-from shardes.rollout.decode import Answers, Decoder
-from shardes.rollout.graphs import ladder
+from shardes.rollout.engines.transformers.cuda_graphs import ladder
+from shardes.rollout.engines.transformers.decoder import Answers, Decoder
 from tests.helpers.decoding import BUDGET, EVERY, PAD, Rows, composed, generated, random_prompts
 
 

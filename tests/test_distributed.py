@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from shardes.distributed import Group, process_group
+from shardes.distributed.group import Group, process_group
+from shardes.distributed.stop import Stop
 from shardes.errors import UserError
-from shardes.stopping import Stop
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from shardes.cli import cli
-from shardes.config import Config
-from shardes.config_files import parse_config
+from shardes.config.loading import parse_config
+from shardes.config.schema import Config
 from tests.helpers.inprocess import call
 from tests.helpers.ranks import ROOT
 

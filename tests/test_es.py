@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardes.checkpoint import Checkpoint
-from shardes.es import digest_cpu
-from shardes.es.digest import add_digest
 from shardes.es.update import Update
+from shardes.models.checkpoint import Checkpoint
 from shardes.noise import Region, definition
 from shardes.session import open_session
+from shardes.weights import digest_cpu
+from shardes.weights.digest import add_digest
 from tests.helpers.models import make_config, tiny_model
 
 SEED = 2**40 + 5

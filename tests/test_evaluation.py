@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import yaml
 
-from shardes.config_files import load_config
+from shardes.config.loading import load_config
 from shardes.errors import UserError
-from shardes.evaluation import estimate, summarise
-from shardes.rollout.tally import Evaluation
+from shardes.evaluation.summary import estimate, summarise
+from shardes.rollout.aggregate import Evaluation
 from shardes.runs.journal import History, read_journal
 from shardes.session import open_session
 from shardes.tasks.loading import load_task

@@ -16,11 +16,11 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shardes.checkpoint import Checkpoint
 from shardes.cli import cli
 from shardes.errors import UserError
-from shardes.export import check_destination, export_model
-from shardes.model_card import model_card
+from shardes.export.model_card import model_card
+from shardes.export.writer import check_destination, export_model
+from shardes.models.checkpoint import Checkpoint
 from shardes.noise import Region
 from shardes.runs.journal import History
 from shardes.session import open_session
@@ -73,7 +73,7 @@ def run(runs):
 @pytest.fixture
 def invoke(monkeypatch):
     """The command line in this process, without its logging."""
-    monkeypatch.setattr("shardes.logs.configure_logging", lambda: None)
+    monkeypatch.setattr("shardes.utils.logs.configure_logging", lambda: None)
 
     def call(*arguments):
         return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=True)

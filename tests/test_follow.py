@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from shardes.errors import UserError
-from shardes.follow import Following, follow
+from shardes.monitor.watch import Following, follow
 from tests.helpers.inprocess import call
 
 HEADER = {
@@ -114,9 +114,9 @@ def test_it_is_followed_until_it_is_finished(run, monkeypatch):
         assert seconds == 0.5
         write(run / "journal.jsonl", [members(2, 3)[2], *update(2)[3:], *update(3), evaluation(4, 0.5)])
         write(run / "metrics.jsonl", [line(2, 0.4), line(3, 0.5), {"iteration": 4, "heldout_reward": 0.5}])
-        monkeypatch.setattr("shardes.follow.time.sleep", lambda _: pytest.fail("it is finished"))
+        monkeypatch.setattr("shardes.monitor.watch.time.sleep", lambda _: pytest.fail("it is finished"))
 
-    monkeypatch.setattr("shardes.follow.time.sleep", grow)
+    monkeypatch.setattr("shardes.monitor.watch.time.sleep", grow)
     first, last = follow(run, once=False, every_seconds=0.5, is_terminal=False)
     assert "2 of 4" in first
     assert "iterations   4 of 4\n" in last
@@ -135,7 +135,7 @@ def test_without_a_terminal_there_is_one_text_an_iteration_and_no_escape(run, mo
         if len(calls) == 6:
             write(run / "metrics.jsonl", [line(3, 0.4), {"iteration": 4}])
 
-    monkeypatch.setattr("shardes.follow.time.sleep", grow)
+    monkeypatch.setattr("shardes.monitor.watch.time.sleep", grow)
     texts = list(follow(run, once=False, every_seconds=1, is_terminal=False))
     assert len(texts) == 3
     assert not any("\x1b" in text for text in texts)

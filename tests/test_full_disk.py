@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from shardes.runs.journal import read_journal
-from shardes.runs.snapshots import find_snapshots
+from shardes.runs.snapshot import find_snapshots
 from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import tiny_model, tree

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shardes.es.fitness import mean_reward
-from shardes.es.instruments import reward_instruments
+from shardes.es.reward_stats import reward_instruments
 from shardes.es.shaping import shape
 
 

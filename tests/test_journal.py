@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardes.config_files import dump_config, parse_config
+from shardes.config.loading import dump_config, parse_config
 from shardes.errors import StorageError, UserError
 from shardes.runs import lock
 from shardes.runs.directory import LineFile, RunDirectory, read_lines, write_atomically

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from shardes.checkpoint import Checkpoint
+from shardes.models.checkpoint import Checkpoint
 from shardes.noise import LowRank, Region
 from shardes.session import open_session
 from shardes.tasks.loading import load_task

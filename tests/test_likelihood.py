@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shardes.rollout.likelihood import completion_log_likelihoods, compose_completions
+from shardes.rollout.engines.transformers.likelihood import completion_log_likelihoods, compose_completions
 from tests.helpers.decoding import EVERY, PAD, HeadInputs, random_prompts
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from shardes.distributed import Group, Mesh, make_mesh
+from shardes.distributed.group import Group, Mesh, make_mesh
 from shardes.errors import UserError
 from shardes.session import open_session
 from tests.helpers.exports import fingerprint

@@ -9,7 +9,7 @@ from runpy import run_path
 
 import pytest
 
-from shardes.config_files import load_config
+from shardes.config.loading import load_config
 from shardes.planning.machine import Machine
 from shardes.planning.plan import Plan
 from shardes.planning.sources import skeleton

@@ -8,14 +8,15 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from shardes.distributed import Group, Mesh
+from shardes.distributed.group import Group, Mesh
 from shardes.es.update import Update
-from shardes.es.whole import WholeWeights
-from shardes.rollout import memory, modes
+from shardes.rollout import gather_modes as modes
+from shardes.rollout import memory
+from shardes.rollout.gather_modes import Modes
 from shardes.rollout.memory import free_bytes, generation_bytes, is_shortage
-from shardes.rollout.modes import Modes
 from shardes.session import make_rollout, open_session
 from shardes.tasks.loading import load_task
+from shardes.weights.gathered import WholeWeights
 from tests.helpers.models import make_config, tiny_model
 
 CPU = torch.device("cpu")

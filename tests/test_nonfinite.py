@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from shardes.config_files import parse_config
+from shardes.config.loading import parse_config
 from shardes.errors import UserError
 from shardes.es.fitness import mean_and_deviation
-from shardes.es.measures import UpdateMeasures
 from shardes.es.shaping import shape
 from shardes.es.update import Update
 from shardes.noise import NoiseKind, definition
-from shardes.rollout.rollout import Rollout
+from shardes.rollout.evaluator import Rollout
 from shardes.runs.journal import read_journal
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import Trainer
+from shardes.weights.update_stats import UpdateMeasures
 from tests.helpers.models import make_config, tiny_model
 
 POPULATION = 4

@@ -7,15 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from shardes.config import RolloutConfig
-from shardes.distributed import Group
+from shardes.config.schema import RolloutConfig
+from shardes.distributed.group import Group
 from shardes.errors import UserError
-from shardes.modeling import load_tokenizer
-from shardes.rollout.modes import Modes
-from shardes.rollout.rollout import Rollout
-from shardes.rollout.scoring import Scorer
-from shardes.rollout.tally import ChoiceSet, LikelihoodTally, choice_set
-from shardes.sandbox.pool import DirectRewards
+from shardes.models.build import load_tokenizer
+from shardes.rewards.pool import DirectRewards
+from shardes.rewards.scorer import Scorer
+from shardes.rollout.aggregate import ChoiceSet, LikelihoodTally, choice_set
+from shardes.rollout.evaluator import Rollout
+from shardes.rollout.gather_modes import Modes
 from shardes.session import open_session
 from shardes.tasks.base import Choices, Task
 from shardes.tasks.loading import load_task

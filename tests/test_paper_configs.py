@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shardes.config_files import load_config
+from shardes.config.loading import load_config
 from tests.helpers.inprocess import call
 from tests.helpers.models import tiny_model
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 import yaml
 
-from shardes.config_files import parse_config
-from shardes.distributed import Group, Mesh
+from shardes.config.loading import parse_config
+from shardes.distributed.group import Group, Mesh
 from shardes.errors import UserError
 from shardes.planning.machine import Machine
 from shardes.planning.plan import Plan
 from shardes.planning.sources import plan_run, skeleton
-from shardes.planning.units import shown_bytes, shown_seconds
 from shardes.planning.workload import Workload, make_workload
-from shardes.rollout import modes
+from shardes.rollout import gather_modes as modes
 from shardes.rollout.memory import generation_bytes
+from shardes.utils.units import shown_bytes, shown_seconds
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model, tree
 from tests.helpers.ranks import ROOT, run_ranks

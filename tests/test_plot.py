@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shardes.errors import UserError
-from shardes.plot import plot_runs, read_metrics
+from shardes.monitor.plot import plot_runs, read_metrics
 
 pytest.importorskip("matplotlib", reason="pip install 'shardes[plot]'")
 

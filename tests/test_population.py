@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from shardes.distributed import Group, Mesh
-from shardes.es.results import MemberResult
-from shardes.population import Desk, Evaluate, Population
-from shardes.spans import Spans
-from shardes.stopping import Stop, Stopped
+from shardes.distributed.group import Group, Mesh
+from shardes.distributed.stop import Stop, Stopped
+from shardes.es.member import MemberResult
+from shardes.rollout.scheduler import Desk, Evaluate, Population
+from shardes.utils.timers import Spans
 
 CPU = torch.device("cpu")
 

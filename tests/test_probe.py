@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from shardes.rollout import rollout as rollout_module
-from shardes.rollout.decode import Decoder
+from shardes.rollout import evaluator as rollout_module
+from shardes.rollout.engines.transformers.decoder import Decoder
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import Trainer

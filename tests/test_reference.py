@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from shardes.config import EsConfig
+from shardes.config.schema import EsConfig
 from shardes.rollout.batching import compose
 from shardes.session import open_session
 from shardes.tasks.loading import load_task

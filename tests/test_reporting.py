@@ -10,12 +10,12 @@ import struct
 import pytest
 
 from shardes.errors import UserError
-from shardes.progress import duration, progress
 from shardes.runs.reporting import Callbacks
 from shardes.runs.trackers import check_trackers, scalars
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import Trainer
+from shardes.utils.progress import duration, progress
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model
 
@@ -197,8 +197,8 @@ def test_what_wandb_refuses_is_told_with_the_remedy(tmp_path, model, monkeypatch
 
 def test_long_work_tells_now_and_then_how_far_it_is(monkeypatch, caplog):
     clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr("shardes.progress.time.monotonic", lambda: next(clock))
-    with caplog.at_level(logging.INFO, logger="shardes.progress"):
+    monkeypatch.setattr("shardes.utils.progress.time.monotonic", lambda: next(clock))
+    with caplog.at_level(logging.INFO, logger="shardes.utils.progress"):
         assert list(progress("abcdefgh", what="loading", total=8, unit="parts")) == list("abcdefgh")
     # One item takes 4 seconds: a line after 12, of what is done, and then every 12.
     assert [r.getMessage() for r in caplog.records] == [
@@ -214,16 +214,16 @@ def test_on_a_terminal_it_is_a_bar(monkeypatch):
 
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    monkeypatch.setattr("shardes.progress._SECONDS_BEFORE_BAR", 0)
+    monkeypatch.setattr("shardes.utils.progress._SECONDS_BEFORE_BAR", 0)
     assert list(progress("abc", what="loading", total=3, unit="parts")) == list("abc")
     assert re.search(r"loading: +\d+%\|.*/3 ", terminal.getvalue())
 
 
 def test_other_ranks_and_short_work_say_nothing(monkeypatch, caplog):
-    with caplog.at_level(logging.INFO, logger="shardes.progress"):
+    with caplog.at_level(logging.INFO, logger="shardes.utils.progress"):
         assert list(progress(range(3), what="loading", total=3, unit="parts")) == [0, 1, 2]
         monkeypatch.setenv("RANK", "1")
-        monkeypatch.setattr("shardes.progress.time.monotonic", iter(range(0, 9000, 100)).__next__)
+        monkeypatch.setattr("shardes.utils.progress.time.monotonic", iter(range(0, 9000, 100)).__next__)
         assert list(progress(range(3), what="loading", total=3, unit="parts")) == [0, 1, 2]
     assert not caplog.records
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from shardes.runs.snapshots import find_snapshots, snapshot_path
+from shardes.runs.snapshot import find_snapshots, snapshot_path
 from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import tiny_model, tree

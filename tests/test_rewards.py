@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from shardes.config import SetConfig
+from shardes.config.schema import SetConfig
 from shardes.errors import UserError
-from shardes.es.results import MemberResult, member_rewards, settled
-from shardes.rollout.scoring import Scorer
-from shardes.sandbox.judging import Answers, import_function, reference_of
-from shardes.sandbox.pool import DirectRewards
+from shardes.es.member import MemberResult, member_rewards, settled
+from shardes.rewards.pool import DirectRewards
+from shardes.rewards.scorer import Scorer
+from shardes.rewards.worker import Answers, import_function, reference_of
 from shardes.tasks.base import Component, Definition, Task
 from shardes.tasks.rewards import components
 

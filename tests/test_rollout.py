@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from shardes.config import RolloutConfig
-from shardes.distributed import Group, Mesh
+from shardes.config.schema import RolloutConfig
+from shardes.distributed.group import Group, Mesh
 from shardes.errors import UserError
-from shardes.modeling import load_tokenizer
+from shardes.models.build import load_tokenizer
+from shardes.rewards.pool import DirectRewards
+from shardes.rewards.scorer import Scorer
 from shardes.rollout.batching import compose, tokenize
-from shardes.rollout.modes import Modes
-from shardes.rollout.rollout import Rollout
-from shardes.rollout.scoring import Scorer
-from shardes.sandbox.pool import DirectRewards
+from shardes.rollout.evaluator import Rollout
+from shardes.rollout.gather_modes import Modes
 from shardes.session import make_rollout, open_session
 from shardes.tasks.base import Component, Task
 from shardes.tasks.loading import load_task

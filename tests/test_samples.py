@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from shardes.rollout.tally import NUM_SAMPLES
+from shardes.rollout.aggregate import NUM_SAMPLES
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import Trainer

@@ -12,7 +12,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from shardes.rollout.sampling import Sampling
+from shardes.rollout.engines.sampling import Sampling
 from tests.helpers.decoding import BUDGET, composed, decoded, random_prompts
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from shardes.config import TaskConfig
+from shardes.config.schema import TaskConfig
 from shardes.errors import UserError
-from shardes.sandbox import pool
-from shardes.sandbox.judging import Answers
-from shardes.sandbox.pool import DirectRewards, Sandbox, make_rewards
-from shardes.sandbox.template import HEADER
+from shardes.rewards import pool
+from shardes.rewards.fork_server import HEADER
+from shardes.rewards.pool import DirectRewards, Sandbox, make_rewards
+from shardes.rewards.worker import Answers
 from shardes.tasks.base import Component, Task
 from tests.helpers import hostile_rewards
 from tests.helpers.ranks import ROOT
@@ -221,8 +221,8 @@ def test_the_configuration_chooses_where_rewards_run():
 
 PARENT = """
 import sys, time
-from shardes.sandbox.pool import Sandbox
-from shardes.sandbox.judging import Answers
+from shardes.rewards.pool import Sandbox
+from shardes.rewards.worker import Answers
 from shardes.tasks.base import Component
 from tests.helpers import hostile_rewards
 parts = [Component("pid", hostile_rewards.pid), Component("obey", hostile_rewards.obey)]
@@ -247,7 +247,7 @@ def test_processes_end_with_the_one_that_started_them():
 
 SIGNALLED_AS_IT_ENDS = """
 import atexit, os, signal, sys
-from shardes.sandbox.template import main
+from shardes.rewards.fork_server import main
 atexit.register(os.kill, os.getpid(), signal.SIGTERM)
 main(int(sys.argv[1]), 0, os.getppid())
 """
@@ -284,7 +284,7 @@ def test_a_template_told_twice_to_end_says_nothing():
 def test_a_template_whose_reply_nobody_reads_ends_in_silence():
     control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    code = f"from shardes.sandbox.template import main; main({theirs.fileno()}, 0, {os.getpid()})"
+    code = f"from shardes.rewards.fork_server import main; main({theirs.fileno()}, 0, {os.getpid()})"
     command = [sys.executable, "-c", code]
     process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, env=environment)
     with process, control, theirs:
@@ -298,7 +298,7 @@ def test_a_template_whose_reply_nobody_reads_ends_in_silence():
 
 def test_nothing_heavy_is_imported_by_the_processes():
     heavy = "{'torch', 'numpy', 'pydantic'}"
-    code = f"import sys, shardes.sandbox.template; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, shardes.rewards.fork_server; print(sorted({heavy} & set(sys.modules)))"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert output.stdout == "[]\n"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardes.config import EsConfig
+from shardes.config.schema import EsConfig
 from shardes.es.fitness import mean_reward
 from shardes.es.schedules import between, factor
 from shardes.es.shaping import shape

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from shardes import shared_memory
-from shardes.shared_memory import SharedMemory
+from shardes.distributed import shared_memory
+from shardes.distributed.shared_memory import SharedMemory
 from tests.helpers.ranks import ROOT, run_ranks
 
 NUM_RANKS = 3

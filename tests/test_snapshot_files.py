@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from shardes.noise import Region
-from shardes.runs import snapshots
-from shardes.runs.snapshots import Snapshot, SnapshotError, find_snapshots, write_manifest
+from shardes.runs import snapshot as snapshots
+from shardes.runs.snapshot import Snapshot, SnapshotError, find_snapshots, write_manifest
 from tests.helpers.snapshot_files import (
     LAYOUTS,
     damage,

@@ -8,14 +8,14 @@ import threading
 import pytest
 import torch
 
-from shardes.checkpoint import Checkpoint
-from shardes.distributed import Group, Mesh
+from shardes.distributed.group import Group, Mesh
 from shardes.errors import UserError
 from shardes.es.update import Update
-from shardes.runs import snapshotting
+from shardes.models.checkpoint import Checkpoint
+from shardes.runs import snapshot_writer as snapshotting
 from shardes.runs.journal import read_journal
-from shardes.runs.restore import restore_weights
-from shardes.runs.snapshots import Snapshot, SnapshotError, find_snapshots, snapshot_path, write_part
+from shardes.runs.resume import restore_weights
+from shardes.runs.snapshot import Snapshot, SnapshotError, find_snapshots, snapshot_path, write_part
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import Trainer

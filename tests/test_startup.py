@@ -5,8 +5,8 @@ import sys
 
 import yaml
 
-from shardes import environment
 from shardes.cli import cli
+from shardes.monitor import env as environment
 from tests.helpers.inprocess import call
 from tests.helpers.models import tree
 from tests.helpers.ranks import run_command

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from shardes.config import SetConfig
+from shardes.config.schema import SetConfig
 from shardes.errors import UserError
-from shardes.sandbox.judging import Answers, import_function, reference_of
-from shardes.sandbox.pool import Sandbox
+from shardes.rewards.pool import Sandbox
+from shardes.rewards.worker import Answers, import_function, reference_of
 from shardes.tasks.base import Choices
 from shardes.tasks.boxed import boxed_reward, expression_reward
 from shardes.tasks.matching import regex_reward, think_answer_reward

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from shardes.backends.tensor_parallel import _check_experts, _check_heads, _untie
-from shardes.config_files import parse_config
+from shardes.config.loading import parse_config
 from shardes.errors import UserError
-from shardes.modeling import build_skeleton, load_model_config
+from shardes.models.build import build_skeleton, load_model_config
 from tests.helpers.backend_cases import backend_case
 from tests.helpers.models import tiny_model, tree
 from tests.helpers.ranks import Ranks

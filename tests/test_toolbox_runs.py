@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from shardes.checkpoint import Checkpoint
+from shardes.models.checkpoint import Checkpoint
 from shardes.noise import Region
-from shardes.runs.snapshots import find_snapshots, snapshot_path
+from shardes.runs.snapshot import find_snapshots, snapshot_path
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import Trainer

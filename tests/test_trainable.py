@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardes.backends import make_backend
-from shardes.checkpoint import Checkpoint
-from shardes.distributed import Group
+from shardes.backends.shard import Run
+from shardes.distributed.group import Group
 from shardes.errors import UserError
 from shardes.es.optimizers import Adam
-from shardes.es.selection import select_trainable
 from shardes.es.update import Update
-from shardes.es.weights import Decay, Weights
+from shardes.models.checkpoint import Checkpoint
 from shardes.session import open_session
-from shardes.shards import Run
+from shardes.weights.master import Decay, Weights
+from shardes.weights.trainable import select_trainable
 from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model, tree

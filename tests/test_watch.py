@@ -10,9 +10,9 @@ import time
 import pytest
 import torch.distributed as dist
 
+from shardes.distributed.failure_monitor import Watch
+from shardes.distributed.stop import Stop, stop_signals
 from shardes.errors import UserError
-from shardes.stopping import Stop, stop_signals
-from shardes.watch import Watch
 
 
 class Job:
@@ -200,7 +200,7 @@ def test_what_takes_too_long_is_abandoned_with_status_0():
 
 
 def test_signals_become_requests_and_a_second_one_ends_at_once(monkeypatch):
-    monkeypatch.setattr("shardes.stopping._SAME_REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr("shardes.distributed.stop._SAME_REQUEST_SECONDS", 0.2)
     ended, told = [], []
     old = signal.getsignal(signal.SIGUSR1)
     with stop_signals() as stop:

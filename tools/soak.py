@@ -117,8 +117,8 @@ def report(number: int, attempt: "Attempt", problems: list[str]) -> None:
 def preload(backends: list[str]) -> None:
     """Imports and compiles what ranks need, so that they find it there; starts no thread."""
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    needed = ["transformers.models.qwen2.modeling_qwen2", "shardes.trainer", "shardes.export"]
-    needed += ["shardes.noise.cpu", "shardes.es.digest_cpu", "shardes.backends.fsdp"]
+    needed = ["transformers.models.qwen2.modeling_qwen2", "shardes.trainer", "shardes.export.writer"]
+    needed += ["shardes.noise.cpu", "shardes.weights.digest_cpu", "shardes.backends.fsdp"]
     if "zero3" in backends:
         needed += ["deepspeed", "shardes.backends.zero3"]
     for name in needed:
@@ -126,7 +126,7 @@ def preload(backends: list[str]) -> None:
     import torch
 
     from shardes import noise
-    from shardes.es.digest import add_digest
+    from shardes.weights.digest import add_digest
 
     values, region = torch.zeros(8), noise.Region(param_id=0, param_size=8, start=0, length=8)
     noise.perturb(values, values.clone(), region=region, sigma=1.0, seed=0, iteration=0, direction=0)
@@ -307,11 +307,11 @@ def command(words: list[str]) -> None:
 
 def set_trap(place: str, call: int, after: float) -> None:
     """Has this process kill itself at a call of what a place stands for."""
-    from shardes.es.weights import Weights
-    from shardes.es.whole import WholeWeights
-    from shardes.files import AppendFile
-    from shardes.rollout.rollout import Rollout
-    from shardes.runs import snapshots
+    from shardes.rollout.evaluator import Rollout
+    from shardes.runs import snapshot as snapshots
+    from shardes.utils.files import AppendFile
+    from shardes.weights.gathered import WholeWeights
+    from shardes.weights.master import Weights
 
     within: dict[str, list[tuple[Any, str]]] = {
         "perturb": [(Weights, "perturb"), (WholeWeights, "perturb")],

@@ -125,7 +125,7 @@ def perturb_and_subtract() -> Any:
 
     from shardes import noise
     from shardes.es.update import Update
-    from shardes.es.weights import Weights
+    from shardes.weights.master import Weights
 
     class Subtracting(Weights):
         added: tuple[int, int, float] | None = None
@@ -173,7 +173,7 @@ def perturb_and_subtract() -> Any:
 
 def adaptive_sigma() -> Any:
     """Sigma grows while members cannot be told apart, and shrinks while they can."""
-    from shardes.es.instruments import reward_instruments
+    from shardes.es.reward_stats import reward_instruments
     from shardes.es.strategy import Strategy, reward_table
 
     class Adaptive(Strategy):
@@ -201,7 +201,7 @@ def adaptive_sigma() -> Any:
 
 def run_one(task: str, name: str, factor: float, seed: int) -> dict[str, Any]:
     """Trains once; returns the run's line."""
-    from shardes.config_files import load_config
+    from shardes.config.loading import load_config
     from shardes.session import open_session
     from shardes.tasks.loading import load_task
     from shardes.trainer import Trainer

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from shardes.backends.base import Backend
-from shardes.config import Config
-from shardes.distributed import Group
+from shardes.config.schema import Config
+from shardes.distributed.group import Group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,8 +20,8 @@ def make_backend(config: Config, *, group: Group) -> Backend:
     """
     import torch
 
-    from shardes.conversion import Conversion
-    from shardes.modeling import build_skeleton, load_generation_config, load_model_config
+    from shardes.models.build import build_skeleton, load_generation_config, load_model_config
+    from shardes.models.conversion import Conversion
 
     trust = config.model.trust_remote_code
     model_config = load_model_config(config.model.path, trust_remote_code=trust)
@@ -51,7 +51,7 @@ def _spread(skeleton: "PreTrainedModel", *, config: Config, group: Group) -> Bac
 
     from shardes.backends.deepspeed_config import make_deepspeed_config
     from shardes.backends.zero3 import Zero3Backend
-    from shardes.modeling import largest_layer, largest_parameter
+    from shardes.models.build import largest_layer, largest_parameter
 
     size = config.rollout.micro_batch_size
     deepspeed_config = make_deepspeed_config(

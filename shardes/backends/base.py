@@ -8,8 +8,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import nn
 
-from shardes.conversion import Conversion
-from shardes.shards import Shard
+from shardes.backends.shard import Shard
+from shardes.models.conversion import Conversion
 
 
 class Backend(ABC):

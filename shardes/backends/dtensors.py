@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from shardes.backends.layout import Layout, Split
-from shardes.distributed import Group
+from shardes.distributed.group import Group
 
 
 def make_mesh(group: Group, *, axis: str) -> DeviceMesh:

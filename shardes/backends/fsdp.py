@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from shardes.backends.dtensors import layout_of, local_of, make_mesh
 from shardes.backends.sharded import GatheringBackend
-from shardes.distributed import Group
+from shardes.distributed.group import Group
 
 
 class FsdpBackend(GatheringBackend):

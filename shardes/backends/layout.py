@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shardes.shards import Run
+from shardes.backends.shard import Run
 
 # Indices of one dimension as (first, number), ascending.
 _Intervals = list[tuple[int, int]]

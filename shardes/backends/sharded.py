@@ -9,11 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shardes.backends.base import Backend
+from shardes.backends.gathered_model import Replica, padded
 from shardes.backends.layout import Layout
-from shardes.backends.replica import Replica, padded
-from shardes.distributed import Group
-from shardes.modeling import parameter_aliases, parameter_ids
-from shardes.shards import Shard
+from shardes.backends.shard import Shard
+from shardes.distributed.group import Group
+from shardes.models.build import parameter_aliases, parameter_ids
 
 
 def make_shards(

@@ -5,9 +5,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shardes.backends.base import Backend
-from shardes.distributed import Group
-from shardes.modeling import fill_parameters, parameter_aliases, parameter_ids
-from shardes.shards import Run, Shard
+from shardes.backends.shard import Run, Shard
+from shardes.distributed.group import Group
+from shardes.models.build import fill_parameters, parameter_aliases, parameter_ids
 
 
 class SingleBackend(Backend):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from shardes.distributed import Group
+from shardes.distributed.group import Group
 
 Terms = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From the inputs and outputs of a product to outputs with something added that is linear in the inputs."""

@@ -20,9 +20,9 @@ from shardes.backends.dtensors import layout_of, local_of, make_mesh
 from shardes.backends.layout import Layout
 from shardes.backends.sharded import ShardedBackend, make_shards
 from shardes.backends.split_linear import linears_of, use_plain_tensors
-from shardes.distributed import Group
+from shardes.distributed.group import Group
 from shardes.errors import UserError
-from shardes.modeling import parameter_aliases
+from shardes.models.build import parameter_aliases
 
 # Attention modules compute whole heads, so a plan that splits their outputs deals heads to ranks.
 _DEALS_HEADS = re.compile(r".*\b(self_attn|attention|attn)\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value)")

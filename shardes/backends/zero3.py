@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 
 from shardes.backends.layout import flat_layout
 from shardes.backends.sharded import GatheringBackend
-from shardes.distributed import Group
+from shardes.distributed.group import Group
 from shardes.errors import UserError
 
 _RELIED_ON = ("ds_tensor", "ds_numel", "ds_shape", "ds_process_group")

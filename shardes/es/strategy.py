@@ -5,14 +5,14 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from shardes.config import EsConfig
+from shardes.config.schema import EsConfig
+from shardes.es.member import MemberResult
 from shardes.es.optimizers import Adam, Momentum, Optimizer, PlainStep
 from shardes.es.perturbation import Perturbation
-from shardes.es.results import MemberResult
 from shardes.es.schedules import between, factor
 from shardes.es.shaping import RewardTable, shape
 from shardes.es.update import Update
-from shardes.es.weights import Decay
+from shardes.weights.master import Decay
 
 
 class Strategy:

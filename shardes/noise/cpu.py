@@ -33,7 +33,7 @@ from shardes.noise.cpu_math import (
 )
 from shardes.noise.definition import BLOCK, LANES, SIGN_BLOCK, NoiseKind, Stream
 from shardes.noise.region import Region
-from shardes.threads import split_over_threads
+from shardes.utils.threads import split_over_threads
 
 # Elements of normals that a kernel makes in a step: a pair of blocks to perturb with, a block to add up.
 PAIR = 2 * BLOCK

@@ -28,7 +28,7 @@ from shardes.noise.cpu_math import (
 )
 from shardes.noise.definition import BLOCK
 from shardes.noise.lowrank import Tile
-from shardes.threads import split_over_threads
+from shardes.utils.threads import split_over_threads
 
 # Rows and columns whose sums are made together: of these, three terms at a time, registers are not too few.
 _ROWS, _STRIP = 4, 512

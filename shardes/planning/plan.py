@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from shardes.backends.shares import Shares, Spread
-from shardes.config import Config
+from shardes.backends.footprint import Shares, Spread
+from shardes.config.schema import Config
 from shardes.errors import UserError
-from shardes.es.selection import select_trainable
 from shardes.es.strategy import optimizer_of
-from shardes.es.weights import CHUNK_ELEMENTS
-from shardes.modeling import parameter_aliases
+from shardes.models.build import parameter_aliases
 from shardes.planning.machine import Machine
-from shardes.planning.units import shown_bytes
 from shardes.planning.workload import Workload
 from shardes.rollout.memory import cache_bytes, generation_bytes, likelihood_bytes, mode_bytes
+from shardes.utils.units import shown_bytes
+from shardes.weights.master import CHUNK_ELEMENTS
+from shardes.weights.trainable import select_trainable
 
 # Numbers of ranks that are tried in the search for the fewest.
 _MOST_RANKS = 1024

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from shardes.planning.plan import Plan
-from shardes.planning.units import shown_bytes, shown_count, shown_seconds
+from shardes.utils.units import shown_bytes, shown_count, shown_seconds
 
 _MODE_HOLDS = {
     "members": "the centre and a copy of the model",

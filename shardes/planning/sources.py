@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from shardes.checkpoint import Checkpoint
-from shardes.config import Config, is_hub_reference
-from shardes.conversion import Conversion
+from shardes.config.schema import Config, is_hub_reference
 from shardes.errors import UserError
-from shardes.modeling import build_skeleton, load_model_config, load_tokenizer, parameter_aliases
+from shardes.models.build import build_skeleton, load_model_config, load_tokenizer, parameter_aliases
+from shardes.models.checkpoint import Checkpoint
+from shardes.models.conversion import Conversion
 from shardes.planning.machine import Machine
 from shardes.planning.plan import Plan
-from shardes.planning.units import shown_bytes
 from shardes.planning.workload import make_workload
 from shardes.tasks.loading import load_task
+from shardes.utils.units import shown_bytes
 
 
 def plan_run(

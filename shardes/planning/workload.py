@@ -4,10 +4,10 @@ import heapq
 from dataclasses import dataclass
 from typing import Any
 
-from shardes.config import Config
+from shardes.config.schema import Config
+from shardes.rollout.aggregate import choice_set
 from shardes.rollout.batching import tokenize
 from shardes.rollout.probe import USUAL_SIZE
-from shardes.rollout.tally import choice_set
 from shardes.tasks.base import Task
 from shardes.tasks.registry import definition_of
 

@@ -4,8 +4,8 @@ import heapq
 import logging
 from collections.abc import Sequence
 
-from shardes.distributed import Mesh
-from shardes.rollout.rollout import Rollout
+from shardes.distributed.group import Mesh
+from shardes.rollout.evaluator import Rollout
 from shardes.tasks.base import Row
 
 logger = logging.getLogger(__name__)

@@ -8,12 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from shardes.config import Config
-from shardes.config_files import dump_config
+from shardes.config.loading import dump_config
+from shardes.config.schema import Config
 from shardes.errors import StorageError, UserError
-from shardes.files import AppendFile, write_atomically
 from shardes.runs.journal import History, Journal
 from shardes.runs.lock import DirectoryLock
+from shardes.utils.files import AppendFile, write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from shardes.errors import UserError
-from shardes.files import AppendFile
+from shardes.utils.files import AppendFile
 
 JOURNAL_VERSION = 2
 

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from shardes.es.fitness import mean_and_deviation, mean_reward
-from shardes.es.results import MemberResult, member_rewards
+from shardes.es.member import MemberResult, member_rewards
 from shardes.runs.journal import History
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from shardes.config import Config
-from shardes.config_files import load_run_config
+from shardes.config.loading import load_run_config
+from shardes.config.schema import Config
 from shardes.errors import UserError
 from shardes.runs.journal import History, read_journal
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from shardes.config import Config
-from shardes.progress import duration
+from shardes.config.schema import Config
 from shardes.runs.directory import RunDirectory
 from shardes.runs.metrics import heldout_metrics, iteration_metrics
 from shardes.runs.trackers import Tracker, open_trackers
-from shardes.spans import Spans
+from shardes.utils.progress import duration
+from shardes.utils.timers import Spans
 
 # How many of the last iterations the time that is left is judged by; evaluations come every few.
 _NUM_TIMED = 20

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shardes.config import is_hub_reference
+from shardes.config.schema import is_hub_reference
 from shardes.errors import UserError
 from shardes.tasks.base import Row
 from shardes.tasks.rows import shown

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from shardes.config import Config, SetConfig, TaskConfig
+from shardes.config.schema import Config, SetConfig, TaskConfig
 from shardes.errors import UserError
 from shardes.tasks.base import Definition, Prompt, Row, Task
 from shardes.tasks.data import read_rows, split_rows

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from shardes.config import SetConfig
+from shardes.config.schema import SetConfig
 from shardes.tasks import arc, arithmetic, boxed, choosing, conciseness, countdown, matching, sudoku
 from shardes.tasks.base import Definition, RewardFunction
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from shardes.config import SetConfig
+from shardes.config.schema import SetConfig
 from shardes.errors import UserError
 from shardes.tasks.base import Component, Definition, RewardFunction
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from shardes import noise
-from shardes.es.digest import add_digest
 from shardes.noise import Region
 from shardes.noise.definition import MAX_ELEMENTS, MAX_PARAM_ID, SIGN_BLOCK
+from shardes.weights.digest import add_digest
 from tests.helpers.noise_oracle import accumulated, added, perturbed, same_bits
 
 HAS_CUDA = torch.cuda.is_available()
-MODULES = ["shardes.noise.gpu_math", "shardes.noise.gpu", "shardes.es.digest_gpu"]
+MODULES = ["shardes.noise.gpu_math", "shardes.noise.gpu", "shardes.weights.digest_gpu"]
 
 SIZE = MAX_ELEMENTS
 ADDRESS = {"seed": 2**63 + 2**31 + 5, "iteration": 2**31 + 3}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import shardes.es
+import shardes.weights
 from shardes import noise
 from shardes.noise import NoiseKind
 from shardes.noise.definition import BLOCK, SIGN_BLOCK
@@ -27,7 +27,7 @@ def kernels(request, monkeypatch):
 
     modules = interpreted()
     monkeypatch.setattr(noise, "_kernels", lambda device: modules.gpu)
-    monkeypatch.setattr(shardes.es, "digest_cpu", modules.digest_gpu, raising=False)
+    monkeypatch.setattr(shardes.weights, "digest_cpu", modules.digest_gpu, raising=False)
     # A launch readies triton.language for the interpreter; each call of a function would do so once more, in
     # three milliseconds.
     monkeypatch.setattr(InterpretedFunction, "__call__", lambda self, *a, **k: self.rewrite()(*a, **k))

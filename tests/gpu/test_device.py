@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from shardes import noise
-from shardes.es.digest import add_digest
 from shardes.noise import NoiseKind, Region
 from shardes.noise.definition import MAX_PARAM_ID
+from shardes.weights.digest import add_digest
 from tests.gpu.checks import (
     ADDRESS,
     HAS_CUDA,
@@ -40,8 +40,8 @@ def use_all(device, region, values, *, sigma=0.01, iteration=0, directions=(0, 1
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")
 def test_kernels_are_compiled_once():
-    from shardes.es import digest_gpu
     from shardes.noise import gpu
+    from shardes.weights import digest_gpu
 
     def num_compiled():
         kernels = (gpu._perturb, gpu._accumulate, gpu._add, digest_gpu._digest)

@@ -13,12 +13,12 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from shardes.backends import make_backend
-from shardes.checkpoint import Checkpoint
-from shardes.config_files import parse_config
-from shardes.distributed import Group, make_mesh, process_group
+from shardes.config.loading import parse_config
+from shardes.distributed.group import Group, make_mesh, process_group
+from shardes.distributed.stop import Stop
 from shardes.es.update import Update
-from shardes.es.weights import Weights
-from shardes.stopping import Stop
+from shardes.models.checkpoint import Checkpoint
+from shardes.weights.master import Weights
 from tests.helpers.tracing import Trace
 
 NUM_MEMBERS = 4  # DeepSpeed starts to keep gathered copies once it has seen two whole forwards

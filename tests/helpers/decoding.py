@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from shardes.rollout.batching import compose
-from shardes.rollout.decode import Decoder
+from shardes.rollout.engines.transformers.decoder import Decoder
 from tests.helpers.models import ARCHITECTURES, tiny_model
 
 PAD = 0

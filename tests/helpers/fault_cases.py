@@ -49,9 +49,9 @@ def signal_self_and_take_long(number):
 def set_fault(kind, call):
     import torch
 
-    from shardes.es.weights import Weights
-    from shardes.rollout.problems import Problems
-    from shardes.rollout.rollout import Rollout
+    from shardes.rollout.evaluator import Rollout
+    from shardes.rollout.prompts import Problems
+    from shardes.weights.master import Weights
 
     if kind == "corrupt":
         original, calls = Weights.update, iter(range(1_000_000))

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from shardes import cli
-from shardes.config_files import load_config
+from shardes.config.loading import load_config
 from tools.soak import fork, preload
 
 LIMIT_SECONDS = 200

@@ -10,9 +10,8 @@ from unittest import mock
 
 import torch
 
-from shardes import shared_memory
-from shardes.distributed import make_mesh, process_group
-from shardes.stopping import Stop
+from shardes.distributed.group import make_mesh, process_group, shared_memory
+from shardes.distributed.stop import Stop
 
 
 def obstacles(rank):

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from shardes.config_files import parse_config
+from shardes.config.loading import parse_config
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
 

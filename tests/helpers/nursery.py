@@ -20,7 +20,7 @@ from pathlib import Path
 
 # What a rank needs; it imports by itself what is not installed or not listed.
 PRELOADED = (
-    "shardes.export",
+    "shardes.export.writer",
     "shardes.trainer",
     "shardes.cli",
     "shardes.backends.single",

@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 
 from shardes.backends import make_backend
-from shardes.checkpoint import Checkpoint
-from shardes.config_files import parse_config
-from shardes.distributed import make_mesh, process_group
+from shardes.config.loading import parse_config
+from shardes.distributed.group import make_mesh, process_group
+from shardes.distributed.stop import Stop
 from shardes.es.strategy import Strategy, optimizer_of
 from shardes.es.update import Update
-from shardes.es.weights import Weights
-from shardes.population import Population
-from shardes.round import Round
+from shardes.models.checkpoint import Checkpoint
+from shardes.rollout.iteration import Round
+from shardes.rollout.scheduler import Population
 from shardes.session import Session, make_rollout
-from shardes.spans import Spans
-from shardes.stopping import Stop
 from shardes.tasks.loading import load_task
+from shardes.utils.timers import Spans
+from shardes.weights.master import Weights
 from tests.helpers.tracing import Trace
 
 NUM_MEMBERS = 2

@@ -5,8 +5,8 @@ import json
 import torch
 
 from shardes.backends.layout import Layout, Split, flat_layout
-from shardes.runs.snapshots import write_manifest, write_part
-from shardes.shards import Shard
+from shardes.backends.shard import Shard
+from shardes.runs.snapshot import write_manifest, write_part
 
 SHAPES = {"a.weight": (7, 10), "b.bias": (13,), "c.weight": (4, 6), "d.empty": (0,), "e.scalar": ()}
 # How a parameter is spread, by its shape and the number of ranks.

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from shardes.config_files import parse_config
+from shardes.config.loading import parse_config
 from shardes.errors import UserError
 from shardes.es.perturbation import Perturbation
-from shardes.rollout.terms import MemberTerms
+from shardes.rollout.lowrank.hooks import MemberTerms
 from shardes.session import open_session
 from tests.helpers.one_store import make_store
 

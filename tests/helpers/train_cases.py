@@ -14,9 +14,9 @@ from unittest import mock
 
 import torch
 
-from shardes.config_files import parse_config
-from shardes.export import export_model
-from shardes.rollout.decode import Decoder
+from shardes.config.loading import parse_config
+from shardes.export.writer import export_model
+from shardes.rollout.engines.transformers.decoder import Decoder
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import Trainer

@@ -27,7 +27,7 @@ import torch
 from common import Row, machine_facts, run_job, show, write_model, write_report
 from sharding import ReceivedBytes, stopwatch, write_problems
 
-from shardes.config_files import parse_config
+from shardes.config.loading import parse_config
 
 SIGMA = 1e-3
 FULL_RANK = ("stream", "prompts", "members")
@@ -45,7 +45,7 @@ SIZES = {
 @contextmanager
 def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
     """Adds up what the forwards before the first token take, and what all of an answer takes."""
-    from shardes.rollout.decode import Decoder, _Rows
+    from shardes.rollout.engines.transformers.decoder import Decoder, _Rows
 
     prefill, decode = _Rows.prefill, Decoder.decode
 
@@ -66,7 +66,7 @@ def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
 def measure(tree: dict[str, Any]) -> Row:
     """One way to evaluate members, on every rank of a job."""
     from shardes.es.strategy import Strategy
-    from shardes.round import Round
+    from shardes.rollout.iteration import Round
     from shardes.session import make_population, make_rollout, open_session
     from shardes.tasks.loading import load_task
 

@@ -30,10 +30,10 @@ import torch
 from common import Row, machine_facts, num_cores, show, write_report
 
 from shardes import noise
-from shardes.es.digest import add_digest
 from shardes.noise import NoiseKind, Region
 from shardes.noise.cpu_math import eight_normals, f32, u32
 from shardes.noise.definition import BLOCK, LANES
+from shardes.weights.digest import add_digest
 
 SEED, SIGMA, COEFFICIENT = 1, 1e-3, 1e-4
 # Torch's worker threads spin for a while after an operation, on the cores that the next side needs.

@@ -82,7 +82,7 @@ def compare(
     from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
     from shardes.rollout.batching import compose, shared_prefix
-    from shardes.rollout.decode import Decoder
+    from shardes.rollout.engines.transformers.decoder import Decoder
 
     device = model.device
     prompts = random_prompts(num_prompts, prefix_length=PREFIX_LENGTH if shared else 0)
@@ -138,10 +138,10 @@ def compare(
 
 def compare_on_the_quickstart(micro_batch_size: int) -> Row:
     """An iteration of it, with the loop and with ``generate`` in its place."""
-    from shardes.config_files import load_config
+    from shardes.config.loading import load_config
     from shardes.es.strategy import Strategy
-    from shardes.rollout.decode import Answers, Decoder
-    from shardes.round import Round
+    from shardes.rollout.engines.transformers.decoder import Answers, Decoder
+    from shardes.rollout.iteration import Round
     from shardes.session import make_population, make_rollout, open_session
     from shardes.tasks.loading import load_task
 

@@ -33,9 +33,9 @@ from common import Row, machine_facts, run_job, show, write_model, write_report
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shardes.config import ParallelConfig, RolloutConfig
-from shardes.config_files import parse_config
-from shardes.shared_memory import SharedMemory
+from shardes.config.loading import parse_config
+from shardes.config.schema import ParallelConfig, RolloutConfig
+from shardes.distributed.shared_memory import SharedMemory
 
 BACKENDS = get_args(ParallelConfig.model_fields["backend"].annotation)
 MODES = [
@@ -130,7 +130,7 @@ def measure(tree: dict[str, Any], out: Path) -> None:
     """One job, on each of its ranks; rank 0 writes what it found."""
     from shardes.es.strategy import Strategy
     from shardes.es.update import Update
-    from shardes.round import Round
+    from shardes.rollout.iteration import Round
     from shardes.session import make_population, make_rollout, open_session
     from shardes.tasks.loading import load_task
 
@@ -186,7 +186,7 @@ def measure_plain(tree: dict[str, Any], out: Path) -> None:
     """The same prompts through transformers' own ``generate``, micro-batch by micro-batch."""
     from transformers import AutoModelForCausalLM
 
-    from shardes.modeling import load_tokenizer
+    from shardes.models.build import load_tokenizer
     from shardes.rollout.batching import compose, tokenize
     from shardes.tasks.loading import load_task
 

@@ -1,0 +1,157 @@
+"""What a run is told of the algorithm: the section ``es``. docs/toolbox.md says what each key is for."""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from shardes.config.section import Section
+
+
+class EsConfig(Section):
+    """The algorithm (Qiu et al. 2025, arXiv 2509.24372)."""
+
+    seed: int = Field(default=0, ge=0, lt=2**64)
+    """The key of all noise and of the order of the data."""
+    iterations: int = Field(gt=0, lt=2**32)
+    """Number of updates."""
+    population: Annotated[int, Field(ge=2, lt=2**24)] | dict[int, Annotated[int, Field(ge=2, lt=2**24)]] = 30
+    """Members evaluated per iteration; or, by the iteration from which on it holds, beginning with 0."""
+    antithetic: bool = False
+    """Whether members come in pairs that look in opposite directions. A pair has one direction, so the update
+    computes half the noise. The population must be even."""
+    noise: Literal["gaussian", "rademacher", "low_rank"] = "gaussian"
+    """``gaussian``: standard normal, as in the paper. ``rademacher``: +1 or -1, much cheaper to compute.
+    ``low_rank``: of a matrix the product of two normal matrices of ``rank`` columns, of a vector standard
+    normal; many members can then be evaluated in one forward (``rollout.mode: batched``)."""
+    rank: int = Field(default=1, gt=0, lt=2**16)
+    """Columns of the factors of ``noise: low_rank``. The element's variance is 1 for every rank."""
+    noise_reuse: int = Field(default=1, gt=0)
+    """For how many iterations the directions stay the same before new ones are drawn."""
+    prompts_per_member: int | None = Field(default=None, gt=0)
+    """How many of the iteration's problems a member answers; members take turns, the two of an antithetic
+    pair answer the same. null: all of them, every member."""
+    sigma: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    """Scale of the noise on the weights."""
+    sigma_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How sigma goes from ``sigma`` to ``final_sigma`` over the iterations."""
+    final_sigma: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Where sigma goes; null: nowhere."""
+    shaping: Literal["zscore", "centered_rank", "none", "per_prompt"] = "zscore"
+    """What rewards become in the update. ``zscore``: their distance from the mean in standard deviations, as
+    in the paper. ``centered_rank``: their ranks, from -0.5 to 0.5. ``none``: themselves. ``per_prompt``:
+    their distance from the mean of their prompt, over one standard deviation of all of these distances."""
+    clip_shaped: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """The largest magnitude of a shaped reward; larger ones become it. null: no limit."""
+    alpha: float | Literal["auto"] = "auto"
+    """Step size; ``auto`` is half of the iteration's sigma, as in the paper."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """``linear`` lowers alpha from its value to 0 over the iterations, ``cosine`` along half a cosine."""
+    warmup_iterations: int = Field(default=0, ge=0)
+    """Over how many iterations alpha rises to that, first of all."""
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    """What becomes of the gradient. ``sgd``: the step is alpha times it, as in the paper. ``momentum``: what
+    is left of the steps before is added; 4 more bytes a parameter. ``adam``: its moments decide, elementwise;
+    8 more bytes a parameter. With ``weight_decay``, ``adam`` is what is called AdamW."""
+    momentum: float = Field(default=0.9, gt=0, lt=1)
+    """What is left of a step in the next one, for ``momentum``."""
+    adam_betas: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default=[0.9, 0.999], min_length=2, max_length=2
+    )
+    """What is left of the first and the second moment after an iteration, for ``adam``."""
+    adam_epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
+    """Added to the root of the second moment, for ``adam``."""
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """In every update, alpha times this part of the distance from ``decay_towards`` is taken away."""
+    decay_towards: Literal["zero", "base"] = "zero"
+    """``base``: the base model's weights, against forgetting; they are read again from their file in every
+    update."""
+    max_update_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """The longest that what an iteration adds to the weights (with ``momentum``, to the momentum) may be, as
+    expected from its coefficients; longer ones are shortened. null: no limit."""
+    min_valid_fraction: float = Field(default=0.5, ge=0, le=1, allow_inf_nan=False)
+    """An iteration fails if fewer members than this part of the population can be judged, because their
+    rewards failed or their logits were not finite. One at least is needed in any case."""
+    trainable: list[str] = [".*"]
+    """Which parameters are trained: regular expressions for whole names as in the checkpoint. The last one
+    that matches a name decides: with a ``!`` before it the parameter is frozen, otherwise trained. What none
+    matches is frozen. Frozen parameters get no noise and take no master weights. The noise of the others
+    does not depend on the choice."""
+
+    @field_validator("rank")
+    @classmethod
+    def _rank_is_for_low_rank(cls, value: int, info: ValidationInfo) -> int:
+        if value != 1 and info.data.get("noise", "low_rank") != "low_rank":
+            raise ValueError(
+                f"got {value}, but es.noise is {info.data['noise']}, which has no rank; "
+                "set es.noise: low_rank"
+            )
+        return value
+
+    @field_validator("trainable")
+    @classmethod
+    def _trainable_are_patterns(cls, value: list[str]) -> list[str]:
+        for pattern in value:
+            try:
+                re.compile(pattern.removeprefix("!"))
+            except re.error as error:
+                raise ValueError(f"got {value}; {pattern!r} is no regular expression: {error}") from None
+        return value
+
+    @field_validator("alpha")
+    @classmethod
+    def _alpha_is_positive(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and not 0 < value < float("inf"):
+            raise ValueError(f"must be a finite number above 0, or 'auto' (sigma / 2); got {value}")
+        return value
+
+    @field_validator("population")
+    @classmethod
+    def _population_begins_at_0(cls, value: int | dict[int, int]) -> int | dict[int, int]:
+        if isinstance(value, dict) and (0 not in value or min(value) < 0):
+            raise ValueError(f"got {value}; give the number of members from iteration 0 on, as in {{0: 30}}")
+        return value
+
+    @field_validator("antithetic")
+    @classmethod
+    def _pairs_have_two_members(cls, value: bool, info: ValidationInfo) -> bool:
+        population = info.data.get("population", 30)
+        sizes = population.values() if isinstance(population, dict) else [population]
+        if value and any(size % 2 for size in sizes):
+            raise ValueError(f"got true, but es.population is {population}; pairs take an even number")
+        return value
+
+    @model_validator(mode="after")
+    def _every_key_does_something(self) -> Self:
+        """Refuses what would be ignored: it was meant to be something else."""
+        if (self.final_sigma is None) != (self.sigma_schedule == "constant"):
+            raise ValueError(
+                f"final_sigma is {self.final_sigma} and sigma_schedule {self.sigma_schedule}; give both, or "
+                "neither"
+            )
+        for key, optimizer in (("momentum", "momentum"), ("adam_betas", "adam"), ("adam_epsilon", "adam")):
+            if self.optimizer != optimizer and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is {getattr(self, key)}, which only optimizer: {optimizer} has a use for; the "
+                    f"optimizer is {self.optimizer}"
+                )
+        if self.optimizer == "adam" and self.max_update_norm is not None:
+            raise ValueError(
+                f"max_update_norm is {self.max_update_norm}, but adam's steps do not depend on the length of "
+                "the gradient; remove it, and lower alpha instead"
+            )
+        if self.optimizer == "adam" and self.adam_betas[0] ** 2 >= self.adam_betas[1]:
+            raise ValueError(
+                f"adam_betas are {list(self.adam_betas)}; the second must be larger than the square of the "
+                "first, or steps have no bound"
+            )
+        if self.decay_towards != "zero" and self.weight_decay == 0:
+            raise ValueError("decay_towards is base, but weight_decay is 0; set both, or neither")
+        largest = (self.sigma if self.final_sigma is None else max(self.sigma, self.final_sigma)) / 2
+        alpha = largest if self.alpha == "auto" else self.alpha
+        if alpha * self.weight_decay > 1:
+            raise ValueError(
+                f"weight_decay is {self.weight_decay}, which times alpha {alpha} is more than all there is; "
+                f"give at most {1 / alpha:g}"
+            )
+        return self

@@ -1,0 +1,172 @@
+"""Configurations as people write them: YAML files, ``a.b=value`` overrides, and what is said of mistakes.
+
+Nothing heavy is imported, so that a mistake is answered at once.
+"""
+
+import difflib
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from shardes.config.schema import Config, is_hub_reference
+from shardes.errors import UserError
+
+
+def load_config(path: Path, overrides: list[str]) -> Config:
+    """Reads a YAML file and applies ``a.b=value`` (or ``--a.b=value``) overrides.
+
+    Raises:
+        UserError: The file cannot be read, or a key or value is wrong.
+    """
+    return parse_config(read_tree(path, overrides), source=str(path))
+
+
+def read_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The sections of a YAML file with overrides, not checked yet.
+
+    Raises:
+        UserError: The file cannot be read, or an override is none.
+    """
+    tree = _read_tree(path, role="--config", remedy="give the path of a YAML file")
+    for override in overrides:
+        _apply_override(tree, override)
+    return tree
+
+
+def load_run_config(run_dir: Path, changes: dict[str, Any]) -> Config:
+    """The configuration that a run directory holds, with some dotted keys changed.
+
+    Raises:
+        UserError: The directory holds no usable configuration.
+    """
+    path = run_dir / "config.yaml"
+    tree = _read_tree(path, role="RUN_DIR", remedy="give the directory of a run")
+    for key, value in changes.items():
+        _set(tree, key, value)
+    return parse_config(tree, source=str(path))
+
+
+def _read_tree(path: Path, *, role: str, remedy: str) -> dict[str, Any]:
+    """The sections of a YAML file; ``role`` is what the user gave it as."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{role} {path}: cannot be read ({error.strerror}); {remedy}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{role} {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{role} {path}: must be a mapping of sections such as 'model:' and 'es:'")
+    return tree
+
+
+def parse_config(tree: dict[str, Any], *, source: str) -> Config:
+    """Checks a tree of keys and values; ``source`` names where it came from in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems: dict[str, list[str]] = {}
+        for detail in error.errors():
+            location = _location(detail["loc"])
+            problems.setdefault(".".join(location), []).append(_explain(detail, location))
+        lines = [f"  {key}: {', or '.join(explanations)}" for key, explanations in problems.items()]
+        raise UserError("\n".join([f"{source}: the configuration cannot be used", *lines])) from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.removeprefix("--").partition("=")
+    if not equals or not key:
+        raise UserError(
+            f"override {override!r}: must look like section.key=value, for example es.sigma=0.001"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    _set(tree, key, value)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key, making the sections on the way."""
+    *sections, last = key.split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    tree[last] = value
+
+
+def _explain(detail: ErrorDetails, location: list[str]) -> str:
+    """What is wrong with one key: what was got, what was wanted, the remedy."""
+    key = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        known = sorted(_keys_of(location[:-1]))
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        guess = f"did you mean '{'.'.join([*location[:-1], near[0]])}'? " if near else ""
+        return f"unknown key; {guess}Known keys: {', '.join(known)}"
+    if detail["type"] == "missing":
+        return f"missing; set it in the file, or give {key}=... on the command line"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return message
+    return f"got {detail['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _location(loc: tuple[int | str, ...]) -> list[str]:
+    """The part of a place in the tree that the user wrote: pydantic adds the members of unions."""
+    location: list[str] = []
+    section: type[BaseModel] | None = Config
+    parts = list(loc)
+    while parts and section is not None:
+        part = str(parts.pop(0))
+        location.append(part)
+        if part not in section.model_fields:
+            break
+        section, is_container = _section_of(section.model_fields[part].annotation)
+        if is_container and parts:
+            location.append(str(parts.pop(0)))
+    return location
+
+
+def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section that an annotation is about, and whether it holds several, by index or by name."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    for argument in get_args(annotation):
+        section, _ = _section_of(argument)
+        if section is not None:
+            is_optional = get_origin(annotation) in (Union, UnionType)
+            return section, not is_optional or _section_of(argument)[1]
+    return None, False
+
+
+def _keys_of(location: list[str]) -> list[str]:
+    """The known keys of the section at ``location``."""
+    section: type[BaseModel] = Config
+    parts = list(location)
+    while parts:
+        found, is_container = _section_of(section.model_fields[parts.pop(0)].annotation)
+        if found is None:
+            return []
+        section = found
+        if is_container and parts:
+            parts.pop(0)
+    return list(section.model_fields)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, its paths absolute: it is read again from anywhere."""
+    return yaml.safe_dump(_with_absolute_paths(config.model_dump()), sort_keys=False)
+
+
+def _with_absolute_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_absolute_paths(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_with_absolute_paths(part) for part in value]
+    if isinstance(value, Path):
+        return str(value if is_hub_reference(value) else value.absolute())
+    return value

@@ -1,0 +1,444 @@
+"""What a run is told: pydantic models; config_files.py reads them from YAML, with ``a.b=value`` overrides.
+
+Every key is described by its docstring here and by the comments of configs/quickstart.yaml. Nothing heavy is
+imported, so that a mistake is answered at once.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_validator
+
+from shardes.config.es import EsConfig
+from shardes.config.section import Section
+from shardes.errors import UserError
+
+FETCH_HINT = (
+    "give a local model directory (fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
+)
+
+
+def is_hub_reference(source: Path) -> bool:
+    """Whether ``task.data`` means a data set of the Hugging Face hub, and no path."""
+    return str(source).startswith("hf:")
+
+
+def check_model_directory(path: Path) -> None:
+    """Refuses a ``model.path`` that is no model directory; quick, and nothing is loaded.
+
+    Raises:
+        UserError: There is no config.json.
+    """
+    config = path / "config.json"
+    if not config.is_file():
+        raise UserError(f"model.path: {config} does not exist; {FETCH_HINT}")
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    path: Path
+    """A local directory in Hugging Face format, with safetensors weights and a tokenizer."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """The dtype of the weights that generate, and of the exported model."""
+    trust_remote_code: bool = False
+    """Whether Python files inside the model directory may be run."""
+
+
+class RunConfig(Section):
+    """Where the run lives."""
+
+    dir: Path
+    """The run directory; created if it does not exist."""
+    resume: Literal["auto", "never"] = "auto"
+    """``auto``: go on where the run stopped. ``never``: refuse a directory that already holds a run."""
+    stop_seconds: int = Field(default=20, ge=0)
+    """How long members in flight may go on when the job is asked to stop (SIGTERM or SIGUSR1 to any rank);
+    what is not finished by then is abandoned and evaluated again by the next job. Launchers and schedulers
+    commonly kill 30 seconds after SIGTERM."""
+    check_every: int = Field(default=1, gt=0)
+    """Iterations between comparisons of the replicas' weights digests."""
+    snapshot_every: int = Field(default=0, ge=0)
+    """Iterations between snapshots of the weights; 0: none. The journal alone is enough to go on from; with
+    snapshots, only what came after the newest one is replayed. They take 4 bytes a parameter each, or the
+    model's dtype with ``weights.master: model``, and every rank must see ``run.dir``."""
+    keep_snapshots: int = Field(default=2, ge=2)
+    """How many snapshots are kept: the newest. The one before it is used if a snapshot turns out damaged."""
+
+
+class ParallelConfig(Section):
+    """How the model is spread over ranks. None of it changes a result."""
+
+    backend: Literal["zero3", "fsdp", "tensor_parallel", "single"] = "zero3"
+    """``zero3``: DeepSpeed ZeRO-3 shards. ``fsdp``: PyTorch FSDP2 shards. ``tensor_parallel``: matrices are
+    split by the model's own plan, shards stay where they are and activations are reduced; every rank works on
+    the same prompts, and results agree with the other backends to rounding. ``single``: every rank holds the
+    whole model."""
+    shard_size: int | None = Field(default=None, gt=0)
+    """Ranks that hold one replica of the model together; it must divide the number of ranks. Replicas
+    evaluate different members at the same time, and weights cross between the ranks of one replica only.
+    null: all ranks, or 1 for the backend ``single``, where it is the number of ranks that share a member's
+    prompts."""
+    deepspeed: Path | None = None
+    """A DeepSpeed JSON file for zero3; ``auto`` values are filled, unusable keys are refused."""
+    timeout_seconds: int = Field(default=1800, gt=0)
+    """How long a rank waits for another before the job ends. At the end of an iteration it may have to wait
+    for as long as one member takes."""
+    threads_per_rank: int | None = Field(default=None, gt=0)
+    """CPU threads of each rank; null: what the launcher and torch decide. Results are compared bit for bit
+    only between runs with the same number of threads."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _deepspeed_is_for_zero3(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None and info.data.get("backend", "zero3") != "zero3":
+            raise ValueError(
+                f"{value} is for parallel.backend: zero3; got {info.data['backend']}; remove one"
+            )
+        return value
+
+
+class RolloutConfig(Section):
+    """How members answer prompts."""
+
+    mode: Literal["auto", "stream", "prompts", "members", "batched", "batched_stream"] = "auto"
+    """``stream``: layers are gathered in every forward, all ranks of a replica in step. ``prompts``: a
+    member's weights are gathered once into a whole model on every rank, which then generates without a
+    collective; the ranks share the prompts. ``members``: the centre is gathered once an iteration, and every
+    rank evaluates members of its own, adding their noise to a whole model; it holds two copies. ``auto``: the
+    last of the three that fits into the memory that is free, and the one before it where memory runs out all
+    the same; ``stream`` for ``tensor_parallel``, which has no other. All give the same bits. Where every
+    rank holds a whole model anyway (``single``, or a ``shard_size`` of 1), there is no second copy, and
+    ``members`` says only that ranks do not share prompts.
+
+    ``batched``, for ``es.noise: low_rank``: many members in one forward, as terms added to what the layers of
+    the centre compute; every rank evaluates members of its own. The centre is gathered once an iteration, or,
+    where that does not fit, in every forward, as it always is with ``batched_stream``. Both give the same
+    bits; from the other modes they differ by rounding, so a run keeps to the one kind or the other."""
+    members_per_forward: Annotated[int, Field(gt=0)] | Literal["auto"] = 16
+    """Members whose prompts are rows of one forward, in the batched modes: each costs less, the more there
+    are, and memory for as many caches. Like ``micro_batch_size`` it may change the last bits. ``auto``: as
+    many as fit when the run begins, at most 64; the run keeps what was found."""
+    micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = 32
+    """Prompts per forward. Micro-batches are composed from the data alone, so results do not depend on the
+    number of ranks; a different size may change the last bits. ``auto``: as many as memory allows and as give
+    every rank work, found by trying when a run begins; the run keeps what was found."""
+    max_new_tokens: int = Field(gt=0)
+    """The longest answer, in tokens."""
+    stop: list[str] = []
+    """Texts that end an answer, which keeps the first of them; end-of-sequence tokens always do."""
+    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """0: the most likely token is taken, as in the paper. Above: tokens are drawn, the logits divided by it.
+    The random numbers depend on seed, iteration, prompt, sample and position alone: all members have the
+    same."""
+    top_k: int | None = Field(default=None, gt=0)
+    """Tokens are drawn from that many of the most likely ones; null: from all."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Tokens are drawn from the most likely ones that together reach this probability."""
+    samples_per_prompt: int = Field(default=1, gt=0)
+    """Answers to each prompt; a member's reward is the mean over all of them."""
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether members are evaluated many at a time."""
+        return self.mode in ("batched", "batched_stream")
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_texts_are_texts(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError(f"got {value}; an empty text would end every answer before it begins")
+        return value
+
+    @field_validator("top_k", "top_p", "samples_per_prompt")
+    @classmethod
+    def _drawing_takes_a_temperature(cls, value: Any, info: ValidationInfo) -> Any:
+        default = cls.model_fields[str(info.field_name)].default
+        if value != default and info.data.get("temperature") == 0:
+            raise ValueError(
+                f"got {value}, but rollout.temperature is 0, so that the most likely token is always taken; "
+                f"set that above 0, or this to {default}"
+            )
+        return value
+
+
+class WeightsConfig(Section):
+    """The master weights, which only updates write."""
+
+    master: Literal["float32", "model"] = "float32"
+    """``float32``: 4 more bytes a parameter, no update is lost. ``model``: the model's dtype, rounded
+    stochastically at every update, so that small steps survive on average."""
+    master_device: Literal["device", "cpu"] = "device"
+    """Where the master is kept. ``cpu``: in pinned host memory, from which it passes through the accelerator
+    in chunks whenever it is read or updated; saves the master's bytes on the accelerator."""
+
+
+class RewardConfig(Section):
+    """One of several rewards."""
+
+    name: str | None = None
+    """The name of a built-in reward."""
+    path: str | None = None
+    """Or a function of your own, like ``task.reward``."""
+    weight: FiniteFloat = 1.0
+    """What its values are multiplied by in the sum."""
+    label: str | None = None
+    """What it is called in metrics; null: its name, or its function's."""
+    arguments: dict[str, Any] = {}
+    """Passed to the function by name, besides the columns."""
+
+    @model_validator(mode="after")
+    def _one_function(self) -> Self:
+        if (self.name is None) == (self.path is None):
+            raise ValueError(
+                "give each reward either name (a built-in reward) or path (a function), not both"
+            )
+        _check_reference(self.path, key="path")
+        return self
+
+
+TaskName = Literal[
+    "arc",
+    "arithmetic",
+    "boolq",
+    "classification",
+    "conciseness",
+    "copa",
+    "countdown",
+    "countdown_short",
+    "exact_match",
+    "gsm8k",
+    "math",
+    "multiple_choice",
+    "perplexity",
+    "regex",
+    "sst2",
+    "sudoku",
+]
+
+# Tasks whose classes the user may name.
+LABEL_WORD_TASKS = ("boolq", "classification", "sst2")
+
+
+class SetConfig(Section):
+    """Some problems, and how answers to them are judged."""
+
+    name: TaskName | None = None
+    """A built-in task (docs/tasks.md); null for your own reward."""
+    data: Path
+    """The problems: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; ``DIRECTORY[@SPLIT]``,
+    a data set saved to disk; or ``hf:NAME[:SUBSET][@SPLIT]``, one of the Hugging Face hub. Own rewards need
+    a ``prompt`` column (text, or a list of chat messages) or a ``template``."""
+    columns: dict[str, str] = {}
+    """Names for columns: from the name that the task or template uses to the one in the data."""
+    template: str | None = None
+    """The prompt as a Jinja template over the columns; null: the task's own, or the column ``prompt``."""
+    system: str | None = None
+    """A system message; makes the prompt a chat, for the tokenizer's chat template. An empty text: a chat
+    without one. null: the prompt stays what it is."""
+    label_words: list[str] | None = None
+    """One word for each class of ``classification``, ``sst2`` or ``boolq``; null: the task's own words."""
+    reward: str | None = None
+    """``package.module:function`` or ``path/to/file.py:function``, called as
+    ``f(prompts, completions, **columns) -> list[float | None]``."""
+    rewards: list[RewardConfig] | None = None
+    """Several, which add up, each with a weight. With ``name``, they replace the built-in task's own."""
+    metric: Literal["accuracy", "cross_entropy", "log_likelihood"] | None = None
+    """What a task that compares likelihoods is rewarded with; null: what it has by itself."""
+
+    @field_validator("label_words", mode="before")
+    @classmethod
+    def _words_are_quoted(cls, value: Any) -> Any:
+        if isinstance(value, list) and any(isinstance(word, bool) for word in value):
+            raise ValueError(f"got {value}; YAML takes yes and no for truth values: put quotes around them")
+        return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [value for value in (self.name, self.reward, self.rewards) if value]
+        if not given or (self.reward is not None and len(given) > 1):
+            raise ValueError(
+                "give either name (a built-in task), reward (a function of your own) or rewards (several); "
+                "only name and rewards may be given together"
+            )
+        _check_reference(self.reward, key="reward")
+        if self.label_words and self.name not in LABEL_WORD_TASKS:
+            raise ValueError(f"label_words are for {', '.join(LABEL_WORD_TASKS)}; got name: {self.name}")
+        if self.name == "classification" and not self.label_words:
+            raise ValueError("classification needs label_words, one for each class, e.g. [bad, good]")
+        return self
+
+
+def _check_reference(value: str | None, *, key: str) -> None:
+    if value is not None and ":" not in value:
+        raise ValueError(f"{key} must be 'module:function' or 'file.py:function'; got {value!r}")
+
+
+class TaskConfig(SetConfig):
+    """What is asked and how answers are judged, by a built-in task or by rewards of your own."""
+
+    heldout_data: Path | None = None
+    """Held-out problems, never trained on; in any form that ``data`` may have."""
+    heldout_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Instead of ``heldout_data``: the part of the problems of ``data`` that is held out. Which ones depends
+    on their content and ``split_seed`` alone, not on their order or ``es.seed``."""
+    split_seed: int = Field(default=0, ge=0)
+    """Another seed holds out other problems."""
+    batch_size: int | None = Field(default=None, gt=0)
+    """Problems per iteration; null: all of them, every time."""
+    sampling: Literal["random", "epochs", "fixed"] = "random"
+    """Which problems an iteration gets, as a function of ``es.seed`` and the iteration. ``random``: drawn
+    anew. ``epochs``: all problems in random order, then all of them in another, and so on. ``fixed``: the
+    same ones every time, drawn once."""
+    on_reward_error: Literal["exclude", "worst"] | FiniteFloat = "exclude"
+    """What an answer counts whose reward raised, hung, ended its process or was not a number: nothing at all,
+    the least reward of all answers of the iteration (of the evaluation, for the centre), or this number."""
+    reward_timeout_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    """How long the rewards of a micro-batch may take. Answers without one then count as failed."""
+    reward_workers: int = Field(default=16, ge=0)
+    """Processes in which rewards run, at most, on each rank. There is one at first, and more come while
+    answers wait. 0: rewards run inside the training process, where nothing stops one that hangs."""
+    reward_memory_bytes: int | None = Field(default=4 * 2**30, gt=0)
+    """Address space of such a process; null: no limit, as a reward with a model of its own may need."""
+
+    @field_validator("heldout_fraction")
+    @classmethod
+    def _one_heldout_source(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("heldout_data") is not None:
+            raise ValueError(f"got {value}, but heldout_data is given as well; remove one of the two")
+        return value
+
+
+class EvalConfig(Section):
+    """Held-out evaluation of the centre."""
+
+    every: int = Field(default=10, ge=0)
+    """Iterations between evaluations, the last weights included; 0 means never."""
+    sets: dict[str, SetConfig] = {}
+    """Further held-out sets by a name of your choice, also of other tasks, to see what is forgotten."""
+    save_best: bool = False
+    """Whether the weights with the highest held-out reward so far are kept as a Hugging Face directory,
+    ``best`` in the run directory. Any iteration's can be exported later without it."""
+    pass_reward: FiniteFloat = 1.0
+    """An answer passes if its reward is at least this: what pass@k of ``shardes evaluate`` counts."""
+
+
+class LogConfig(Section):
+    """What a run tells."""
+
+    samples_every: int = Field(default=10, ge=0)
+    """Iterations between those of which a few answers of the first member are written to samples.jsonl; 0
+    means never. Those of held-out evaluations always are."""
+    instruments_every: int = Field(default=10, ge=0)
+    """Iterations between those whose update is measured: its length, what of it was lost in rounding, how far
+    the weights are from the base model; 0 means never. It takes one to two updates more, and reads the base
+    model's file."""
+    kl_every: int = Field(default=0, ge=0)
+    """Iterations between estimates of how far the centre's answers have moved from the base model's, on
+    ``kl_prompts`` prompts; 0 means never."""
+    kl_prompts: int = Field(default=16, gt=0)
+    """How many prompts the base model answers for that, of the held-out problems, or else of the others."""
+    to: list[Literal["tensorboard", "wandb"]] = []
+    """Where metrics go besides metrics.jsonl. ``tensorboard``: event files in ``run.dir``. ``wandb``: Weights
+    & Biases, as its own settings and environment variables (``WANDB_MODE``, ``WANDB_PROJECT``) say. Each is
+    an extra to install."""
+
+
+class Config(Section):
+    """Everything a run is told."""
+
+    model: ModelConfig
+    run: RunConfig
+    parallel: ParallelConfig = ParallelConfig()
+    rollout: RolloutConfig
+    weights: WeightsConfig = WeightsConfig()
+    es: EsConfig
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    task: TaskConfig
+
+    @field_validator("rollout")
+    @classmethod
+    def _tensor_parallelism_streams(cls, value: RolloutConfig, info: ValidationInfo) -> RolloutConfig:
+        parallel = info.data.get("parallel")
+        is_parallel = parallel is not None and parallel.backend == "tensor_parallel"
+        if is_parallel and value.mode in ("prompts", "members"):
+            raise ValueError(
+                f"mode is {value.mode}, which gathers the whole model on every rank, but parallel.backend: "
+                "tensor_parallel never gathers it; set rollout.mode: stream, or parallel.backend: fsdp"
+            )
+        return value
+
+    @field_validator("es")
+    @classmethod
+    def _batches_are_of_low_rank(cls, value: EsConfig, info: ValidationInfo) -> EsConfig:
+        rollout = info.data.get("rollout")
+        if rollout is None or not rollout.is_batched:
+            return value
+        if value.noise != "low_rank":
+            raise ValueError(
+                f"noise is {value.noise}, but rollout.mode: {rollout.mode} needs es.noise: low_rank; set "
+                "that, or rollout.mode: auto"
+            )
+        if value.prompts_per_member is not None:
+            raise ValueError(
+                f"prompts_per_member is {value.prompts_per_member}, but the members of a forward answer the "
+                f"same prompts under rollout.mode: {rollout.mode}; set it to null, or rollout.mode: auto"
+            )
+        return value
+
+    @field_validator("task")
+    @classmethod
+    def _failed_rewards_have_a_prompt(cls, value: TaskConfig, info: ValidationInfo) -> TaskConfig:
+        es = info.data.get("es")
+        if es is not None and es.shaping == "per_prompt" and value.on_reward_error == "worst":
+            raise ValueError(
+                "on_reward_error is worst, which is a rule for members, but es.shaping: per_prompt compares "
+                "answers to one prompt; set task.on_reward_error to exclude or to a number"
+            )
+        return value
+
+    @property
+    def alpha(self) -> float:
+        """The step size at the start, as a number."""
+        return self.es.sigma / 2 if self.es.alpha == "auto" else self.es.alpha
+
+    def determinants(self, *, data_sha256: str) -> dict[str, Any]:
+        """The flattened keys that decide the result: what a resumed run must share with its journal.
+
+        Args:
+            data_sha256: A hash of the training rows as they were read: the same problems may come from
+                another file or format.
+        """
+        flat = _flatten(self.model_dump(mode="json"))
+        free = {
+            "model.path",
+            "model.trust_remote_code",
+            "rollout.mode",
+            "weights.master_device",
+            "es.min_valid_fraction",
+            "task.data",
+            "task.columns",
+            "task.heldout_data",
+            "task.heldout_fraction",
+            "task.split_seed",
+            "task.reward",
+            "task.reward_timeout_seconds",
+            "task.reward_workers",
+            "task.reward_memory_bytes",
+        }
+        if self.es.schedule == self.es.sigma_schedule == "constant":
+            free.add("es.iterations")
+        others = ("run.", "parallel.", "eval.", "log.")
+        kept = {k: v for k, v in flat.items() if k not in free and not k.startswith(others)}
+        if self.es.sigma_schedule == "constant":
+            kept["es.alpha"] = self.alpha
+        if not self.rollout.is_batched:
+            kept["rollout.members_per_forward"] = None
+        kept["task.data sha256"] = data_sha256
+        return kept
+
+
+def _flatten(tree: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The keys of all sections by their dotted names."""
+    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}

@@ -1,0 +1,1 @@
+"""Process groups, launching, stopping, and noticing failures."""

@@ -1,0 +1,1 @@
+"""Evaluating centres, models and runs."""

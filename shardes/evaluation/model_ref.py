@@ -1,0 +1,82 @@
+"""Which weights ``--model DIR|RUN_DIR[@K]`` means. Nothing heavy is imported."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardes.config.loading import load_config
+from shardes.config.schema import Config
+from shardes.errors import UserError
+from shardes.runs.journal import History, read_journal
+
+if TYPE_CHECKING:
+    from shardes.session import Session
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        config: How.
+        run_dir: The run whose weights they are; None for those of a model directory.
+        history: What its journal says.
+        iteration: How many of its updates are applied.
+    """
+
+    config: Config
+    run_dir: Path | None = None
+    history: History | None = None
+    iteration: int = 0
+
+    def restore(self, session: "Session") -> None:
+        """Brings a session's model to the weights to evaluate; a collective of all ranks.
+
+        Raises:
+            UserError: The base model is not the run's.
+        """
+        if self.history is not None and self.run_dir is not None:
+            from shardes.runs.resume import restore_weights
+
+            assert self.history.header is not None, "a run has begun"
+            session.check_base(self.history.header, self.run_dir)
+            restore_weights(
+                session,
+                self.history.updates[: self.iteration],
+                digests=self.history.digests,
+                run_dir=self.run_dir,
+            )
+
+
+def find_subject(model: str, *, config_path: Path | None, overrides: list[str]) -> Subject:
+    """What ``--model DIR|RUN_DIR[@K]`` and ``--config FILE`` mean.
+
+    A run brings its model, its noise and its master weights with it, the file says what is asked and how; a
+    run's own configuration is that file if none is given.
+
+    Raises:
+        UserError: There is no such model, run or iteration.
+    """
+    path, at, wanted = Path(model), "", ""
+    if not path.is_dir():
+        text, at, wanted = model.rpartition("@")
+        path = Path(text)
+    if (path / "config.json").is_file() and not at:
+        if config_path is None:
+            raise UserError(f"--config: give the YAML file that says what {path} is asked")
+        return Subject(load_config(config_path, [*overrides, f"model.path={json.dumps(str(path))}"]))
+    if not (path / "journal.jsonl").is_file():
+        raise UserError(
+            f"--model {model}: neither a model directory (with config.json) nor a run directory (with "
+            "journal.jsonl); give DIR, RUN_DIR, RUN_DIR@K for the weights after K iterations, or RUN_DIR@best"
+        )
+    own = load_config(path / "config.yaml", [] if config_path else overrides)
+    config = own
+    if config_path is not None:
+        asked = load_config(config_path, overrides)
+        config = asked.model_copy(update={"model": own.model, "es": own.es, "weights": own.weights})
+    history, *_ = read_journal(path / "journal.jsonl")
+    if history.header is None:
+        raise UserError(f"--model {model}: its journal is empty; nothing can be evaluated")
+    return Subject(config, path, history, history.iteration_of(wanted or None, key=f"--model {model}"))

@@ -1,0 +1,1 @@
+"""Consolidated Hugging Face directories."""

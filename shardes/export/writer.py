@@ -1,0 +1,169 @@
+"""Writing a model in Hugging Face format, one parameter at a time."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shardes.backends.shard import Shard
+from shardes.errors import UserError
+from shardes.export.model_card import model_card
+from shardes.models.safetensors_writer import write_header, write_values
+from shardes.runs.journal import History
+from shardes.session import Session
+from shardes.utils.files import flush_to_disk, sync_directory, write_atomically
+from shardes.utils.progress import progress
+from shardes.weights.master import Weights
+
+MAX_FILE_BYTES = 5 * 2**30
+
+# What a model directory holds besides weights: tokenizer, chat template, generation config, own code.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "*.py",
+)
+
+
+@dataclass(frozen=True)
+class _File:
+    """One safetensors file: which parameters, and how many bytes each takes."""
+
+    name: str
+    shards: tuple[Shard, ...]
+
+
+def check_destination(out: Path) -> None:
+    """Refuses to write where something is.
+
+    Raises:
+        UserError: ``out`` exists and is not an empty directory.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"OUT_DIR {out} exists already; give a directory that does not, or remove it first")
+
+
+def export_model(
+    session: Session,
+    out: Path,
+    *,
+    iteration: int,
+    settings: Mapping[str, Any],
+    history: History | None = None,
+    dtype: torch.dtype | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Writes the centre as a Hugging Face directory; a collective of all ranks, rank 0 writes.
+
+    Parameters are gathered one at a time, tied ones once, and stored under the names, and in the pieces, that
+    the base model's files have. Everything goes to a temporary directory, which is renamed at the end, so
+    ``out`` either does not exist or is complete.
+
+    Args:
+        session: The model; its weights after ``iteration`` updates.
+        out: A directory that does not exist or is empty.
+        iteration: For the model card.
+        settings: The same; what the run was told.
+        history: The same; what its journal says. Rank 0's counts.
+        dtype: What the master is rounded to; None: the model's dtype, in which it was evaluated.
+        max_file_bytes: Files are no larger, unless one parameter is.
+    """
+    is_main, dtype = session.mesh.world.is_main, dtype or session.backend.dtype
+    digest = session.digest()
+    out = out.resolve()
+    temporary = out.with_name(f".{out.name}.incomplete")
+    if is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        config = session.config
+        card = model_card(
+            base=config.model.path,
+            base_digest=session.identity["base_weights_digest"],
+            task=config.task.name or config.task.reward or "rewards of its own",
+            iteration=iteration,
+            dtype=_name_of(dtype),
+            digest=digest,
+            settings=settings,
+            history=history,
+        )
+        _write_companions(config.model.path, temporary, card, dtype=_name_of(dtype))
+    files = _plan(session.backend.shards, dtype.itemsize, max_file_bytes)
+    what, num_shards = f"writing {out.name}", len(session.backend.shards)
+    shown = progress(session.backend.shards, what=what, total=num_shards, unit="parameters")
+    for file in files:
+        if is_main:
+            with (temporary / file.name).open("wb") as stream:
+                tensors = [each for shard in file.shards for each in session.weights.stored_as(shard)]
+                write_header(stream, [(name, dtype, shape) for name, shape in tensors])
+                # Files have the parameters in their order.
+                for shard in islice(shown, len(file.shards)):
+                    values = session.weights.gather_centre(shard, dtype=dtype)
+                    assert values is not None, "rank 0 receives every gathered parameter"
+                    write_values(stream, values)
+                flush_to_disk(stream)
+        elif session.mesh.replica == 0:
+            for shard in file.shards:
+                session.weights.gather_centre(shard, dtype=dtype)
+    if is_main:
+        if len(files) > 1:
+            _write_index(temporary, files, session.weights, itemsize=dtype.itemsize)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+        sync_directory(out.parent)
+    session.mesh.world.barrier()
+
+
+def _plan(shards: tuple[Shard, ...], itemsize: int, max_file_bytes: int) -> list[_File]:
+    groups: list[list[Shard]] = [[]]
+    size = 0
+    for shard in shards:
+        num_bytes = shard.num_elements * itemsize
+        if groups[-1] and size + num_bytes > max_file_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(shard)
+        size += num_bytes
+    if len(groups) == 1:
+        return [_File("model.safetensors", tuple(groups[0]))]
+    return [
+        _File(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        for i, group in enumerate(groups, start=1)
+    ]
+
+
+def _write_index(directory: Path, files: list[_File], weights: Weights, *, itemsize: int) -> None:
+    weight_map = {
+        name: file.name for file in files for shard in file.shards for name, _ in weights.stored_as(shard)
+    }
+    num_elements = sum(shard.num_elements for file in files for shard in file.shards)
+    index = {"metadata": {"total_size": num_elements * itemsize}, "weight_map": weight_map}
+    write_atomically(
+        directory / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n"
+    )
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _write_companions(base: Path, directory: Path, card: str, *, dtype: str) -> None:
+    for pattern in _COMPANIONS:
+        for path in sorted(base.glob(pattern)):
+            shutil.copyfile(path, directory / path.name)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    write_atomically(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_atomically(directory / "README.md", card)

@@ -1,0 +1,1 @@
+"""transformers models without weights, and ranges of checkpoints."""

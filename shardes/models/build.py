@@ -1,0 +1,137 @@
+"""Building a transformers model without its weights, and naming its parameters."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from shardes.config.schema import check_model_directory
+from shardes.errors import UserError
+
+
+def load_model_config(path: Path, *, trust_remote_code: bool) -> Any:
+    """The architecture of a model directory, or of a ``config.json`` by itself.
+
+    Raises:
+        UserError: No usable config.json.
+    """
+    file = path if path.is_file() else path / "config.json"
+    if file != path:
+        check_model_directory(path)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(
+            f"model.path: {file} cannot be used: {_first_line(error)} (a model with code of its "
+            "own needs model.trust_remote_code: true)"
+        ) from None
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model directory, padding on the left.
+
+    Raises:
+        UserError: No usable tokenizer.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"model.path: {path}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_generation_config(path: Path, model_config: Any) -> GenerationConfig:
+    """How the model wants to be generated with: which tokens end an answer, above all."""
+    if (path / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(path)
+    return GenerationConfig.from_model_config(model_config)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The model's end-of-sequence tokens, from its generation config or else the tokenizer."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    if ends is None:
+        return []
+    return [ends] if isinstance(ends, int) else list(ends)
+
+
+def max_positions(model: Any) -> int | None:
+    """Tokens of a prompt and its answer that the model was made for; None if it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def last_positions(count: int, *, width: int, device: torch.device) -> int | torch.Tensor:
+    """The ``logits_to_keep`` with which a model computes the logits of the last positions only.
+
+    Of positions that are named one by one, transformers makes a copy. A number of them makes a slice, which
+    lies in pieces in memory. Weights that want no gradients are then multiplied with each piece by itself,
+    for which torch copies them on CPUs.
+
+    Args:
+        count: How many.
+        width: Of how many that go through the model.
+        device: The model's.
+    """
+    return count if count == width else torch.arange(width - count, width, device=device)
+
+
+def largest_layer(model: PreTrainedModel) -> int:
+    """Elements of the largest block, embedding or head."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = [layer for several in lists for layer in several]
+    layers += [model.get_input_embeddings(), model.get_output_embeddings()]
+    return max(sum(p.numel() for p in layer.parameters()) for layer in layers if layer is not None)
+
+
+def largest_parameter(model: PreTrainedModel) -> int:
+    """Elements of the largest parameter, but for a tied embedding."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    held = [id(parameter) for module in ends if module is not None for parameter in module.parameters()]
+    return max(p.numel() for p in model.parameters() if held.count(id(p)) < 2)
+
+
+def build_skeleton(model_config: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """A model whose parameters are on the meta device and whose buffers are real.
+
+    Buffers such as the rotary frequencies are computed by the constructors, so they cannot be on meta.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            model_config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()
+    return model.eval()
+
+
+def fill_parameters(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Makes each named parameter (and every module it is tied to) hold the given storage."""
+    replaced: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        replaced[id(parameter)] = nn.Parameter(tensors[name], requires_grad=False)
+    for module in model.modules():
+        for key, held in module._parameters.items():
+            if held is not None and id(held) in replaced:
+                module._parameters[key] = replaced[id(held)]
+
+
+def parameter_aliases(model: nn.Module) -> set[str]:
+    """Names under which a tied weight appears besides its first."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in model.named_parameters()}
+
+
+def parameter_ids(names: list[str]) -> dict[str, int]:
+    """The index of each name in the sorted list: the noise's parameter ids."""
+    return {name: index for index, name in enumerate(sorted(names))}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

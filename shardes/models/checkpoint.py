@@ -1,0 +1,340 @@
+"""Reading a model directory: safetensors headers, and any range of any parameter's elements.
+
+Only safetensors is read. A rank reads the bytes of its own elements and no others.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from shardes.config.schema import FETCH_HINT
+from shardes.errors import UserError
+from shardes.noise.region import Region
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MAX_HEADER_BYTES = 100_000_000
+_READ_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements of the whole tensor."""
+        return torch.Size(self.shape).numel()
+
+    def find(self, first: int, length: int) -> Iterator[tuple["StoredTensor", int, int]]:
+        """Where a range of elements lies: tensors of the files, each with a range of its own elements."""
+        yield self, first, length
+
+
+@dataclass(frozen=True)
+class JoinedTensor:
+    """Tensors of the files whose elements, one tensor after the other, are one parameter's.
+
+    Attributes:
+        pieces: The tensors.
+        shape: The parameter's shape, whose number of elements is that of all pieces.
+    """
+
+    pieces: tuple[StoredTensor, ...]
+    shape: tuple[int, ...]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Where each piece starts in the parameter, and where the last one ends."""
+        return list(accumulate((piece.num_elements for piece in self.pieces), initial=0))
+
+    def find(self, first: int, length: int) -> Iterator[tuple[StoredTensor, int, int]]:
+        """Where a range of elements lies: tensors of the files, each with a range of its own elements."""
+        starts = self._starts
+        for i in range(bisect_right(starts, first) - 1, len(self.pieces)):
+            low, high = max(first, starts[i]), min(first + length, starts[i + 1])
+            if low >= first + length:
+                return
+            if low < high:
+                yield self.pieces[i], low - starts[i], high - low
+
+
+class Found(Protocol):
+    """A parameter that can be found in files."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole parameter."""
+
+    def find(self, first: int, length: int) -> Iterator[tuple[StoredTensor, int, int]]:
+        """Where a range of elements lies: tensors of the files, each with a range of its own elements."""
+
+
+class TensorReader:
+    """Reads ranges of parameters' elements, and no other bytes.
+
+    Args:
+        tensors: Where each parameter lies, by name.
+
+    Attributes:
+        tensors: The same.
+        bytes_read: How many bytes of weights this process has read.
+    """
+
+    def __init__(self, tensors: Mapping[str, Found]) -> None:
+        self.tensors = dict(tensors)
+        self.bytes_read = 0
+
+    def read(self, name: str, *, region: Region, out: torch.Tensor) -> None:
+        """Fills ``out`` (flat, any float dtype) with a region's elements of a tensor, reading no others."""
+        filled = 0
+        with ExitStack() as files:
+            opened: dict[Path, int] = {}
+            for row in range(region.rows):
+                for stored, first, length in self.tensors[name].find(
+                    region.start + row * region.stride, region.length
+                ):
+                    if stored.path not in opened:
+                        opened[stored.path] = os.open(stored.path, os.O_RDONLY)
+                        files.callback(os.close, opened[stored.path])
+                    self._read_range(opened[stored.path], stored, first, out[filled : filled + length])
+                    filled += length
+
+    def _read_range(self, descriptor: int, stored: StoredTensor, first: int, out: torch.Tensor) -> None:
+        width = stored.dtype.itemsize
+        step = _READ_BYTES // width
+        for low in range(0, out.numel(), step):
+            here = out[low : low + step]
+            data = _read_exactly(descriptor, here.numel() * width, stored.offset + (first + low) * width)
+            self.bytes_read += len(data)
+            here.copy_(torch.frombuffer(data, dtype=stored.dtype))
+
+
+class Checkpoint(TensorReader):
+    """The weights of a model directory.
+
+    Args:
+        directory: A directory with ``*.safetensors`` files.
+
+    Attributes:
+        tensors: Where each tensor lies, by name; after ``join``, each parameter.
+        header_sha256: Hash of all headers: names, shapes, dtypes and offsets.
+
+    Raises:
+        UserError: No safetensors files, or a damaged one.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        tensors: dict[str, StoredTensor] = {}
+        digest = hashlib.sha256()
+        for path in _weight_files(directory):
+            tensors |= stored_tensors(path, on_header=digest.update)
+        super().__init__(tensors)
+        self._pieces: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+        self.header_sha256 = digest.hexdigest()
+
+    def join(self, pieces: Mapping[str, Sequence[str]], *, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Names parameters instead of the files' tensors; twice is as good as once.
+
+        Args:
+            pieces: The tensors whose elements, one after the other, are a parameter's.
+            shapes: The parameters' shapes.
+
+        Raises:
+            UserError: The tensors do not add up to a parameter.
+        """
+        joined: dict[str, Found] = {}
+        names = {
+            name: [piece for part in parts for piece in self.pieces_of(part)]
+            for name, parts in pieces.items()
+        }
+        for name, parts in pieces.items():
+            if len(parts) == 1:
+                joined[name] = self.tensors[parts[0]]
+                continue
+            tensors = tuple(
+                stored for part in parts if isinstance(stored := self.tensors[part], StoredTensor)
+            )
+            shape = shapes[name]
+            rows = {stored.shape[-1:] for stored in tensors}
+            total = sum(stored.num_elements for stored in tensors)
+            if rows != {shape[-1:]} or total != torch.Size(shape).numel():
+                raise UserError(
+                    f"model.path: {self.directory}: {name} has shape {shape} in the model, but the files "
+                    f"hold {len(tensors)} tensors for it, {parts[0]} the first, with {total} elements; files "
+                    "are missing, or config.json is not theirs"
+                )
+            joined[name] = JoinedTensor(tensors, shape)
+        self.tensors, self._pieces = joined, names
+
+    def pieces_of(self, name: str) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the files' tensors whose elements, one after the other, are a parameter's."""
+        return self._pieces.get(name) or [(name, self.tensors[name].shape)]
+
+    def check_matches(self, shapes: dict[str, tuple[int, ...]], *, aliases: set[str]) -> None:
+        """Refuses a checkpoint whose tensors are not the model's parameters.
+
+        Args:
+            shapes: The model's parameters, each tied weight once.
+            aliases: Further names of tied weights, which a file may hold as well.
+
+        Raises:
+            UserError: Names the tensors that are missing, left over, or of another shape.
+        """
+        missing = sorted(set(shapes) - set(self.tensors))
+        extra = sorted(set(self.tensors) - set(shapes) - aliases)
+        if missing or extra:
+            raise UserError(
+                f"model.path: {self.directory}: its tensors are not the model's parameters"
+                + (f"; missing from the files: {_listed(missing)}" if missing else "")
+                + (f"; unknown to the model: {_listed(extra)}" if extra else "")
+                + ". Load the model with transformers and save it again with save_original_format=False, "
+                "which stores tensors as the model has them; or mend config.json, if it is not the files' own"
+            )
+        for name, shape in shapes.items():
+            if self.tensors[name].shape != shape:
+                raise UserError(
+                    f"model.path: {self.directory}: {name} has shape {self.tensors[name].shape}; config.json "
+                    f"asks for {shape}"
+                )
+
+
+def stored_tensors(
+    path: Path, *, on_header: Callable[[bytes], object] = lambda header: None
+) -> dict[str, StoredTensor]:
+    """What a safetensors file holds, by name.
+
+    Args:
+        path: The file.
+        on_header: Called with its header.
+
+    Raises:
+        UserError: The file is damaged or cut short, or holds a dtype that is no float.
+        OSError: It cannot be read.
+    """
+    header = _read_header(path)
+    on_header(header)
+    base, size = 8 + len(header), path.stat().st_size
+    tensors: dict[str, StoredTensor] = {}
+    for name, entry in json.loads(header).items():
+        if name == "__metadata__":
+            continue
+        where = f"model.path: {path}: {name}"
+        if not _is_entry(entry):
+            raise UserError(f"{where}: its entry in the header is damaged; fetch the file again")
+        if entry["dtype"] not in DTYPES:
+            raise UserError(
+                f"{where} is stored as {entry['dtype']}; wanted one of {sorted(DTYPES)}. Quantised "
+                "weights cannot be perturbed: use the model's unquantised version"
+            )
+        begin, end = entry["data_offsets"]
+        stored = StoredTensor(path, base + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        wanted = stored.num_elements * stored.dtype.itemsize
+        if end - begin != wanted:
+            raise UserError(
+                f"{where} has {end - begin} bytes, but its shape {stored.shape} and dtype "
+                f"{entry['dtype']} take {wanted}; fetch the file again"
+            )
+        if base + end > size:
+            raise UserError(
+                f"{where} should end at byte {base + end}, but the file is cut short at {size}; fetch or "
+                "copy it again"
+            )
+        tensors[name] = stored
+    return tensors
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        raise UserError(f"model.path: {directory} is not a directory; {FETCH_HINT}")
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({directory / name for name in _indexed_files(index)})
+    else:
+        files = sorted(directory.glob("*.safetensors"))
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"model.path: {directory}: {index.name} names files that are missing: {_listed(missing)}"
+        )
+    if not files:
+        pickled = sorted(path.name for path in directory.glob("*.bin"))
+        hint = (
+            f"; {pickled[0]} is a pickle, which is never loaded: convert it to safetensors" if pickled else ""
+        )
+        raise UserError(f"model.path: {directory} has no *.safetensors files, so no weights{hint}")
+    return files
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """The file names in an index.
+
+    Raises:
+        UserError: It is no index.
+    """
+    try:
+        names = list(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        names = [None]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"model.path: {index} is damaged: it has no weight_map of file names; fetch it again")
+    return names
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether an entry of a header has the parts of one."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    numbers = [entry.get("shape"), entry.get("data_offsets")]
+    if not all(isinstance(n, list) and all(type(i) is int and i >= 0 for i in n) for n in numbers):
+        return False
+    return len(entry["data_offsets"]) == 2
+
+
+def _read_header(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > min(size - 8, _MAX_HEADER_BYTES):
+            raise UserError(f"model.path: {path} is not a safetensors file, or is cut short; fetch it again")
+        header = file.read(length)
+    try:
+        is_object = isinstance(json.loads(header), dict)
+    except ValueError:
+        is_object = False
+    if not is_object:
+        raise UserError(f"model.path: {path}: its header is not a JSON object; fetch the file again")
+    return header
+
+
+def _read_exactly(descriptor: int, num_bytes: int, offset: int) -> bytearray:
+    data = bytearray(num_bytes)
+    view, done = memoryview(data), 0
+    while done < num_bytes:  # one call reads 2 GiB at most
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise OSError(f"unexpected end of file at byte {offset + done}")
+        done += count
+    return data
+
+
+def _listed(names: list[str], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,0 +1,63 @@
+"""A dry run: everything is built and tried once, nothing is trained, and no run directory is made."""
+
+import resource
+
+import torch
+
+from shardes.models.build import load_tokenizer
+from shardes.planning.machine import Machine
+from shardes.planning.plan import Plan
+from shardes.planning.report import report
+from shardes.planning.sources import check_files, skeleton
+from shardes.planning.workload import make_workload
+from shardes.rollout.memory import free_bytes
+from shardes.session import Session
+from shardes.tasks.base import Task
+from shardes.trainer import Trainer
+from shardes.utils.units import shown_bytes, shown_seconds
+
+# Problems that the member is asked.
+_NUM_PROBLEMS = 2
+
+
+def rehearse(session: Session, trainer: Trainer, task: Task) -> list[str]:
+    """Evaluates one member on two problems, and plans for the ranks and memory that are here; a collective.
+
+    Args:
+        session: The model with its base weights.
+        trainer: Has everything that training takes.
+        task: What would be trained on.
+
+    Returns:
+        What is to be said of it, by line.
+    """
+    config, world = session.config, session.mesh.world
+    found = trainer.rehearse(_NUM_PROBLEMS)
+    rollout = config.rollout.model_copy(update={"micro_batch_size": found.micro_batch_size})
+    config = config.model_copy(update={"rollout": rollout})
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    model = skeleton(config)
+    plan = Plan(
+        config,
+        model,
+        workload=make_workload(config, task=task, tokenizer=tokenizer),
+        machine=Machine(_memory_bytes(world.device), world.device.type),
+        world_size=world.world_size,
+    )
+    result = found.result
+    reward = "no reward" if result.reward is None else f"reward {result.reward:.4f}"
+    return [
+        *report(plan, files=check_files(config.model.path, model)),
+        "",
+        f"dry run    one member, {_NUM_PROBLEMS} prompts: {reward}, {result.num_tokens} tokens in "
+        f"{shown_seconds(found.seconds)}, rollout.mode: {found.mode_name}, "
+        f"{shown_bytes(found.peak_memory_bytes)} at most on rank 0",
+        "dry run    nothing was trained, and nothing was written",
+    ]
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """What the accelerator has, or else what this rank has or could still have of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return free_bytes(device) + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

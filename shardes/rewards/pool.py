@@ -1,0 +1,483 @@
+"""Worker processes that judge answers; those that hang or die are replaced."""
+
+import asyncio
+import collections
+import contextlib
+import itertools
+import json
+import os
+import pickle
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+from shardes.config.schema import TaskConfig
+from shardes.errors import UserError
+from shardes.rewards.fork_server import HEADER
+from shardes.rewards.worker import MAX_REWARD, Answers, Judge, Verdicts, reference_of
+from shardes.tasks.base import Component, Task, all_rewards
+
+# How long the import of a reward may take.
+IMPORT_SECONDS = 600.0
+# How long answers wait for a worker before there are more of them.
+PATIENCE_SECONDS = 0.5
+# How long the template may take to fork or to kill.
+_TEMPLATE_SECONDS = 60.0
+# No reply is larger; a longer one is not read.
+_MAX_REPLY_BYTES = 1 << 26
+
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from shardes.rewards.fork_server import main; main(*map(int, sys.argv[2:]))"
+)
+
+T = TypeVar("T")
+
+
+class Rewards(Protocol):
+    """Where rewards run."""
+
+    def submit(
+        self, components: Sequence[Component], batches: Sequence[Answers]
+    ) -> "list[Future[list[Verdicts]]]":
+        """Has batches of answers judged, each by itself; a result is one verdict for each component."""
+
+
+class DirectRewards:
+    """Rewards that run in this process, at once; nothing stops one that hangs.
+
+    Args:
+        components: All that will ever be asked about.
+
+    Raises:
+        UserError: A function does not exist, or importing it fails.
+    """
+
+    def __init__(self, components: Sequence[Component]) -> None:
+        self._components = list(components)
+        try:
+            self._judge = Judge(components)
+        except ValueError as error:
+            raise UserError(f"task.reward: {error}") from None
+
+    def submit(
+        self, components: Sequence[Component], batches: Sequence[Answers]
+    ) -> "list[Future[list[Verdicts]]]":
+        """Judges answers before it returns."""
+        which = [self._components.index(component) for component in components]
+        futures: list[Future[list[Verdicts]]] = [Future() for _ in batches]
+        for future, answers in zip(futures, batches, strict=True):
+            future.set_result(self._judge.judge(which, answers))
+        return futures
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+def make_rewards(config: TaskConfig, tasks: Sequence[Task]) -> "DirectRewards | Sandbox":
+    """Where the rewards of some tasks run, as the configuration has it.
+
+    Raises:
+        UserError: A function does not exist, or importing it fails.
+    """
+    components = all_rewards(tasks)
+    if not components or config.reward_workers == 0:
+        return DirectRewards(components)
+    return Sandbox(
+        components,
+        timeout_seconds=config.reward_timeout_seconds,
+        max_workers=config.reward_workers,
+        memory_bytes=config.reward_memory_bytes,
+    )
+
+
+class _Template:
+    """The template process, seen from the pool."""
+
+    def __init__(self, memory_bytes: int | None) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.settimeout(_TEMPLATE_SECONDS)
+        numbers = [theirs.fileno(), memory_bytes or 0, os.getpid()]
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, json.dumps(sys.path), *map(str, numbers)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def fork(self) -> tuple[int, socket.socket]:
+        """A new worker: its process id, and the socket to it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._control, [b"f"], [theirs.fileno()])
+            return self._reply(), ours
+
+    def kill(self, pid: int) -> int:
+        """Ends a worker; returns the exit code, or minus the signal, that it ended with."""
+        self._control.send(f"k{pid}".encode())
+        return self._reply()
+
+    def _reply(self) -> int:
+        reply = self._control.recv(64)
+        if not reply:
+            raise ConnectionError("the process that starts reward processes is gone")
+        return int(reply)
+
+    def close(self) -> None:
+        """Ends it, and every worker with it."""
+        self._control.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@dataclass
+class _Worker:
+    pid: int
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    async def ask(self, message: Any) -> Any:
+        """Sends a message and reads the reply to it."""
+        payload = pickle.dumps(message)
+        self.writer.write(HEADER.pack(len(payload)) + payload)
+        await self.writer.drain()
+        (length,) = HEADER.unpack(await self.reader.readexactly(HEADER.size))
+        if length > _MAX_REPLY_BYTES:
+            raise ValueError(f"a reply of {length} bytes")
+        return json.loads(await self.reader.readexactly(length))
+
+
+class Sandbox:
+    """Rewards that run in worker processes of their own.
+
+    A call judges some answers together. If it has not ended after half of the time limit, or if it failed,
+    its answers are also judged one by one in other workers, for at most the other half; these results count
+    if the call fails or does not end within the limit. So answers whose reward hangs fail by themselves, and
+    as long as there are workers for all of them, they cost the time limit once.
+
+    Args:
+        components: All that will ever be asked about.
+        timeout_seconds: The time limit of a call.
+        max_workers: Processes at most. There is one at first; more come when answers have to wait.
+        memory_bytes: Address space of a process; None: no limit.
+
+    Raises:
+        UserError: A function cannot be found by another process, or importing it fails there.
+    """
+
+    def __init__(
+        self,
+        components: Sequence[Component],
+        *,
+        timeout_seconds: float,
+        max_workers: int,
+        memory_bytes: int | None,
+    ) -> None:
+        self._components = list(components)
+        self._setup = [replace(c, function=reference_of(c.function)) for c in components]
+        self._timeout_seconds = timeout_seconds
+        self._max_workers = max_workers
+        self._idle: list[_Worker] = []
+        self._waiting: collections.deque[asyncio.Future[_Worker]] = collections.deque()
+        # All workers, and those of them that are not ready yet.
+        self._num_workers = self._num_starting = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._memory_bytes = memory_bytes
+        self._template = _Template(memory_bytes)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
+        self._thread.start()
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._forwarder = threading.Thread(target=self._forward, name="rewards inbox", daemon=True)
+        self._forwarder.start()
+        try:
+            self._run(self._new_worker()).result()
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(
+        self, components: Sequence[Component], batches: Sequence[Answers]
+    ) -> "list[Future[list[Verdicts]]]":
+        """Has answers judged by worker processes."""
+        which = [self._components.index(component) for component in components]
+        futures: list[Future[list[Verdicts]]] = [Future() for _ in batches]
+
+        def judge() -> None:
+            for future, answers in zip(futures, batches, strict=True):
+                self._background(self._judge_into(future, which, answers))
+
+        self._inbox.put(judge)
+        return futures
+
+    def _forward(self) -> None:
+        """Passes on to the loop what callers leave in the inbox.
+
+        Waking the loop lets go of the interpreter's lock and may wait for it for long; this thread has the
+        time, a caller that generates does not.
+        """
+        while (callback := self._inbox.get()) is not None:
+            self._loop.call_soon_threadsafe(callback)
+
+    def close(self) -> None:
+        """Ends all processes."""
+        if self._loop.is_closed():
+            return
+        self._inbox.put(None)
+        self._forwarder.join()
+        self._run(self._cancel_all()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._template.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _background(self, coroutine: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _cancel_all(self) -> None:
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for worker in self._idle:
+            worker.writer.close()
+
+    async def _judge_into(self, future: "Future[list[Verdicts]]", which: list[int], answers: Answers) -> None:
+        try:
+            future.set_result(await self._judge(which, answers))
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
+        except Exception as error:
+            future.set_exception(error)
+
+    async def _judge(self, which: list[int], answers: Answers) -> list[Verdicts]:
+        """The verdict of each component, whatever happens."""
+        half = self._timeout_seconds / 2
+        alone: list[asyncio.Task[list[Verdicts] | str]] = []
+        timers: list[asyncio.TimerHandle] = []
+
+        def judge_alone() -> None:
+            if not alone and len(answers) > 1:
+                alone.extend(self._background(self._ask(which, one, limit=half)) for one in answers.alone())
+                self._loop.call_soon(self._grow)  # once they wait: whoever is busy may be for long
+
+        def begin() -> None:
+            timers.append(self._loop.call_later(half, judge_alone))
+
+        try:
+            found = await self._ask(which, answers, limit=self._timeout_seconds, begin=begin)
+            if isinstance(found, list):
+                return found
+            judge_alone()
+            if not alone:
+                return _or_failed(found, len(which), len(answers))
+            parts = [_or_failed(part, len(which), 1) for part in await asyncio.gather(*alone)]
+            joined = [Verdicts.joined(column) for column in zip(*parts, strict=True)]
+            for verdicts in joined:
+                verdicts.first_failure = verdicts.first_failure or found
+            return joined
+        finally:
+            for timer in timers:
+                timer.cancel()
+            for task in alone:
+                task.cancel()
+
+    async def _ask(
+        self,
+        which: list[int],
+        answers: Answers,
+        *,
+        limit: float,
+        begin: Callable[[], None] = lambda: None,
+    ) -> list[Verdicts] | str:
+        """What a worker says, or why it says nothing; ``begin`` is called when it gets to work."""
+        for _ in range(2):
+            worker = await self._acquire()
+            begin()
+            try:
+                async with asyncio.timeout(limit):
+                    reply = await worker.ask((which, answers))
+                found = _read_reply(reply, len(which), len(answers))
+            except TimeoutError:
+                self._discard(worker)
+                return (
+                    f"TimeoutError: the reward did not end within {self._timeout_seconds:g} s "
+                    "(task.reward_timeout_seconds)"
+                )
+            except (EOFError, OSError):
+                code = self._discard(worker)
+                if code is not None:
+                    return f"the reward ended its process ({_ending(code)})"
+                # Somebody killed the template, and with it every worker: this call may not be to blame.
+                self._forget_idle_workers()
+            except (ValueError, TypeError, KeyError) as error:
+                self._discard(worker)
+                return f"the reward broke its process ({type(error).__name__}: {error})"
+            except BaseException:
+                self._discard(worker)
+                raise
+            else:
+                self._release(worker)
+                return found
+        return "the process that starts reward processes was killed"
+
+    async def _acquire(self) -> _Worker:
+        """A worker that nobody else has; whoever waits too long causes there to be more."""
+        if self._idle:
+            return self._idle.pop()
+        place: asyncio.Future[_Worker] = self._loop.create_future()
+        self._waiting.append(place)
+        if self._num_workers == 0:
+            self._grow()
+        else:
+            self._loop.call_later(PATIENCE_SECONDS, self._grow)
+        try:
+            return await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                self._release(place.result())
+            raise
+
+    def _release(self, worker: _Worker) -> None:
+        """Gives a worker to whoever has waited longest."""
+        while self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():
+                place.set_result(worker)
+                return
+        self._idle.append(worker)
+
+    def _grow(self) -> None:
+        """Starts a worker for everyone who waits, as far as there may be more."""
+        num_wanted = sum(not place.done() for place in self._waiting) - self._num_starting
+        for _ in range(min(num_wanted, self._max_workers - self._num_workers)):
+            self._background(self._add_worker(self._new_worker()))
+
+    async def _add_worker(self, new: Coroutine[Any, Any, None]) -> None:
+        try:
+            await new
+        except (UserError, OSError) as error:
+            if self._num_workers:
+                return
+            for place in self._waiting:  # nobody else will come
+                if not place.done():
+                    place.set_exception(RuntimeError(f"no process for rewards can be started: {error}"))
+            self._waiting.clear()
+
+    def _new_worker(self) -> Coroutine[Any, Any, None]:
+        """Starts a worker and has it import the rewards; counted from now on, not from when that begins."""
+        self._num_workers += 1
+        self._num_starting += 1
+        return self._start_worker()
+
+    async def _start_worker(self) -> None:
+        try:
+            worker = await self._fork()
+        except BaseException:
+            self._num_workers -= 1
+            self._num_starting -= 1
+            raise
+        try:
+            async with asyncio.timeout(IMPORT_SECONDS):
+                error = (await worker.ask(self._setup))["error"]
+        except TimeoutError:
+            error = f"importing it took longer than {IMPORT_SECONDS:g} s"
+        except (EOFError, OSError):
+            error = f"importing it ended the process ({_ending(self._template.kill(worker.pid))})"
+        except BaseException:
+            self._discard(worker)
+            raise
+        finally:
+            self._num_starting -= 1
+        if error is not None:
+            self._discard(worker)
+            raise UserError(f"task.reward: {error}")
+        self._release(worker)
+
+    async def _fork(self) -> _Worker:
+        """A new worker; if the template is gone, of a new one."""
+        try:
+            pid, connection = self._template.fork()
+        except OSError:
+            self._template.close()
+            self._template = _Template(self._memory_bytes)
+            pid, connection = self._template.fork()
+        return _Worker(pid, *await asyncio.open_unix_connection(sock=connection))
+
+    def _discard(self, worker: _Worker) -> int | None:
+        """Kills a worker, and replaces it if somebody waits; returns how it had ended, if that is known."""
+        self._num_workers -= 1
+        worker.writer.close()
+        code = None
+        with contextlib.suppress(OSError):
+            code = self._template.kill(worker.pid)
+        self._grow()
+        return code
+
+    def _forget_idle_workers(self) -> None:
+        for worker in self._idle:
+            worker.writer.close()
+        self._num_workers -= len(self._idle)
+        self._idle.clear()
+
+
+def _read_reply(reply: Any, num_components: int, num_answers: int) -> list[Verdicts]:
+    """A worker's reply, which a reward may have forged.
+
+    Raises:
+        ValueError, TypeError, KeyError: It is not what a worker sends.
+    """
+    found = [
+        Verdicts(list(part["values"]), list(map(bool, part["has_failed"])), part["first_failure"])
+        for part in reply
+    ]
+    values = list(itertools.chain.from_iterable(verdicts.values for verdicts in found))
+    if len(found) != num_components or any(
+        len(part.values) != num_answers or len(part.has_failed) != num_answers for part in found
+    ):
+        raise ValueError("a reply of the wrong size")
+    if not all(value is None or (isinstance(value, float) and abs(value) < MAX_REWARD) for value in values):
+        raise ValueError("a reply that is not made of numbers")
+    return found
+
+
+def _or_failed(found: list[Verdicts] | str, num_components: int, num_answers: int) -> list[Verdicts]:
+    if isinstance(found, str):
+        return [Verdicts.failed(num_answers, found) for _ in range(num_components)]
+    return found
+
+
+def _ending(code: int) -> str:
+    """How a process ended, from its exit code or minus its signal."""
+    return f"signal {-code}" if code < 0 else f"exit status {code}"

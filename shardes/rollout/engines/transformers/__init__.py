@@ -1,0 +1,1 @@
+"""The engine `transformers`: decoding with a transformers model in this process."""

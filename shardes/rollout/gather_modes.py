@@ -1,0 +1,314 @@
+"""How a member's weights become a model that answers: what ``rollout.mode`` chooses.
+
+The modes that evaluate members one by one compute the same bits, and so do the batched ones. They differ in
+who holds what, and in when ranks have to talk.
+"""
+
+import gc
+import logging
+from abc import ABC, abstractmethod
+
+import torch
+from torch import nn
+
+from shardes.backends.base import Backend
+from shardes.distributed.group import Group, Mesh
+from shardes.rollout.lowrank.hooks import MemberTerms
+from shardes.rollout.memory import free_bytes, is_shortage, mode_bytes
+from shardes.weights.gathered import WholeWeights
+from shardes.weights.master import Weights
+
+logger = logging.getLogger(__name__)
+
+# The values of ``rollout.mode`` that leave a choice, and what from: the fastest, which takes the most memory,
+# to the one that takes none.
+_BY_SPEED = {"auto": ("members", "prompts", "stream"), "batched": ("batched", "batched_stream")}
+
+
+class Mode(ABC):
+    """A way to evaluate a member.
+
+    Args:
+        name: As in ``rollout.mode``.
+        backend: The model.
+        weights: Its weights.
+        team: The ranks that evaluate one member together.
+
+    Attributes:
+        name: The same.
+        team: The same.
+    """
+
+    def __init__(self, name: str, *, backend: Backend, weights: Weights, team: Group) -> None:
+        self.name = name
+        self.team = team
+        self._backend = backend
+        self._weights = weights
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether the ranks of a replica must call the model equally often."""
+        return False
+
+    def reserve(self) -> None:  # noqa: B027 - modes need not hold anything
+        """Allocates what the mode holds; no collective."""
+
+    def release(self) -> None:  # noqa: B027
+        """Frees it."""
+
+    def begin(self) -> None:  # noqa: B027
+        """What is done once for all members of an iteration; a collective of the ranks of a replica."""
+
+    def perturb(self, *, iteration: int, direction: int, sigma: float) -> None:
+        """Makes the member ``direction`` the one to evaluate."""
+        self._weights.perturb(iteration=iteration, direction=direction, sigma=sigma)
+
+    def centre(self) -> None:
+        """Makes the centre the one to evaluate."""
+        self._weights.centre()
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The model to generate with; a collective of the team, unless there is nothing to gather."""
+
+
+class Stream(Mode):
+    """Shards are perturbed; the engine gathers, layer by layer, in every forward."""
+
+    @property
+    def is_in_step(self) -> bool:
+        """Where a forward is a collective."""
+        return self._backend.is_sharded
+
+    def model(self) -> nn.Module:
+        """The engine's own."""
+        return self._backend.lockstep_model
+
+
+class Prompts(Mode):
+    """Shards are perturbed and gathered once a member, into a whole model on every rank."""
+
+    def reserve(self) -> None:
+        """The whole model."""
+        self._backend.reserve()
+
+    def release(self) -> None:
+        """The whole model."""
+        self._backend.release()
+
+    def model(self) -> nn.Module:
+        """The whole model, gathered anew."""
+        return self._backend.gathered()
+
+
+class Members(Mode):
+    """The centre is gathered once an iteration; every rank by itself adds members' noise to a copy of it."""
+
+    def __init__(self, name: str, *, backend: Backend, weights: Weights, team: Group) -> None:
+        super().__init__(name, backend=backend, weights=weights, team=team)
+        self._whole = WholeWeights(backend, weights)
+
+    def reserve(self) -> None:
+        """The whole model and the centre."""
+        self._whole.reserve()
+
+    def release(self) -> None:
+        """Both."""
+        self._whole.release()
+        self._backend.release()
+
+    def begin(self) -> None:
+        """Gathers the centre."""
+        self._whole.refresh()
+
+    def perturb(self, *, iteration: int, direction: int, sigma: float) -> None:
+        """Perturbs this rank's copy; no collective."""
+        self._whole.perturb(iteration=iteration, direction=direction, sigma=sigma)
+
+    def centre(self) -> None:
+        """Makes this rank's copy the centre; no collective."""
+        self._whole.centre()
+
+    def model(self) -> nn.Module:
+        """This rank's copy."""
+        return self._whole.model
+
+
+class Batched(Mode):
+    """The model stays the centre; many members at a time are terms added to what its layers compute.
+
+    Args:
+        name: ``batched``: the centre is gathered once an iteration, into a whole model on every rank.
+            ``batched_stream``: the engine gathers it, layer by layer, in every forward.
+        backend: The model.
+        weights: Its weights.
+        team: The ranks that evaluate one chunk of members together.
+
+    Attributes:
+        terms: The members.
+    """
+
+    def __init__(self, name: str, *, backend: Backend, weights: Weights, team: Group) -> None:
+        super().__init__(name, backend=backend, weights=weights, team=team)
+        self._gathers = name == "batched"
+        self._version: int | None = None
+        self._terms: MemberTerms | None = None
+
+    @property
+    def terms(self) -> MemberTerms:
+        """Known once ``begin`` was called."""
+        assert self._terms is not None, "begin comes first"
+        return self._terms
+
+    @property
+    def is_in_step(self) -> bool:
+        """Where a forward is a collective."""
+        return self._backend.is_sharded and not self._gathers
+
+    def reserve(self) -> None:
+        """The whole model, if there is to be one."""
+        if self._gathers:
+            self._backend.reserve()
+
+    def release(self) -> None:
+        """The same."""
+        self._version = None
+        if self._gathers:
+            self._backend.release()
+
+    def begin(self) -> None:
+        """Makes the model the centre, if the weights have changed since the last time."""
+        if self._version == self._weights.version:
+            return
+        self._weights.centre()
+        if self._terms is None:
+            self._terms = MemberTerms(self._backend, self._weights)
+        self._model = self._backend.gathered() if self._gathers else self._backend.lockstep_model
+        self._version = self._weights.version
+
+    def perturb(self, *, iteration: int, direction: int, sigma: float) -> None:
+        """Nothing: members are given to the terms."""
+
+    def centre(self) -> None:
+        """Nothing: the model never is anything else."""
+
+    def model(self) -> nn.Module:
+        """The centre."""
+        return self._model
+
+
+def make_mode(name: str, *, backend: Backend, weights: Weights, mesh: Mesh) -> Mode:
+    """The mode of a name, ``auto`` excepted."""
+    if name == "stream":
+        return Stream(name, backend=backend, weights=weights, team=mesh.shard)
+    if name == "prompts":
+        return Prompts(name, backend=backend, weights=weights, team=mesh.shard)
+    if name in _BY_SPEED["batched"]:
+        team = mesh.shard if backend.shares_batches else mesh.alone
+        return Batched(name, backend=backend, weights=weights, team=team)
+    if backend.is_sharded:
+        return Members(name, backend=backend, weights=weights, team=mesh.alone)
+    # Every rank holds a whole model already: it is perturbed where it is.
+    return Prompts(name, backend=backend, weights=weights, team=mesh.alone)
+
+
+class Modes:
+    """The mode in use, and, where memory decides, which one that is.
+
+    Args:
+        wanted: The value of ``rollout.mode``.
+        backend: The model.
+        weights: Its weights.
+        mesh: The ranks.
+    """
+
+    def __init__(self, wanted: str, *, backend: Backend, weights: Weights, mesh: Mesh) -> None:
+        self._by_speed = _BY_SPEED.get(wanted, ())
+        self._wanted = wanted
+        self._backend = backend
+        self._weights = weights
+        self._mesh = mesh
+        self._is_reserved = False
+        self._current = None if self._by_speed else self._make(wanted)
+
+    def _make(self, name: str) -> Mode:
+        return make_mode(name, backend=self._backend, weights=self._weights, mesh=self._mesh)
+
+    @property
+    def current(self) -> Mode:
+        """The mode in use."""
+        assert self._current is not None, "settle comes first"
+        return self._current
+
+    @property
+    def name(self) -> str | None:
+        """Its name; None before ``settle`` where memory decides."""
+        return None if self._current is None else self._current.name
+
+    @property
+    def are_batched(self) -> bool:
+        """Whether members are evaluated many at a time."""
+        return self._wanted in _BY_SPEED["batched"]
+
+    @property
+    def can_step_down(self) -> bool:
+        """Whether there is a mode that takes less memory, and it is ours to choose."""
+        return bool(self._by_speed) and self.current.name != self._by_speed[-1]
+
+    def settle(self, generation_bytes: int) -> None:
+        """Chooses the mode, if that is still to do, and allocates what it holds; a collective of all ranks.
+
+        Args:
+            generation_bytes: What a micro-batch takes besides weights.
+        """
+        if self._current is None:
+            self._current = self._make(self._choose(generation_bytes))
+        while not self._is_reserved:
+            try:
+                self.current.reserve()
+                is_short = False
+            except (RuntimeError, MemoryError) as error:
+                if not (self.can_step_down and is_shortage(error)):
+                    raise
+                is_short = True
+            if self.can_step_down and self._mesh.world.any(is_short):
+                self.step_down()
+            else:
+                self._is_reserved = True
+
+    def step_down(self) -> None:
+        """Goes on with the mode that takes less memory; all ranks must do so at the same place."""
+        old = self.current
+        old.release()
+        self._is_reserved = False
+        self._current = self._make(self._by_speed[self._by_speed.index(old.name) + 1])
+        gc.collect()
+        if self._backend.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self._mesh.world.is_main:
+            logger.warning(
+                "memory ran out with rollout.mode %s, so this run goes on with %s; a smaller "
+                "rollout.micro_batch_size might keep the faster mode",
+                old.name,
+                self._current.name,
+            )
+
+    def _choose(self, generation_bytes: int) -> str:
+        """The fastest mode for which every rank has the memory."""
+        itemsize = self._backend.dtype.itemsize
+        copy = sum(shard.num_elements for shard in self._backend.shards) * itemsize
+        centre = sum(shard.num_elements for shard in self._weights.trained) * itemsize
+        held = mode_bytes(copy=copy, centre=centre, is_sharded=self._backend.is_sharded)
+        if self._wanted == "batched":
+            held = {"batched": copy * self._backend.is_sharded}
+        needs = {name: need + generation_bytes for name, need in held.items()}
+        free = self._mesh.world.min(free_bytes(self._backend.device))
+        name = next((name for name, need in needs.items() if need <= free), self._by_speed[-1])
+        wants = ", ".join(f"{other} needs {_gib(need)}" for other, need in needs.items())
+        here = f"{_gib(generation_bytes)} of it to generate; {_gib(free)} are free on every rank"
+        logger.info("rollout.mode: %s is %s: %s, %s", self._wanted, name, wants, here)
+        return name
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

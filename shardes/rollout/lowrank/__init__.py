@@ -1,0 +1,1 @@
+"""Low-rank members as terms added to the outputs of layers."""

@@ -1,0 +1,69 @@
+"""Whether members as terms compute what members as weights do: looked at when a run begins."""
+
+from typing import Any
+
+import torch
+
+from shardes.backends.base import Backend
+from shardes.distributed.group import Group
+from shardes.errors import UserError
+from shardes.es.perturbation import Perturbation
+from shardes.rollout.gather_modes import Batched, Mode
+from shardes.weights.master import Weights
+
+_NUM_TOKENS = 8
+
+
+@torch.no_grad()
+def check_terms(mode: Mode, *, backend: Backend, weights: Weights, world: Group, sigma: float) -> None:
+    """Compares the logits of two members; a collective of all ranks. It leaves the model at its centre.
+
+    Rounding explains a small part of what the perturbations change, and a few steps of the dtype.
+
+    Args:
+        mode: A batched one.
+        backend: The model.
+        weights: Its weights.
+        world: All ranks.
+        sigma: Scale of the noise.
+
+    Raises:
+        UserError: They differ by more than rounding explains.
+    """
+    assert isinstance(mode, Batched), "other modes have no terms"
+    members = [Perturbation(0, 0, sigma), Perturbation(0, 1, -sigma)]
+    config: Any = backend.lockstep_model.config
+    vocabulary = config.get_text_config().vocab_size
+    ids = (torch.arange(1, _NUM_TOKENS + 1, device=backend.device) % vocabulary)[None]
+
+    def logits(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = model(input_ids=rows, use_cache=False).logits.double()
+        return found
+
+    as_weights = []
+    for member in members:
+        weights.perturb(iteration=member.iteration, direction=member.direction, sigma=member.sigma)
+        as_weights.append(logits(backend.lockstep_model, ids))
+    weights.centre()
+    wanted = torch.cat(as_weights)
+    centre = logits(backend.lockstep_model, ids)
+    mode.begin()
+    model = mode.model()
+    mode.terms.load(members)
+    with mode.terms.on(model):
+        mode.terms.on_rows(torch.arange(2, device=backend.device))
+        found = logits(model, ids.expand(2, -1))
+    step = torch.finfo(backend.dtype).eps
+    effect, error = _rms(wanted - centre), _rms(found - wanted)
+    limit = max(1e-3, 16 * step) * effect + 4 * step * _rms(centre)
+    if world.any(not error <= limit):
+        raise UserError(
+            f"rollout.mode: {mode.name} computes other logits for a member than its weights do: they differ "
+            f"by {error:.3g} (root mean square), where the perturbation itself changes them by {effect:.3g} "
+            f"and rounding explains {limit:.3g}. The model computes something for which there is no right "
+            "rule; use rollout.mode: auto, which evaluates the same members one by one"
+        )
+
+
+def _rms(values: torch.Tensor) -> float:
+    return float(values.square().mean().sqrt())

@@ -1,0 +1,379 @@
+"""Members of low rank as terms that are added to what a model's layers compute.
+
+The model stays at the centre. Where a layer computes ``x W^T``, a member's layer computes ``x W^T`` plus
+``sigma (x B) A^T``: two products with a few columns. Rows of one forward may be different members', and the
+weights, which engines gather and free as they like, are never touched. Hooks need only what goes into a layer
+and what comes out, so those of engines and these do not meet.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+from shardes import noise
+from shardes.backends.base import Backend
+from shardes.backends.shard import Shard
+from shardes.backends.split_linear import LinearPart
+from shardes.errors import UserError
+from shardes.es.perturbation import Perturbation
+from shardes.noise import LowRank, NoiseKind, Region, matrix_shape
+from shardes.weights.master import Weights
+
+Names = dict[str, str]
+"""From what a module calls its parameters to what the model calls those that are trained."""
+
+Patch = Callable[[nn.Module, Names], Callable[[], None]]
+"""Has a module compute the members' outputs; returns what undoes it."""
+
+
+class MemberTerms:
+    """Has rows of a forward be of different members.
+
+    Args:
+        backend: The model, at its centre.
+        weights: The noise.
+
+    Raises:
+        UserError: A trained parameter is used in a way for which there is no rule.
+    """
+
+    def __init__(self, backend: Backend, weights: Weights) -> None:
+        assert isinstance(weights.kind, LowRank), "checked with the configuration"
+        self._kind = weights.kind
+        self._seed = weights.seed
+        self._dtype = backend.dtype
+        self._device = backend.device
+        self._shards = {shard.name: shard for shard in weights.trained}
+        self._left: dict[str, torch.Tensor] = {}
+        self._right: dict[str, torch.Tensor] = {}
+        self._vectors: dict[str, torch.Tensor] = {}
+        self._num_members = 0
+        self._members = torch.zeros(0, dtype=torch.int64)
+        self._is_split = backend.shares_batches
+        self._uses = self._find_uses(backend.lockstep_model)
+
+    def _find_uses(self, model: nn.Module) -> dict[str, tuple[Patch, Names]]:
+        """By module: how its outputs change, and which of its parameters are trained."""
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        uses: dict[str, tuple[Patch, Names]] = {}
+        for path, module in model.named_modules():
+            part = _part_of(module)
+            before = module._parameters if part is None else part.held
+            held = {
+                # A part of a tied weight is no parameter of the model, but what it is a part of is.
+                key: names.get(id(before[key])) or names[id(each)]
+                for key, each in module._parameters.items()
+                if each is not None
+            }
+            held = {key: name for key, name in held.items() if name in self._shards}
+            if not held:
+                continue
+            patch = self._rule(module)
+            if patch is None:
+                raise UserError(
+                    f"rollout.mode: {next(iter(held.values()))} is a parameter of {path}, a "
+                    f"{_class_name(module)}, for which there is no batched rule; freeze it (es.trainable), "
+                    "or use rollout.mode: auto, which evaluates the same members one by one"
+                )
+            uses[path] = (patch, held)
+        return uses
+
+    def _rule(self, module: nn.Module) -> Patch | None:
+        """How a module's outputs are changed; None if that is not known."""
+        name, keys = _class_name(module), set(module._parameters)
+        forward = type(module).forward
+        if _part_of(module) is not None:
+            return self._patch_part
+        is_split = self._is_split and any(isinstance(each, DTensor) for each in module._parameters.values())
+        if is_split and not isinstance(module, nn.Embedding):
+            return None  # of experts and the like a hook sees a part; of an embedding it sees all
+        if forward is nn.Linear.forward:
+            return functools.partial(_hooked, self._linear)
+        if forward is nn.Embedding.forward or (
+            isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")
+        ):
+            return functools.partial(_hooked, self._embedding)
+        if isinstance(module, Conv1D):
+            return functools.partial(_hooked, self._conv1d)
+        if forward is nn.LayerNorm.forward:
+            return functools.partial(_hooked, self._layer_norm)
+        if name.endswith("RMSNorm") and keys == {"weight"} and _norm_epsilon(module) is not None:
+            return functools.partial(_hooked, self._rms_norm)
+        if name.endswith("Router") and keys == {"weight"}:
+            return self._patch_router
+        if keys == {"gate_up_proj", "down_proj"} and _is_plain_experts(module):
+            return self._patch_experts
+        return None
+
+    @property
+    def num_bytes(self) -> int:
+        """What a member's factors take."""
+        count = 0
+        for shard in self._shards.values():
+            view = matrix_shape(shard.shape)
+            rows = shard.num_elements if view is None else view[0] * (view[1] + view[2]) * self._kind.rank
+            count += rows
+        return count * self._dtype.itemsize
+
+    def load(self, members: Sequence[Perturbation]) -> None:
+        """Fills the factors of some members; those of the ones before are dropped."""
+        self._num_members = len(members)
+        sigmas = torch.tensor([member.sigma for member in members], device=self._device)
+        for name, shard in self._shards.items():
+            if matrix_shape(shard.shape) is None:
+                self._vectors[name] = self._vectors_of(shard, members).mul_(sigmas[:, None]).to(self._dtype)
+                continue
+            left, right = self._factors_of(shard, members)
+            scaled = left * sigmas.view(-1, *[1] * (left.ndim - 1))
+            self._left[name], self._right[name] = scaled.to(self._dtype), right.to(self._dtype)
+
+    def _factors_of(self, shard: Shard, members: Sequence[Perturbation]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors of every member, float32."""
+        parts = []
+        places: list[int] = []
+        for iteration, mine in _by_iteration(members).items():
+            directions = sorted({members[place].direction for place in mine})
+            found = noise.factors(
+                kind=self._kind,
+                param_id=shard.param_id,
+                shape=shard.shape,
+                seed=self._seed,
+                iteration=iteration,
+                directions=directions,
+                device=self._device,
+            )
+            index = torch.tensor([directions.index(members[place].direction) for place in mine])
+            parts.append([factor[index.to(self._device)] for factor in found])
+            places += mine
+        order = torch.tensor(places).argsort().to(self._device)
+        left, right = (torch.cat(side)[order].contiguous() for side in zip(*parts, strict=True))
+        return left, right
+
+    def _vectors_of(self, shard: Shard, members: Sequence[Perturbation]) -> torch.Tensor:
+        """The noise of every member, float32 of shape [members, elements]."""
+        size = shard.num_elements
+        out = torch.empty(len(members), size, device=self._device)
+        nothing = torch.full((size,), -0.0, device=self._device)
+        for row, member in zip(out, members, strict=True):
+            noise.perturb(
+                nothing,
+                row,
+                region=Region(shard.param_id, size, 0, size),
+                sigma=1.0,
+                seed=self._seed,
+                iteration=member.iteration,
+                direction=member.direction,
+                kind=NoiseKind.GAUSSIAN,
+            )
+        return out
+
+    def on_rows(self, rows: torch.Tensor) -> None:
+        """Says which rows of a micro-batch the next forward is of; row i is of member ``i % members``."""
+        self._members = rows % self._num_members
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[None]:
+        """Within it, a model at the centre computes the members' outputs."""
+        undo = []
+        try:
+            for path, module in model.named_modules():
+                if path in self._uses:
+                    patch, names = self._uses[path]
+                    undo.append(patch(module, names))
+            yield
+        finally:
+            for each in undo:
+                each()
+
+    # What is added. ``x`` and ``out`` begin with the rows of the forward, or with rows times tokens.
+
+    def _by_row(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, tokens, features]."""
+        num_rows = len(self._members)
+        return x.reshape(num_rows, math.prod(x.shape[:-1]) // num_rows, x.shape[-1])
+
+    def _of_rows(self, of_members: torch.Tensor) -> torch.Tensor:
+        """What each member has, for each row."""
+        return of_members.index_select(0, self._members)
+
+    def _moved(
+        self, x: torch.Tensor, out: torch.Tensor, right: torch.Tensor, left: torch.Tensor
+    ) -> torch.Tensor:
+        """``out + (x right) left^T``, in place; the factors are [members, features, rank]."""
+        inputs, outputs = self._by_row(x), self._by_row(out)
+        right, left = self._of_rows(right), self._of_rows(left)
+        if self._kind.rank == 1:
+            # Libraries have no quick matrix product with a single column, of every row with another.
+            inner = (inputs * right.mT).sum(dim=-1, keepdim=True)
+            outputs.addcmul_(inner, left.mT)
+        else:
+            outputs.baddbmm_(torch.bmm(inputs, right), left.mT)
+        return outputs.view_as(out)
+
+    def _shifted(self, out: torch.Tensor, name: str | None, *, outputs: slice = slice(None)) -> torch.Tensor:
+        """``out`` plus a vector's noise, or a part of it, if the vector is trained."""
+        if name is None:
+            return out
+        noise_of_rows = self._of_rows(self._vectors[name][:, outputs])
+        return (self._by_row(out) + noise_of_rows[:, None]).view_as(out)
+
+    def _linear(self, module: Any, x: torch.Tensor, out: torch.Tensor, names: Names) -> torch.Tensor:
+        if (name := names.get("weight")) is not None:
+            out = self._moved(x, out, self._right[name], self._left[name])
+        return self._shifted(out, names.get("bias"))
+
+    def _patch_part(self, module: Any, names: Names) -> Callable[[], None]:
+        """Adds to what a rank computes of a linear layer, before ranks bring that together."""
+        part = _part_of(module)
+        assert part is not None
+        weight, bias = names.get("weight"), names.get("bias")
+
+        def add(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+            if weight is not None:
+                right, left = self._right[weight][:, part.inputs], self._left[weight][:, part.outputs]
+                out = self._moved(x, out, right, left)
+            return out if part.is_sum else self._shifted(out, bias, outputs=part.outputs)
+
+        def undo() -> None:
+            part.terms = None
+            unhook()
+
+        part.terms = add
+        last = bias if part.is_sum else None
+        unhook = _hooked(lambda module, x, out, names: self._shifted(out, last), module, names)
+        return undo
+
+    def _conv1d(self, module: Any, x: torch.Tensor, out: torch.Tensor, names: Names) -> torch.Tensor:
+        # y = x W: what the weight's rows are, its columns are to a linear layer.
+        if (name := names.get("weight")) is not None:
+            out = self._moved(x, out, self._left[name], self._right[name])
+        return self._shifted(out, names.get("bias"))
+
+    def _embedding(self, module: Any, ids: torch.Tensor, out: torch.Tensor, names: Names) -> torch.Tensor:
+        name = names["weight"]
+        rows = len(self._members)
+        if len(ids) == 1 < rows:  # positions that all rows share
+            ids, out = ids.expand(rows, -1), out.expand(rows, -1, -1)
+        left = self._left[name][self._members[:, None], ids.reshape(rows, -1)]
+        term = torch.bmm(left, self._of_rows(self._right[name]).mT).view_as(out)
+        return out + term * getattr(module, "embed_scale", 1.0)
+
+    def _layer_norm(self, module: Any, x: torch.Tensor, out: torch.Tensor, names: Names) -> torch.Tensor:
+        if (name := names.get("weight")) is not None:
+            normal = functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
+            out = out + self._scaled(normal, name)
+        return self._shifted(out, names.get("bias"))
+
+    def _rms_norm(self, module: Any, x: torch.Tensor, out: torch.Tensor, names: Names) -> torch.Tensor:
+        wide = x.float()
+        normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + _norm_epsilon(module))
+        return out + self._scaled(normal, names["weight"]).to(out.dtype)
+
+    def _scaled(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """``x`` times a vector's noise; ``x`` may have more dimensions in between, such as heads."""
+        noise_of_rows = self._of_rows(self._vectors[name])
+        return (self._by_row(x) * noise_of_rows[:, None]).view_as(x)
+
+    def _patch_router(self, module: Any, names: Names) -> Callable[[], None]:
+        """Adds to the one linear product in it; what a router makes of that is its own affair."""
+        name, forward = names["weight"], module.forward
+
+        def add(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+            return self._moved(x, out, self._right[name], self._left[name])
+
+        def moved(*arguments: Any, **named: Any) -> Any:
+            with _AddToLinear(add):
+                return forward(*arguments, **named)
+
+        return _replaced(module, moved)
+
+    def _patch_experts(self, module: Any, names: Names) -> Callable[[], None]:
+        """Has the experts computed one after the other, each with the terms of the rows that come to it."""
+
+        def product(key: str, expert: int, x: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+            out = functional.linear(x, getattr(module, key)[expert])
+            if (name := names.get(key)) is None:
+                return out
+            inner = torch.bmm(x[:, None], self._right[name][members, expert])
+            return torch.baddbmm(out[:, None], inner, self._left[name][members, expert].mT)[:, 0]
+
+        def moved(hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            out = torch.zeros_like(hidden)
+            of_token = self._members.repeat_interleave(len(hidden) // len(self._members))
+            for expert in chosen.unique().tolist():
+                token, place = torch.where(chosen == expert)
+                members = of_token[token]
+                inner = module._apply_gate(product("gate_up_proj", expert, hidden[token], members))
+                found = product("down_proj", expert, inner, members) * weights[token, place, None]
+                out.index_add_(0, token, found.to(out.dtype))
+            return out
+
+        return _replaced(module, moved)
+
+
+class _AddToLinear(TorchFunctionMode):
+    """Within it, ``functional.linear`` adds something to its result."""
+
+    def __init__(self, add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._add = add
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        return self._add(args[0], out) if function is functional.linear else out
+
+
+def _hooked(change: Callable[..., torch.Tensor], module: nn.Module, names: Names) -> Callable[[], None]:
+    """Changes what a module puts out."""
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+        return change(module, arguments[0], out, names)
+
+    return module.register_forward_hook(hook).remove
+
+
+def _replaced(module: Any, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Replaces a module's forward; the hooks around it stay."""
+    module.forward = forward
+    return lambda: module.__dict__.pop("forward")
+
+
+def _by_iteration(members: Sequence[Perturbation]) -> dict[int, list[int]]:
+    """The places of the members whose noise is an iteration's."""
+    found: dict[int, list[int]] = {}
+    for place, member in enumerate(members):
+        found.setdefault(member.iteration, []).append(place)
+    return found
+
+
+def _class_name(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _part_of(module: nn.Module) -> LinearPart | None:
+    """What computes this rank's part of a linear layer; None if the module is no such layer."""
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, LinearPart) else None
+
+
+def _norm_epsilon(module: Any) -> Any:
+    """What an RMS norm adds to the mean square, by either of its usual names; None if it has neither."""
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _is_plain_experts(module: Any) -> bool:
+    """Whether experts are stored and computed as most are: gate and up joined, not transposed, no biases."""
+    return (
+        getattr(module, "has_gate", False)
+        and getattr(module, "is_concatenated", False)
+        and not (module.has_bias or module.is_transposed or getattr(module, "has_post_expert_norm", False))
+    )

@@ -1,0 +1,286 @@
+"""Snapshots: the masters after some iterations, so that not all of a long journal has to be replayed.
+
+With them is kept what the optimizer keeps for each weight, under the parameter's name and its own.
+
+A snapshot is a directory: one safetensors file of each rank's own elements, and ``manifest.json``, which
+says which elements of which parameter each file holds. Any number of ranks, any backend reads it by ranges.
+Nothing depends on a snapshot: one that is damaged is passed over, and more of the journal is replayed.
+
+It exists once it is whole. Files are written to a directory of another name and brought to the disk, then
+rank 0 alone writes the manifest, which is the mark of a complete snapshot, and renames the directory.
+"""
+
+import hashlib
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shardes.backends.shard import Shard
+from shardes.errors import UserError
+from shardes.models.checkpoint import StoredTensor, TensorReader, stored_tensors
+from shardes.models.safetensors_writer import write_header, write_values
+from shardes.utils.files import flush_to_disk, write_atomically
+from shardes.weights.master import CHUNK_ELEMENTS
+
+SNAPSHOT_VERSION = 2
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"iteration-(\d{8,})")
+_READ_BYTES = 1 << 24
+
+
+class SnapshotError(Exception):
+    """A snapshot that cannot be used; the message says why."""
+
+
+def snapshot_path(run_dir: Path, iteration: int) -> Path:
+    """Where a run's snapshot is of the weights after so many updates."""
+    return run_dir / "snapshots" / f"iteration-{iteration:08d}"
+
+
+def find_snapshots(run_dir: Path) -> list[int]:
+    """The iterations of which a run has snapshots, good or damaged, the newest first."""
+    directory = run_dir / "snapshots"
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted((int(match[1]) for name in names if (match := _NAME.fullmatch(name))), reverse=True)
+
+
+def write_part(
+    path: Path,
+    tensors: Iterable[tuple[str, Shard, torch.Tensor]],
+    *,
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Writes one rank's elements, and brings them to the disk.
+
+    A tensor on an accelerator passes through host memory a piece of 64 MiB at a time; there is no other copy.
+
+    Args:
+        path: The file.
+        tensors: As ``Weights.owned_tensors`` gives them.
+        is_cancelled: Asked now and then; if true, the writing ends.
+
+    Returns:
+        The file's entry in the manifest.
+
+    Raises:
+        OSError: The file cannot be written.
+        SnapshotError: It was cancelled.
+    """
+    tensors = list(tensors)
+    with path.open("wb") as stream:
+        sink = _Hashing(stream)
+        write_header(sink, [(name, tensor.dtype, [shard.num_owned]) for name, shard, tensor in tensors])
+        for _, shard, tensor in tensors:
+            for run in shard.runs:
+                for part in run.parts(CHUNK_ELEMENTS):
+                    if is_cancelled():
+                        raise SnapshotError("it was given up")
+                    write_values(sink, part.of(tensor))
+        flush_to_disk(stream)
+    return {
+        "name": path.name,
+        "num_bytes": sink.num_bytes,
+        "blake2b": sink.hash.hexdigest(),
+        "regions": {
+            name: [[run.global_start, run.length, run.rows, run.stride] for run in shard.runs]
+            for name, shard, _ in tensors
+        },
+    }
+
+
+def write_manifest(
+    directory: Path, *, iteration: int, digest: str, states_digest: str, files: list[dict[str, Any]]
+) -> None:
+    """Marks a snapshot whose files are on the disk as complete.
+
+    Args:
+        directory: Where the files are.
+        iteration: Number of updates that the weights have had.
+        digest: The digest of the weights.
+        states_digest: That of what the optimizer keeps.
+        files: What ``write_part`` returned.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    manifest = {
+        "version": SNAPSHOT_VERSION,
+        "iteration": iteration,
+        "weights_digest": digest,
+        "states_digest": states_digest,
+        "files": files,
+    }
+    sealed = manifest | {"checksum": _checksum(manifest)}
+    write_atomically(directory / MANIFEST, json.dumps(sealed, indent=1) + "\n")
+
+
+class Snapshot(TensorReader):
+    """A complete snapshot, from which ranges of the masters' elements can be read.
+
+    Args:
+        directory: The snapshot.
+
+    Attributes:
+        iteration: Number of updates that the weights have had.
+        weights_digest: Their digest, as the manifest has it. Whether the files have it is for the reader to
+            see, who computes it anyway: sizes and headers are checked here, not every byte.
+        states_digest: Likewise of what the optimizer keeps.
+
+    Raises:
+        SnapshotError: It is not complete, or damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        try:
+            manifest = json.loads((directory / MANIFEST).read_bytes())
+            if manifest.pop("checksum") != _checksum(manifest):
+                raise SnapshotError(f"the checksum of its {MANIFEST} does not match")
+            if manifest["version"] != SNAPSHOT_VERSION:
+                raise SnapshotError(f"its version is {manifest['version']}; wanted {SNAPSHOT_VERSION}")
+            self.iteration: int = manifest["iteration"]
+            self.weights_digest: str = manifest["weights_digest"]
+            self.states_digest: str = manifest["states_digest"]
+            self._files: list[dict[str, Any]] = manifest["files"]
+            rows: dict[str, list[_Rows]] = {}
+            for entry in self._files:
+                for name, found in self._open(entry).items():
+                    rows.setdefault(name, []).append(found)
+        except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SnapshotError(f"{type(error).__name__}: {error}") from None
+        super().__init__({name: SpreadTensor(tuple(parts)) for name, parts in rows.items()})
+
+    def _open(self, entry: dict[str, Any]) -> dict[str, "_Rows"]:
+        """The elements that one file holds, by parameter."""
+        path = self._directory / entry["name"]
+        if path.parent != self._directory:
+            raise SnapshotError(f"its {MANIFEST} names a file outside of it")
+        size = path.stat().st_size
+        if size != entry["num_bytes"]:
+            raise SnapshotError(f"{path.name} has {size} bytes; wanted {entry['num_bytes']}")
+        stored = stored_tensors(path)
+        if stored.keys() != entry["regions"].keys():
+            raise SnapshotError(f"{path.name} does not hold the parameters that {MANIFEST} says")
+        return {
+            name: _Rows(stored[name], tuple(tuple(map(int, region)) for region in regions))
+            for name, regions in entry["regions"].items()
+        }
+
+    def damaged_files(self, *, part: int = 0, num_parts: int = 1) -> list[str]:
+        """The names of files whose bytes are not those that were written; reads all, or one part, of them."""
+        return [entry["name"] for entry in self._files[part::num_parts] if not self._is_whole(entry)]
+
+    def _is_whole(self, entry: dict[str, Any]) -> bool:
+        found = _new_hash()
+        try:
+            with (self._directory / entry["name"]).open("rb") as stream:
+                while data := stream.read(_READ_BYTES):
+                    found.update(data)
+        except OSError:
+            return False
+        return found.hexdigest() == entry["blake2b"]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Elements of one parameter that follow each other in a file.
+
+    Attributes:
+        stored: Where they lie.
+        regions: Which they are: first element, length of a row, number of rows, and the stride between rows.
+    """
+
+    stored: StoredTensor
+    regions: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class SpreadTensor:
+    """A parameter whose elements are spread over files.
+
+    Attributes:
+        parts: What each file holds of it.
+    """
+
+    parts: tuple[_Rows, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As one row, of as many elements as there are."""
+        return (sum(part.stored.num_elements for part in self.parts),)
+
+    @cached_property
+    def _table(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Every row of every file, sorted: its first element, its length, its file, where it is there."""
+        columns = [
+            np.stack([*_table_of(part.regions), np.full(_num_rows(part.regions), i)])
+            for i, part in enumerate(self.parts)
+        ]
+        table = np.concatenate(columns, axis=1)
+        starts, lengths, locals_, files = table[:, np.argsort(table[0], kind="stable")]
+        return starts.tolist(), lengths.tolist(), files.tolist(), locals_.tolist()
+
+    def find(self, first: int, length: int) -> Iterator[tuple[StoredTensor, int, int]]:
+        """Where a range of elements lies: tensors of the files, each with a range of its own elements.
+
+        Raises:
+            SnapshotError: No file holds one of them.
+        """
+        starts, lengths, files, local_starts = self._table
+        row, end = bisect_right(starts, first) - 1, first + length
+        while first < end:
+            number = (
+                starts[row] + lengths[row] - first if 0 <= row < len(starts) and starts[row] <= first else 0
+            )
+            if number <= 0:
+                raise SnapshotError(f"no file holds element {first} of a parameter")
+            number = min(number, end - first)
+            yield self.parts[files[row]].stored, local_starts[row] + first - starts[row], number
+            first += number
+            row += 1
+
+
+def _num_rows(regions: tuple[tuple[int, ...], ...]) -> int:
+    return sum(rows for _, _, rows, _ in regions)
+
+
+def _table_of(regions: tuple[tuple[int, ...], ...]) -> npt.NDArray[np.int64]:
+    """The rows of some regions that follow each other in a file: first elements, lengths, places there."""
+    tables, place = [np.empty((3, 0), dtype=np.int64)], 0
+    for start, length, rows, stride in regions:
+        index = np.arange(rows, dtype=np.int64)
+        tables.append(np.stack([start + index * stride, np.full(rows, length), place + index * length]))
+        place += rows * length
+    return np.concatenate(tables, axis=1)
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    text = json.dumps(manifest, separators=(",", ":"), sort_keys=True)
+    return _new_hash(text.encode()).hexdigest()
+
+
+def _new_hash(data: bytes = b"") -> "hashlib.blake2b":
+    return hashlib.blake2b(data, digest_size=16)
+
+
+class _Hashing:
+    """Passes bytes on to a file, and hashes them on the way."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.hash = _new_hash()
+        self.num_bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._stream.write(data)
+        self.hash.update(data)
+        self.num_bytes += memoryview(data).nbytes

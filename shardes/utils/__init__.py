@@ -1,0 +1,1 @@
+"""Files, logging, timing and units."""

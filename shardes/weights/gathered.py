@@ -1,0 +1,79 @@
+"""A whole model on one rank, perturbed without any other rank."""
+
+import torch
+
+from shardes import noise
+from shardes.backends.base import Backend
+from shardes.noise import Region
+from shardes.weights.master import Weights
+
+
+class WholeWeights:
+    """The backend's whole model, and beside it the centre that it is perturbed from.
+
+    The centre is gathered once, however many members are then made of it. It is in the model's dtype, which
+    loses nothing: a member is the *rounded* master plus noise in any case, so the bits are those that
+    ``Weights.perturb`` writes into shards.
+
+    It takes, besides this rank's shards, two copies of the trained parameters and one of the frozen ones.
+
+    Args:
+        backend: Where the shards live.
+        weights: Their master.
+    """
+
+    def __init__(self, backend: Backend, weights: Weights) -> None:
+        self._backend = backend
+        self._weights = weights
+        self._centre: dict[str, torch.Tensor] = {}
+        self._whole: dict[str, torch.Tensor] = {}
+        self._version: int | None = None
+
+    def reserve(self) -> None:
+        """Allocates both copies; no collective."""
+        self._backend.reserve()
+        for shard in self._weights.trained:
+            if shard.name not in self._centre:
+                self._centre[shard.name] = torch.empty(
+                    shard.num_elements, dtype=self._backend.dtype, device=self._backend.device
+                )
+
+    def release(self) -> None:
+        """Frees the centre and lets go of the whole model, which is the backend's to free."""
+        self._centre, self._whole = {}, {}
+        self._version = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Gathers the centre, if the weights have changed since the last time; a collective."""
+        if self._version == self._weights.version:
+            return
+        self.reserve()
+        self._weights.centre()
+        self.model = self._backend.gathered()
+        parameters = dict(self.model.named_parameters())
+        self._whole = {name: parameters[name].detach().view(-1) for name in self._centre}
+        for name, centre in self._centre.items():
+            centre.copy_(self._whole[name])
+        self._version = self._weights.version
+
+    @torch.no_grad()
+    def perturb(self, *, iteration: int, direction: int, sigma: float) -> None:
+        """Makes the model the centre plus ``sigma`` times the direction's noise."""
+        for shard in self._weights.trained:
+            noise.perturb(
+                self._centre[shard.name],
+                self._whole[shard.name],
+                region=Region(shard.param_id, shard.num_elements, 0, shard.num_elements, shape=shard.shape),
+                sigma=sigma,
+                seed=self._weights.seed,
+                iteration=iteration,
+                direction=direction,
+                kind=self._weights.kind,
+            )
+
+    @torch.no_grad()
+    def centre(self) -> None:
+        """Makes the model the centre."""
+        for name, centre in self._centre.items():
+            self._whole[name].copy_(centre)
