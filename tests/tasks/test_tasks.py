@@ -14,7 +14,7 @@ from shardes.tasks.boxed import boxed_reward, expression_reward
 from shardes.tasks.matching import regex_reward, think_answer_reward
 from shardes.tasks.registry import LABEL_WORD_TASKS, REWARDS, TASKS, definition_of
 
-RECORDED = [json.loads(line) for line in (Path(__file__).parent / "data" / "answers.jsonl").open()]
+RECORDED = [json.loads(line) for line in (Path(__file__).parents[1] / "data" / "answers.jsonl").open()]
 GENERATION = sorted(name for name, task in TASKS.items() if task.choices is None)
 
 

@@ -141,7 +141,7 @@ def test_any_callable_is_a_reward_and_gets_the_columns(given):
     assert list(result.metrics[0]["components"]) == [Length.__qualname__]
     assert {w for _, wanted in seen for w in wanted} <= set(range(11))
     header = read_journal(result.run_dir / "journal.jsonl")[0].header
-    assert header["config"]["task"]["reward"].startswith("tests.test_api:")
+    assert header["config"]["task"]["reward"].startswith("tests.system.test_api:")
 
 
 def test_a_reward_may_judge_answers_to_a_built_in_tasks_prompts(model, tmp_path):

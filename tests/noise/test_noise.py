@@ -20,7 +20,7 @@ from shardes.noise.cpu_math import u32
 from tests.helpers.noise_oracle import FORMATS, accumulated, added, perturbed, same_bits
 from tests.helpers.ranks import run_command
 
-DOCUMENTATION = Path(__file__).parents[1] / "docs" / "noise.md"
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "noise.md"
 GOLDEN = json.loads((Path(__file__).parent / "golden_noise.json").read_text())
 SIZE = 2**34
 REGIONS = [

@@ -16,7 +16,7 @@ from shardes.tasks.countdown import (
     split_problems,
 )
 
-QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart"
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_no_row_is_there_twice_and_no_problem_on_both_sides():
 
 
 def test_the_rows_are_those_that_the_tool_makes_and_the_model_was_trained_on_none_of_them():
-    path = Path(__file__).parent.parent / "tools" / "make_quickstart_model.py"
+    path = Path(__file__).parents[2] / "tools" / "make_quickstart_model.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from shardes.noise import NoiseKind, Region
-from tests.gpu.checks import ADDRESS, EXTREMES, SIZE, check_accumulate, check_add, check_perturb
 from tests.helpers.noise_oracle import FORMATS, accumulated
+from tests.noise.gpu.checks import ADDRESS, EXTREMES, SIZE, check_accumulate, check_add, check_perturb
 
 pytest.importorskip("triton")
 

@@ -10,7 +10,7 @@ import torch
 from shardes.errors import UserError
 from shardes.noise import NoiseKind, Region
 from shardes.noise.definition import BLOCK, LANES, MAX_ELEMENTS
-from tests.gpu.checks import ADDRESS, SIZE, UPDATE, check_accumulate, compiled, import_apart
+from tests.noise.gpu.checks import ADDRESS, SIZE, UPDATE, check_accumulate, compiled, import_apart
 
 pytest.importorskip("triton")
 

@@ -9,7 +9,8 @@ from shardes import noise
 from shardes.noise import NoiseKind, Region
 from shardes.noise.definition import MAX_PARAM_ID
 from shardes.weights.digest import add_digest
-from tests.gpu.checks import (
+from tests.helpers.noise_oracle import accumulated, perturbed, same_bits
+from tests.noise.gpu.checks import (
     ADDRESS,
     HAS_CUDA,
     SIZE,
@@ -20,7 +21,6 @@ from tests.gpu.checks import (
     reference_digest,
     values_for,
 )
-from tests.helpers.noise_oracle import accumulated, perturbed, same_bits
 
 pytest.importorskip("triton")
 

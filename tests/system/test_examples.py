@@ -67,7 +67,9 @@ def test_the_resumed_run_has_the_bytes_of_the_other(run_example, launcher, monke
 
 
 def test_every_example_is_run_and_listed():
-    tested = set(re.findall(r'run_example\("(\w+\.py)"', (ROOT / "tests/test_examples.py").read_text()))
+    tested = set(
+        re.findall(r'run_example\("(\w+\.py)"', (ROOT / "tests/system/test_examples.py").read_text())
+    )
     assert tested == set(EXAMPLES)
     page = (ROOT / "examples" / "README.md").read_text()
     assert sorted(re.findall(r"`python examples/(\w+\.py)`", page)) == EXAMPLES

@@ -8,7 +8,7 @@ from pathlib import Path
 from shardes.tasks.countdown import CHAT
 from tests.helpers.countdown_answers import NUM_ANSWERS, PATH, make_answers, paper_format
 
-DOCS = Path(__file__).parents[1] / "docs" / "tasks.md"
+DOCS = Path(__file__).parents[2] / "docs" / "tasks.md"
 ROWS = [json.loads(line) for line in PATH.read_text().splitlines()]
 
 

@@ -15,7 +15,7 @@ from shardes.errors import UserError
 from shardes.tasks.registry import LABEL_WORD_TASKS, TASKS
 from tests.helpers.config_trees import MINIMAL, with_key
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 
 
 def parsed(key, value):
@@ -61,7 +61,7 @@ def test_the_quickstart_names_every_key_there_is():
 
 
 def test_the_toolbox_page_explains_every_key_of_the_algorithm():
-    page = (Path(__file__).parents[1] / "docs" / "toolbox.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "toolbox.md").read_text()
     assert [key for key in EsConfig.model_fields if f"`es.{key}`" not in page] == []
 
 

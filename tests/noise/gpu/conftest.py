@@ -14,7 +14,7 @@ import shardes.weights
 from shardes import noise
 from shardes.noise import NoiseKind
 from shardes.noise.definition import BLOCK, SIGN_BLOCK
-from tests.gpu.checks import HAS_CUDA, interpreted
+from tests.noise.gpu.checks import HAS_CUDA, interpreted
 
 
 @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if HAS_CUDA else "interpreter"])

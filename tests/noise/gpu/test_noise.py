@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from shardes import noise
 from shardes.noise import NoiseKind, Region, definition
 from shardes.noise.definition import BLOCK, LANES, MAX_PARAM_ID, Stream
-from tests.gpu.checks import (
+from tests.helpers.noise_oracle import FORMATS, accumulated, perturbed, same_bits
+from tests.noise.gpu.checks import (
     ADDRESS,
     EMPTY_REGIONS,
     FEW_REGIONS,
@@ -24,7 +25,6 @@ from tests.gpu.checks import (
     check_perturb,
     values_for,
 )
-from tests.helpers.noise_oracle import FORMATS, accumulated, perturbed, same_bits
 
 pytest.importorskip("triton")
 

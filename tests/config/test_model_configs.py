@@ -22,7 +22,7 @@ from tests.helpers.ranks import ROOT, run_ranks
 CONFIGS = ROOT / "configs"
 MODELS = {path.stem: path for path in sorted((CONFIGS / "models").glob("*.yaml"))}
 ALL = MODELS | {"own_task": CONFIGS / "own_task" / "own_task.yaml"}
-SKELETONS = Path(__file__).parent / "data" / "models"
+SKELETONS = Path(__file__).parents[1] / "data" / "models"
 GIB = 2**30
 # One of each backend; the others are repetitions.
 USUAL = ("qwen2.5-32b-1-node", "qwen2.5-72b-2-nodes", "qwen2.5-72b-2-nodes-likelihood")

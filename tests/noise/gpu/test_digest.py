@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from shardes.noise import Region
-from tests.gpu.checks import (
+from tests.helpers.noise_oracle import FORMATS
+from tests.noise.gpu.checks import (
     EMPTY_REGIONS,
     EXTREMES,
     FEW_REGIONS,
@@ -14,7 +15,6 @@ from tests.gpu.checks import (
     reference_digest,
     values_for,
 )
-from tests.helpers.noise_oracle import FORMATS
 
 pytest.importorskip("triton")
 

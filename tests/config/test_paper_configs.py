@@ -10,7 +10,7 @@ from shardes.config.loading import load_config
 from tests.helpers.inprocess import call
 from tests.helpers.models import tiny_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATHS = {path.stem: path for path in sorted((ROOT / "configs" / "paper").glob("*.yaml"))}
 COUNTDOWN = {"population": 30, "sigma": 1e-3, "alpha": 5e-4, "iterations": 500, "max_new_tokens": 1024}
 # What the paper reports.

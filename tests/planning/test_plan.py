@@ -24,7 +24,7 @@ from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model, tree
 from tests.helpers.ranks import ROOT, run_ranks
 
-MODELS = Path(__file__).parent / "data" / "models"
+MODELS = Path(__file__).parents[1] / "data" / "models"
 # As published with the models.
 NUM_PARAMETERS = {
     "qwen2.5-0.5b": 494_032_768,

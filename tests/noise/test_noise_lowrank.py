@@ -19,7 +19,7 @@ from shardes.noise import LowRank, NoiseKind, Region, definition
 from tests.helpers.noise_oracle import FORMATS, accumulated, perturbed, same_bits
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_noise.json").read_text())["low_rank"]
-DOCUMENTATION = Path(__file__).parents[1] / "docs" / "noise.md"
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "noise.md"
 ADDRESS = {"seed": 2**40 + 5, "iteration": 3}
 UPDATE = {"directions": [0, 5, 2, 9, 2**24 - 1], "coefficients": [0.5, -0.25, 1e-3, 0.0, 0.7]}
 HAS_CUDA = torch.cuda.is_available()
