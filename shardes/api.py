@@ -19,7 +19,7 @@ from shardes.config.loading import parse_config, read_tree
 from shardes.config.schema import Config, check_model_directory
 from shardes.distributed.stop import Stop, Stopped
 from shardes.errors import UserError
-from shardes.rewards.pool import DirectRewards, Sandbox, make_rewards
+from shardes.rewards.pool import InProcessRewards, RewardProcessPool, make_reward_runner
 from shardes.runs.directory import read_lines
 from shardes.runs.trackers import check_trackers
 from shardes.tasks.base import Component, RewardFunction, Row, Task, all_rewards
@@ -185,7 +185,7 @@ class Trainer:
         with self._make_rewards([task, *heldout_sets.values()]) as rewards:
             from shardes.runs.reporting import Callbacks
             from shardes.session import open_session
-            from shardes.trainer import Trainer as Loop
+            from shardes.trainer import TrainingLoop
             from shardes.utils.logs import configure_logging
 
             if not logging.getLogger().handlers:
@@ -193,7 +193,7 @@ class Trainer:
             callbacks = Callbacks(on_iteration=self._on_iteration, on_evaluation=self._on_evaluation)
             try:
                 with open_session(config, stop=self._stop) as session:
-                    Loop(
+                    TrainingLoop(
                         session, task, rewards=rewards, heldout_sets=heldout_sets, callbacks=callbacks
                     ).train()
             except Stopped:
@@ -249,10 +249,12 @@ class Trainer:
             task = replace(task, rewards=(Component(named.name, self._reward, takes_messages=True),))
         return task, heldout_sets
 
-    def _make_rewards(self, tasks: Sequence[Task]) -> AbstractContextManager[DirectRewards | Sandbox]:
+    def _make_rewards(
+        self, tasks: Sequence[Task]
+    ) -> AbstractContextManager[InProcessRewards | RewardProcessPool]:
         if self._reward is not None:
-            return DirectRewards(all_rewards(tasks))
-        return make_rewards(self.config.task, tasks)
+            return InProcessRewards(all_rewards(tasks))
+        return make_reward_runner(self.config.task, tasks)
 
 
 def _as_lines(rows: Iterable[Row], key: str) -> str:

@@ -18,15 +18,15 @@ from shardes.config.schema import check_model_directory
 from shardes.distributed.stop import Stopped, stop_signals
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, StorageError, UserError
 from shardes.planning.machine import Machine
-from shardes.rewards.pool import make_rewards
-from shardes.runs.reading import read_run, read_run_journal
+from shardes.rewards.pool import make_reward_runner
+from shardes.runs.directory import read_run, read_run_journal
 from shardes.runs.trackers import check_trackers
 from shardes.tasks.loading import load_tasks
 
 if TYPE_CHECKING:
     from shardes.session import Session
     from shardes.tasks.base import Task
-    from shardes.trainer import Trainer
+    from shardes.trainer import TrainingLoop
 
 # How long a rank that has a message waits for rank 0 to print the same one first.
 _WAIT_FOR_MAIN_SECONDS = 10
@@ -75,16 +75,16 @@ def train(config_path: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
         check_trackers(config.log.to)
     task, heldout_sets = load_tasks(config)
     # Processes for rewards come before threads, process groups and accelerators.
-    with make_rewards(config.task, [task, *heldout_sets.values()]) as rewards:
+    with make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards:
         from shardes.session import open_session
-        from shardes.trainer import Trainer
+        from shardes.trainer import TrainingLoop
         from shardes.utils.logs import configure_logging, tell_user
 
         configure_logging()
         with stop_signals() as stop:
             try:
                 with open_session(config, stop=stop) as session:
-                    trainer = Trainer(session, task, rewards=rewards, heldout_sets=heldout_sets)
+                    trainer = TrainingLoop(session, task, rewards=rewards, heldout_sets=heldout_sets)
                     if not dry_run:
                         trainer.train()
                     elif lines := _rehearsed(session, trainer, task):
@@ -94,11 +94,11 @@ def train(config_path: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
                     tell_user(stop.farewell)
 
 
-def _rehearsed(session: "Session", trainer: "Trainer", task: "Task") -> list[str]:
+def _rehearsed(session: "Session", trainer: "TrainingLoop", task: "Task") -> list[str]:
     """What a dry run has to say, on rank 0; a collective."""
-    from shardes.planning.dry_run import rehearse
+    from shardes.planning.dry_run import dry_run
 
-    lines = rehearse(session, trainer, task)
+    lines = dry_run(session, trainer, task)
     return lines if session.mesh.world.is_main else []
 
 
@@ -114,14 +114,14 @@ def evaluate(model: str, config_path: Path | None, out: Path | None, overrides: 
     KEY=VALUE changes a key of the configuration, for example rollout.samples_per_prompt=8 and
     rollout.temperature=0.7. Start it with a launcher to use several ranks.
     """
-    from shardes.evaluation.model_ref import find_subject
+    from shardes.evaluation.model_ref import resolve_model
 
-    subject = find_subject(model, config_path=config_path, overrides=list(overrides))
+    subject = resolve_model(model, config_path=config_path, overrides=list(overrides))
     config = subject.config
     check_model_directory(config.model.path)
     task, heldout_sets = load_tasks(config)
-    with make_rewards(config.task, [task, *heldout_sets.values()]) as rewards:
-        from shardes.evaluation.summary import evaluate as evaluate_model
+    with make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards:
+        from shardes.evaluation.summary import evaluate_model
         from shardes.session import open_session
         from shardes.utils.files import write_atomically
         from shardes.utils.logs import configure_logging
@@ -389,10 +389,10 @@ def watch(run_dir: Path, once: bool, every_seconds: float) -> None:
 
     Control-C ends the watching, and nothing else.
     """
-    from shardes.monitor.watch import follow
+    from shardes.monitor.watch import watch as watch_run
 
     is_terminal = sys.stdout.isatty()
-    for text in follow(run_dir, once=once, every_seconds=every_seconds, is_terminal=is_terminal):
+    for text in watch_run(run_dir, once=once, every_seconds=every_seconds, is_terminal=is_terminal):
         click.echo(text, nl=False)
 
 

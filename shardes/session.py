@@ -22,15 +22,15 @@ from shardes.es.update import Update
 from shardes.models.build import load_tokenizer
 from shardes.models.checkpoint import Checkpoint
 from shardes.noise import NOISE_VERSION, Kind, LowRank, NoiseKind, matrix_shape
-from shardes.rewards.pool import DirectRewards, Rewards
+from shardes.rewards.pool import InProcessRewards, RewardRunner
 from shardes.rewards.scorer import Scorer
-from shardes.rollout.evaluator import Rollout
-from shardes.rollout.gather_modes import Modes
-from shardes.rollout.scheduler import Population
+from shardes.rollout.evaluator import Evaluator
+from shardes.rollout.gather_modes import GatherModeSelector
+from shardes.rollout.scheduler import MemberScheduler
 from shardes.runs.journal import JOURNAL_VERSION
 from shardes.tasks.base import Task, all_rewards
 from shardes.utils.progress import progress
-from shardes.utils.timers import Spans
+from shardes.utils.timers import PhaseTimer
 from shardes.weights.master import Weights
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Session:
         backend: Where the shards live.
         weights: The master shards.
         identity: What the weights and the noise are; part of the journal's header.
-        spans: Where the time goes.
+        timer: Where the time goes.
         stop: Whether the job was asked to stop.
     """
 
@@ -62,7 +62,7 @@ class Session:
     backend: Backend
     weights: Weights
     identity: dict[str, Any]
-    spans: Spans
+    timer: PhaseTimer
     stop: Stop
 
     def replay(self, updates: list[dict[str, Any]]) -> None:
@@ -155,12 +155,16 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
             sum(shard.num_elements for shard in weights.trained),
             sum(shard.num_elements for shard in backend.shards),
         )
-        yield Session(config, mesh, backend, weights, identity, Spans(), stop)
+        yield Session(config, mesh, backend, weights, identity, PhaseTimer(), stop)
 
 
-def make_rollout(
-    session: Session, task: Task, *, rewards: Rewards | None = None, others: Mapping[str, Task] | None = None
-) -> tuple[Rollout, Scorer, dict[str, Scorer]]:
+def make_evaluator(
+    session: Session,
+    task: Task,
+    *,
+    rewards: RewardRunner | None = None,
+    others: Mapping[str, Task] | None = None,
+) -> tuple[Evaluator, Scorer, dict[str, Scorer]]:
     """What answers and scores a task's problems with a session's model.
 
     Args:
@@ -174,7 +178,7 @@ def make_rollout(
     """
     config, others = session.config, others or {}
     if rewards is None:
-        rewards = DirectRewards(all_rewards([task, *others.values()]))
+        rewards = InProcessRewards(all_rewards([task, *others.values()]))
     on_error = config.task.on_reward_error
     scorer = Scorer(task, rewards=rewards, on_error=on_error)
     scorers = {name: Scorer(other, rewards=rewards, on_error=on_error) for name, other in others.items()}
@@ -182,27 +186,27 @@ def make_rollout(
     if (only := _ONLY_MODES.get((config.parallel.backend, mode))) is not None:
         logger.info("rollout.mode: %s is %s: %s", mode, *only)
         mode = only[0]
-    rollout = Rollout(
+    rollout = Evaluator(
         session.backend,
         tokenizer=load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code),
         mesh=session.mesh,
         scorer=scorer,
-        modes=Modes(mode, backend=session.backend, weights=session.weights, mesh=session.mesh),
+        modes=GatherModeSelector(mode, backend=session.backend, weights=session.weights, mesh=session.mesh),
         settings=config.rollout,
         seed=config.es.seed,
-        spans=session.spans,
+        timer=session.timer,
     )
     return rollout, scorer, scorers
 
 
-def make_population(session: Session, rollout: Rollout) -> Population:
+def make_scheduler(session: Session, rollout: Evaluator) -> MemberScheduler:
     """What has members answer over a session's ranks."""
-    return Population(
+    return MemberScheduler(
         rollout,
         mesh=session.mesh,
         timeout_seconds=session.config.parallel.timeout_seconds,
         stop=session.stop,
-        spans=session.spans,
+        timer=session.timer,
     )
 
 

@@ -8,35 +8,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardes.distributed.consistency import check_agreement, shared_settings
+from shardes.distributed.consistency import check_consistency, shared_settings
 from shardes.errors import UserError
-from shardes.es.fitness import mean_reward
-from shardes.es.member import MemberResult, member_rewards, settled
-from shardes.es.reward_stats import reward_instruments
+from shardes.es.member import MemberResult, apply_reward_error_policy, mean_reward, member_rewards
+from shardes.es.reward_stats import reward_stats
 from shardes.es.strategy import Strategy, reward_table
 from shardes.es.update import Update
-from shardes.evaluation.kl import Drift
+from shardes.evaluation.kl import KLEstimator
 from shardes.export.writer import export_model
-from shardes.rewards.pool import Rewards
-from shardes.rollout.autotune import settle
-from shardes.rollout.iteration import Round
-from shardes.rollout.lowrank.check import check_terms
-from shardes.rollout.prompts import Problems
+from shardes.rewards.pool import RewardRunner
+from shardes.rollout.autotune import resolve_auto
+from shardes.rollout.iteration import IterationSpec
+from shardes.rollout.lowrank.check import check_hooks
+from shardes.rollout.prompts import PromptBatch
 from shardes.runs.directory import RunDirectory
 from shardes.runs.reporting import Callbacks, Reporter, peak_memory_bytes
 from shardes.runs.resume import restore_weights
-from shardes.runs.snapshot_writer import Snapshots
-from shardes.session import Session, make_population, make_rollout
+from shardes.runs.snapshot_writer import SnapshotWriter
+from shardes.session import Session, make_evaluator, make_scheduler
 from shardes.tasks.base import Row, Task
 from shardes.tasks.data import rows_sha256
 from shardes.tasks.sampler import draw_batch
-from shardes.weights.update_stats import UpdateMeasures, update_instruments
+from shardes.weights.update_stats import UpdateStats, update_stats
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class DryRunResult:
     """What became of a member that was evaluated for trial.
 
     Attributes:
@@ -54,7 +53,7 @@ class Rehearsal:
     peak_memory_bytes: int
 
 
-class Trainer:
+class TrainingLoop:
     """Runs ES until the configured number of iterations, from wherever the run directory stands.
 
     Args:
@@ -73,7 +72,7 @@ class Trainer:
         session: Session,
         task: Task,
         *,
-        rewards: Rewards | None = None,
+        rewards: RewardRunner | None = None,
         heldout_sets: Mapping[str, Task] | None = None,
         callbacks: Callbacks | None = None,
     ) -> None:
@@ -82,14 +81,14 @@ class Trainer:
         self._config = session.config
         self._world = session.mesh.world
         self._weights = session.weights
-        self._spans = session.spans
+        self._timer = session.timer
         heldout_sets = heldout_sets or {}
-        self._rollout, self._scorer, scorers = make_rollout(
+        self._rollout, self._scorer, scorers = make_evaluator(
             session, task, rewards=rewards, others=heldout_sets
         )
         num_elements = sum(shard.num_elements for shard in session.weights.trained)
         self._strategy = Strategy(self._config.es, num_elements=num_elements)
-        self._config = settle(
+        self._config = resolve_auto(
             self._config,
             self._rollout,
             rows=task.train,
@@ -97,8 +96,8 @@ class Trainer:
             population=self._strategy.num_members(0),
             mesh=session.mesh,
         )
-        self._check_terms()
-        self._population = make_population(session, self._rollout)
+        self._check_hooks()
+        self._population = make_scheduler(session, self._rollout)
         self._heldout = self._rollout.prepare(task.heldout, iteration=0) if task.heldout else None
         self._heldout_sets = {
             name: self._rollout.prepare(other.train, iteration=0, scorer=scorers[name])
@@ -112,15 +111,15 @@ class Trainer:
         self._known_heldout_reward: float | None = None
         self._best_reward: float | None = None
         self._known_kls: set[int] = set()
-        self._drift = Drift(
+        self._kl = KLEstimator(
             self._rollout,
             self._population,
             task=task,
             rows=(task.heldout or task.train)[: self._config.log.kl_prompts],
             world=session.mesh.world,
         )
-        self._settings = self._config.determinants(data_sha256=rows_sha256(task.train))
-        self._snapshots = Snapshots(
+        self._settings = self._config.resume_fingerprint(data_sha256=rows_sha256(task.train))
+        self._snapshots = SnapshotWriter(
             self._config.run.dir,
             every=self._config.run.snapshot_every,
             keep=self._config.run.keep_snapshots,
@@ -132,7 +131,7 @@ class Trainer:
             self._config,
             is_main=self._world.is_main,
             device=self._world.device,
-            spans=self._spans,
+            timer=self._timer,
             callbacks=callbacks,
         )
         self.run: RunDirectory | None = None
@@ -145,16 +144,18 @@ class Trainer:
                 be too large. Whatever was recorded before is kept.
             StorageError: A file of the run cannot be written.
         """
-        check_agreement(self._world, **shared_settings(self._config) | self._settings)
+        check_consistency(self._world, **shared_settings(self._config) | self._settings)
         try:
             first = self._open_run()
             with self._reporter.bar(first):
                 for iteration in range(first, self._config.es.iterations):
-                    self._measure_drift_if_due(iteration)
+                    self._measure_kl_if_due(iteration)
                     self._evaluate_centre_if_due(iteration)
-                    asked = Round(iteration, self._draw_problems(iteration), self._rollout, self._strategy)
-                    results = self._evaluate_members(asked)
-                    update = self._decide_update(asked, results)
+                    spec = IterationSpec(
+                        iteration, self._draw_problems(iteration), self._rollout, self._strategy
+                    )
+                    results = self._evaluate_members(spec)
+                    update = self._decide_update(spec, results)
                     self._update(update)
             self._finish()
         finally:
@@ -163,17 +164,17 @@ class Trainer:
             if self.run is not None:
                 self.run.close()
 
-    def rehearse(self, num_problems: int) -> Rehearsal:
+    def dry_run(self, num_problems: int) -> DryRunResult:
         """Evaluates the first member on a few problems, in the mode that training would have; a collective.
 
         Nothing is written, and the weights stay as they are.
         """
         rows = self._draw_problems(0)
         self._rollout.begin(self._rollout.prepare(rows, iteration=0))
-        asked = Round(0, rows[:num_problems], self._rollout, self._strategy)
+        spec = IterationSpec(0, rows[:num_problems], self._rollout, self._strategy)
         start = time.monotonic()
-        results = self._population.evaluate_members([0], asked=asked, on_result=lambda _: None)
-        return Rehearsal(
+        results = self._population.evaluate_members([0], spec=spec, on_result=lambda _: None)
+        return DryRunResult(
             results[0],
             seconds=time.monotonic() - start,
             mode_name=self._rollout.mode.name,
@@ -181,9 +182,9 @@ class Trainer:
             peak_memory_bytes=peak_memory_bytes(self._world.device),
         )
 
-    def _evaluate_members(self, asked: Round) -> list[MemberResult]:
+    def _evaluate_members(self, spec: IterationSpec) -> list[MemberResult]:
         """What every member earned."""
-        iteration, members = asked.iteration, asked.members
+        iteration, members = spec.iteration, spec.members
         known = {member: result for (of, member), result in self._known_results.items() if of == iteration}
 
         every = self._config.log.samples_every
@@ -199,24 +200,24 @@ class Trainer:
             self._reporter.end_member(result.num_tokens)
 
         results = self._population.evaluate_members(
-            [member for member in members if member not in known], asked=asked, on_result=record
+            [member for member in members if member not in known], spec=spec, on_result=record
         )
         return [(known | results)[member] for member in members]
 
-    def _decide_update(self, asked: Round, results: list[MemberResult]) -> Update:
+    def _decide_update(self, spec: IterationSpec, results: list[MemberResult]) -> Update:
         """Rewards to coefficients, and these to disk."""
-        config, iteration = self._config, asked.iteration
+        config, iteration = self._config, spec.iteration
         rewards = member_rewards(results, on_error=config.task.on_reward_error)
         num_nonfinite = sum(not result.is_finite for result in results)
         self._check_enough_rewards(rewards, iteration=iteration, num_nonfinite=num_nonfinite)
         shaped = self._strategy.shaped(rewards, results)
         update = self._strategy.update(shaped, iteration=iteration)
         sigma = self._strategy.sigma(iteration)
-        check_agreement(
+        check_consistency(
             self._world,
             iteration=iteration,
             seed_and_sigma=[config.es.seed, sigma],
-            prompts=asked.problems.fingerprint(),
+            prompts=spec.problems.fingerprint(),
             update=update.record(),
         )
         if self._world.is_main and not any(update.coefficients):
@@ -226,10 +227,10 @@ class Trainer:
                 iteration,
             )
         self._check_step(update)
-        with self._spans("snapshot"):
+        with self._timer("snapshot"):
             self._snapshots.finish()
         if self._world.is_main:
-            instruments = reward_instruments(reward_table(results), rewards=rewards, shaped=shaped)
+            instruments = reward_stats(reward_table(results), rewards=rewards, shaped=shaped)
             record = {"type": "update", **update.record(), "sigma": sigma, "instruments": instruments}
             self._record(record, durable=True)
         return update
@@ -242,12 +243,12 @@ class Trainer:
     def _move_weights(self, update: Update) -> None:
         """Moves the weights, measuring that if it is due, and records what they became."""
         every = self._config.log.instruments_every
-        measures = None
+        stats = None
         if every and update.iteration % every == 0 and self._weights.moves(update):
-            measures = UpdateMeasures(self._world.device)
-        with self._spans("update"):
-            self._weights.update(update, measures=measures)
-        self._keep_weights(update.iteration + 1, measures=measures)
+            stats = UpdateStats(self._world.device)
+        with self._timer("update"):
+            self._weights.update(update, stats=stats)
+        self._keep_weights(update.iteration + 1, stats=stats)
 
     def _check_enough_rewards(
         self, rewards: list[float | None], *, iteration: int, num_nonfinite: int
@@ -283,23 +284,23 @@ class Trainer:
                 "be exported. Give another run.dir, and a smaller es.alpha or a wider model.dtype"
             )
 
-    def _keep_weights(self, iteration: int, *, measures: UpdateMeasures | None) -> None:
+    def _keep_weights(self, iteration: int, *, stats: UpdateStats | None) -> None:
         """Records what the weights became, and takes a snapshot of them if one is due.
 
         Args:
             iteration: How many updates they have had.
-            measures: What was measured of the last, on this rank.
+            stats: What was measured of the last, on this rank.
         """
         is_due = self._snapshots.is_due(iteration)
         record: dict[str, Any] = {"type": "weights", "iteration": iteration}
-        with self._spans("digest"):
+        with self._timer("digest"):
             digest = self._session.digest(compare=iteration % self._config.run.check_every == 0)
-            if measures is not None:
-                record["instruments"] = update_instruments(self._session.summed(measures.sums()))
+            if stats is not None:
+                record["instruments"] = update_stats(self._session.summed(stats.sums()))
         # On disk before the snapshot is, because it is what the snapshot will be checked against.
         self._record(record | {"digest": digest}, durable=is_due)
         if is_due:
-            with self._spans("snapshot"):
+            with self._timer("snapshot"):
                 states_digest = self._session.combined(self._weights.states_digest())
                 self._snapshots.begin(iteration, digest=digest, states_digest=states_digest)
 
@@ -314,11 +315,11 @@ class Trainer:
         )
         return [self._task.train[row] for row in drawn]
 
-    def _measure_drift_if_due(self, iteration: int) -> None:
+    def _measure_kl_if_due(self, iteration: int) -> None:
         """How far the centre has moved from the base model, every few iterations and at the end."""
         every, is_last = self._config.log.kl_every, iteration == self._config.es.iterations
         if every and (is_last or iteration % every == 0) and iteration not in self._known_kls:
-            self._record({"type": "kl", "iteration": iteration, "kl": self._drift.measure()})
+            self._record({"type": "kl", "iteration": iteration, "kl": self._kl.measure()})
 
     def _evaluate_centre_if_due(self, iteration: int) -> None:
         """Held-out rewards after ``iteration`` updates, every few iterations and at the end."""
@@ -344,11 +345,11 @@ class Trainer:
         self._reporter.end_evaluation(iteration)
         self._save_if_best(iteration, record.get("reward"))
 
-    def _evaluate_centre(self, iteration: int, problems: Problems, *, name: str | None) -> dict[str, Any]:
+    def _evaluate_centre(self, iteration: int, problems: PromptBatch, *, name: str | None) -> dict[str, Any]:
         """What the centre earns on some held-out problems; samples of its answers are written."""
         evaluation = self._population.evaluate_centre(problems)
         on_error = self._config.task.on_reward_error
-        rewards = settled(evaluation.rewards, evaluation.has_failed, on_error=on_error)
+        rewards = apply_reward_error_policy(evaluation.rewards, evaluation.has_failed, on_error=on_error)
         reward = mean_reward(rewards) if evaluation.is_finite else None
         if self.run is not None:
             if not evaluation.is_finite:
@@ -368,7 +369,7 @@ class Trainer:
             return
         self._best_reward = reward
         best = self._config.run.dir / "best"
-        with self._spans("io"):
+        with self._timer("io"):
             if self._world.is_main:
                 shutil.rmtree(best, ignore_errors=True)
             self._world.barrier()
@@ -378,9 +379,9 @@ class Trainer:
     def _finish(self) -> None:
         """Evaluates the final weights, and leaves the model at them."""
         last = self._config.es.iterations
-        self._measure_drift_if_due(last)
+        self._measure_kl_if_due(last)
         self._evaluate_centre_if_due(last)
-        with self._spans("snapshot"):
+        with self._timer("snapshot"):
             self._snapshots.finish()
         self._weights.centre()
         self._reporter.finish(weights_digest=self._session.digest())
@@ -388,15 +389,15 @@ class Trainer:
     def _record(self, record: dict[str, Any], *, durable: bool = False) -> None:
         """Appends to the journal, on the rank that keeps it."""
         if self.run is not None:
-            with self._spans("io"):
+            with self._timer("io"):
                 self.run.record(record, durable=durable)
 
-    def _check_terms(self) -> None:
+    def _check_hooks(self) -> None:
         """In a batched mode, refuses terms that compute other members than weights do; a collective."""
         if not self._config.rollout.is_batched:
             return
         self._rollout.begin(self._rollout.prepare(self._draw_problems(0), iteration=0))
-        check_terms(
+        check_hooks(
             self._rollout.mode,
             backend=self._session.backend,
             weights=self._weights,
@@ -437,7 +438,7 @@ class Trainer:
         first, digests = len(state["updates"]), dict(state["digests"])
         self._known_kls = {first} if state["has_kl"] else set()
         if self._config.log.kl_every:
-            self._drift.use(state["probe"] or self._draw_probe())
+            self._kl.use(state["probe"] or self._draw_kl_probe())
         # The job died before it had recorded what the last update made of the weights: that is done again.
         is_cut_off = first > 0 and first not in digests
         updates = state["updates"]
@@ -463,10 +464,10 @@ class Trainer:
         self._reporter.catch_up()
         return first
 
-    def _draw_probe(self) -> dict[str, Any]:
+    def _draw_kl_probe(self) -> dict[str, Any]:
         """Has the base model, which the centre still is, answer for comparisons to come."""
         # The mode is chosen for what the run asks, not for the few prompts of the probe.
         self._rollout.begin(self._rollout.prepare(self._draw_problems(0), iteration=0))
-        record = self._drift.draw()
+        record = self._kl.draw()
         self._record(record)
         return record

@@ -36,7 +36,7 @@ from shardes.tasks.countdown import (
     short_prompt,
     split_problems,
 )
-from shardes.tasks.expression import evaluate
+from shardes.tasks.expression import evaluate_expression
 
 # Picked from 0 to 4 for its curve: 60 iterations of ES raise the held-out reward to between .45 and .54.
 SEED = 2
@@ -92,7 +92,7 @@ def make_problems() -> dict[str, tuple[Row, list[str]]]:
         expressions: dict[int, list[str]] = {}
         for (a, b, c), first, second in product(orders, "+-*", "+-*"):
             expression = f"{a}{first}{b}{second}{c}"
-            expressions.setdefault(int(evaluate(expression)[0]), []).append(expression)
+            expressions.setdefault(int(evaluate_expression(expression)[0]), []).append(expression)
         for target, numbers in product(range(10, 100), orders):
             if target in expressions:
                 row = {"numbers": list(numbers), "target": target}

@@ -307,15 +307,15 @@ def command(words: list[str]) -> None:
 
 def set_trap(place: str, call: int, after: float) -> None:
     """Has this process kill itself at a call of what a place stands for."""
-    from shardes.rollout.evaluator import Rollout
+    from shardes.rollout.evaluator import Evaluator
     from shardes.runs import snapshot as snapshots
     from shardes.utils.files import AppendFile
-    from shardes.weights.gathered import WholeWeights
+    from shardes.weights.gathered import GatheredWeights
     from shardes.weights.master import Weights
 
     within: dict[str, list[tuple[Any, str]]] = {
-        "perturb": [(Weights, "perturb"), (WholeWeights, "perturb")],
-        "rollout": [(Rollout, "start")],
+        "perturb": [(Weights, "perturb"), (GatheredWeights, "perturb")],
+        "rollout": [(Evaluator, "start")],
         "update": [(Weights, "update")],
         "snapshot": [(snapshots, "write_values")],
     }

@@ -161,7 +161,7 @@ def perturb_and_subtract() -> Any:
             self._restore()
 
         @torch.no_grad()
-        def update(self, update: Update, **measures: Any) -> None:
+        def update(self, update: Update, **stats: Any) -> None:
             self._restore()
             for _, region, working, master in self._on_device():
                 working.copy_((working.float() + self._gradient(region, update)).to(working.dtype))
@@ -173,7 +173,7 @@ def perturb_and_subtract() -> Any:
 
 def adaptive_sigma() -> Any:
     """Sigma grows while members cannot be told apart, and shrinks while they can."""
-    from shardes.es.reward_stats import reward_instruments
+    from shardes.es.reward_stats import reward_stats
     from shardes.es.strategy import Strategy, reward_table
 
     class Adaptive(Strategy):
@@ -187,7 +187,7 @@ def adaptive_sigma() -> Any:
 
         def shaped(self, rewards: Any, results: Any) -> list[float]:
             shaped = super().shaped(rewards, results)
-            found = reward_instruments(reward_table(results), rewards=rewards, shaped=shaped)["reward_snr"]
+            found = reward_stats(reward_table(results), rewards=rewards, shaped=shaped)["reward_snr"]
             self.next_scale = self.scale * (1.05 if found is None or found < 1.5 else 1 / 1.05)
             return shaped
 
@@ -204,7 +204,7 @@ def run_one(task: str, name: str, factor: float, seed: int) -> dict[str, Any]:
     from shardes.config.loading import load_config
     from shardes.session import open_session
     from shardes.tasks.loading import load_task
-    from shardes.trainer import Trainer
+    from shardes.trainer import TrainingLoop
 
     arm = ARMS[name]
     references = {
@@ -231,7 +231,7 @@ def run_one(task: str, name: str, factor: float, seed: int) -> dict[str, Any]:
             update={"eval": config.eval.model_copy(update={"every": config.es.iterations})}
         )
         with open_session(config) as session:
-            trainer = Trainer(session, load_task(config.task))
+            trainer = TrainingLoop(session, load_task(config.task))
             trainer.train()
         lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
     return {

@@ -29,17 +29,17 @@ class Backend(ABC):
     aliases: set[str]
     dtype: torch.dtype
     device: torch.device
-    lockstep_model: nn.Module
+    sharded_model: nn.Module
     conversion: Conversion | None = None
 
     @property
     @abstractmethod
     def is_sharded(self) -> bool:
-        """Whether ranks hold different elements; if so, a forward of ``lockstep_model`` is a collective."""
+        """Whether ranks hold different elements; if so, a forward of ``sharded_model`` is a collective."""
 
     @property
-    def shares_batches(self) -> bool:
-        """Whether every rank must be given the same batch in a forward of ``lockstep_model``.
+    def needs_same_batch(self) -> bool:
+        """Whether every rank must be given the same batch in a forward of ``sharded_model``.
 
         True of tensor parallelism, whose ranks compute parts of one forward. Otherwise each rank's forward is
         of a batch of its own, even if it is a collective.
@@ -48,7 +48,7 @@ class Backend(ABC):
 
     @abstractmethod
     def commit(self) -> None:
-        """Makes the next forward of ``lockstep_model`` see what was written into the shards."""
+        """Makes the next forward of ``sharded_model`` see what was written into the shards."""
 
     @abstractmethod
     def gathered(self) -> nn.Module:

@@ -11,7 +11,7 @@ from shardes.backends.layout import Layout, Split
 from shardes.distributed.group import Group
 
 
-def make_mesh(group: Group, *, axis: str) -> DeviceMesh:
+def make_device_mesh(group: Group, *, axis: str) -> DeviceMesh:
     """A one-dimensional mesh of a group's ranks, over the group's own communicator."""
     process_group = group.process_group or dist.group.WORLD
     assert process_group is not None, "a mesh needs a process group, even of one rank"

@@ -15,7 +15,7 @@ BackendName = Literal["zero3", "fsdp", "tensor_parallel", "single"]
 
 
 @dataclass(frozen=True)
-class Shares:
+class RankFootprint:
     """What the first rank of a replica has, which has no less than any other; elements, padding included.
 
     Attributes:
@@ -41,7 +41,7 @@ class Shares:
         return (1 + self.num_ranks) * max(of_buckets, default=0) * itemsize
 
 
-class Spread:
+class ShardingPlan:
     """How an engine spreads a model over any number of ranks.
 
     Args:
@@ -54,9 +54,9 @@ class Spread:
         self._backend = backend
         self._shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
         self._units = _names_of_units(skeleton) if backend == "fsdp" else []
-        self._found: dict[int, Shares] = {}
+        self._found: dict[int, RankFootprint] = {}
 
-    def over(self, num_ranks: int) -> Shares:
+    def over(self, num_ranks: int) -> RankFootprint:
         """What a rank has if so many hold the model together; with ``single``, each of them holds all of it.
 
         Raises:
@@ -66,24 +66,26 @@ class Spread:
             self._found[num_ranks] = self._over(num_ranks)
         return self._found[num_ranks]
 
-    def _over(self, num_ranks: int) -> Shares:
+    def _over(self, num_ranks: int) -> RankFootprint:
         shapes = self._shapes.items()
         if self._backend == "single":
-            return Shares(num_ranks, {name: math.prod(shape) for name, shape in shapes}, 0)
+            return RankFootprint(num_ranks, {name: math.prod(shape) for name, shape in shapes}, 0)
         if self._backend == "tensor_parallel":
             from shardes.backends.tensor_parallel import planned_layouts
 
             layouts = planned_layouts(self._skeleton, num_ranks=num_ranks)
-            runs = {name: layouts[name].runs((0,)) for name in self._shapes}
-            return Shares(num_ranks, {name: sum(run.num_elements for run in runs[name]) for name in runs}, 0)
+            spans = {name: layouts[name].spans((0,)) for name in self._shapes}
+            return RankFootprint(
+                num_ranks, {name: sum(span.num_elements for span in spans[name]) for name in spans}, 0
+            )
         if self._backend == "fsdp":
             held = {name: chunk(shape[0], num_ranks, 0)[1] * math.prod(shape[1:]) for name, shape in shapes}
             *inner, root = [num_ranks * sum(held[name] for name in names) for names in self._units]
             # A unit and the buffer that it is gathered through, besides what stays for the whole forward.
-            return Shares(num_ranks, held, max(2 * root, root + 2 * max(inner, default=0)))
+            return RankFootprint(num_ranks, held, max(2 * root, root + 2 * max(inner, default=0)))
         held = {name: chunk(math.prod(shape), num_ranks, 0)[1] for name, shape in shapes}
         # What DeepSpeed is told (deepspeed_config.py).
-        return Shares(num_ranks, held, 2 * largest_layer(self._skeleton))
+        return RankFootprint(num_ranks, held, 2 * largest_layer(self._skeleton))
 
 
 def _names_of_units(skeleton: PreTrainedModel) -> list[list[str]]:

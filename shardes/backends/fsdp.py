@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from shardes.backends.dtensors import layout_of, local_of, make_mesh
+from shardes.backends.dtensors import layout_of, local_of, make_device_mesh
 from shardes.backends.sharded import GatheringBackend
 from shardes.distributed.group import Group
 
@@ -30,14 +30,14 @@ class FsdpBackend(GatheringBackend):
     def __init__(self, skeleton: PreTrainedModel, *, group: Group) -> None:
         super().__init__(skeleton, group=group)
         model = copy.deepcopy(skeleton).requires_grad_(False)
-        mesh = make_mesh(group, axis="shard")
+        mesh = make_device_mesh(group, axis="shard")
         for module in units(model):
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
             module.register_forward_pre_hook(_gather, prepend=True)
         # Buffers are real and move; parameters are on meta, and only this rank's rows get storage.
         model._apply(lambda t: torch.zeros_like(t, device=group.device) if t.is_meta else t.to(group.device))
         model.tie_weights()
-        self.lockstep_model = model
+        self.sharded_model = model
         self._sharded_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         # Taken before the first forward: while a module is gathered, its parameters are plain tensors.
         self._parameters = dict(sorted(model.named_parameters()))

@@ -14,7 +14,7 @@ from shardes.models.build import fill_parameters
 _BUCKET_BYTES = {"cuda": 16 * 2**20, "cpu": 2**20}
 
 
-class Replica:
+class GatheredModel:
     """The model's parameters at stable addresses. Storage is taken at the first use.
 
     Args:
@@ -46,7 +46,7 @@ class Replica:
         self._shards = shards
         # Elements of a rank's part. The last parts may own fewer, which the padding makes up for: all of it
         # is then at the end of what a gather gives.
-        self._sizes = {name: sum(run.num_elements for run in layouts[name].runs((0,))) for name in shards}
+        self._sizes = {name: sum(span.num_elements for span in layouts[name].spans((0,))) for name in shards}
         sizes = {name: self._sizes[name] * shards[name].element_size() for name in shards}
         self._buckets = make_buckets(sizes, device_type=group.device.type)
         self._storage: dict[str, torch.Tensor] = {}

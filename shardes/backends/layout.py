@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shardes.backends.shard import Run
+from shardes.backends.shard import ShardSpan
 
 # Indices of one dimension as (first, number), ascending.
 _Intervals = list[tuple[int, int]]
@@ -66,14 +66,14 @@ class Layout:
         """Whether the parts of a one-dimensional mesh lie back to back in the whole parameter."""
         return self.splits == (Split(0),)
 
-    def runs(self, coordinate: Sequence[int]) -> tuple[Run, ...]:
+    def spans(self, coordinate: Sequence[int]) -> tuple[ShardSpan, ...]:
         """The elements of the rank at ``coordinate``, in the order in which its tensor holds them."""
         shape = self.shape or (1,)
         owned: list[_Intervals] = [[(0, size)] for size in shape]
         for split, size, index in zip(self.splits, self.mesh, coordinate, strict=True):
             if split is not None:
                 owned[split.dim] = _part(owned[split.dim], split.num_pieces, size, index)
-        return _runs(shape, owned)
+        return _spans(shape, owned)
 
 
 def flat_layout(num_elements: int, *, world_size: int) -> Layout:
@@ -110,7 +110,7 @@ def _slice(intervals: _Intervals, low: int, length: int) -> _Intervals:
     return found
 
 
-def _runs(shape: tuple[int, ...], owned: list[_Intervals]) -> tuple[Run, ...]:
+def _spans(shape: tuple[int, ...], owned: list[_Intervals]) -> tuple[ShardSpan, ...]:
     """The indices of every dimension, multiplied out in row-major order."""
     if math.prod(shape) == 0 or not all(owned):
         return ()
@@ -127,7 +127,7 @@ def _runs(shape: tuple[int, ...], owned: list[_Intervals]) -> tuple[Run, ...]:
     return _compress(starts, np.resize(lengths, starts.shape))
 
 
-def _compress(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> tuple[Run, ...]:
+def _compress(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> tuple[ShardSpan, ...]:
     """Joins rows that touch, and makes one run of equal rows that are a fixed stride apart."""
     ends = starts + lengths
     heads = np.flatnonzero(np.concatenate([[True], starts[1:] != ends[:-1]]))
@@ -138,7 +138,7 @@ def _compress(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> 
     # Rows at which a run of two rows or more cannot go on: another length, or another step.
     is_other_step = np.concatenate([[True], steps[1:] != steps[:-1]])[: len(steps)]
     breaks = np.flatnonzero(is_other_step | ~is_like_before) + 1
-    runs: list[Run] = []
+    spans: list[ShardSpan] = []
     row = local = 0
     while row < len(starts):
         end = row + 1
@@ -147,7 +147,7 @@ def _compress(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> 
             end = int(breaks[following]) if following < len(breaks) else len(starts)
         rows, length = end - row, int(lengths[row])
         stride = int(starts[row + 1] - starts[row]) if rows > 1 else 0
-        runs.append(Run(local, int(starts[row]), length, rows=rows, stride=stride))
+        spans.append(ShardSpan(local, int(starts[row]), length, rows=rows, stride=stride))
         local += rows * length
         row = end
-    return tuple(runs)
+    return tuple(spans)

@@ -10,7 +10,7 @@ from shardes.noise.region import Region
 
 
 @dataclass(frozen=True)
-class Run:
+class ShardSpan:
     """Rows of elements that follow each other in a shard, and lie a fixed stride apart in the parameter.
 
     Attributes:
@@ -36,7 +36,7 @@ class Run:
         """The run's view of a flat tensor laid out like the shard."""
         return flat[self.local_start : self.local_start + self.num_elements]
 
-    def parts(self, max_elements: int | None) -> Iterator["Run"]:
+    def parts(self, max_elements: int | None) -> Iterator["ShardSpan"]:
         """The run in pieces of at most so many elements: whole rows, or parts of one; None: in one piece."""
         if max_elements is None or self.num_elements <= max_elements:
             yield self
@@ -45,7 +45,7 @@ class Run:
         length = min(self.length, max_elements)
         for row in range(0, self.rows, rows):
             for low in range(0, self.length, length):
-                yield Run(
+                yield ShardSpan(
                     self.local_start + row * self.length + low,
                     self.global_start + row * self.stride + low,
                     min(length, self.length - low),
@@ -69,7 +69,7 @@ class Shard:
         shape: Shape of the whole parameter.
         local: The working tensor, flat and writable, of the model's dtype. It may be longer than what the
             runs cover: the rest is padding, which is never read or written.
-        runs: The elements that this rank owns; empty if it owns none.
+        spans: The elements that this rank owns; empty if it owns none.
         is_copy: Whether another rank of the group owns the same elements and counts them, so that this one
             must not in a sum over ranks.
     """
@@ -78,7 +78,7 @@ class Shard:
     param_id: int
     shape: tuple[int, ...]
     local: torch.Tensor
-    runs: tuple[Run, ...]
+    spans: tuple[ShardSpan, ...]
     is_copy: bool = False
 
     @property
@@ -89,16 +89,16 @@ class Shard:
     @property
     def num_owned(self) -> int:
         """Number of elements that this rank owns."""
-        return sum(run.num_elements for run in self.runs)
+        return sum(span.num_elements for span in self.spans)
 
-    def region(self, run: Run) -> Region:
+    def region(self, span: ShardSpan) -> Region:
         """Where a run's elements lie in the whole parameter."""
         return Region(
             self.param_id,
             self.num_elements,
-            run.global_start,
-            run.length,
-            rows=run.rows,
-            stride=run.stride,
+            span.global_start,
+            span.length,
+            rows=span.rows,
+            stride=span.stride,
             shape=self.shape,
         )

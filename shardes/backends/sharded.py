@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shardes.backends.base import Backend
-from shardes.backends.gathered_model import Replica, padded
+from shardes.backends.gathered_model import GatheredModel, padded
 from shardes.backends.layout import Layout
 from shardes.backends.shard import Shard
 from shardes.distributed.group import Group
@@ -38,7 +38,7 @@ def make_shards(
             ids[name],
             shapes[name],
             local[name],
-            layouts[name].runs((group.rank,)),
+            layouts[name].spans((group.rank,)),
             is_copy=layouts[name].is_replicated and not group.is_main,
         )
         for name in sorted(local)
@@ -48,7 +48,7 @@ def make_shards(
 class ShardedBackend(Backend):
     """Shards over a one-dimensional mesh of ranks, described by layouts.
 
-    A backend of this kind sets ``_layouts`` (by name), ``shards`` and ``lockstep_model``.
+    A backend of this kind sets ``_layouts`` (by name), ``shards`` and ``sharded_model``.
 
     Args:
         skeleton: The model, parameters on meta, buffers real.
@@ -73,28 +73,28 @@ class ShardedBackend(Backend):
         layout = self._layouts[shard.name]
         if layout.is_replicated:
             return values[: shard.num_elements].view(shard.shape) if self._group.is_main else None
-        runs = [layout.runs((rank,)) for rank in range(self._group.world_size)]
+        spans = [layout.spans((rank,)) for rank in range(self._group.world_size)]
         # A gather wants equal lengths: shorter parts are filled up.
-        size = max(sum(run.num_elements for run in of_rank) for of_rank in runs)
+        size = max(sum(span.num_elements for span in of_rank) for of_rank in spans)
         sent = padded(values[: shard.num_owned], size)
-        parts = [torch.empty_like(sent) for _ in runs] if self._group.is_main else None
+        parts = [torch.empty_like(sent) for _ in spans] if self._group.is_main else None
         dist.gather(sent, parts, group=self._group.process_group, group_dst=0)
         if parts is None:
             return None
         whole = values.new_empty(math.prod(shard.shape))
-        for part, of_rank in zip(parts, runs, strict=True):
-            for run in of_rank:
-                run.inside(whole).copy_(run.of(part).view(run.rows, run.length))
+        for part, of_rank in zip(parts, spans, strict=True):
+            for span in of_rank:
+                span.inside(whole).copy_(span.of(part).view(span.rows, span.length))
         return whole.view(shard.shape)
 
 
 class GatheringBackend(ShardedBackend):
     """Shards whose parts lie back to back in the parameter, so that a gather gives the whole.
 
-    A backend of this kind sets ``lockstep_model`` and calls ``_hold``.
+    A backend of this kind sets ``sharded_model`` and calls ``_hold``.
     """
 
-    _replica: Replica
+    _replica: GatheredModel
 
     def _hold(
         self,
@@ -106,7 +106,7 @@ class GatheringBackend(ShardedBackend):
     ) -> None:
         """Makes this rank's shards, and a replica of ``skeleton``; arguments as in ``make_shards``."""
         self._layouts = layouts
-        self._replica = Replica(skeleton, shards=local, layouts=layouts, group=self._group)
+        self._replica = GatheredModel(skeleton, shards=local, layouts=layouts, group=self._group)
         self.shards = make_shards(local, layouts=layouts, shapes=shapes, group=self._group)
 
     def gathered(self) -> nn.Module:

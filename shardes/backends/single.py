@@ -5,7 +5,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shardes.backends.base import Backend
-from shardes.backends.shard import Run, Shard
+from shardes.backends.shard import Shard, ShardSpan
 from shardes.distributed.group import Group
 from shardes.models.build import fill_parameters, parameter_aliases, parameter_ids
 
@@ -28,10 +28,10 @@ class SingleBackend(Backend):
             for name, parameter in skeleton.named_parameters()
         }
         fill_parameters(skeleton, storage)
-        self.lockstep_model = skeleton.to(group.device)
+        self.sharded_model = skeleton.to(group.device)
         ids = parameter_ids(list(storage))
         self.shards = tuple(
-            Shard(name, ids[name], tuple(tensor.shape), tensor.view(-1), (Run(0, 0, tensor.numel()),))
+            Shard(name, ids[name], tuple(tensor.shape), tensor.view(-1), (ShardSpan(0, 0, tensor.numel()),))
             for name, tensor in sorted(storage.items())
         )
 
@@ -45,7 +45,7 @@ class SingleBackend(Backend):
 
     def gathered(self) -> nn.Module:
         """The model itself."""
-        return self.lockstep_model
+        return self.sharded_model
 
     def gather_parameter(self, shard: Shard, values: torch.Tensor) -> torch.Tensor | None:
         """Rank 0's own values."""

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
-from shardes.backends.dtensors import layout_of, local_of, make_mesh
+from shardes.backends.dtensors import layout_of, local_of, make_device_mesh
 from shardes.backends.layout import Layout
 from shardes.backends.sharded import ShardedBackend, make_shards
 from shardes.backends.split_linear import linears_of, use_plain_tensors
@@ -45,9 +45,9 @@ class TensorParallelBackend(ShardedBackend):
         self.device = group.device
         self.aliases = parameter_aliases(skeleton)
         model = copy.deepcopy(skeleton).requires_grad_(False)
-        linears = _split(model, make_mesh(group, axis="tp")) if group.world_size > 1 else {}
+        linears = _split(model, make_device_mesh(group, axis="tp")) if group.world_size > 1 else {}
         _allocate(model, group.device)
-        self.lockstep_model = model
+        self.sharded_model = model
         parameters = dict(sorted(model.named_parameters()))
         if {n: p.shape for n, p in parameters.items()} != {
             n: p.shape for n, p in skeleton.named_parameters()
@@ -62,7 +62,7 @@ class TensorParallelBackend(ShardedBackend):
         use_plain_tensors(model, linears, group=group)
 
     @property
-    def shares_batches(self) -> bool:
+    def needs_same_batch(self) -> bool:
         """Whether there is more than one rank: each computes a part of the same forward."""
         return self._group.world_size > 1
 
@@ -80,7 +80,7 @@ class TensorParallelBackend(ShardedBackend):
                 "rollout.mode: parallel.backend: tensor_parallel never gathers the model; set rollout.mode: "
                 "stream, or parallel.backend: fsdp"
             )
-        return self.lockstep_model
+        return self.sharded_model
 
 
 def planned_layouts(skeleton: PreTrainedModel, *, num_ranks: int) -> dict[str, Layout]:

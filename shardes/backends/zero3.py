@@ -124,7 +124,7 @@ class Zero3Backend(GatheringBackend):
         _copy_buffers(skeleton, model)
         self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config, mpu=ranks)
         self._engine.eval()
-        self.lockstep_model = model
+        self.sharded_model = model
         self._parameters = dict(sorted(model.named_parameters()))
         self._check_layout(skeleton)
         parameters = self._parameters.items()

@@ -220,7 +220,7 @@ TaskName = Literal[
 LABEL_WORD_TASKS = ("boolq", "classification", "sst2")
 
 
-class SetConfig(Section):
+class ProblemSetConfig(Section):
     """Some problems, and how answers to them are judged."""
 
     name: TaskName | None = None
@@ -274,7 +274,7 @@ def _check_reference(value: str | None, *, key: str) -> None:
         raise ValueError(f"{key} must be 'module:function' or 'file.py:function'; got {value!r}")
 
 
-class TaskConfig(SetConfig):
+class TaskConfig(ProblemSetConfig):
     """What is asked and how answers are judged, by a built-in task or by rewards of your own."""
 
     heldout_data: Path | None = None
@@ -314,7 +314,7 @@ class EvalConfig(Section):
 
     every: int = Field(default=10, ge=0)
     """Iterations between evaluations, the last weights included; 0 means never."""
-    sets: dict[str, SetConfig] = {}
+    sets: dict[str, ProblemSetConfig] = {}
     """Further held-out sets by a name of your choice, also of other tasks, to see what is forgotten."""
     save_best: bool = False
     """Whether the weights with the highest held-out reward so far are kept as a Hugging Face directory,
@@ -403,7 +403,7 @@ class Config(Section):
         """The step size at the start, as a number."""
         return self.es.sigma / 2 if self.es.alpha == "auto" else self.es.alpha
 
-    def determinants(self, *, data_sha256: str) -> dict[str, Any]:
+    def resume_fingerprint(self, *, data_sha256: str) -> dict[str, Any]:
         """The flattened keys that decide the result: what a resumed run must share with its journal.
 
         Args:

@@ -9,7 +9,7 @@ from shardes.config.schema import Config
 from shardes.distributed.group import Group
 
 
-def check_agreement(world: Group, **things: Any) -> None:
+def check_consistency(world: Group, **things: Any) -> None:
     """Compares things over all ranks; one collective of a few bytes.
 
     Args:

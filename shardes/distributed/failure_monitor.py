@@ -53,7 +53,7 @@ def end_process(status: int) -> None:
     os._exit(status)
 
 
-class Watch:
+class FailureMonitor:
     """The thread of one rank.
 
     Args:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from shardes.distributed import shared_memory
-from shardes.distributed.failure_monitor import Watch
+from shardes.distributed.failure_monitor import FailureMonitor
 from shardes.distributed.shared_memory import SharedMemory
 from shardes.distributed.stop import Stop, Stopped
 from shardes.errors import UserError
@@ -271,7 +271,7 @@ def process_group(*, timeout_seconds: int, always: bool, stop: Stop, stop_second
     """Joins the job that the launcher's environment describes, and leaves it at the end.
 
     A rank that leaves with an exception ends all ranks, with the exit status that the exception means, and
-    the message of the first one is printed once (see ``Watch``).
+    the message of the first one is printed once (see ``FailureMonitor``).
 
     Args:
         timeout_seconds: How long a collective waits for a rank.
@@ -299,7 +299,7 @@ def process_group(*, timeout_seconds: int, always: bool, stop: Stop, stop_second
     else:
         device = torch.device("cpu")
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    watch = Watch(
+    watch = FailureMonitor(
         rank=rank,
         world_size=world_size,
         stop=stop,

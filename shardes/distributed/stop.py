@@ -104,7 +104,7 @@ def stop_signals() -> Iterator[Stop]:
 
     The interpreter runs handlers only between two bytecodes of the main thread, which may be blocked in a
     collective for long. The numbers of signals are therefore also written to a socket, which another thread
-    reads (see ``Watch``).
+    reads (see ``FailureMonitor``).
     """
     if threading.current_thread() is not threading.main_thread():
         yield Stop()

@@ -68,7 +68,7 @@ def member_rewards(results: Sequence[MemberResult], *, on_error: str | float) ->
     ]
 
 
-def settled(
+def apply_reward_error_policy(
     rewards: Sequence[float | None], has_failed: Sequence[bool], *, on_error: str | float
 ) -> list[float | None]:
     """The rewards of the answers of one evaluation, by the rule for failed rewards."""
@@ -76,3 +76,17 @@ def settled(
     if on_error != "worst":
         return list(rewards)
     return [least if failed else reward for reward, failed in zip(rewards, has_failed, strict=True)]
+
+
+def mean_reward(rewards: Sequence[float | None]) -> float | None:
+    """The mean over answers that count, exact in any order; None if none does."""
+    counted = [reward for reward in rewards if reward is not None]
+    return math.fsum(counted) / len(counted) if counted else None
+
+
+def mean_and_deviation(rewards: Sequence[float]) -> tuple[float, float]:
+    """Mean and population standard deviation, exactly 0 for equal rewards; there must be at least one."""
+    if min(rewards) == max(rewards):
+        return rewards[0], 0.0  # the mean of equal numbers may differ from them in the last place
+    mean = math.fsum(rewards) / len(rewards)
+    return mean, math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards))

@@ -149,3 +149,16 @@ class Adam(Optimizer):
         """By the inequality of Cauchy and Schwarz over the moments' sums, whatever the gradients were."""
         first, second = self.betas
         return alpha / ((1 - second) * (1 - first**2 / second)) ** 0.5
+
+
+@dataclass(frozen=True)
+class Decay:
+    """A pull on the weights in every update, apart from the gradient (Loshchilov and Hutter 2019).
+
+    Attributes:
+        rate: ``alpha * rate`` of the distance is taken away.
+        is_anchored: Whether the pull is towards the base model, and not towards 0.
+    """
+
+    rate: float
+    is_anchored: bool

@@ -12,7 +12,7 @@ from shardes.es.shaping import RewardTable
 _ROUNDING = 1e-12
 
 
-def reward_instruments(
+def reward_stats(
     table: RewardTable, *, rewards: Sequence[float | None], shaped: Sequence[float]
 ) -> dict[str, float | None]:
     """Numbers that tell a signal from noise; None where one is not defined.

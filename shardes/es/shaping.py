@@ -4,7 +4,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal, assert_never
 
-from shardes.es.fitness import mean_and_deviation
+from shardes.es.member import mean_and_deviation
 
 Shaping = Literal["zscore", "centered_rank", "none", "per_prompt"]
 

@@ -7,12 +7,10 @@ import numpy as np
 
 from shardes.config.schema import EsConfig
 from shardes.es.member import MemberResult
-from shardes.es.optimizers import Adam, Momentum, Optimizer, PlainStep
-from shardes.es.perturbation import Perturbation
+from shardes.es.optimizers import Adam, Decay, Momentum, Optimizer, PlainStep
 from shardes.es.schedules import between, factor
 from shardes.es.shaping import RewardTable, shape
-from shardes.es.update import Update
-from shardes.weights.master import Decay
+from shardes.es.update import Perturbation, Update
 
 
 class Strategy:

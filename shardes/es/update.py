@@ -38,3 +38,18 @@ class Update:
     def noise_of(self) -> int:
         """Whose noise it is."""
         return self.iteration if self.noise_iteration is None else self.noise_iteration
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Where a member looks: the centre plus sigma times a direction's noise.
+
+    Attributes:
+        iteration: Whose noise.
+        direction: Which.
+        sigma: The noise's scale; negative for the second member of an antithetic pair.
+    """
+
+    iteration: int
+    direction: int
+    sigma: float

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardes.distributed.group import Group
-from shardes.rewards.pool import DirectRewards
+from shardes.rewards.pool import InProcessRewards
 from shardes.rewards.scorer import Scorer
-from shardes.rollout.evaluator import Rollout
-from shardes.rollout.prompts import Problems
-from shardes.rollout.scheduler import Population
+from shardes.rollout.evaluator import Evaluator
+from shardes.rollout.prompts import PromptBatch
+from shardes.rollout.scheduler import MemberScheduler
 from shardes.tasks.base import Component, Row, Task
 
 
-class Drift:
+class KLEstimator:
     """Measures it on a probe batch; every rank has one, and calls it alike.
 
     Args:
@@ -30,16 +30,22 @@ class Drift:
     """
 
     def __init__(
-        self, rollout: Rollout, population: Population, *, task: Task, rows: Sequence[Row], world: Group
+        self,
+        rollout: Evaluator,
+        population: MemberScheduler,
+        *,
+        task: Task,
+        rows: Sequence[Row],
+        world: Group,
     ) -> None:
         self._rollout = rollout
         self._population = population
         # Answers are compared by their likelihood, not by a reward.
         alike = Component("alike", _alike)
         probe = Task("probe", rows, (), task.make_prompt, (alike,), metric="log_likelihood")
-        self._scorer = Scorer(probe, rewards=DirectRewards([alike]), on_error="exclude")
+        self._scorer = Scorer(probe, rewards=InProcessRewards([alike]), on_error="exclude")
         self._world = world
-        self._problems: Problems | None = None
+        self._problems: PromptBatch | None = None
         self._base: list[float] = []
         self._num_tokens: list[int] = []
 
@@ -84,7 +90,7 @@ class Drift:
     def _log_likelihoods(self, pairs: Sequence[Sequence[list[int]]]) -> list[float]:
         return self._found(self._rollout.prepare_pairs(pairs, scorer=self._scorer)) if pairs else []
 
-    def _found(self, problems: Problems) -> list[float]:
+    def _found(self, problems: PromptBatch) -> list[float]:
         """Each answer's mean log-likelihood per token under the centre."""
         found = self._population.evaluate_centre(problems)
         return [float("nan") if value is None else value for value in found.components["log_likelihood"]]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelRef:
     """What is evaluated.
 
     Attributes:
@@ -49,7 +49,7 @@ class Subject:
             )
 
 
-def find_subject(model: str, *, config_path: Path | None, overrides: list[str]) -> Subject:
+def resolve_model(model: str, *, config_path: Path | None, overrides: list[str]) -> ModelRef:
     """What ``--model DIR|RUN_DIR[@K]`` and ``--config FILE`` mean.
 
     A run brings its model, its noise and its master weights with it, the file says what is asked and how; a
@@ -65,7 +65,7 @@ def find_subject(model: str, *, config_path: Path | None, overrides: list[str]) 
     if (path / "config.json").is_file() and not at:
         if config_path is None:
             raise UserError(f"--config: give the YAML file that says what {path} is asked")
-        return Subject(load_config(config_path, [*overrides, f"model.path={json.dumps(str(path))}"]))
+        return ModelRef(load_config(config_path, [*overrides, f"model.path={json.dumps(str(path))}"]))
     if not (path / "journal.jsonl").is_file():
         raise UserError(
             f"--model {model}: neither a model directory (with config.json) nor a run directory (with "
@@ -79,4 +79,4 @@ def find_subject(model: str, *, config_path: Path | None, overrides: list[str]) 
     history, *_ = read_journal(path / "journal.jsonl")
     if history.header is None:
         raise UserError(f"--model {model}: its journal is empty; nothing can be evaluated")
-    return Subject(config, path, history, history.iteration_of(wanted or None, key=f"--model {model}"))
+    return ModelRef(config, path, history, history.iteration_of(wanted or None, key=f"--model {model}"))

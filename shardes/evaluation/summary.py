@@ -1,4 +1,4 @@
-"""Evaluating a model as ``shardes evaluate`` does: every answer, and what the numbers are worth."""
+"""Evaluating a model as ``shardes evaluate_model`` does: every answer, and what the numbers are worth."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from shardes.es.member import settled
-from shardes.rewards.pool import Rewards
+from shardes.es.member import apply_reward_error_policy
+from shardes.rewards.pool import RewardRunner
 from shardes.rollout.aggregate import Evaluation, Sample
 from shardes.rollout.probe import find_micro_batch_size
-from shardes.session import Session, make_population, make_rollout
+from shardes.session import Session, make_evaluator, make_scheduler
 from shardes.tasks.base import Task
 
 NUM_RESAMPLES = 1000
@@ -68,7 +68,7 @@ def summarise(
         on_error: ``task.on_reward_error``.
     """
     count = samples_per_problem
-    rewards = settled(evaluation.rewards, evaluation.has_failed, on_error=on_error)
+    rewards = apply_reward_error_policy(evaluation.rewards, evaluation.has_failed, on_error=on_error)
     summary: dict[str, Any] = {
         "num_problems": len(rewards) // count,
         "samples_per_prompt": count,
@@ -99,8 +99,8 @@ def summarise(
     }
 
 
-def evaluate(
-    session: Session, task: Task, *, rewards: Rewards | None, heldout_sets: Mapping[str, Task]
+def evaluate_model(
+    session: Session, task: Task, *, rewards: RewardRunner | None, heldout_sets: Mapping[str, Task]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Evaluates the centre on held-out problems, or on all if none are; a collective of all ranks.
 
@@ -114,11 +114,11 @@ def evaluate(
         A summary by set, and a line for each answer; the lines are on rank 0 only.
     """
     config = session.config
-    rollout, scorer, scorers = make_rollout(session, task, rewards=rewards, others=heldout_sets)
+    rollout, scorer, scorers = make_evaluator(session, task, rewards=rewards, others=heldout_sets)
     if config.rollout.micro_batch_size == "auto":
         rows = task.heldout or task.train
         find_micro_batch_size(rollout, rows, num_rows=len(rows), mesh=session.mesh, sigma=config.es.sigma)
-    population = make_population(session, rollout)
+    population = make_scheduler(session, rollout)
     sets = {"heldout" if task.heldout else "data": (task.heldout or task.train, scorer)}
     sets |= {name: (other.train, scorers[name]) for name, other in heldout_sets.items()}
     summaries: dict[str, Any] = {}

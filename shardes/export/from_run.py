@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from shardes.export.writer import MAX_FILE_BYTES, check_destination, export_model
-from shardes.runs.reading import read_run
+from shardes.runs.directory import read_run
 from shardes.runs.resume import restore_weights
 from shardes.session import open_session
 from shardes.utils.files import cannot_write

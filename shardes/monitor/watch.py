@@ -75,7 +75,7 @@ class _Grown:
         return stat.st_mtime
 
 
-class Following:
+class RunView:
     """What there is to say of a run, as often as one asks.
 
     Args:
@@ -227,7 +227,7 @@ def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.4f}"
 
 
-def follow(run_dir: Path, *, once: bool, every_seconds: float, is_terminal: bool) -> Iterator[str]:
+def watch(run_dir: Path, *, once: bool, every_seconds: float, is_terminal: bool) -> Iterator[str]:
     """What to print of a run, until it is finished.
 
     On a terminal each piece replaces the one before it; elsewhere there is a piece whenever an iteration has
@@ -242,7 +242,7 @@ def follow(run_dir: Path, *, once: bool, every_seconds: float, is_terminal: bool
     Raises:
         UserError: There is no run.
     """
-    following, told = Following(run_dir), None
+    following, told = RunView(run_dir), None
     while True:
         following.look()
         state = (following.num_lines, following.is_finished)

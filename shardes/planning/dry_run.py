@@ -13,14 +13,14 @@ from shardes.planning.workload import make_workload
 from shardes.rollout.memory import free_bytes
 from shardes.session import Session
 from shardes.tasks.base import Task
-from shardes.trainer import Trainer
+from shardes.trainer import TrainingLoop
 from shardes.utils.units import shown_bytes, shown_seconds
 
 # Problems that the member is asked.
 _NUM_PROBLEMS = 2
 
 
-def rehearse(session: Session, trainer: Trainer, task: Task) -> list[str]:
+def dry_run(session: Session, trainer: TrainingLoop, task: Task) -> list[str]:
     """Evaluates one member on two problems, and plans for the ranks and memory that are here; a collective.
 
     Args:
@@ -32,7 +32,7 @@ def rehearse(session: Session, trainer: Trainer, task: Task) -> list[str]:
         What is to be said of it, by line.
     """
     config, world = session.config, session.mesh.world
-    found = trainer.rehearse(_NUM_PROBLEMS)
+    found = trainer.dry_run(_NUM_PROBLEMS)
     rollout = config.rollout.model_copy(update={"micro_batch_size": found.micro_batch_size})
     config = config.model_copy(update={"rollout": rollout})
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from shardes.backends.footprint import Shares, Spread
+from shardes.backends.footprint import RankFootprint, ShardingPlan
 from shardes.config.schema import Config
 from shardes.errors import UserError
 from shardes.es.strategy import optimizer_of
@@ -122,7 +122,7 @@ class Plan:
         world_size: int | None,
     ) -> None:
         self.config, self.model, self.workload, self.machine = config, model, workload, machine
-        self._spread = Spread(model, backend=config.parallel.backend)
+        self._spread = ShardingPlan(model, backend=config.parallel.backend)
         self._shapes = {name: parameter.shape.numel() for name, parameter in model.named_parameters()}
         self._trained = select_trainable(
             list(self._shapes), config.es.trainable, aliases=parameter_aliases(model)
@@ -228,7 +228,7 @@ class Plan:
             yield from range(1, 16)
             yield from range(16, _MOST_RANKS + 1, 8)
 
-    def _memory(self, shares: Shares) -> RankMemory:
+    def _memory(self, shares: RankFootprint) -> RankMemory:
         config, itemsize = self.config, self.dtype.itemsize
         trained = sum(size for name, size in shares.held.items() if name in self._trained)
         master_itemsize = torch.float32.itemsize if config.weights.master == "float32" else itemsize
@@ -266,7 +266,7 @@ class Plan:
         """Whether every rank holds a whole model anyway."""
         return self.config.parallel.backend == "single"
 
-    def _modes(self, shares: Shares) -> dict[str, int]:
+    def _modes(self, shares: RankFootprint) -> dict[str, int]:
         itemsize = self.dtype.itemsize
         stream = {"stream": shares.gathered * itemsize}
         if self.config.parallel.backend == "tensor_parallel":

@@ -20,7 +20,7 @@ import sys
 from types import FrameType
 from typing import Any, NoReturn
 
-from shardes.rewards.worker import Judge
+from shardes.rewards.worker import RewardCaller
 
 _PR_SET_PDEATHSIG = 1
 HEADER = struct.Struct("!Q")
@@ -116,7 +116,7 @@ def _work(connection: socket.socket, memory_bytes: int) -> NoReturn:
 def _serve(connection: socket.socket) -> None:
     """Imports the rewards, says how that went, and judges answers for as long as there are any."""
     try:
-        judge = Judge(_receive(connection))
+        judge = RewardCaller(_receive(connection))
     except ValueError as error:
         _send(connection, {"error": str(error)})
         return

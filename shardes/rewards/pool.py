@@ -21,7 +21,7 @@ from typing import Any, Protocol, Self, TypeVar
 from shardes.config.schema import TaskConfig
 from shardes.errors import UserError
 from shardes.rewards.fork_server import HEADER
-from shardes.rewards.worker import MAX_REWARD, Answers, Judge, Verdicts, reference_of
+from shardes.rewards.worker import MAX_REWARD, RewardBatch, RewardCaller, Verdicts, reference_of
 from shardes.tasks.base import Component, Task, all_rewards
 
 # How long the import of a reward may take.
@@ -41,16 +41,16 @@ _BOOT = (
 T = TypeVar("T")
 
 
-class Rewards(Protocol):
+class RewardRunner(Protocol):
     """Where rewards run."""
 
     def submit(
-        self, components: Sequence[Component], batches: Sequence[Answers]
+        self, components: Sequence[Component], batches: Sequence[RewardBatch]
     ) -> "list[Future[list[Verdicts]]]":
         """Has batches of answers judged, each by itself; a result is one verdict for each component."""
 
 
-class DirectRewards:
+class InProcessRewards:
     """Rewards that run in this process, at once; nothing stops one that hangs.
 
     Args:
@@ -63,12 +63,12 @@ class DirectRewards:
     def __init__(self, components: Sequence[Component]) -> None:
         self._components = list(components)
         try:
-            self._judge = Judge(components)
+            self._judge = RewardCaller(components)
         except ValueError as error:
             raise UserError(f"task.reward: {error}") from None
 
     def submit(
-        self, components: Sequence[Component], batches: Sequence[Answers]
+        self, components: Sequence[Component], batches: Sequence[RewardBatch]
     ) -> "list[Future[list[Verdicts]]]":
         """Judges answers before it returns."""
         which = [self._components.index(component) for component in components]
@@ -86,7 +86,7 @@ class DirectRewards:
         pass
 
 
-def make_rewards(config: TaskConfig, tasks: Sequence[Task]) -> "DirectRewards | Sandbox":
+def make_reward_runner(config: TaskConfig, tasks: Sequence[Task]) -> "InProcessRewards | RewardProcessPool":
     """Where the rewards of some tasks run, as the configuration has it.
 
     Raises:
@@ -94,8 +94,8 @@ def make_rewards(config: TaskConfig, tasks: Sequence[Task]) -> "DirectRewards | 
     """
     components = all_rewards(tasks)
     if not components or config.reward_workers == 0:
-        return DirectRewards(components)
-    return Sandbox(
+        return InProcessRewards(components)
+    return RewardProcessPool(
         components,
         timeout_seconds=config.reward_timeout_seconds,
         max_workers=config.reward_workers,
@@ -103,7 +103,7 @@ def make_rewards(config: TaskConfig, tasks: Sequence[Task]) -> "DirectRewards | 
     )
 
 
-class _Template:
+class _ForkServer:
     """The template process, seen from the pool."""
 
     def __init__(self, memory_bytes: int | None) -> None:
@@ -163,7 +163,7 @@ class _Worker:
         return json.loads(await self.reader.readexactly(length))
 
 
-class Sandbox:
+class RewardProcessPool:
     """Rewards that run in worker processes of their own.
 
     A call judges some answers together. If it has not ended after half of the time limit, or if it failed,
@@ -199,7 +199,7 @@ class Sandbox:
         self._num_workers = self._num_starting = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._memory_bytes = memory_bytes
-        self._template = _Template(memory_bytes)
+        self._template = _ForkServer(memory_bytes)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
         self._thread.start()
@@ -213,7 +213,7 @@ class Sandbox:
             raise
 
     def submit(
-        self, components: Sequence[Component], batches: Sequence[Answers]
+        self, components: Sequence[Component], batches: Sequence[RewardBatch]
     ) -> "list[Future[list[Verdicts]]]":
         """Has answers judged by worker processes."""
         which = [self._components.index(component) for component in components]
@@ -272,7 +272,9 @@ class Sandbox:
         for worker in self._idle:
             worker.writer.close()
 
-    async def _judge_into(self, future: "Future[list[Verdicts]]", which: list[int], answers: Answers) -> None:
+    async def _judge_into(
+        self, future: "Future[list[Verdicts]]", which: list[int], answers: RewardBatch
+    ) -> None:
         try:
             future.set_result(await self._judge(which, answers))
         except asyncio.CancelledError:
@@ -281,7 +283,7 @@ class Sandbox:
         except Exception as error:
             future.set_exception(error)
 
-    async def _judge(self, which: list[int], answers: Answers) -> list[Verdicts]:
+    async def _judge(self, which: list[int], answers: RewardBatch) -> list[Verdicts]:
         """The verdict of each component, whatever happens."""
         half = self._timeout_seconds / 2
         alone: list[asyncio.Task[list[Verdicts] | str]] = []
@@ -316,7 +318,7 @@ class Sandbox:
     async def _ask(
         self,
         which: list[int],
-        answers: Answers,
+        answers: RewardBatch,
         *,
         limit: float,
         begin: Callable[[], None] = lambda: None,
@@ -431,7 +433,7 @@ class Sandbox:
             pid, connection = self._template.fork()
         except OSError:
             self._template.close()
-            self._template = _Template(self._memory_bytes)
+            self._template = _ForkServer(self._memory_bytes)
             pid, connection = self._template.fork()
         return _Worker(pid, *await asyncio.open_unix_connection(sock=connection))
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from shardes.rewards.pool import Rewards
-from shardes.rewards.worker import Answers, Verdicts
+from shardes.rewards.pool import RewardRunner
+from shardes.rewards.worker import RewardBatch, Verdicts
 from shardes.tasks.base import Task
 
 logger = logging.getLogger(__name__)
@@ -50,13 +50,13 @@ class Scorer:
         first_failure: What went wrong the first time, for messages.
     """
 
-    def __init__(self, task: Task, *, rewards: Rewards, on_error: str | float) -> None:
+    def __init__(self, task: Task, *, rewards: RewardRunner, on_error: str | float) -> None:
         self.task = task
         self._rewards = rewards
         self._substitute = None if isinstance(on_error, str) else float(on_error)
         self.first_failure: str | None = None
 
-    def submit(self, batches: Sequence[Answers]) -> list[PendingVerdicts]:
+    def submit(self, batches: Sequence[RewardBatch]) -> list[PendingVerdicts]:
         """Has batches of answers judged; ``collect`` turns what comes back into scores."""
         return self._rewards.submit(self.task.rewards, batches)
 

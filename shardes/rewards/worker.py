@@ -20,7 +20,7 @@ _RESERVED = {"prompt", "prompts", "completions", "completion_ids"}
 
 
 @dataclass(frozen=True)
-class Answers:
+class RewardBatch:
     """Answers that are judged together.
 
     Attributes:
@@ -91,7 +91,7 @@ class Verdicts:
         )
 
 
-class Judge:
+class RewardCaller:
     """Calls the functions of some components.
 
     Args:
@@ -110,7 +110,7 @@ class Judge:
         # One event loop for all calls, so that what a function keeps open stays usable.
         self._runner = asyncio.Runner()
 
-    def judge(self, which: Sequence[int], answers: Answers) -> list[Verdicts]:
+    def judge(self, which: Sequence[int], answers: RewardBatch) -> list[Verdicts]:
         """What some components say.
 
         Each gets all answers in one call. One that fails is asked about each answer by itself, so that only
@@ -129,7 +129,7 @@ class Judge:
                 verdicts[place] = joined
         return [_or_failed(found, len(answers)) for found in verdicts]
 
-    def _attempt(self, calls: Sequence[tuple[int, Answers]]) -> list[Verdicts | str]:
+    def _attempt(self, calls: Sequence[tuple[int, RewardBatch]]) -> list[Verdicts | str]:
         """The verdict of each call, or why there is none. Coroutines run at the same time."""
         returned = [self._call(i, answers) for i, answers in calls]
         awaitables = {place: value for place, value in enumerate(returned) if inspect.isawaitable(value)}
@@ -145,7 +145,7 @@ class Judge:
             )
         ]
 
-    def _call(self, i: int, answers: Answers) -> Any:
+    def _call(self, i: int, answers: RewardBatch) -> Any:
         """What the function returns, or the exception that it raises."""
         component = self._components[i]
         completions: list[Any] = list(answers.completions)
@@ -184,7 +184,7 @@ class _Signature:
         return cls(names, any(p.kind is p.VAR_KEYWORD for p in parameters))
 
     def bind(
-        self, prompts: list[Prompt], completions: list[Any], answers: Answers
+        self, prompts: list[Prompt], completions: list[Any], answers: RewardBatch
     ) -> tuple[list[Any], dict[str, Any]]:
         """Positional arguments and those by name."""
         positional: list[Any] = []
@@ -207,7 +207,7 @@ async def _gather(awaitables: Sequence[Any]) -> list[Any]:
     return await asyncio.gather(*awaitables, return_exceptions=True)
 
 
-def _checked(returned: Any, label: str, answers: Answers) -> Verdicts | str:
+def _checked(returned: Any, label: str, answers: RewardBatch) -> Verdicts | str:
     """What a function returned as verdicts, or why it is none."""
     if hasattr(returned, "tolist"):  # a tensor, or an array
         returned = returned.tolist()

@@ -13,12 +13,11 @@ from typing import Any, Protocol
 import torch
 
 from shardes.errors import UserError
-from shardes.es.fitness import mean_reward
-from shardes.es.member import MemberResult
+from shardes.es.member import MemberResult, mean_reward
 from shardes.rewards.scorer import PendingVerdicts, Scorer
-from shardes.rewards.worker import Answers as JudgedAnswers
+from shardes.rewards.worker import RewardBatch
 from shardes.rollout.batching import tokenize
-from shardes.rollout.engines.transformers.decoder import Answers
+from shardes.rollout.engines.transformers.decoder import Completions
 from shardes.tasks.base import Choices, Metric, Prompt, Row
 
 # Micro-batches of less than this go to the rewards with the next one: waking them takes a while, too.
@@ -27,7 +26,7 @@ SEND_SECONDS = 0.05
 # Answers of a member that are shown to people.
 NUM_SAMPLES = 4
 
-Found = Answers | list[torch.Tensor]
+EngineOutput = Completions | list[torch.Tensor]
 """The answers to a micro-batch of prompts; or the log-likelihoods of the completions in one of pairs."""
 
 
@@ -104,10 +103,10 @@ class Evaluation:
         return {name: mean_reward(values) for name, values in self.components.items()}
 
 
-class Tally(Protocol):
+class RewardAccumulator(Protocol):
     """One evaluation in the making."""
 
-    def take(self, indices: Sequence[int], found: Found, *, is_first: bool) -> None:
+    def take(self, indices: Sequence[int], found: EngineOutput, *, is_first: bool) -> None:
         """Takes in what a micro-batch gave.
 
         Args:
@@ -126,7 +125,7 @@ class Tally(Protocol):
         """What all ranks know, from the sum of their totals."""
 
 
-class AnswerTally:
+class CompletionAccumulator:
     """Answers are judged by rewards while further ones are generated.
 
     Args:
@@ -157,21 +156,21 @@ class AnswerTally:
         self._num_answers = len(rows) * samples_per_prompt
         self._indices: list[Sequence[int]] = []
         self._pending: list[PendingVerdicts] = []
-        self._unsent: list[JudgedAnswers] = []
+        self._unsent: list[RewardBatch] = []
         self._last_sent = time.monotonic()
         self._num_tokens = 0
         self._samples: dict[int, Sample] = {}
 
-    def take(self, indices: Sequence[int], found: Found, *, is_first: bool) -> None:
+    def take(self, indices: Sequence[int], found: EngineOutput, *, is_first: bool) -> None:
         """Takes in the answers of a micro-batch, and has them judged."""
-        assert isinstance(found, Answers), "prompts are answered"
+        assert isinstance(found, Completions), "prompts are answered"
         answers = found.tokens
         asked = [index // self._samples_per_prompt for index in indices]
         prompts = [self._prompts[row] for row in asked]
         completions = [self._text(answer) for answer in answers]
         rows = [self._rows[row] for row in asked]
         self._indices.append(indices)
-        self._unsent.append(JudgedAnswers.of(rows, prompts, completions, answers))
+        self._unsent.append(RewardBatch.of(rows, prompts, completions, answers))
         self._num_tokens += sum(map(len, answers))
         if is_first or self._keeps_samples:
             for index, prompt, completion, ids in zip(indices, prompts, completions, answers, strict=True):
@@ -292,7 +291,7 @@ def choice_set(
     return ChoiceSet(prompts, choices, pairs, first_pairs)
 
 
-class LikelihoodTally:
+class LogLikelihoodAccumulator:
     """How likely the right completions are, and whether they are the likeliest.
 
     Args:
@@ -308,9 +307,9 @@ class LikelihoodTally:
         self._sums = [0.0] * len(problems.pairs)
         self._num_tokens = 0
 
-    def take(self, indices: Sequence[int], found: Found, *, is_first: bool) -> None:
+    def take(self, indices: Sequence[int], found: EngineOutput, *, is_first: bool) -> None:
         """Takes in the log-likelihoods of the completions' tokens, for the pairs of a micro-batch."""
-        assert not isinstance(found, Answers), "completions are given"
+        assert not isinstance(found, Completions), "completions are given"
         for index, values in zip(indices, found, strict=True):
             self._sums[index] = float(values.double().sum())
             self._num_tokens += len(values)

@@ -4,15 +4,15 @@ from collections.abc import Callable, Sequence
 
 from shardes.config.schema import Config
 from shardes.distributed.group import Group, Mesh
-from shardes.rollout.evaluator import Rollout
+from shardes.rollout.evaluator import Evaluator
 from shardes.rollout.probe import find_members_per_forward, find_micro_batch_size
 from shardes.runs.journal import recorded_setting
 from shardes.tasks.base import Row
 
 
-def settle(
+def resolve_auto(
     config: Config,
-    rollout: Rollout,
+    rollout: Evaluator,
     *,
     rows: Sequence[Row],
     first_rows: Sequence[Row],

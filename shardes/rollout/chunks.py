@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from shardes.distributed.group import Mesh
 from shardes.distributed.stop import Stop, Stopped
 from shardes.es.member import MemberResult
-from shardes.rollout.evaluator import PendingChunk, Rollout
-from shardes.rollout.iteration import Round
-from shardes.rollout.prompts import Problems
-from shardes.utils.timers import Spans
+from shardes.rollout.evaluator import Evaluator, PendingChunk
+from shardes.rollout.iteration import IterationSpec
+from shardes.rollout.prompts import PromptBatch
+from shardes.utils.timers import PhaseTimer
 
 
 @dataclass(frozen=True)
@@ -38,27 +38,27 @@ class Chunks:
         rollout: Generates and scores, in a batched mode.
         mesh: The ranks.
         stop: Whether the job was asked to stop.
-        spans: Where the time goes.
+        timer: Where the time goes.
     """
 
-    def __init__(self, rollout: Rollout, *, mesh: Mesh, stop: Stop, spans: Spans) -> None:
+    def __init__(self, rollout: Evaluator, *, mesh: Mesh, stop: Stop, timer: PhaseTimer) -> None:
         self._rollout = rollout
         self._mesh = mesh
         self._stop = stop
-        self._spans = spans
+        self._timer = timer
 
     def evaluate(
         self,
         members: Sequence[int],
         *,
-        asked: Round,
+        spec: IterationSpec,
         on_result: Callable[[MemberResult], None],
     ) -> dict[int, MemberResult]:
         """What members earn; a collective of all ranks. Some are missing if memory ran out.
 
         Args:
             members: Which.
-            asked: What they are asked, all the same.
+            spec: What they are asked, all the same.
             on_result: Called with each result as soon as it is known.
 
         Raises:
@@ -66,7 +66,7 @@ class Chunks:
         """
         world, size, num_teams = self._mesh.world, self._rollout.members_per_forward, self._num_teams
         first_members = sorted({member // size * size for member in members})
-        chunks = [asked.members[first : first + size] for first in first_members]
+        chunks = [spec.members[first : first + size] for first in first_members]
         results: dict[int, MemberResult] = {}
         started: list[ChunkRound] = []
         is_stopping = False
@@ -79,13 +79,13 @@ class Chunks:
                 if is_stopping:
                     break
                 of_round = chunks[first : first + num_teams]
-                started.append(self._start(of_round, asked))
+                started.append(self._start(of_round, spec))
                 if len(started) > 1:
                     yield started.pop(0)
             yield from started
 
         for each in rounds():
-            found = self._finish(each, asked.problems)
+            found = self._finish(each, spec.problems)
             if found is None:
                 return results
             for result in found:
@@ -106,37 +106,37 @@ class Chunks:
         """Which of a round's chunks is this rank's."""
         return self._mesh.world.rank // self._rollout.num_together
 
-    def _start(self, chunks: Sequence[Sequence[int]], asked: Round) -> ChunkRound:
+    def _start(self, chunks: Sequence[Sequence[int]], spec: IterationSpec) -> ChunkRound:
         """Has this rank's chunk answer; a collective of a replica's ranks where these are in step."""
         mine, shard = self._place, self._mesh.shard
         leader = (self._mesh.world.rank - shard.rank) // self._rollout.num_together
         if mine < len(chunks):
             place = mine
-        elif self._rollout.mode.is_in_step and leader < len(chunks):
+        elif self._rollout.mode.forward_is_collective and leader < len(chunks):
             # A rank without a chunk repeats another's, so that all of the replica call alike.
             place = leader
         else:
             return ChunkRound(chunks, None)
-        where = [asked.perturbation(member) for member in chunks[place]]
-        pending = self._rollout.start_chunk(asked.problems, where)
+        where = [spec.perturbation(member) for member in chunks[place]]
+        pending = self._rollout.start_chunk(spec.problems, where)
         is_first = shard.rank % self._rollout.num_together == 0
         return ChunkRound(chunks, pending if place == mine and is_first else None)
 
-    def _finish(self, of_round: ChunkRound, problems: Problems) -> list[MemberResult] | None:
+    def _finish(self, of_round: ChunkRound, problems: PromptBatch) -> list[MemberResult] | None:
         """What the members of a round earned; None if a rank had too little memory. A collective of all."""
         mine, pending = self._place, of_round.pending
-        blank = self._rollout.tally(problems)
+        blank = self._rollout.accumulator(problems)
         length = len(blank.totals()) + 1
         # Every rank enters what it knows into a vector of zeros, so that the sum is exact.
         vector: list[float] = []
-        with self._spans("reward"):
+        with self._timer("reward"):
             for place, chunk in enumerate(of_round.chunks):
                 if place == mine and pending is not None and not pending.is_short:
-                    for tally, is_broken in zip(pending.tallies, pending.are_broken, strict=True):
-                        vector += [*tally.totals(), float(is_broken)]
+                    for accumulator, is_broken in zip(pending.accumulators, pending.are_broken, strict=True):
+                        vector += [*accumulator.totals(), float(is_broken)]
                 else:
                     vector += [0.0] * (length * len(chunk))
-        with self._spans("io"):
+        with self._timer("io"):
             is_short = float(pending is not None and pending.is_short)
             *vector, is_short = self._mesh.world.sum_float64([*vector, is_short])
         if is_short:
@@ -144,9 +144,9 @@ class Chunks:
         results: list[MemberResult] = []
         for place, chunk in enumerate(of_round.chunks):
             for index, member in enumerate(chunk):
-                tally = pending.tallies[index] if place == mine and pending is not None else blank
+                accumulator = pending.accumulators[index] if place == mine and pending is not None else blank
                 *totals, broken = vector[len(results) * length : (len(results) + 1) * length]
-                evaluation = tally.evaluation(totals)
+                evaluation = accumulator.evaluation(totals)
                 is_finite = evaluation.is_finite and not broken
                 results.append(replace(evaluation, is_finite=is_finite).result_of(member))
         return results

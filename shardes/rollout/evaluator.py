@@ -9,20 +9,27 @@ import torch
 from shardes.backends.base import Backend
 from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Group, Mesh
-from shardes.es.perturbation import Perturbation
+from shardes.es.update import Perturbation
 from shardes.models.build import end_tokens, max_positions
 from shardes.rewards.scorer import Scorer
-from shardes.rollout.aggregate import AnswerTally, ChoiceSet, Evaluation, LikelihoodTally, Tally, choice_set
-from shardes.rollout.batching import MicroBatch, compose, shared_prefix, tokenize
-from shardes.rollout.engines.sampling import Sampling
-from shardes.rollout.engines.stop_strings import StopTexts
-from shardes.rollout.engines.transformers.decoder import Answers, Decoder, OnRows
-from shardes.rollout.engines.transformers.likelihood import (
-    CompletionBatch,
-    completion_log_likelihoods,
-    compose_completions,
+from shardes.rollout.aggregate import (
+    ChoiceSet,
+    CompletionAccumulator,
+    Evaluation,
+    LogLikelihoodAccumulator,
+    RewardAccumulator,
+    choice_set,
 )
-from shardes.rollout.gather_modes import Batched, Mode, Modes
+from shardes.rollout.batching import MicroBatch, compose, shared_prefix, tokenize
+from shardes.rollout.engines.sampling import TokenSampler
+from shardes.rollout.engines.stop_strings import StopStrings
+from shardes.rollout.engines.transformers.decoder import Completions, Decoder, OnRows
+from shardes.rollout.engines.transformers.likelihood import (
+    LikelihoodBatch,
+    compose_likelihood_batches,
+    log_likelihoods,
+)
+from shardes.rollout.gather_modes import BatchedGather, GatherMode, GatherModeSelector
 from shardes.rollout.memory import (
     MemoryShortageError,
     free_bytes,
@@ -30,9 +37,9 @@ from shardes.rollout.memory import (
     is_shortage,
     likelihood_bytes,
 )
-from shardes.rollout.prompts import Problems
+from shardes.rollout.prompts import PromptBatch
 from shardes.tasks.base import Choices, Prompt, Row, Task
-from shardes.utils.timers import Spans
+from shardes.utils.timers import PhaseTimer
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Pending:
         is_broken: Whether this rank's model computed something that is not finite.
     """
 
-    tally: Tally
+    accumulator: RewardAccumulator
     group: Group
     is_short: bool
     is_broken: bool
@@ -62,12 +69,12 @@ class PendingChunk:
         is_short: Whether this rank had too little memory.
     """
 
-    tallies: list[Tally]
+    accumulators: list[RewardAccumulator]
     are_broken: list[bool]
     is_short: bool
 
 
-class Rollout:
+class Evaluator:
     """Generates and scores.
 
     Args:
@@ -78,7 +85,7 @@ class Rollout:
         modes: How a member's weights become a model.
         settings: How prompts are answered.
         seed: The run's.
-        spans: Where the time goes.
+        timer: Where the time goes.
     """
 
     def __init__(
@@ -88,10 +95,10 @@ class Rollout:
         tokenizer: Any,
         mesh: Mesh,
         scorer: Scorer,
-        modes: Modes,
+        modes: GatherModeSelector,
         settings: RolloutConfig,
         seed: int,
-        spans: Spans,
+        timer: PhaseTimer,
     ) -> None:
         self._backend = backend
         self._tokenizer = tokenizer
@@ -100,22 +107,22 @@ class Rollout:
         self._modes = modes
         self._settings = settings
         self._seed = seed
-        self._spans = spans
-        self._stop = StopTexts(settings.stop, tokenizer)
+        self._timer = timer
+        self._stop = StopStrings(settings.stop, tokenizer)
         self._sampling = None
         if settings.temperature > 0:
-            self._sampling = Sampling(
+            self._sampling = TokenSampler(
                 seed, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
             )
         self._decoder = Decoder(
-            eos_ids=end_tokens(backend.lockstep_model, tokenizer),
+            eos_ids=end_tokens(backend.sharded_model, tokenizer),
             pad_id=tokenizer.pad_token_id,
             max_new_tokens=settings.max_new_tokens,
             stop=self._stop,
             sampling=self._sampling,
         )
 
-    def prepare(self, rows: Sequence[Row], *, iteration: int, scorer: Scorer | None = None) -> Problems:
+    def prepare(self, rows: Sequence[Row], *, iteration: int, scorer: Scorer | None = None) -> PromptBatch:
         """Renders, tokenises and cuts a batch of problems.
 
         Args:
@@ -135,7 +142,7 @@ class Rollout:
             micro_batch_size=self.micro_batch_size,
             pad_id=self._tokenizer.pad_token_id,
             max_new_tokens=settings.max_new_tokens,
-            max_positions=max_positions(self._backend.lockstep_model),
+            max_positions=max_positions(self._backend.sharded_model),
         )
         if self._sampling is not None:
             for i, batch in enumerate(batches):
@@ -148,12 +155,12 @@ class Rollout:
                 batches[i] = replace(batch, uniforms=uniforms)
         shared = shared_prefix(tokens)
         prefix = torch.tensor([shared], device=device) if shared else None
-        return Problems(rows, prompts, scorer, count, [batch.to(device) for batch in batches], prefix)
+        return PromptBatch(rows, prompts, scorer, count, [batch.to(device) for batch in batches], prefix)
 
-    def drawing(self) -> "Rollout":
+    def drawing(self) -> "Evaluator":
         """One that draws answers at temperature 1 instead, one to each prompt, with the same mode."""
         changes = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "samples_per_prompt": 1}
-        return Rollout(
+        return Evaluator(
             self._backend,
             tokenizer=self._tokenizer,
             mesh=self._mesh,
@@ -161,7 +168,7 @@ class Rollout:
             modes=self._modes,
             settings=self._settings.model_copy(update=changes),
             seed=self._seed,
-            spans=self._spans,
+            timer=self._timer,
         )
 
     def release(self) -> None:
@@ -172,7 +179,7 @@ class Rollout:
         """The tokens of a task's prompts."""
         return [tokenize(task.make_prompt(row), self._tokenizer) for row in task.train]
 
-    def prepare_pairs(self, pairs: Sequence[Sequence[list[int]]], *, scorer: Scorer) -> Problems:
+    def prepare_pairs(self, pairs: Sequence[Sequence[list[int]]], *, scorer: Scorer) -> PromptBatch:
         """The likelihood of given tokens as problems.
 
         Args:
@@ -194,27 +201,27 @@ class Rollout:
         prompts: list[Prompt],
         choices_of: Callable[[Row], Choices],
         scorer: Scorer,
-    ) -> Problems:
+    ) -> PromptBatch:
         """The same for a likelihood task: pairs of a prompt and each of its completions."""
         choices = choice_set(
             prompts,
             [choices_of(row) for row in rows],
             self._tokenizer,
-            max_positions=max_positions(self._backend.lockstep_model),
+            max_positions=max_positions(self._backend.sharded_model),
         )
         return self._of_pairs(rows, prompts, choices, scorer)
 
     def _of_pairs(
         self, rows: Sequence[Row], prompts: list[Prompt], choices: ChoiceSet, scorer: Scorer
-    ) -> Problems:
-        batches = compose_completions(
+    ) -> PromptBatch:
+        batches = compose_likelihood_batches(
             [prompt for prompt, _ in choices.pairs],
             [completion for _, completion in choices.pairs],
             micro_batch_size=self.micro_batch_size,
             pad_id=self._tokenizer.pad_token_id,
         )
         batches = [batch.to(self._mesh.world.device) for batch in batches]
-        return Problems(rows, prompts, scorer, 1, batches, choices=choices)
+        return PromptBatch(rows, prompts, scorer, 1, batches, choices=choices)
 
     @property
     def micro_batch_size(self) -> int:
@@ -245,28 +252,28 @@ class Rollout:
     @property
     def num_together(self) -> int:
         """Ranks that each compute a part of the same forward."""
-        return self._mesh.shard.world_size if self._backend.shares_batches else 1
+        return self._mesh.shard.world_size if self._backend.needs_same_batch else 1
 
     @property
     def num_sharers(self) -> int:
         """Ranks that share a member's micro-batches; known once ``begin`` was called."""
-        return 1 if self._backend.shares_batches else self.mode.team.world_size
+        return 1 if self._backend.needs_same_batch else self.mode.team.world_size
 
-    def fits(self, problems: Problems) -> bool:
+    def fits(self, problems: PromptBatch) -> bool:
         """Whether this rank has the memory for the longest micro-batch; a collective of the team."""
         batch = problems.micro_batches[-1].for_members(self.members_per_forward)
         device = self._mesh.world.device
         # Trying is no choice where too much memory ends the process instead of raising an error, or where the
         # other ranks would wait for the rest of a collective: then a formula has to do.
         needed = self._bytes_for(problems.micro_batches[-1])
-        if (device.type == "cpu" or self.mode.is_in_step) and needed > free_bytes(device):
+        if (device.type == "cpu" or self.mode.forward_is_collective) and needed > free_bytes(device):
             return False
-        if self.mode.is_in_step:
+        if self.mode.forward_is_collective:
             return True
         try:
             model = self.mode.model()
-            if isinstance(batch, CompletionBatch):
-                completion_log_likelihoods(model, batch)
+            if isinstance(batch, LikelihoodBatch):
+                log_likelihoods(model, batch)
             else:
                 self._decoder.begin(model, problems.prefix)
                 self._decoder.decode(model, batch, most_tokens=2)
@@ -281,10 +288,10 @@ class Rollout:
     @property
     def _any_rank(self) -> Callable[[bool], bool] | None:
         """What asks the ranks that go on together; None if this one goes by itself."""
-        return self._mesh.shard.any if self.mode.is_in_step else None
+        return self._mesh.shard.any if self.mode.forward_is_collective else None
 
     @property
-    def mode(self) -> Mode:
+    def mode(self) -> GatherMode:
         """How members are evaluated; known once ``begin`` was called."""
         return self._modes.current
 
@@ -293,20 +300,20 @@ class Rollout:
         """Its name in ``rollout.mode``; None if it is not known yet."""
         return self._modes.name
 
-    def begin(self, problems: Problems) -> None:
+    def begin(self, problems: PromptBatch) -> None:
         """Comes before any number of evaluations of the same weights; a collective of all ranks."""
-        self._modes.settle(max(map(self._bytes_for, problems.micro_batches), default=0))
-        with self._spans("gather"):
+        self._modes.choose(max(map(self._bytes_for, problems.micro_batches), default=0))
+        with self._timer("gather"):
             self.mode.begin()
 
-    def _bytes_for(self, batch: MicroBatch | CompletionBatch) -> int:
+    def _bytes_for(self, batch: MicroBatch | LikelihoodBatch) -> int:
         """About what a micro-batch takes besides weights."""
-        config: Any = self._backend.lockstep_model.config
+        config: Any = self._backend.sharded_model.config
         rows, width = batch.input_ids.shape
         rows *= self.members_per_forward
         dtype = self._backend.dtype
         sharers = self.num_together
-        if isinstance(batch, CompletionBatch):
+        if isinstance(batch, LikelihoodBatch):
             return likelihood_bytes(config, rows=rows, length=width, dtype=dtype, num_sharers=sharers)
         length = width + self._settings.max_new_tokens
         return generation_bytes(config, rows=rows, length=length, dtype=dtype, num_sharers=sharers)
@@ -316,7 +323,7 @@ class Rollout:
         self._decoder.release()
         self._modes.step_down()
 
-    def evaluate(self, problems: Problems, *, group: Group, keeps_samples: bool = False) -> Evaluation:
+    def evaluate(self, problems: PromptBatch, *, group: Group, keeps_samples: bool = False) -> Evaluation:
         """Answers and scores the problems under the current weights; a collective.
 
         Args:
@@ -330,20 +337,20 @@ class Rollout:
         """
         return self.finish(self.start(problems, group=group, keeps_samples=keeps_samples))
 
-    def start(self, problems: Problems, *, group: Group, keeps_samples: bool = False) -> Pending:
+    def start(self, problems: PromptBatch, *, group: Group, keeps_samples: bool = False) -> Pending:
         """Answers the problems under the current weights, without waiting for scores; a collective.
 
         The weights may change afterwards. Evaluations are finished in the order in which they were started.
         """
-        with self._spans("gather"):
+        with self._timer("gather"):
             model = self.mode.model()
-        tally = self.tally(problems, keeps_samples=keeps_samples)
-        shard, is_in_step = self._mesh.shard, self.mode.is_in_step
+        accumulator = self.accumulator(problems, keeps_samples=keeps_samples)
+        shard, forward_is_collective = self._mesh.shard, self.mode.forward_is_collective
         # Ranks that need the same batch take turns together, and the first of them scores.
         together = self.num_together
         stride, place = group.world_size // together, group.rank // together
         # In step, ranks of a replica go on for as long as its first has a micro-batch.
-        leader = (group.rank - shard.rank) // together if is_in_step else place
+        leader = (group.rank - shard.rank) // together if forward_is_collective else place
         batches = problems.micro_batches
         is_short = is_broken = False
         for first in range(0, len(batches), stride):
@@ -354,22 +361,22 @@ class Rollout:
             is_idle = mine >= len(batches)
             batch = batches[first + leader if is_idle else mine]
             is_counted = not is_idle and (together == 1 or shard.is_main)
-            with self._spans("rollout"):
+            with self._timer("rollout"):
                 found = self._forward(model, problems, batch, is_first=first == 0)
                 if found is not None and is_counted:
-                    tally.take(batch.rows, found, is_first=mine == 0)
+                    accumulator.take(batch.rows, found, is_first=mine == 0)
             if found is None:
                 is_short = True
                 break
-            if isinstance(found, Answers):
+            if isinstance(found, Completions):
                 is_broken |= not found.is_finite
-            with self._spans("reward"):
-                tally.send(is_last=False)
-        with self._spans("reward"):
-            tally.send(is_last=True)
-        return Pending(tally, group, is_short, is_broken)
+            with self._timer("reward"):
+                accumulator.send(is_last=False)
+        with self._timer("reward"):
+            accumulator.send(is_last=True)
+        return Pending(accumulator, group, is_short, is_broken)
 
-    def start_chunk(self, problems: Problems, members: Sequence[Perturbation]) -> PendingChunk:
+    def start_chunk(self, problems: PromptBatch, members: Sequence[Perturbation]) -> PendingChunk:
         """Has several members answer the problems in the same forwards, on this rank.
 
         A collective of a replica's ranks where these are in step. Each may have members of its own, unless
@@ -377,39 +384,39 @@ class Rollout:
         """
         mode, count = self.mode, len(members)
         is_counted = self.num_together == 1 or self._mesh.shard.is_main
-        assert isinstance(mode, Batched), "other modes evaluate members one by one"
-        with self._spans("gather"):
+        assert isinstance(mode, BatchedGather), "other modes evaluate members one by one"
+        with self._timer("gather"):
             model = mode.model()
-        with self._spans("perturb"):
-            mode.terms.load(members)
-        tallies = [self.tally(problems) for _ in members]
+        with self._timer("perturb"):
+            mode.hooks.load(members)
+        accumulators = [self.accumulator(problems) for _ in members]
         are_broken = [False] * count
-        with mode.terms.on(model):
+        with mode.hooks.on(model):
             for number, batch in enumerate(problems.micro_batches):
-                with self._spans("rollout"):
+                with self._timer("rollout"):
                     found = self._forward(
                         model,
                         problems,
                         batch.for_members(count),
                         is_first=number == 0,
                         num_members=self.members_per_forward,
-                        on_rows=mode.terms.on_rows,
+                        on_rows=mode.hooks.on_rows,
                     )
                 if found is None:
-                    return PendingChunk(tallies, are_broken, is_short=True)
+                    return PendingChunk(accumulators, are_broken, is_short=True)
                 if not is_counted:
                     continue
-                for place, tally in enumerate(tallies):
-                    with self._spans("rollout"):
+                for place, accumulator in enumerate(accumulators):
+                    with self._timer("rollout"):
                         mine = _of_member(found, place, count)
-                        tally.take(batch.rows, mine, is_first=number == 0)
-                    are_broken[place] |= isinstance(mine, Answers) and not mine.is_finite
-                    with self._spans("reward"):
-                        tally.send(is_last=False)
-        with self._spans("reward"):
-            for tally in tallies:
-                tally.send(is_last=True)
-        return PendingChunk(tallies, are_broken, is_short=False)
+                        accumulator.take(batch.rows, mine, is_first=number == 0)
+                    are_broken[place] |= isinstance(mine, Completions) and not mine.is_finite
+                    with self._timer("reward"):
+                        accumulator.send(is_last=False)
+        with self._timer("reward"):
+            for accumulator in accumulators:
+                accumulator.send(is_last=True)
+        return PendingChunk(accumulators, are_broken, is_short=False)
 
     def finish(self, pending: Pending) -> Evaluation:
         """Waits for the scores and brings them together; a collective of the group.
@@ -417,23 +424,25 @@ class Rollout:
         Raises:
             MemoryShortageError: As ``evaluate`` does.
         """
-        with self._spans("reward"):
-            totals = pending.tally.totals()
+        with self._timer("reward"):
+            totals = pending.accumulator.totals()
         flags = [float(pending.is_broken), float(pending.is_short)]
-        with self._spans("io"):
+        with self._timer("io"):
             *totals, is_broken, is_short = pending.group.sum_float64([*totals, *flags])
         if is_short:
             raise MemoryShortageError
-        evaluation = pending.tally.evaluation(totals)
+        evaluation = pending.accumulator.evaluation(totals)
         return replace(evaluation, is_finite=evaluation.is_finite and not is_broken)
 
-    def tally(self, problems: Problems, *, keeps_samples: bool = False) -> Tally:
+    def accumulator(self, problems: PromptBatch, *, keeps_samples: bool = False) -> RewardAccumulator:
         """An evaluation of which nothing is known yet."""
         scorer = problems.scorer
         if problems.choices is not None:
             num_samples = len(problems.rows) if keeps_samples else self.micro_batch_size
-            return LikelihoodTally(problems.choices, metric=scorer.task.metric, num_samples=num_samples)
-        return AnswerTally(
+            return LogLikelihoodAccumulator(
+                problems.choices, metric=scorer.task.metric, num_samples=num_samples
+            )
+        return CompletionAccumulator(
             problems.rows,
             problems.prompts,
             samples_per_prompt=problems.samples_per_prompt,
@@ -445,19 +454,19 @@ class Rollout:
     def _forward(
         self,
         model: Any,
-        problems: Problems,
-        batch: MicroBatch | CompletionBatch,
+        problems: PromptBatch,
+        batch: MicroBatch | LikelihoodBatch,
         *,
         is_first: bool,
         num_members: int = 1,
         on_rows: OnRows | None = None,
-    ) -> Answers | list[torch.Tensor] | None:
+    ) -> Completions | list[torch.Tensor] | None:
         """What the model says; None if there was too little memory and there is a mode that takes less."""
         try:
-            if isinstance(batch, CompletionBatch):
+            if isinstance(batch, LikelihoodBatch):
                 if on_rows is not None:
                     on_rows(torch.arange(len(batch.rows), device=batch.input_ids.device))
-                return completion_log_likelihoods(model, batch)
+                return log_likelihoods(model, batch)
             if is_first:
                 prefix = problems.prefix
                 if prefix is not None:
@@ -479,8 +488,10 @@ class Rollout:
         return self._stop.trim(self._tokenizer.decode(answer, skip_special_tokens=True))
 
 
-def _of_member(found: Answers | list[torch.Tensor], place: int, count: int) -> Answers | list[torch.Tensor]:
+def _of_member(
+    found: Completions | list[torch.Tensor], place: int, count: int
+) -> Completions | list[torch.Tensor]:
     """What one of ``count`` members said whose rows lie side by side."""
-    if isinstance(found, Answers):
-        return Answers(found.tokens[place::count], found.are_finite[place::count])
+    if isinstance(found, Completions):
+        return Completions(found.tokens[place::count], found.are_finite[place::count])
     return found[place::count]

@@ -13,9 +13,9 @@ from torch import nn
 
 from shardes.backends.base import Backend
 from shardes.distributed.group import Group, Mesh
-from shardes.rollout.lowrank.hooks import MemberTerms
+from shardes.rollout.lowrank.hooks import LowRankHooks
 from shardes.rollout.memory import free_bytes, is_shortage, mode_bytes
-from shardes.weights.gathered import WholeWeights
+from shardes.weights.gathered import GatheredWeights
 from shardes.weights.master import Weights
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _BY_SPEED = {"auto": ("members", "prompts", "stream"), "batched": ("batched", "batched_stream")}
 
 
-class Mode(ABC):
+class GatherMode(ABC):
     """A way to evaluate a member.
 
     Args:
@@ -46,7 +46,7 @@ class Mode(ABC):
         self._weights = weights
 
     @property
-    def is_in_step(self) -> bool:
+    def forward_is_collective(self) -> bool:
         """Whether the ranks of a replica must call the model equally often."""
         return False
 
@@ -72,20 +72,20 @@ class Mode(ABC):
         """The model to generate with; a collective of the team, unless there is nothing to gather."""
 
 
-class Stream(Mode):
+class LayerGather(GatherMode):
     """Shards are perturbed; the engine gathers, layer by layer, in every forward."""
 
     @property
-    def is_in_step(self) -> bool:
+    def forward_is_collective(self) -> bool:
         """Where a forward is a collective."""
         return self._backend.is_sharded
 
     def model(self) -> nn.Module:
         """The engine's own."""
-        return self._backend.lockstep_model
+        return self._backend.sharded_model
 
 
-class Prompts(Mode):
+class MemberGather(GatherMode):
     """Shards are perturbed and gathered once a member, into a whole model on every rank."""
 
     def reserve(self) -> None:
@@ -101,12 +101,12 @@ class Prompts(Mode):
         return self._backend.gathered()
 
 
-class Members(Mode):
+class IterationGather(GatherMode):
     """The centre is gathered once an iteration; every rank by itself adds members' noise to a copy of it."""
 
     def __init__(self, name: str, *, backend: Backend, weights: Weights, team: Group) -> None:
         super().__init__(name, backend=backend, weights=weights, team=team)
-        self._whole = WholeWeights(backend, weights)
+        self._whole = GatheredWeights(backend, weights)
 
     def reserve(self) -> None:
         """The whole model and the centre."""
@@ -134,7 +134,7 @@ class Members(Mode):
         return self._whole.model
 
 
-class Batched(Mode):
+class BatchedGather(GatherMode):
     """The model stays the centre; many members at a time are terms added to what its layers compute.
 
     Args:
@@ -152,16 +152,16 @@ class Batched(Mode):
         super().__init__(name, backend=backend, weights=weights, team=team)
         self._gathers = name == "batched"
         self._version: int | None = None
-        self._terms: MemberTerms | None = None
+        self._terms: LowRankHooks | None = None
 
     @property
-    def terms(self) -> MemberTerms:
+    def hooks(self) -> LowRankHooks:
         """Known once ``begin`` was called."""
         assert self._terms is not None, "begin comes first"
         return self._terms
 
     @property
-    def is_in_step(self) -> bool:
+    def forward_is_collective(self) -> bool:
         """Where a forward is a collective."""
         return self._backend.is_sharded and not self._gathers
 
@@ -182,8 +182,8 @@ class Batched(Mode):
             return
         self._weights.centre()
         if self._terms is None:
-            self._terms = MemberTerms(self._backend, self._weights)
-        self._model = self._backend.gathered() if self._gathers else self._backend.lockstep_model
+            self._terms = LowRankHooks(self._backend, self._weights)
+        self._model = self._backend.gathered() if self._gathers else self._backend.sharded_model
         self._version = self._weights.version
 
     def perturb(self, *, iteration: int, direction: int, sigma: float) -> None:
@@ -197,22 +197,22 @@ class Batched(Mode):
         return self._model
 
 
-def make_mode(name: str, *, backend: Backend, weights: Weights, mesh: Mesh) -> Mode:
+def make_mode(name: str, *, backend: Backend, weights: Weights, mesh: Mesh) -> GatherMode:
     """The mode of a name, ``auto`` excepted."""
     if name == "stream":
-        return Stream(name, backend=backend, weights=weights, team=mesh.shard)
+        return LayerGather(name, backend=backend, weights=weights, team=mesh.shard)
     if name == "prompts":
-        return Prompts(name, backend=backend, weights=weights, team=mesh.shard)
+        return MemberGather(name, backend=backend, weights=weights, team=mesh.shard)
     if name in _BY_SPEED["batched"]:
-        team = mesh.shard if backend.shares_batches else mesh.alone
-        return Batched(name, backend=backend, weights=weights, team=team)
+        team = mesh.shard if backend.needs_same_batch else mesh.alone
+        return BatchedGather(name, backend=backend, weights=weights, team=team)
     if backend.is_sharded:
-        return Members(name, backend=backend, weights=weights, team=mesh.alone)
+        return IterationGather(name, backend=backend, weights=weights, team=mesh.alone)
     # Every rank holds a whole model already: it is perturbed where it is.
-    return Prompts(name, backend=backend, weights=weights, team=mesh.alone)
+    return MemberGather(name, backend=backend, weights=weights, team=mesh.alone)
 
 
-class Modes:
+class GatherModeSelector:
     """The mode in use, and, where memory decides, which one that is.
 
     Args:
@@ -231,18 +231,18 @@ class Modes:
         self._is_reserved = False
         self._current = None if self._by_speed else self._make(wanted)
 
-    def _make(self, name: str) -> Mode:
+    def _make(self, name: str) -> GatherMode:
         return make_mode(name, backend=self._backend, weights=self._weights, mesh=self._mesh)
 
     @property
-    def current(self) -> Mode:
+    def current(self) -> GatherMode:
         """The mode in use."""
         assert self._current is not None, "settle comes first"
         return self._current
 
     @property
     def name(self) -> str | None:
-        """Its name; None before ``settle`` where memory decides."""
+        """Its name; None before ``choose`` where memory decides."""
         return None if self._current is None else self._current.name
 
     @property
@@ -255,7 +255,7 @@ class Modes:
         """Whether there is a mode that takes less memory, and it is ours to choose."""
         return bool(self._by_speed) and self.current.name != self._by_speed[-1]
 
-    def settle(self, generation_bytes: int) -> None:
+    def choose(self, generation_bytes: int) -> None:
         """Chooses the mode, if that is still to do, and allocates what it holds; a collective of all ranks.
 
         Args:

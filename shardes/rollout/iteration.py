@@ -4,15 +4,15 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shardes.es.perturbation import Perturbation
 from shardes.es.strategy import Strategy
-from shardes.rollout.evaluator import Rollout
-from shardes.rollout.prompts import Problems
+from shardes.es.update import Perturbation
+from shardes.rollout.evaluator import Evaluator
+from shardes.rollout.prompts import PromptBatch
 from shardes.tasks.base import Row
 
 
 @dataclass(frozen=True)
-class Round:
+class IterationSpec:
     """What an iteration asks of its members.
 
     Attributes:
@@ -24,11 +24,11 @@ class Round:
 
     iteration: int
     rows: Sequence[Row]
-    rollout: Rollout
+    rollout: Evaluator
     strategy: Strategy
 
     @functools.cached_property
-    def problems(self) -> Problems:
+    def problems(self) -> PromptBatch:
         """All of its problems."""
         return self.rollout.prepare(self.rows, iteration=self.iteration)
 
@@ -45,7 +45,7 @@ class Round:
         """Which of the problems a member answers; None: all."""
         return self.strategy.problems_of(member, num_problems=len(self.rows))
 
-    def problems_of(self, member: int) -> Problems:
+    def problems_of(self, member: int) -> PromptBatch:
         """The problems that a member answers."""
         indices = self.indices_of(member)
         if indices is None:

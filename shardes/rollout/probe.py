@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 
 from shardes.distributed.group import Mesh
-from shardes.rollout.evaluator import Rollout
+from shardes.rollout.evaluator import Evaluator
 from shardes.tasks.base import Row
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ MOST_MEMBERS = 64
 
 
 def find_micro_batch_size(
-    rollout: Rollout, rows: Sequence[Row], *, num_rows: int, mesh: Mesh, sigma: float
+    rollout: Evaluator, rows: Sequence[Row], *, num_rows: int, mesh: Mesh, sigma: float
 ) -> int:
     """Tries the longest problems under a perturbed model until every rank has the memory; a collective.
 
@@ -51,7 +51,7 @@ def find_micro_batch_size(
     return size
 
 
-def find_members_per_forward(rollout: Rollout, rows: Sequence[Row], *, population: int, mesh: Mesh) -> int:
+def find_members_per_forward(rollout: Evaluator, rows: Sequence[Row], *, population: int, mesh: Mesh) -> int:
     """How many members every rank has the memory for, by a formula; a collective.
 
     Like the size of a micro-batch it decides the last bits of results, so a run keeps what was found.

@@ -9,12 +9,12 @@ from shardes.rewards.scorer import Scorer
 from shardes.rollout.aggregate import ChoiceSet
 from shardes.rollout.batching import MicroBatch
 from shardes.rollout.engines.transformers.decoder import prefill_parts
-from shardes.rollout.engines.transformers.likelihood import CompletionBatch
+from shardes.rollout.engines.transformers.likelihood import LikelihoodBatch
 from shardes.tasks.base import Prompt, Row
 
 
 @dataclass(frozen=True)
-class Problems:
+class PromptBatch:
     """A batch of rows, rendered, tokenised and cut once, then answered by every member.
 
     Attributes:
@@ -31,7 +31,7 @@ class Problems:
     prompts: list[Prompt]
     scorer: Scorer
     samples_per_prompt: int
-    micro_batches: Sequence[MicroBatch | CompletionBatch]
+    micro_batches: Sequence[MicroBatch | LikelihoodBatch]
     prefix: torch.Tensor | None = None
     choices: ChoiceSet | None = None
 

@@ -14,12 +14,12 @@ from shardes.distributed.stop import Stop, Stopped
 from shardes.es.member import MemberResult
 from shardes.rollout.aggregate import Evaluation
 from shardes.rollout.chunks import Chunks
-from shardes.rollout.evaluator import Pending, Rollout
-from shardes.rollout.gather_modes import Batched
-from shardes.rollout.iteration import Round
+from shardes.rollout.evaluator import Evaluator, Pending
+from shardes.rollout.gather_modes import BatchedGather
+from shardes.rollout.iteration import IterationSpec
 from shardes.rollout.memory import MemoryShortageError
-from shardes.rollout.prompts import Problems
-from shardes.utils.timers import Spans
+from shardes.rollout.prompts import PromptBatch
+from shardes.utils.timers import PhaseTimer
 
 # How long rank 0 sleeps between two looks for results.
 _POLL_SECONDS = 0.005
@@ -55,7 +55,7 @@ class Evaluate(Generic[T]):
             yield self.finish(*last)
 
 
-class Population:
+class MemberScheduler:
     """Evaluates members and the centre, in whichever mode the rollout is.
 
     Args:
@@ -63,33 +63,33 @@ class Population:
         mesh: The ranks.
         timeout_seconds: How long rank 0 waits for a result.
         stop: Whether the job was asked to stop.
-        spans: Where the time goes.
+        timer: Where the time goes.
     """
 
     def __init__(
         self,
-        rollout: Rollout,
+        rollout: Evaluator,
         *,
         mesh: Mesh,
         timeout_seconds: int,
         stop: Stop,
-        spans: Spans,
+        timer: PhaseTimer,
     ) -> None:
         self._rollout = rollout
         self._mesh = mesh
         self._timeout_seconds = timeout_seconds
         self._stop = stop
-        self._spans = spans
-        self._chunks = Chunks(rollout, mesh=mesh, stop=stop, spans=spans)
+        self._timer = timer
+        self._chunks = Chunks(rollout, mesh=mesh, stop=stop, timer=timer)
 
     def evaluate_members(
-        self, members: Sequence[int], *, asked: Round, on_result: OnResult
+        self, members: Sequence[int], *, spec: IterationSpec, on_result: OnResult
     ) -> dict[int, MemberResult]:
         """What members earn; a collective of all ranks.
 
         Args:
             members: Which.
-            asked: What they are asked.
+            spec: What they are asked.
             on_result: Called on rank 0 with each result, as soon as rank 0 knows of it.
 
         Returns:
@@ -100,16 +100,16 @@ class Population:
         """
         results: dict[int, MemberResult] = {}
         while missing := [member for member in members if member not in results]:
-            self._rollout.begin(asked.problems)
+            self._rollout.begin(spec.problems)
 
             def start(member: int) -> Pending:
-                return self._start(member, asked)
+                return self._start(member, spec)
 
             def finish(member: int, pending: Pending) -> MemberResult | None:
-                return self._finish(member, pending, asked)
+                return self._finish(member, pending, spec)
 
-            if isinstance(self._rollout.mode, Batched):
-                results |= self._chunks.evaluate(missing, asked=asked, on_result=on_result)
+            if isinstance(self._rollout.mode, BatchedGather):
+                results |= self._chunks.evaluate(missing, spec=spec, on_result=on_result)
             else:
                 results |= self._hand_out(missing, Evaluate(start, finish), on_result)
             if len(results) < len(members):
@@ -117,7 +117,7 @@ class Population:
         return results
 
     def evaluate_centre(
-        self, problems: Problems, *, rollout: Rollout | None = None, keeps_samples: bool = False
+        self, problems: PromptBatch, *, rollout: Evaluator | None = None, keeps_samples: bool = False
     ) -> Evaluation:
         """What the centre earns; a collective of all ranks, which share the problems.
 
@@ -139,17 +139,17 @@ class Population:
             except MemoryShortageError:
                 rollout.step_down()
 
-    def _start(self, member: int, asked: Round) -> Pending:
+    def _start(self, member: int, spec: IterationSpec) -> Pending:
         """Has a member answer; a collective of the team."""
-        mode, where = self._rollout.mode, asked.perturbation(member)
-        with self._spans("perturb"):
+        mode, where = self._rollout.mode, spec.perturbation(member)
+        with self._timer("perturb"):
             mode.perturb(iteration=where.iteration, direction=where.direction, sigma=where.sigma)
-        return self._rollout.start(asked.problems_of(member), group=mode.team)
+        return self._rollout.start(spec.problems_of(member), group=mode.team)
 
-    def _finish(self, member: int, pending: Pending, asked: Round) -> MemberResult | None:
+    def _finish(self, member: int, pending: Pending, spec: IterationSpec) -> MemberResult | None:
         """What a member earns, or None for too little memory; a collective of the team."""
         try:
-            return self._rollout.finish(pending).result_of(member, problems=asked.indices_of(member))
+            return self._rollout.finish(pending).result_of(member, problems=spec.indices_of(member))
         except MemoryShortageError:
             return None
 
@@ -160,7 +160,7 @@ class Population:
         team, world = self._rollout.mode.team, self._mesh.world
         if team.world_size < world.world_size:
             assert world.store is not None, "several ranks have a store"
-            desk = Desk(
+            desk = MemberQueue(
                 world,
                 team=team,
                 store=world.store,
@@ -168,7 +168,7 @@ class Population:
                 timeout_seconds=self._timeout_seconds,
                 stop=self._stop,
             )
-            return desk.hand_out(members, evaluate=evaluate, on_result=on_result, spans=self._spans)
+            return desk.hand_out(members, evaluate=evaluate, on_result=on_result, timer=self._timer)
         results: dict[int, MemberResult] = {}
         is_short = is_stopping = False
 
@@ -200,7 +200,7 @@ class Population:
             raise Stopped
 
 
-class Desk:
+class MemberQueue:
     """Gives members to teams as these become free, and takes their results to rank 0; used once.
 
     Teams talk through the store of the job: a counter says who is next, and a queue holds results until rank
@@ -239,7 +239,7 @@ class Desk:
         self._is_short = False
 
     def hand_out(
-        self, members: Sequence[int], *, evaluate: Evaluate[Any], on_result: OnResult, spans: Spans
+        self, members: Sequence[int], *, evaluate: Evaluate[Any], on_result: OnResult, timer: PhaseTimer
     ) -> dict[int, MemberResult]:
         """Has members evaluated until all are, or one could not be; a collective of all ranks.
 
@@ -258,7 +258,7 @@ class Desk:
                 self._post(asdict(result))
             self._collect(on_result)
         self._post(None)
-        with spans("wait"):
+        with timer("wait"):
             if self._world.is_main:
                 self._wait_for_all(on_result)
             # Rank 0 is the first to know of a request to stop, so it does if any team left because of one.

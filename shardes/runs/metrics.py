@@ -3,8 +3,7 @@
 import math
 from typing import Any
 
-from shardes.es.fitness import mean_and_deviation, mean_reward
-from shardes.es.member import MemberResult, member_rewards
+from shardes.es.member import MemberResult, mean_and_deviation, mean_reward, member_rewards
 from shardes.runs.journal import History
 
 

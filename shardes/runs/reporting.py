@@ -18,7 +18,7 @@ from shardes.runs.directory import RunDirectory
 from shardes.runs.metrics import heldout_metrics, iteration_metrics
 from shardes.runs.trackers import Tracker, open_trackers
 from shardes.utils.progress import duration
-from shardes.utils.timers import Spans
+from shardes.utils.timers import PhaseTimer
 
 # How many of the last iterations the time that is left is judged by; evaluations come every few.
 _NUM_TIMED = 20
@@ -49,7 +49,7 @@ class Reporter:
         config: What the run is told.
         is_main: Whether this is rank 0.
         device: Whose memory is looked at.
-        spans: Where the time goes.
+        timer: Where the time goes.
         callbacks: Who else is told.
     """
 
@@ -59,14 +59,14 @@ class Reporter:
         *,
         is_main: bool,
         device: torch.device,
-        spans: Spans,
+        timer: PhaseTimer,
         callbacks: Callbacks | None = None,
     ) -> None:
         self._config = config
         self._num_iterations = config.es.iterations
         self._is_main = is_main
         self._device = device
-        self._spans = spans
+        self._timer = timer
         self._callbacks = callbacks or Callbacks()
         self._run: RunDirectory | None = None
         self._trackers: list[Tracker] = []
@@ -142,7 +142,7 @@ class Reporter:
         self._begun = now
         if self._run is not None:
             line = iteration_metrics(self._run.history, iteration) | {
-                "seconds": self._spans.take(),
+                "seconds": self._timer.take(),
                 "rollout_mode": rollout_mode,
                 "peak_memory_bytes": peak_memory_bytes(self._device),
             }
@@ -171,7 +171,7 @@ class Reporter:
         if self._run is None:
             return
         line = self._line_of_centre(self._num_iterations)
-        line |= {"seconds": self._spans.take(), "weights_digest": weights_digest}
+        line |= {"seconds": self._timer.take(), "weights_digest": weights_digest}
         self._write(line)
         logger.info(
             "finished after %d iterations: %s%s", self._num_iterations, _shown_heldout(line), self._run.path

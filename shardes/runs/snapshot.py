@@ -80,8 +80,8 @@ def write_part(
         sink = _Hashing(stream)
         write_header(sink, [(name, tensor.dtype, [shard.num_owned]) for name, shard, tensor in tensors])
         for _, shard, tensor in tensors:
-            for run in shard.runs:
-                for part in run.parts(CHUNK_ELEMENTS):
+            for span in shard.spans:
+                for part in span.parts(CHUNK_ELEMENTS):
                     if is_cancelled():
                         raise SnapshotError("it was given up")
                     write_values(sink, part.of(tensor))
@@ -91,7 +91,7 @@ def write_part(
         "num_bytes": sink.num_bytes,
         "blake2b": sink.hash.hexdigest(),
         "regions": {
-            name: [[run.global_start, run.length, run.rows, run.stride] for run in shard.runs]
+            name: [[span.global_start, span.length, span.rows, span.stride] for span in shard.spans]
             for name, shard, _ in tensors
         },
     }

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _INCOMPLETE = ".incomplete"
 
 
-class Snapshots:
+class SnapshotWriter:
     """Takes a run's snapshots; every rank has one, and calls it alike.
 
     The masters change only in updates, so between two of them a thread of each rank writes its own to a file,

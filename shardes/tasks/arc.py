@@ -11,7 +11,7 @@ from typing import Any
 
 from shardes.errors import UserError
 from shardes.tasks.answers import is_think_answer
-from shardes.tasks.base import Component, Definition, Prompt, Row
+from shardes.tasks.base import Component, Prompt, Row, TaskDefinition
 from shardes.tasks.grids import Grid, answered_grid, grid_text, is_grid
 from shardes.tasks.rows import column, wrong
 
@@ -104,7 +104,7 @@ def rows_of_puzzle(puzzle: Any, *, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-TASK = Definition(
+TASK = TaskDefinition(
     make_prompt,
     check_row,
     rewards=(

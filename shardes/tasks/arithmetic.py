@@ -8,9 +8,9 @@ from random import Random
 from typing import Any
 
 from shardes.tasks.answers import exact_number, is_bare_answer, last_answer
-from shardes.tasks.base import Component, Definition, Prompt, Row
+from shardes.tasks.base import Component, Prompt, Row, TaskDefinition
 from shardes.tasks.drawing import draw_distinct
-from shardes.tasks.expression import evaluate
+from shardes.tasks.expression import evaluate_expression
 from shardes.tasks.rows import column, text_column, wrong
 
 
@@ -78,7 +78,7 @@ def generate_problems(
         for _ in range(length - 1):
             parts += ["+-*"[int(random() * 3)], str(1 + int(random() * max_number))]
         expression = " ".join(parts)
-        return {"expression": expression, "answer": int(evaluate(expression)[0])}
+        return {"expression": expression, "answer": int(evaluate_expression(expression)[0])}
 
     what = f"expressions with num_numbers={tuple(num_numbers)}, max_number={max_number}"
     return draw_distinct(num_problems, draw, key=problem_key, what=what)
@@ -89,7 +89,7 @@ def problem_key(row: Row) -> str:
     return str(row["expression"])
 
 
-TASK = Definition(
+TASK = TaskDefinition(
     make_prompt,
     check_row,
     rewards=(Component("answer", answer_reward), Component("format", format_reward, weight=0.1)),

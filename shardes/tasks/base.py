@@ -69,7 +69,7 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Definition:
+class TaskDefinition:
     """A kind of task, whatever its data: what the registry of built-in tasks holds.
 
     Attributes:

@@ -15,7 +15,7 @@ from typing import Any
 
 from shardes.errors import UserError
 from shardes.tasks.answers import exact_number, last_boxed
-from shardes.tasks.base import Component, Definition, Prompt, Row
+from shardes.tasks.base import Component, Prompt, Row, TaskDefinition
 from shardes.tasks.rows import column, text_column, wrong
 
 _MAX_CHARACTERS = 300
@@ -164,5 +164,5 @@ def _has_math_verify() -> bool:
     return importlib.util.find_spec("math_verify") is not None
 
 
-GSM8K = Definition(_gsm8k_prompt, check_gsm8k_row, rewards=(Component("answer", number_reward),))
-MATH = Definition(_math_prompt, check_math_row, rewards=(Component("answer", expression_reward),))
+GSM8K = TaskDefinition(_gsm8k_prompt, check_gsm8k_row, rewards=(Component("answer", number_reward),))
+MATH = TaskDefinition(_math_prompt, check_math_row, rewards=(Component("answer", expression_reward),))

@@ -7,7 +7,7 @@ Hugging Face hub: SST-2 (Socher et al. 2013), BoolQ (Clark et al. 2019), COPA (R
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from shardes.tasks.base import Choices, Definition, Prompt, Row
+from shardes.tasks.base import Choices, Prompt, Row, TaskDefinition
 from shardes.tasks.matching import prompt_column
 from shardes.tasks.rows import column, text_column, wrong
 
@@ -17,7 +17,7 @@ _COPA_JOINTS = {"cause": "because", "effect": "so"}
 
 def label_words_definition(
     words: Sequence[str], *, make_prompt: Callable[[Row], Prompt], texts: Mapping[str, str]
-) -> Definition:
+) -> TaskDefinition:
     """Classification: the word of the row's ``label``, its index or the word itself, follows the prompt.
 
     Args:
@@ -40,7 +40,7 @@ def label_words_definition(
         assert gold is not None, "the row was checked"
         return Choices(completions, gold)
 
-    return Definition(make_prompt, check_row, choices=choices)
+    return TaskDefinition(make_prompt, check_row, choices=choices)
 
 
 def _index(value: Any, words: Sequence[str]) -> int | None:
@@ -64,14 +64,14 @@ def _classification_prompt(row: Row) -> Prompt:
     return f"{row['text'].strip()}\nLabel:"
 
 
-def sst2(words: Sequence[str] | None = None) -> Definition:
+def sst2(words: Sequence[str] | None = None) -> TaskDefinition:
     """Sentiment of a sentence: 0 is negative, 1 positive."""
     return label_words_definition(
         words or ("bad", "good"), make_prompt=_sst2_prompt, texts={"sentence": "a sentence of a review"}
     )
 
 
-def boolq(words: Sequence[str] | None = None) -> Definition:
+def boolq(words: Sequence[str] | None = None) -> TaskDefinition:
     """Whether a question about a passage is answered with no (0) or yes (1)."""
     return label_words_definition(
         words or ("no", "yes"),
@@ -80,7 +80,7 @@ def boolq(words: Sequence[str] | None = None) -> Definition:
     )
 
 
-def classification(words: Sequence[str] | None) -> Definition:
+def classification(words: Sequence[str] | None) -> TaskDefinition:
     """Classification of the row's ``text`` by label words of the user's own.
 
     Raises:
@@ -152,6 +152,6 @@ def _check_text(row: Row, where: str) -> None:
     text_column(row, "text", where, wanted="a text that is not empty")
 
 
-COPA = Definition(_copa_prompt, _check_copa, choices=_copa_choices)
-MULTIPLE_CHOICE = Definition(prompt_column, _check_multiple_choice, choices=_listed_choices)
-PERPLEXITY = Definition(_text_prompt, _check_text, choices=_text_choices, metric="log_likelihood")
+COPA = TaskDefinition(_copa_prompt, _check_copa, choices=_copa_choices)
+MULTIPLE_CHOICE = TaskDefinition(prompt_column, _check_multiple_choice, choices=_listed_choices)
+PERPLEXITY = TaskDefinition(_text_prompt, _check_text, choices=_text_choices, metric="log_likelihood")

@@ -7,7 +7,7 @@ characters. What the answer says is not judged. A row is ``{"prompt": ..., "answ
 from collections.abc import Sequence
 from typing import Any
 
-from shardes.tasks.base import Component, Definition, Prompt, Row
+from shardes.tasks.base import Component, Prompt, Row, TaskDefinition
 from shardes.tasks.rows import text_column
 
 
@@ -39,4 +39,4 @@ def check_row(row: Row, where: str) -> None:
     text_column(row, "answer", where, wanted="the shortest right answer as text")
 
 
-TASK = Definition(make_prompt, check_row, rewards=(Component("length", length_reward),))
+TASK = TaskDefinition(make_prompt, check_row, rewards=(Component("length", length_reward),))

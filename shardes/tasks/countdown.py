@@ -26,9 +26,9 @@ from random import Random
 from typing import Any
 
 from shardes.tasks.answers import is_bare_answer, is_think_answer, last_answer
-from shardes.tasks.base import Component, Definition, Prompt, Row
+from shardes.tasks.base import Component, Prompt, Row, TaskDefinition
 from shardes.tasks.drawing import draw_distinct
-from shardes.tasks.expression import MAX_LITERAL_DIGITS, ExpressionError, evaluate
+from shardes.tasks.expression import MAX_LITERAL_DIGITS, ExpressionError, evaluate_expression
 from shardes.tasks.rows import column, wrong
 
 FORMAT_WEIGHT = 0.1
@@ -101,7 +101,7 @@ def _answer(response: str, numbers: Sequence[Any], target: Any) -> float:
 
 def _solves(expression: str, numbers: Sequence[Any], target: Any) -> bool:
     try:
-        value, literals = evaluate(expression)
+        value, literals = evaluate_expression(expression)
     except ExpressionError:
         return False
     return value == _exact(target) and Counter(literals) == Counter(map(_exact, numbers))
@@ -117,7 +117,7 @@ def _exact(value: Any) -> Fraction:
         raise ExpressionError(f"{type(value).__name__} is no number")
     if isinstance(value, int) and abs(value) < 10**MAX_LITERAL_DIGITS:
         return Fraction(value)
-    return evaluate(str(value))[0]
+    return evaluate_expression(str(value))[0]
 
 
 def check_row(row: Row, where: str) -> None:
@@ -250,7 +250,7 @@ def split_problems(rows: Sequence[Row], *, shares: Sequence[float], seed: int) -
     return parts
 
 
-CHAT = Definition(
+CHAT = TaskDefinition(
     chat_prompt,
     check_row,
     rewards=(
@@ -259,7 +259,7 @@ CHAT = Definition(
     ),
     row_key=problem_key,
 )
-SHORT = Definition(
+SHORT = TaskDefinition(
     short_prompt,
     check_row,
     rewards=(

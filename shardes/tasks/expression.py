@@ -29,7 +29,7 @@ class ExpressionError(ValueError):
     """The text is not an expression of the grammar, exceeds a limit, or divides by zero."""
 
 
-def evaluate(text: str) -> tuple[Fraction, list[Fraction]]:
+def evaluate_expression(text: str) -> tuple[Fraction, list[Fraction]]:
     """Evaluates an arithmetic expression.
 
     Nothing that fits in ``MAX_CHARACTERS`` costs much: no numerator or denominator has more than a few

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from shardes.errors import UserError
 from shardes.tasks import arc, arithmetic, countdown, sudoku
-from shardes.tasks.base import Definition
+from shardes.tasks.base import TaskDefinition
 from shardes.tasks.data import read_rows
 
 
@@ -17,7 +17,7 @@ class Generator(Protocol):
         """Rows of so many problems."""
 
 
-_GENERATORS: dict[str, tuple[Definition, Generator]] = {
+_GENERATORS: dict[str, tuple[TaskDefinition, Generator]] = {
     "arithmetic": (arithmetic.TASK, arithmetic.generate_problems),
     "countdown": (countdown.CHAT, countdown.generate_problems),
     "sudoku": (sudoku.TASK, sudoku.generate_puzzles),

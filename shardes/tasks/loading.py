@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from shardes.config.schema import Config, SetConfig, TaskConfig
+from shardes.config.schema import Config, ProblemSetConfig, TaskConfig
 from shardes.errors import UserError
-from shardes.tasks.base import Definition, Prompt, Row, Task
+from shardes.tasks.base import Prompt, Row, Task, TaskDefinition
 from shardes.tasks.data import read_rows, split_rows
 from shardes.tasks.matching import prompt_column
 from shardes.tasks.registry import REWARDS, definition_of
@@ -13,7 +13,7 @@ from shardes.tasks.rewards import components
 from shardes.tasks.templates import check_prompt, prompt_maker
 
 # Rewards of the user's own judge answers to the rows' own prompts, which are checked for every task.
-_OWN = Definition(prompt_column, check_row=lambda row, where: None)
+_OWN = TaskDefinition(prompt_column, check_row=lambda row, where: None)
 
 
 def load_tasks(config: Config) -> tuple[Task, dict[str, Task]]:
@@ -26,7 +26,7 @@ def load_tasks(config: Config) -> tuple[Task, dict[str, Task]]:
     return load_task(config.task), sets
 
 
-def load_task(config: SetConfig, *, key: str = "task") -> Task:
+def load_task(config: ProblemSetConfig, *, key: str = "task") -> Task:
     """Reads the data, checks every row, and makes every prompt once.
 
     The user's own rewards are not imported here.
@@ -71,7 +71,7 @@ def load_task(config: SetConfig, *, key: str = "task") -> Task:
     )
 
 
-def _checker(definition: Definition, make_prompt: Callable[[Row], Prompt]) -> Callable[[Row, str], None]:
+def _checker(definition: TaskDefinition, make_prompt: Callable[[Row], Prompt]) -> Callable[[Row, str], None]:
     """What is asked of each row, under a name for its place."""
 
     def check(row: Row, where: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from shardes.tasks.answers import is_think_answer
-from shardes.tasks.base import Component, Definition, Prompt, Row
+from shardes.tasks.base import Component, Prompt, Row, TaskDefinition
 from shardes.tasks.rows import text_column, wrong
 
 
@@ -80,5 +80,7 @@ def check_pattern(row: Row, where: str) -> None:
         raise wrong("pattern", pattern, where, wanted=f"a regular expression of Python ({error})") from None
 
 
-EXACT_MATCH = Definition(prompt_column, check_answer, rewards=(Component("exact_match", exact_match_reward),))
-REGEX = Definition(prompt_column, check_pattern, rewards=(Component("regex", regex_reward),))
+EXACT_MATCH = TaskDefinition(
+    prompt_column, check_answer, rewards=(Component("exact_match", exact_match_reward),)
+)
+REGEX = TaskDefinition(prompt_column, check_pattern, rewards=(Component("regex", regex_reward),))

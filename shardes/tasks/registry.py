@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from shardes.config.schema import SetConfig
+from shardes.config.schema import ProblemSetConfig
 from shardes.tasks import arc, arithmetic, boxed, choosing, conciseness, countdown, matching, sudoku
-from shardes.tasks.base import Definition, RewardFunction
+from shardes.tasks.base import RewardFunction, TaskDefinition
 
-TASKS: Mapping[str, Definition] = {
+TASKS: Mapping[str, TaskDefinition] = {
     "arc": arc.TASK,
     "arithmetic": arithmetic.TASK,
     "conciseness": conciseness.TASK,
@@ -23,7 +23,7 @@ TASKS: Mapping[str, Definition] = {
 }
 """Tasks that are the same for every configuration."""
 
-LABEL_WORD_TASKS: Mapping[str, Callable[[Sequence[str] | None], Definition]] = {
+LABEL_WORD_TASKS: Mapping[str, Callable[[Sequence[str] | None], TaskDefinition]] = {
     "boolq": choosing.boolq,
     "classification": choosing.classification,
     "sst2": choosing.sst2,
@@ -53,7 +53,7 @@ REWARDS: Mapping[str, RewardFunction] = {
 """What ``task.rewards`` can name."""
 
 
-def definition_of(config: SetConfig) -> Definition | None:
+def definition_of(config: ProblemSetConfig) -> TaskDefinition | None:
     """The built-in task that a configuration names; None if it names none."""
     if config.name is None:
         return None

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 
-from shardes.config.schema import SetConfig
+from shardes.config.schema import ProblemSetConfig
 from shardes.errors import UserError
-from shardes.tasks.base import Component, Definition, RewardFunction
+from shardes.tasks.base import Component, RewardFunction, TaskDefinition
 
 
 def components(
-    config: SetConfig,
-    definition: Definition | None,
+    config: ProblemSetConfig,
+    definition: TaskDefinition | None,
     *,
     known: Mapping[str, RewardFunction],
     key: str = "task",

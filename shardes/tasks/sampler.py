@@ -4,11 +4,11 @@ from typing import Literal
 
 from shardes.noise import data_order
 
-Sampling = Literal["random", "epochs", "fixed"]
+ProblemOrder = Literal["random", "epochs", "fixed"]
 
 
 def draw_batch(
-    num_problems: int, *, batch_size: int | None, sampling: Sampling, seed: int, iteration: int
+    num_problems: int, *, batch_size: int | None, sampling: ProblemOrder, seed: int, iteration: int
 ) -> list[int]:
     """The indices of an iteration's problems.
 

@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from shardes.tasks.answers import is_think_answer
-from shardes.tasks.base import Component, Definition, Prompt, Row
+from shardes.tasks.base import Component, Prompt, Row, TaskDefinition
 from shardes.tasks.drawing import draw_distinct
 from shardes.tasks.grids import Grid, answered_grid, grid_text, is_grid
 from shardes.tasks.rows import column, wrong
@@ -178,7 +178,7 @@ def _candidates(grid: Grid, i: int, j: int) -> list[int]:
     return sorted(_DIGITS - taken)
 
 
-TASK = Definition(
+TASK = TaskDefinition(
     make_prompt,
     check_row,
     rewards=(

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Spans:
-    """Adds up seconds by name: ``with spans("update"): ...``.
+class PhaseTimer:
+    """Adds up seconds by name: ``with timer("update"): ...``.
 
     Times are the host's: work queued on an accelerator counts in the span that waits for it.
     """

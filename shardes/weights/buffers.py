@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from shardes.backends.shard import Run, Shard
+from shardes.backends.shard import Shard, ShardSpan
 
 
-class Kept:
+class ShardedBuffers:
     """One flat tensor for each shard, on the shard's device, or in pinned host memory.
 
     Those in host memory pass through the device in parts.
@@ -40,18 +40,18 @@ class Kept:
         }
         self._passing = torch.empty(part_elements, dtype=dtype, device=device) if part_elements else None
 
-    def kept(self, shard: Shard, run: Run) -> torch.Tensor:
+    def view(self, shard: Shard, span: ShardSpan) -> torch.Tensor:
         """A run's elements where they are kept."""
-        return run.of(self.tensors[shard.name])
+        return span.of(self.tensors[shard.name])
 
-    def on_device(self, shard: Shard, run: Run) -> torch.Tensor:
+    def on_device(self, shard: Shard, span: ShardSpan) -> torch.Tensor:
         """A run's elements on the device: themselves, or a copy that lasts until the next call."""
-        kept = self.kept(shard, run)
+        view = self.view(shard, span)
         if self._passing is None:
-            return kept
-        return self._passing[: run.num_elements].copy_(kept, non_blocking=True)
+            return view
+        return self._passing[: span.num_elements].copy_(view, non_blocking=True)
 
-    def write_back(self, shard: Shard, run: Run) -> None:
+    def write_back(self, shard: Shard, span: ShardSpan) -> None:
         """Keeps what became of the copy that ``on_device`` gave, if it is one."""
         if self._passing is not None:
-            self.kept(shard, run).copy_(self._passing[: run.num_elements], non_blocking=True)
+            self.view(shard, span).copy_(self._passing[: span.num_elements], non_blocking=True)

@@ -8,7 +8,7 @@ from shardes.noise import Region
 from shardes.weights.master import Weights
 
 
-class WholeWeights:
+class GatheredWeights:
     """The backend's whole model, and beside it the centre that it is perturbed from.
 
     The centre is gathered once, however many members are then made of it. It is in the model's dtype, which

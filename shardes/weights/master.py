@@ -9,24 +9,23 @@ Frozen parameters have no master: their working tensors are read from the file, 
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from shardes import noise
 from shardes.backends.base import Backend
-from shardes.backends.shard import Run, Shard
+from shardes.backends.shard import Shard, ShardSpan
 from shardes.errors import UserError
-from shardes.es.optimizers import Optimizer, PlainStep
+from shardes.es.optimizers import Decay, Optimizer, PlainStep
 from shardes.es.update import Update
 from shardes.models.checkpoint import Checkpoint
 from shardes.noise import Kind, NoiseKind, Region
 from shardes.utils.progress import progress
-from shardes.weights.buffers import Kept
+from shardes.weights.buffers import ShardedBuffers
 from shardes.weights.digest import add_digest
 from shardes.weights.trainable import select_trainable
-from shardes.weights.update_stats import UpdateMeasures
+from shardes.weights.update_stats import UpdateStats
 
 # Elements of a master in host memory that are on the device at a time: 64 MiB of float32.
 CHUNK_ELEMENTS = 1 << 24
@@ -39,19 +38,6 @@ class Source(Protocol):
 
     def read(self, name: str, *, region: Region, out: torch.Tensor) -> None:
         """Fills ``out``, flat, with a region's elements of a parameter."""
-
-
-@dataclass(frozen=True)
-class Decay:
-    """A pull on the weights in every update, apart from the gradient (Loshchilov and Hutter 2019).
-
-    Attributes:
-        rate: ``alpha * rate`` of the distance is taken away.
-        is_anchored: Whether the pull is towards the base model, and not towards 0.
-    """
-
-    rate: float
-    is_anchored: bool
 
 
 class Weights:
@@ -108,13 +94,15 @@ class Weights:
         self._is_apart = on_host and backend.device.type != "cpu"
         self._chunk_elements = chunk_elements or (CHUNK_ELEMENTS if self._is_apart else None)
         self._masters = self._keep(dtype)
-        self._states: list[Kept] = []  # made when first needed: not every user of weights updates them
+        self._states: list[
+            ShardedBuffers
+        ] = []  # made when first needed: not every user of weights updates them
         self._base: Checkpoint | None = None
         self._frozen_digest = 0
 
-    def _keep(self, dtype: torch.dtype) -> Kept:
+    def _keep(self, dtype: torch.dtype) -> ShardedBuffers:
         """Zeros for every trained weight of this rank."""
-        return Kept(
+        return ShardedBuffers(
             self.trained,
             dtype=dtype,
             device=self._backend.device,
@@ -122,20 +110,20 @@ class Weights:
             part_elements=self._chunk_elements,
         )
 
-    def _states_kept(self) -> list[Kept]:
+    def _state_buffers(self) -> list[ShardedBuffers]:
         """What the optimizer keeps."""
         if not self._states:
             self._states = [self._keep(torch.float32) for _ in self._optimizer.state_names]
         return self._states
 
-    def _runs(
+    def _spans(
         self, shards: Sequence[Shard], *, most_elements: int | None = None
-    ) -> Iterator[tuple[Shard, Run]]:
+    ) -> Iterator[tuple[Shard, ShardSpan]]:
         """Every run of some shards that this rank owns; in parts if masters pass in chunks, or if wanted."""
         limits = [each for each in (self._chunk_elements, most_elements) if each is not None]
         for shard in shards:
-            for run in shard.runs:
-                for part in run.parts(min(limits, default=None)):
+            for span in shard.spans:
+                for part in span.parts(min(limits, default=None)):
                     yield shard, part
 
     def _on_device(self) -> Iterator[tuple[Shard, Region, torch.Tensor, torch.Tensor]]:
@@ -143,8 +131,8 @@ class Weights:
 
         The latter are on the device of the former: themselves, or a copy that lasts until the next run.
         """
-        for shard, run in self._runs(self.trained):
-            yield shard, shard.region(run), run.of(shard.local), self._masters.on_device(shard, run)
+        for shard, span in self._spans(self.trained):
+            yield shard, shard.region(span), span.of(shard.local), self._masters.on_device(shard, span)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Reads this rank's elements, and no others, from the file's precision to the master's.
@@ -156,8 +144,8 @@ class Weights:
         self._base, self._states, self.last_update = checkpoint, [], None
         self._read(self._masters, checkpoint)
         frozen = torch.zeros(1, dtype=torch.int64, device=self._backend.device)
-        for shard, run in self._runs(self._frozen):
-            values, region = run.of(shard.local), shard.region(run)
+        for shard, span in self._spans(self._frozen):
+            values, region = span.of(shard.local), shard.region(span)
             checkpoint.read(shard.name, region=region, out=values)
             if not shard.is_copy:
                 add_digest(frozen, values, region=region)
@@ -185,15 +173,15 @@ class Weights:
             last_update: The one that led to them.
         """
         self._read(self._masters, source)
-        for state, kept in zip(self._optimizer.state_names, self._states_kept(), strict=True):
-            self._read(kept, source, state=state)
+        for state, view in zip(self._optimizer.state_names, self._state_buffers(), strict=True):
+            self._read(view, source, state=state)
         self.last_update = last_update
 
-    def _read(self, kept: Kept, source: Source, *, state: str | None = None) -> None:
-        parts = list(self._runs(self.trained, most_elements=CHUNK_ELEMENTS))
+    def _read(self, view: ShardedBuffers, source: Source, *, state: str | None = None) -> None:
+        parts = list(self._spans(self.trained, most_elements=CHUNK_ELEMENTS))
         what = "loading weights" if state is None else f"loading the optimizer's {state}"
-        for shard, run in progress(parts, what=what, total=len(parts), unit="parts"):
-            source.read(_kept_name(shard, state), region=shard.region(run), out=kept.kept(shard, run))
+        for shard, span in progress(parts, what=what, total=len(parts), unit="parts"):
+            source.read(_buffer_name(shard, state), region=shard.region(span), out=view.view(shard, span))
         self.version += 1
 
     def owned_tensors(self) -> Iterator[tuple[str, Shard, torch.Tensor]]:
@@ -201,11 +189,11 @@ class Weights:
 
         These are the masters, and what the optimizer keeps for each. No element is kept by two ranks.
         """
-        states = zip(self._optimizer.state_names, self._states_kept(), strict=True)
-        for state, kept in ((None, self._masters), *states):
+        states = zip(self._optimizer.state_names, self._state_buffers(), strict=True)
+        for state, view in ((None, self._masters), *states):
             for shard in self.trained:
-                if shard.runs and not shard.is_copy:
-                    yield _kept_name(shard, state), shard, kept.tensors[shard.name]
+                if shard.spans and not shard.is_copy:
+                    yield _buffer_name(shard, state), shard, view.tensors[shard.name]
 
     @torch.no_grad()
     def perturb(self, *, iteration: int, direction: int, sigma: float) -> None:
@@ -238,26 +226,26 @@ class Weights:
         return not self._is_plain or any(update.coefficients)
 
     @torch.no_grad()
-    def update(self, update: Update, *, measures: UpdateMeasures | None = None) -> None:
+    def update(self, update: Update, *, stats: UpdateStats | None = None) -> None:
         """Moves the masters by what the optimizer makes of ``sum_n coefficients[n] * eps(n)``.
 
         Args:
             update: The coefficients, and whose noise they are for.
-            measures: Takes in what happens, if given; the weights become the same.
+            stats: Takes in what happens, if given; the weights become the same.
         """
         if not self.moves(update):
             self.last_update = update
             return
         # Rounding draws on the iteration, which with noise of another is not the noise's.
         is_fused = self._dtype == torch.float32 or update.noise_of == update.iteration
-        if self._is_plain and measures is None and is_fused:
-            for shard, run in self._runs(self.trained):
-                self._add_noise(self._masters.on_device(shard, run), shard.region(run), update)
-                self._masters.write_back(shard, run)
+        if self._is_plain and stats is None and is_fused:
+            for shard, span in self._spans(self.trained):
+                self._add_noise(self._masters.on_device(shard, span), shard.region(span), update)
+                self._masters.write_back(shard, span)
         else:
-            states = self._states_kept()
-            for shard, run in self._runs(self.trained, most_elements=STEP_ELEMENTS):
-                self._step(shard, run, states, update, measures)
+            states = self._state_buffers()
+            for shard, span in self._spans(self.trained, most_elements=STEP_ELEMENTS):
+                self._step(shard, span, states, update, stats)
         if self._backend.device.type == "cuda":
             torch.cuda.synchronize(self._backend.device)  # the host may read the masters next
         self.last_update = update
@@ -266,23 +254,23 @@ class Weights:
     def _step(
         self,
         shard: Shard,
-        run: Run,
-        states: Sequence[Kept],
+        span: ShardSpan,
+        states: Sequence[ShardedBuffers],
         update: Update,
-        measures: UpdateMeasures | None,
+        stats: UpdateStats | None,
     ) -> None:
         """Moves the masters of some elements by way of the gradient."""
-        region, master = shard.region(run), self._masters.on_device(shard, run)
-        kept = [state.on_device(shard, run) for state in states]
+        region, master = shard.region(span), self._masters.on_device(shard, span)
+        view = [state.on_device(shard, span) for state in states]
         last_step = base = None
-        if measures is not None:
-            last_step = self._last_step(region, kept)
-        if measures is not None or (self._decay is not None and self._decay.is_anchored):
+        if stats is not None:
+            last_step = self._last_step(region, view)
+        if stats is not None or (self._decay is not None and self._decay.is_anchored):
             assert self._base is not None, "weights are loaded before they are updated"
             base = torch.empty_like(master)
             self._base.read(shard.name, region=region, out=base)
         step = self._optimizer.step(
-            self._gradient(region, update), kept, alpha=update.alpha, number=update.iteration
+            self._gradient(region, update), view, alpha=update.alpha, number=update.iteration
         )
         if self._decay is not None:
             distance = master.float()
@@ -290,22 +278,22 @@ class Weights:
                 assert base is not None, "it was read"
                 distance = distance - base.float()
             step = step - distance * (update.alpha * self._decay.rate)
-        before = master.clone() if measures is not None else None
+        before = master.clone() if stats is not None else None
         noise.add(master, step, region=region, seed=self.seed, iteration=update.iteration)
-        if measures is not None and not shard.is_copy:
+        if stats is not None and not shard.is_copy:
             assert before is not None and base is not None, "they were kept"
-            measures.add(step, before=before, after=master, last_step=last_step, base=base)
+            stats.add(step, before=before, after=master, last_step=last_step, base=base)
         for each in (self._masters, *states):
-            each.write_back(shard, run)
+            each.write_back(shard, span)
 
-    def _last_step(self, region: Region, kept: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    def _last_step(self, region: Region, view: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """The step before the next, without decay."""
         last = self.last_update
         if last is None:
             return None
         if self._optimizer.steps_are_gradients:
             return self._gradient(region, last)
-        step = self._optimizer.last_step(kept, alpha=last.alpha, number=last.iteration)
+        step = self._optimizer.last_step(view, alpha=last.alpha, number=last.iteration)
         return None if step is None else step.clone()
 
     def _gradient(self, region: Region, update: Update) -> torch.Tensor:
@@ -339,20 +327,20 @@ class Weights:
         # What is compared with NaN is not smaller.
         return not all(magnitude + step < limit for magnitude in self._magnitudes(self._masters))
 
-    def _magnitudes(self, kept: Kept) -> Iterator[float]:
+    def _magnitudes(self, view: ShardedBuffers) -> Iterator[float]:
         """The largest magnitude in each run of this rank; NaN where there is one."""
-        for shard, run in self._runs(self.trained):
-            low, high = torch.aminmax(kept.kept(shard, run))
+        for shard, span in self._spans(self.trained):
+            low, high = torch.aminmax(view.view(shard, span))
             yield max(float(high), -float(low))
 
     def states_digest(self) -> int:
         """This rank's part of the digest of what the optimizer keeps; the whole is the sum over ranks."""
         total = 0
-        for number, state in enumerate(self._states_kept(), start=1):
+        for number, state in enumerate(self._state_buffers(), start=1):
             part = torch.zeros(1, dtype=torch.int64, device=self._backend.device)
-            for shard, run in self._runs(self.trained):
+            for shard, span in self._spans(self.trained):
                 if not shard.is_copy:
-                    add_digest(part, state.on_device(shard, run), region=shard.region(run))
+                    add_digest(part, state.on_device(shard, span), region=shard.region(span))
             total += number * int(part.item())
         return total & 0xFFFFFFFFFFFFFFFF
 
@@ -397,8 +385,8 @@ class Weights:
                     raise UserError(f"{name} is stored as {stored.dtype}; wanted {self._backend.dtype}")
         total = torch.zeros(1, dtype=torch.int64, device=self._backend.device)
         for shard in self._backend.shards:
-            for run in () if shard.is_copy else shard.runs:
-                for part in run.parts(CHUNK_ELEMENTS):
+            for span in () if shard.is_copy else shard.spans:
+                for part in span.parts(CHUNK_ELEMENTS):
                     region = shard.region(part)
                     values = torch.empty(
                         part.num_elements, dtype=self._backend.dtype, device=self._backend.device
@@ -408,6 +396,6 @@ class Weights:
         return int(total.item()) & 0xFFFFFFFFFFFFFFFF
 
 
-def _kept_name(shard: Shard, state: str | None) -> str:
+def _buffer_name(shard: Shard, state: str | None) -> str:
     """What a master, or a state of the optimizer, is called in snapshots."""
     return shard.name if state is None else f"{shard.name}#{state}"

@@ -11,7 +11,7 @@ _SUMS = ("step^2", "arrived^2", "step*arrived", "last^2", "step*last", "distance
 _DIGITS = 6
 
 
-class UpdateMeasures:
+class UpdateStats:
     """Sums over the weights that an update moves; no device waits for another.
 
     Args:
@@ -50,7 +50,7 @@ class UpdateMeasures:
         return self._sums.tolist()
 
 
-def update_instruments(sums: Sequence[float]) -> dict[str, float | None]:
+def update_stats(sums: Sequence[float]) -> dict[str, float | None]:
     """The metrics of an update, from the sums over all weights; to six digits.
 
     Returns:

@@ -15,15 +15,15 @@ from shardes.backends.layout import Layout, Split, flat_layout
 from shardes.noise import Region
 
 
-def elements(runs):
+def elements(spans):
     """Global indices in the order of the shard, and a check that rows lie back to back in it."""
     found, local = [], 0
-    for run in runs:
-        assert run.local_start == local
-        local += run.num_elements
-        for row in range(run.rows):
-            start = run.global_start + row * run.stride
-            found += range(start, start + run.length)
+    for span in spans:
+        assert span.local_start == local
+        local += span.num_elements
+        for row in range(span.rows):
+            start = span.global_start + row * span.stride
+            found += range(start, start + span.length)
     return found
 
 
@@ -55,7 +55,7 @@ def layouts(draw):
 @given(layouts())
 def test_runs_are_what_torch_gives_each_rank(layout):
     for coordinate in np.ndindex(*layout.mesh):
-        assert elements(layout.runs(coordinate)) == torch_chunks(layout, coordinate)
+        assert elements(layout.spans(coordinate)) == torch_chunks(layout, coordinate)
 
 
 @settings(max_examples=100, deadline=None)
@@ -69,7 +69,7 @@ def test_every_element_has_one_owner_in_random_layouts(layout):
 def test_flat_parts_are_equal_but_for_the_last(num_elements, world_size):
     layout = flat_layout(num_elements, world_size=world_size)
     size = -(-num_elements // world_size)
-    owned = [sum(run.num_elements for run in layout.runs((rank,))) for rank in range(world_size)]
+    owned = [sum(span.num_elements for span in layout.spans((rank,))) for rank in range(world_size)]
     assert owned == [max(0, min(size, num_elements - size * rank)) for rank in range(world_size)]
     assert_partition(layout)
 
@@ -82,8 +82,8 @@ def test_splits_that_do_not_fit_are_refused():
 
 
 def test_columns_are_one_run_of_rows():
-    (run,) = Layout((8192, 28672), (8,), (Split(1),)).runs((3,))
-    assert (run.rows, run.length, run.stride, run.global_start) == (8192, 3584, 28672, 3 * 3584)
+    (span,) = Layout((8192, 28672), (8,), (Split(1),)).spans((3,))
+    assert (span.rows, span.length, span.stride, span.global_start) == (8192, 3584, 28672, 3 * 3584)
 
 
 def assert_partition(layout):
@@ -92,25 +92,27 @@ def assert_partition(layout):
     is_split = [split is not None for split in layout.splits]
     distinct: dict[tuple[int, ...], tuple] = {}
     for coordinate in np.ndindex(*layout.mesh):
-        runs = layout.runs(coordinate)
+        spans = layout.spans(coordinate)
         key = tuple(index if split else 0 for index, split in zip(coordinate, is_split, strict=True))
-        assert distinct.setdefault(key, runs) == runs, "replicas own alike"
+        assert distinct.setdefault(key, spans) == spans, "replicas own alike"
         local, last = 0, -1
-        for run in runs:
-            assert run.local_start == local
-            local += run.num_elements
-            assert run.global_start > last, "ascending"
+        for span in spans:
+            assert span.local_start == local
+            local += span.num_elements
+            assert span.global_start > last, "ascending"
             # A region refuses what is out of bounds or overlaps itself.
             last = (
-                Region(0, num_elements, run.global_start, run.length, rows=run.rows, stride=run.stride).end
+                Region(
+                    0, num_elements, span.global_start, span.length, rows=span.rows, stride=span.stride
+                ).end
                 - 1
             )
     starts, ends = [], []
-    for runs in distinct.values():
-        for run in runs:
-            first = run.global_start + run.stride * np.arange(run.rows, dtype=np.int64)
+    for spans in distinct.values():
+        for span in spans:
+            first = span.global_start + span.stride * np.arange(span.rows, dtype=np.int64)
             starts.append(first)
-            ends.append(first + run.length)
+            ends.append(first + span.length)
     if num_elements == 0:
         assert not starts
         return

@@ -101,29 +101,29 @@ NEEDED = {
 
 
 @pytest.fixture
-def determinants():
+def resume_fingerprint():
     def of(key="es.iterations", value=7, *, data_sha256="of the rows", needed_for=None):
         tree = with_key(key, value)
         tree["rollout"].setdefault("temperature", 0.5)  # what is drawn depends on more keys
         tree["es"] = NEEDED.get(needed_for, {}) | tree["es"]
         tree["es"].setdefault("noise", "low_rank")  # so does this
-        return parse_config(tree, source="test").determinants(data_sha256=data_sha256)
+        return parse_config(tree, source="test").resume_fingerprint(data_sha256=data_sha256)
 
     return of
 
 
 @pytest.mark.parametrize(("key", "value"), FREE)
-def test_a_resume_may_change(determinants, key, value):
-    assert determinants(key, value) == determinants()
+def test_a_resume_may_change(resume_fingerprint, key, value):
+    assert resume_fingerprint(key, value) == resume_fingerprint()
 
 
 @pytest.mark.parametrize(("key", "value"), BINDING)
-def test_a_resume_may_not_change(determinants, key, value):
-    changed = determinants(key, value, needed_for=key)
-    assert changed[key] != determinants(needed_for=key)[key]
+def test_a_resume_may_not_change(resume_fingerprint, key, value):
+    changed = resume_fingerprint(key, value, needed_for=key)
+    assert changed[key] != resume_fingerprint(needed_for=key)[key]
 
 
-def test_every_key_is_known_to_be_free_or_binding(determinants):
+def test_every_key_is_known_to_be_free_or_binding(resume_fingerprint):
     every = {f"{s}.{k}" for s, field in Config.model_fields.items() for k in field.annotation.model_fields}
     judged = {key for key, _ in FREE + BINDING}
     assert every - judged == {
@@ -133,12 +133,12 @@ def test_every_key_is_known_to_be_free_or_binding(determinants):
         "rollout.members_per_forward",  # of modes that it does not name; see below
     }
     others = {"task.label_words", "task.data sha256", "rollout.members_per_forward"}
-    assert set(determinants()) == {key for key, _ in BINDING} | others
+    assert set(resume_fingerprint()) == {key for key, _ in BINDING} | others
 
 
-def test_the_members_of_a_forward_bind_where_there_are_several(determinants):
+def test_the_members_of_a_forward_bind_where_there_are_several(resume_fingerprint):
     def members(**rollout):
-        found = determinants("rollout", {"max_new_tokens": 5} | rollout)
+        found = resume_fingerprint("rollout", {"max_new_tokens": 5} | rollout)
         return found["rollout.members_per_forward"]
 
     assert members() is members(members_per_forward=4) is members(mode="stream") is None
@@ -146,14 +146,16 @@ def test_the_members_of_a_forward_bind_where_there_are_several(determinants):
     assert members(mode="batched", members_per_forward=4) == 4
 
 
-def test_label_words_bind(determinants):
+def test_label_words_bind(resume_fingerprint):
     task = {"name": "sst2", "data": "d", "label_words": ["bad", "good"]}
-    assert determinants("task", task) != determinants("task", task | {"label_words": ["awful", "good"]})
+    assert resume_fingerprint("task", task) != resume_fingerprint(
+        "task", task | {"label_words": ["awful", "good"]}
+    )
 
 
-def test_data_bind_by_content_and_iterations_only_under_a_linear_schedule(determinants):
-    assert determinants("task.data", "another/place.csv") == determinants()
-    assert determinants()["task.data sha256"] == "of the rows"
-    assert determinants(data_sha256="of others") != determinants()
+def test_data_bind_by_content_and_iterations_only_under_a_linear_schedule(resume_fingerprint):
+    assert resume_fingerprint("task.data", "another/place.csv") == resume_fingerprint()
+    assert resume_fingerprint()["task.data sha256"] == "of the rows"
+    assert resume_fingerprint(data_sha256="of others") != resume_fingerprint()
     es = {"schedule": "linear", "iterations": 7}
-    assert determinants("es", es) != determinants("es", es | {"iterations": 8})
+    assert resume_fingerprint("es", es) != resume_fingerprint("es", es | {"iterations": 8})

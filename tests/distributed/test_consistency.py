@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from shardes.distributed.consistency import check_agreement, shared_settings
+from shardes.distributed.consistency import check_consistency, shared_settings
 from shardes.distributed.group import Group
 from tests.helpers.models import make_config
 
@@ -30,7 +30,7 @@ class Hashes(list):
 
 def hashes(**things):
     caught = Hashes()
-    check_agreement(caught, **things)
+    check_consistency(caught, **things)
     return caught[0]
 
 
@@ -39,7 +39,7 @@ THINGS = {"iteration": 3, "prompts": b"\x01\x02", "coefficients": [0.1, -0.2]}
 
 def test_equal_ranks_agree():
     group = FakeGroup(0, 3, torch.device("cpu"), others=(hashes(**THINGS),) * 2)
-    check_agreement(group, **THINGS)
+    check_consistency(group, **THINGS)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_rank_that_differs_is_named_with_the_thing_and_both_hashes(name, value
     different = hashes(**{**THINGS, name: value})
     group = FakeGroup(0, 3, torch.device("cpu"), others=(hashes(**THINGS), different))
     with pytest.raises(RuntimeError, match="the ranks of the job disagree") as caught:
-        check_agreement(group, **THINGS)
+        check_consistency(group, **THINGS)
     place = sorted(THINGS).index(name)
     for of, ranks in ((hashes(**THINGS), "0, 1"), (different, "2")):
         assert f"{of[place] % 2**64:016x} on rank(s) {ranks}" in str(caught.value)
@@ -58,7 +58,7 @@ def test_a_rank_that_differs_is_named_with_the_thing_and_both_hashes(name, value
 
 
 def test_one_rank_agrees_with_itself():
-    check_agreement(Group(0, 1, torch.device("cpu")), **THINGS)
+    check_consistency(Group(0, 1, torch.device("cpu")), **THINGS)
 
 
 def test_settings_are_compared_but_paths_may_differ(tmp_path):

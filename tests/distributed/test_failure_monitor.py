@@ -10,7 +10,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from shardes.distributed.failure_monitor import Watch
+from shardes.distributed.failure_monitor import FailureMonitor
 from shardes.distributed.stop import Stop, stop_signals
 from shardes.errors import UserError
 
@@ -24,7 +24,7 @@ class Job:
         self.stops = [Stop() for _ in range(world_size)]
         settings = {"stop_seconds": 20, "timeout_seconds": 20} | options
         self.watches = [
-            Watch(
+            FailureMonitor(
                 rank=rank,
                 world_size=world_size,
                 stop=self.stops[rank],
@@ -204,7 +204,7 @@ def test_signals_become_requests_and_a_second_one_ends_at_once(monkeypatch):
     ended, told = [], []
     old = signal.getsignal(signal.SIGUSR1)
     with stop_signals() as stop:
-        watch = Watch(
+        watch = FailureMonitor(
             rank=0,
             world_size=1,
             stop=stop,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardes.config.schema import EsConfig
-from shardes.es.fitness import mean_reward
+from shardes.es.member import mean_reward
 from shardes.es.schedules import between, factor
 from shardes.es.shaping import shape
 from shardes.es.strategy import Strategy

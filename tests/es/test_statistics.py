@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from shardes.es.fitness import mean_reward
-from shardes.es.reward_stats import reward_instruments
+from shardes.es.member import mean_reward
+from shardes.es.reward_stats import reward_stats
 from shardes.es.shaping import shape
 
 
@@ -15,7 +15,7 @@ def instruments(layout, *, rewards=None, shaped=None):
     table = [row if isinstance(row, dict) else dict(enumerate(row)) for row in layout]
     rewards = [mean_reward(list(row.values())) for row in table] if rewards is None else rewards
     shaped = shape(rewards, how="zscore") if shaped is None else shaped
-    return reward_instruments(table, rewards=rewards, shaped=shaped)
+    return reward_stats(table, rewards=rewards, shaped=shaped)
 
 
 def test_a_case_worked_out_by_hand():

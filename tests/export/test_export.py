@@ -25,7 +25,7 @@ from shardes.noise import Region
 from shardes.runs.journal import History
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
-from shardes.trainer import Trainer
+from shardes.trainer import TrainingLoop
 from tests.helpers.models import make_config, tiny_model
 
 PROMPTS = ["3+7=", "1+2+3=", "77-5="]
@@ -51,7 +51,7 @@ def model_dirs(tmp_path_factory):
 def trained(config):
     """A session whose weights are those of a finished run."""
     with open_session(config) as session:
-        Trainer(session, load_task(config.task)).train()
+        TrainingLoop(session, load_task(config.task)).train()
     return session  # one process, plain tensors: there is no job to leave
 
 

@@ -65,11 +65,11 @@ class Case:
         self.oracle = make_backend(single, group=alone)
         self.wanted = Weights(self.oracle, seed=7)
         self.wanted.load(checkpoint)
-        vocab_size = self.oracle.lockstep_model.config.vocab_size
+        vocab_size = self.oracle.sharded_model.config.vocab_size
         # Ranks have prompts of their own, unless the backend wants the same on all.
-        shift = 0 if self.backend.shares_batches else group.rank
+        shift = 0 if self.backend.needs_same_batch else group.rank
         self.ids = (torch.arange(24).view(4, 6) + shift) % vocab_size
-        self.assert_logits = assert_close if self.backend.shares_batches else assert_same
+        self.assert_logits = assert_close if self.backend.needs_same_batch else assert_same
 
     def check_load(self):
         """A rank reads its own elements only, and together they read everything."""
@@ -78,8 +78,8 @@ class Case:
         counted = sum(shard.num_owned for shard in self.backend.shards if not shard.is_copy)
         total = sum(shard.num_elements for shard in self.oracle.shards)
         assert self.group.sum_int64(counted) == total
-        if self.backend.shares_batches:
-            linears = [m for m in self.backend.lockstep_model.modules() if type(m) is torch.nn.Linear]
+        if self.backend.needs_same_batch:
+            linears = [m for m in self.backend.sharded_model.modules() if type(m) is torch.nn.Linear]
             assert not any(isinstance(p, DTensor) for m in linears for p in m.parameters())
         for mine, its in zip(self.backend.shards, self.oracle.shards, strict=True):
             assert (mine.name, mine.param_id, mine.shape) == (its.name, its.param_id, its.shape)
@@ -90,12 +90,12 @@ class Case:
 
     def forwards(self):
         """What every way of running the model gives."""
-        yield "stream", self.backend.lockstep_model(self.ids).logits
-        if not self.backend.shares_batches:
+        yield "stream", self.backend.sharded_model(self.ids).logits
+        if not self.backend.needs_same_batch:
             yield "prompts", self.backend.gathered()(self.ids).logits
 
     def check_forwards(self, what):
-        logits = self.oracle.lockstep_model(self.ids).logits
+        logits = self.oracle.sharded_model(self.ids).logits
         for name, found in self.forwards():
             self.assert_logits(found, logits, (name, what))
 
@@ -113,10 +113,10 @@ class Case:
                 (mine.local, its.local),
                 (self.weights._masters.tensors[mine.name], self.wanted._masters.tensors[its.name]),
             ]
-            for run in mine.runs:
+            for span in mine.spans:
                 for found, wanted in pairs:
-                    rows = run.of(found).view(run.rows, run.length)
-                    assert_same(rows, run.inside(wanted), (what, mine.name, run))
+                    rows = span.of(found).view(span.rows, span.length)
+                    assert_same(rows, span.inside(wanted), (what, mine.name, span))
 
     def check_updates(self):
         for iteration in range(NUM_UPDATES):
@@ -143,7 +143,7 @@ class Case:
         for _ in range(NUM_TRACES):
             self.backend.commit()
             with Trace(held) as trace:
-                self.backend.lockstep_model(torch.zeros(1, 1, dtype=torch.int64))
+                self.backend.sharded_model(torch.zeros(1, 1, dtype=torch.int64))
             yield trace
 
     def check_traffic(self):
@@ -172,7 +172,7 @@ class Case:
 
 def largest_layer(oracle):
     """Elements of the largest block, embedding or head."""
-    model = oracle.lockstep_model
+    model = oracle.sharded_model
     layers = [*model.model.layers, model.get_input_embeddings(), model.get_output_embeddings()]
     return max(sum(p.numel() for p in layer.parameters()) for layer in layers)
 

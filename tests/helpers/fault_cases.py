@@ -49,8 +49,8 @@ def signal_self_and_take_long(number):
 def set_fault(kind, call):
     import torch
 
-    from shardes.rollout.evaluator import Rollout
-    from shardes.rollout.prompts import Problems
+    from shardes.rollout.evaluator import Evaluator
+    from shardes.rollout.prompts import PromptBatch
     from shardes.weights.master import Weights
 
     if kind == "corrupt":
@@ -65,13 +65,13 @@ def set_fault(kind, call):
         Weights.update = update
         return
     places = {
-        "raise": (Rollout, "start", raise_one),
-        "hang": (Rollout, "start", functools.partial(time.sleep, 1000)),
-        "die": (Rollout, "start", functools.partial(signal_self, signal.SIGKILL)),
-        "interrupt": (Rollout, "start", functools.partial(signal_self, signal.SIGINT)),
-        "stop": (Rollout, "start", functools.partial(signal_self, signal.SIGUSR1)),
-        "slow_stop": (Rollout, "start", functools.partial(signal_self_and_take_long, signal.SIGTERM)),
-        "prompts": (Problems, "fingerprint", lambda: b"other words"),
+        "raise": (Evaluator, "start", raise_one),
+        "hang": (Evaluator, "start", functools.partial(time.sleep, 1000)),
+        "die": (Evaluator, "start", functools.partial(signal_self, signal.SIGKILL)),
+        "interrupt": (Evaluator, "start", functools.partial(signal_self, signal.SIGINT)),
+        "stop": (Evaluator, "start", functools.partial(signal_self, signal.SIGUSR1)),
+        "slow_stop": (Evaluator, "start", functools.partial(signal_self_and_take_long, signal.SIGTERM)),
+        "prompts": (PromptBatch, "fingerprint", lambda: b"other words"),
     }
     owner, name, do = places[kind]
     nth_call(owner, name, call, do)

@@ -17,11 +17,11 @@ from shardes.distributed.stop import Stop
 from shardes.es.strategy import Strategy, optimizer_of
 from shardes.es.update import Update
 from shardes.models.checkpoint import Checkpoint
-from shardes.rollout.iteration import Round
-from shardes.rollout.scheduler import Population
-from shardes.session import Session, make_rollout
+from shardes.rollout.iteration import IterationSpec
+from shardes.rollout.scheduler import MemberScheduler
+from shardes.session import Session, make_evaluator
 from shardes.tasks.loading import load_task
-from shardes.utils.timers import Spans
+from shardes.utils.timers import PhaseTimer
 from shardes.weights.master import Weights
 from tests.helpers.tracing import Trace
 
@@ -41,18 +41,20 @@ def measure(config, world):
         optimizer=optimizer_of(config.es),
     )
     weights.load(Checkpoint(config.model.path))
-    session = Session(config, mesh, backend, weights, {}, Spans(), Stop())
+    session = Session(config, mesh, backend, weights, {}, PhaseTimer(), Stop())
     task = load_task(config.task)
-    rollout, *_ = make_rollout(session, task)
-    population = Population(rollout, mesh=mesh, timeout_seconds=60, stop=session.stop, spans=session.spans)
+    rollout, *_ = make_evaluator(session, task)
+    population = MemberScheduler(
+        rollout, mesh=mesh, timeout_seconds=60, stop=session.stop, timer=session.timer
+    )
     strategy = Strategy(config.es, num_elements=0)
-    kept = [weights._masters, *weights._states_kept()]
+    kept = [weights._masters, *weights._state_buffers()]
     held = [shard.local for shard in backend.shards]
     # What all ranks of a machine gather through would outweigh models as small as these.
     ignored = [] if mesh.shard.memory is None else [mesh.shard.memory._slots]
     with Trace([*held, *(tensor for each in kept for tensor in each.tensors.values())], ignored) as trace:
-        asked = Round(0, task.train, rollout, strategy)
-        population.evaluate_members(range(NUM_MEMBERS), asked=asked, on_result=lambda _: None)
+        spec = IterationSpec(0, task.train, rollout, strategy)
+        population.evaluate_members(range(NUM_MEMBERS), spec=spec, on_result=lambda _: None)
         weights.update(Update(0, [1e-3] * NUM_MEMBERS, 1e-3))
     world.barrier()
     return {"peak": trace.peak_bytes, "held": trace.base_bytes}

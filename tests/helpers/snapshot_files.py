@@ -36,7 +36,7 @@ def ranks_of(kind, size):
                 param_id,
                 shape,
                 torch.empty(0),
-                LAYOUTS[kind](shape, size).runs(place) if _size(shape) else (),
+                LAYOUTS[kind](shape, size).spans(place) if _size(shape) else (),
                 is_copy=kind == "copies" and place != (0,),
             )
             for param_id, (name, shape) in enumerate(SHAPES.items())
@@ -52,14 +52,14 @@ def whole_values(dtype):
 
 def local_values(shard, whole):
     """What a rank holds of a parameter, run after run."""
-    return torch.cat([run.inside(whole[shard.name]).reshape(-1) for run in shard.runs])
+    return torch.cat([span.inside(whole[shard.name]).reshape(-1) for span in shard.spans])
 
 
 def write_snapshot(directory, ranks, whole, *, iteration=3, digest="0f"):
     directory.mkdir(parents=True)
     files = []
     for rank, shards in enumerate(ranks):
-        masters = [(s.name, s, local_values(s, whole)) for s in shards if s.runs and not s.is_copy]
+        masters = [(s.name, s, local_values(s, whole)) for s in shards if s.spans and not s.is_copy]
         files.append(write_part(directory / f"rank-{rank:05d}.safetensors", masters))
     write_manifest(directory, iteration=iteration, digest=digest, states_digest="0", files=files)
     return directory

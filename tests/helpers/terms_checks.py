@@ -12,8 +12,8 @@ import torch
 
 from shardes.config.loading import parse_config
 from shardes.errors import UserError
-from shardes.es.perturbation import Perturbation
-from shardes.rollout.lowrank.hooks import MemberTerms
+from shardes.es.update import Perturbation
+from shardes.rollout.lowrank.hooks import LowRankHooks
 from shardes.session import open_session
 from tests.helpers.one_store import make_store
 
@@ -24,14 +24,14 @@ IDS = torch.arange(1, 22).view(3, 7)
 @torch.no_grad()
 def compare(session):
     """The largest difference of logits, and the size of what the perturbations do to them."""
-    weights, whole = session.weights, session.backend.lockstep_model
+    weights, whole = session.weights, session.backend.sharded_model
     centre = whole(IDS).logits.clone()
     wanted = []
     for member in MEMBERS:
         weights.perturb(**vars(member))
         wanted.append(whole(IDS).logits.clone())
     weights.centre()
-    terms = MemberTerms(session.backend, weights)
+    terms = LowRankHooks(session.backend, weights)
     terms.load(MEMBERS)
     rows = torch.arange(9)
     found = torch.empty(9, *centre.shape[1:], dtype=centre.dtype)

@@ -26,7 +26,7 @@ def load(tmp_path, model):
     backend = make_backend(make_config(tmp_path, model=model, run_dir=tmp_path / "run"), group=ALONE)
     weights = Weights(backend, seed=1)
     weights.load(Checkpoint(model))
-    return backend.lockstep_model
+    return backend.sharded_model
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def test_an_export_of_a_converted_model_has_the_tensors_of_the_base_and_loads(ar
         session.weights.update(Update(0, [0.1]))
         session.weights.centre()
         export_model(session, tmp_path / "export", iteration=1, settings={})
-        wanted = session.backend.lockstep_model(IDS).logits
+        wanted = session.backend.sharded_model(IDS).logits
         # What reads published checkpoints expects the names and shapes that these have.
         base, made = Checkpoint(model), Checkpoint(tmp_path / "export")
         assert {k: t.shape for k, t in made.tensors.items()} == {k: t.shape for k, t in base.tensors.items()}

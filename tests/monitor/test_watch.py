@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from shardes.errors import UserError
-from shardes.monitor.watch import Following, follow
+from shardes.monitor.watch import RunView, watch
 from tests.helpers.inprocess import call
 
 HEADER = {
@@ -71,7 +71,7 @@ def run(tmp_path):
 
 
 def screen(run):
-    following = Following(run)
+    following = RunView(run)
     following.look()
     return following.screen(now=(run / "metrics.jsonl").stat().st_mtime + 20)
 
@@ -94,7 +94,7 @@ def test_the_state_of_a_run_that_goes_on(run):
 
 
 def test_silence_is_told(run):
-    following = Following(run)
+    following = RunView(run)
     following.look()
     text = following.screen(now=(run / "metrics.jsonl").stat().st_mtime + 4000)
     assert text.endswith("last written 1 h 7 min ago; does the job still run?")
@@ -102,9 +102,9 @@ def test_silence_is_told(run):
 
 def test_a_run_that_has_just_begun(tmp_path):
     (tmp_path / "journal.jsonl").touch()
-    assert "iterations   0 of ?" in Following(tmp_path).screen(now=0)
+    assert "iterations   0 of ?" in RunView(tmp_path).screen(now=0)
     write(tmp_path / "journal.jsonl", [HEADER])
-    following = Following(tmp_path)
+    following = RunView(tmp_path)
     following.look()
     assert "iterations   0 of 4" in following.screen(now=0)
 
@@ -117,7 +117,7 @@ def test_it_is_followed_until_it_is_finished(run, monkeypatch):
         monkeypatch.setattr("shardes.monitor.watch.time.sleep", lambda _: pytest.fail("it is finished"))
 
     monkeypatch.setattr("shardes.monitor.watch.time.sleep", grow)
-    first, last = follow(run, once=False, every_seconds=0.5, is_terminal=False)
+    first, last = watch(run, once=False, every_seconds=0.5, is_terminal=False)
     assert "2 of 4" in first
     assert "iterations   4 of 4\n" in last
     assert "held-out     0.5000 after 4 iterations; the best 0.5000 after 4" in last
@@ -136,16 +136,16 @@ def test_without_a_terminal_there_is_one_text_an_iteration_and_no_escape(run, mo
             write(run / "metrics.jsonl", [line(3, 0.4), {"iteration": 4}])
 
     monkeypatch.setattr("shardes.monitor.watch.time.sleep", grow)
-    texts = list(follow(run, once=False, every_seconds=1, is_terminal=False))
+    texts = list(watch(run, once=False, every_seconds=1, is_terminal=False))
     assert len(texts) == 3
     assert not any("\x1b" in text for text in texts)
     calls.clear()
-    (text,) = follow(run, once=False, every_seconds=1, is_terminal=True)
+    (text,) = watch(run, once=False, every_seconds=1, is_terminal=True)
     assert text.startswith("\x1b[H\x1b[J")
 
 
 def test_torn_lines_wait_until_they_are_whole(run):
-    following = Following(run)
+    following = RunView(run)
     torn = json.dumps(line(2, 0.4))
     with (run / "metrics.jsonl").open("a") as file:
         file.write(torn[:40])
@@ -159,7 +159,7 @@ def test_torn_lines_wait_until_they_are_whole(run):
 
 @pytest.mark.parametrize("is_longer", [False, True])
 def test_what_a_new_job_wrote_anew_is_read_anew(run, is_longer):
-    following = Following(run)
+    following = RunView(run)
     following.look()
     rest = [evaluation(0, 0.0625), *members(0, 1)]
     # As long as before or longer, with other line breaks, so that going on in the middle would not do.

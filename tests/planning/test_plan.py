@@ -424,13 +424,15 @@ def test_a_run_chooses_the_mode_that_is_planned(models, monkeypatch):
     backend = SimpleNamespace(shards=shards, dtype=torch.bfloat16, device=cpu, is_sharded=True)
     backend.reserve = lambda: None
     world = Group(0, 1, cpu)
-    monkeypatch.setattr(modes, "WholeWeights", lambda backend, weights: backend)
+    monkeypatch.setattr(modes, "GatheredWeights", lambda backend, weights: backend)
     generating = generation_bytes(model.config, rows=25, length=1124, dtype=torch.bfloat16)
     for number, mode in enumerate(ALL_MODES[:2]):
         needed = memory.modes[mode] + memory.cache + memory.activations
         for free, wanted in ((needed, mode), (needed - 1, ALL_MODES[number + 1])):
             monkeypatch.setattr(modes, "free_bytes", lambda device, free=free: free)
             weights = SimpleNamespace(trained=shards)
-            chosen = modes.Modes("auto", backend=backend, weights=weights, mesh=Mesh(world, world))
-            chosen.settle(generating)
+            chosen = modes.GatherModeSelector(
+                "auto", backend=backend, weights=weights, mesh=Mesh(world, world)
+            )
+            chosen.choose(generating)
             assert chosen.name == wanted

@@ -16,8 +16,8 @@ from shardes.config.schema import TaskConfig
 from shardes.errors import UserError
 from shardes.rewards import pool
 from shardes.rewards.fork_server import HEADER
-from shardes.rewards.pool import DirectRewards, Sandbox, make_rewards
-from shardes.rewards.worker import Answers
+from shardes.rewards.pool import InProcessRewards, RewardProcessPool, make_reward_runner
+from shardes.rewards.worker import RewardBatch
 from shardes.tasks.base import Component, Task
 from tests.helpers import hostile_rewards
 from tests.helpers.ranks import ROOT
@@ -31,11 +31,13 @@ LIMIT = 2.0
 
 
 def answers(*completions):
-    return Answers.of([{}] * len(completions), ["p"] * len(completions), completions, [[]] * len(completions))
+    return RewardBatch.of(
+        [{}] * len(completions), ["p"] * len(completions), completions, [[]] * len(completions)
+    )
 
 
 def sandbox(*components, timeout_seconds=LIMIT, max_workers=16, memory_bytes=None):
-    return Sandbox(
+    return RewardProcessPool(
         components or [OBEY],
         timeout_seconds=timeout_seconds,
         max_workers=max_workers,
@@ -72,7 +74,7 @@ def wait_until(condition, seconds=20):
 
 def test_numbers_are_those_of_this_process(rewards):
     batches = [answers(*("x" * (i % 7) for i in range(n))) for n in (1, 5, 32, 1)]
-    wanted = DirectRewards([LENGTH, OBEY, LATER]).submit([LENGTH, LATER], batches)
+    wanted = InProcessRewards([LENGTH, OBEY, LATER]).submit([LENGTH, LATER], batches)
     found = rewards.submit([LENGTH, LATER], batches)
     assert [future.result(60) for future in found] == [future.result() for future in wanted]
     assert rewards.submit([LENGTH], []) == []
@@ -211,12 +213,12 @@ def test_a_reward_that_cannot_be_imported_is_refused(tmp_path, monkeypatch, text
 def test_the_configuration_chooses_where_rewards_run():
     task = Task("t", [{}], [], lambda row: "p", (LENGTH,))
     config = {"data": "d", "reward": "m:f"}
-    for workers, kind in ((0, DirectRewards), (2, Sandbox)):
-        with make_rewards(TaskConfig(**config, reward_workers=workers), [task, task]) as rewards:
+    for workers, kind in ((0, InProcessRewards), (2, RewardProcessPool)):
+        with make_reward_runner(TaskConfig(**config, reward_workers=workers), [task, task]) as rewards:
             assert type(rewards) is kind
             assert judged(rewards, "abc", component=LENGTH)[0] == [3.0]
-    with make_rewards(TaskConfig(**config), [Task("t", [{}], [], lambda row: "p")]) as rewards:
-        assert type(rewards) is DirectRewards  # nothing to judge, no process
+    with make_reward_runner(TaskConfig(**config), [Task("t", [{}], [], lambda row: "p")]) as rewards:
+        assert type(rewards) is InProcessRewards  # nothing to judge, no process
 
 
 PARENT = """
@@ -254,7 +256,7 @@ main(int(sys.argv[1]), 0, os.getppid())
 
 
 def test_a_process_whose_reply_nobody_reads_ends_in_silence():
-    with contextlib.closing(pool._Template(None)) as template:
+    with contextlib.closing(pool._ForkServer(None)) as template:
         pid, connection = template.fork()
         setup = pickle.dumps([])
         connection.sendall(HEADER.pack(len(setup)) + setup)

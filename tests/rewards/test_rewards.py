@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from shardes.config.schema import SetConfig
+from shardes.config.schema import ProblemSetConfig
 from shardes.errors import UserError
-from shardes.es.member import MemberResult, member_rewards, settled
-from shardes.rewards.pool import DirectRewards
+from shardes.es.member import MemberResult, apply_reward_error_policy, member_rewards
+from shardes.rewards.pool import InProcessRewards
 from shardes.rewards.scorer import Scorer
-from shardes.rewards.worker import Answers, import_function, reference_of
-from shardes.tasks.base import Component, Definition, Task
+from shardes.rewards.worker import RewardBatch, import_function, reference_of
+from shardes.tasks.base import Component, Task, TaskDefinition
 from shardes.tasks.rewards import components
 
 
@@ -58,7 +58,7 @@ def test_a_reward_that_does_not_exist_is_refused(tmp_path):
         with pytest.raises(ValueError, match=words):
             import_function(reference)
         with pytest.raises(UserError, match=words) as caught:
-            DirectRewards([Component("r", reference)])
+            InProcessRewards([Component("r", reference)])
         assert str(caught.value).startswith("task.reward: ")
 
 
@@ -85,9 +85,9 @@ def scores_of(rewards, completions, *, rows=None, on_error="exclude"):
     """The scores of answers by some components, and the scorer."""
     rows = rows or [{"prompt": f"p{i}"} for i in range(len(completions))]
     task = Task("t", rows, [], lambda row: row["prompt"], tuple(rewards))
-    scorer = Scorer(task, rewards=DirectRewards(task.rewards), on_error=on_error)
+    scorer = Scorer(task, rewards=InProcessRewards(task.rewards), on_error=on_error)
     ids = [[len(text)] for text in completions]
-    (pending,) = scorer.submit([Answers.of(rows, [row["prompt"] for row in rows], completions, ids)])
+    (pending,) = scorer.submit([RewardBatch.of(rows, [row["prompt"] for row in rows], completions, ids)])
     return scorer.collect(pending), scorer
 
 
@@ -323,11 +323,11 @@ def test_only_functions_that_another_process_can_find_have_a_reference():
 
 def of_config(definition=None, **keys):
     known = {"length": len, "spread": sum}
-    return components(SetConfig(data="d", **keys), definition, known=known, key="eval.sets.x")
+    return components(ProblemSetConfig(data="d", **keys), definition, known=known, key="eval.sets.x")
 
 
-GENERATION = Definition(lambda row: "p", lambda row, where: None, rewards=(Component("own", abs),))
-LIKELIHOOD = Definition(lambda row: "p", lambda row, where: None, choices=lambda row: None)
+GENERATION = TaskDefinition(lambda row: "p", lambda row, where: None, rewards=(Component("own", abs),))
+LIKELIHOOD = TaskDefinition(lambda row: "p", lambda row, where: None, choices=lambda row: None)
 
 
 def test_rewards_come_from_the_configuration_or_else_from_the_task():
@@ -388,6 +388,6 @@ def test_with_worst_a_failure_counts_as_the_least_of_all_members():
 
 def test_what_one_evaluation_earned_is_settled_by_itself():
     rewards, has_failed = [0.5, None, 2.0, None], [False, True, False, False]
-    assert settled(rewards, has_failed, on_error="worst") == [0.5, 0.5, 2.0, None]
-    assert settled(rewards, has_failed, on_error="exclude") == rewards
-    assert settled([None], [True], on_error="worst") == [None]
+    assert apply_reward_error_policy(rewards, has_failed, on_error="worst") == [0.5, 0.5, 2.0, None]
+    assert apply_reward_error_policy(rewards, has_failed, on_error="exclude") == rewards
+    assert apply_reward_error_policy([None], [True], on_error="worst") == [None]

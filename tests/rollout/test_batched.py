@@ -7,10 +7,10 @@ from torch import nn
 
 from shardes.errors import UserError
 from shardes.rollout.engines.transformers import decoder as decode
-from shardes.rollout.lowrank import hooks as terms
+from shardes.rollout.lowrank import hooks as hooks
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
-from shardes.trainer import Trainer
+from shardes.trainer import TrainingLoop
 from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model, tree
@@ -78,7 +78,7 @@ def train(tmp_path, model, name="run", **changes):
     """Trains in this process; returns the run directory."""
     config = make_config(tmp_path, model=model, run_dir=tmp_path / name, **(BATCHED | changes))
     with open_session(config) as session:
-        Trainer(session, load_task(config.task)).train()
+        TrainingLoop(session, load_task(config.task)).train()
     return tmp_path / name
 
 
@@ -144,8 +144,8 @@ def test_members_that_are_known_are_not_evaluated_again_and_change_nothing(tmp_p
     assert strip(again) == strip(whole)
     for directory in (whole, again):
         assert call("shardes", "verify", directory).returncode == 0
-        asked = ("--config", directory / "config.yaml", "--model", directory, "--out", directory / "answers")
-        found = call("shardes", "evaluate", *asked)
+        spec = ("--config", directory / "config.yaml", "--model", directory, "--out", directory / "answers")
+        found = call("shardes", "evaluate", *spec)
         assert found.returncode == 0, found.stderr
         assert call("shardes", "export", directory, directory / "export").returncode == 0
     assert fingerprint(whole / "export") == fingerprint(again / "export")
@@ -197,12 +197,12 @@ def test_auto_is_found_once_and_kept(tmp_path, models, monkeypatch):
     ],
 )
 def test_a_wrong_rule_is_caught_before_the_first_iteration(tmp_path, models, monkeypatch, broken, dtype):
-    right = getattr(terms.MemberTerms, broken)
+    right = getattr(hooks.LowRankHooks, broken)
 
     def wrong(self, module, x, out, names):
         return 2 * out - right(self, module, x, out, names)
 
-    monkeypatch.setattr(terms.MemberTerms, broken, wrong)
+    monkeypatch.setattr(hooks.LowRankHooks, broken, wrong)
     with pytest.raises(UserError, match=r"rollout\.mode: batched computes other logits for a member"):
         train(tmp_path, models["qwen2"], model__dtype=dtype)
     assert not (tmp_path / "run" / "journal.jsonl").exists()
@@ -214,9 +214,9 @@ def test_a_right_rule_passes_in_every_dtype(tmp_path, models):
 
 
 def test_a_parameter_without_a_rule_is_named_unless_it_is_frozen(tmp_path, models, monkeypatch):
-    rule = terms.MemberTerms._rule
+    rule = hooks.LowRankHooks._rule
     monkeypatch.setattr(
-        terms.MemberTerms,
+        hooks.LowRankHooks,
         "_rule",
         lambda self, module: None if isinstance(module, nn.Embedding) else rule(self, module),
     )
@@ -240,7 +240,7 @@ def test_a_parameter_of_more_dimensions_is_named(tmp_path, models, monkeypatch):
 
 
 def test_logits_that_are_not_finite_are_one_members_alone(tmp_path, models, monkeypatch):
-    load = terms.MemberTerms.load
+    load = hooks.LowRankHooks.load
 
     def damaging(self, members):
         load(self, members)
@@ -248,7 +248,7 @@ def test_logits_that_are_not_finite_are_one_members_alone(tmp_path, models, monk
             if member.direction == 4:
                 self._vectors["model.norm.weight"][place] = float("nan")
 
-    monkeypatch.setattr(terms.MemberTerms, "load", damaging)
+    monkeypatch.setattr(hooks.LowRankHooks, "load", damaging)
     found = rewards(train(tmp_path, models["qwen2"], es__iterations=1))
     assert [member for (_, member), reward in found.items() if reward is None] == [4]
 

@@ -14,12 +14,12 @@ from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Group, Mesh
 from shardes.errors import UserError
 from shardes.models.build import load_tokenizer
-from shardes.rewards.pool import DirectRewards
+from shardes.rewards.pool import InProcessRewards
 from shardes.rewards.scorer import Scorer
 from shardes.rollout.batching import compose, tokenize
-from shardes.rollout.evaluator import Rollout
-from shardes.rollout.gather_modes import Modes
-from shardes.session import make_rollout, open_session
+from shardes.rollout.evaluator import Evaluator
+from shardes.rollout.gather_modes import GatherModeSelector
+from shardes.session import make_evaluator, open_session
 from shardes.tasks.base import Component, Task
 from shardes.tasks.loading import load_task
 from tests.helpers.models import make_config, tiny_model
@@ -104,15 +104,15 @@ LENGTH = Component("length", length, weight=0.0)
 def rollout_of(session, reward, *, mode="prompts", mesh=None, changes=None, others=()):
     rewards = (Component("own", reward), *others)
     task = Task("test", ROWS, [], lambda row: row["prompt"], rewards)
-    return Rollout(
+    return Evaluator(
         session.backend,
         tokenizer=load_tokenizer(session.config.model.path, trust_remote_code=False),
         mesh=mesh or session.mesh,
-        scorer=Scorer(task, rewards=DirectRewards(rewards), on_error="exclude"),
-        modes=Modes(mode, backend=session.backend, weights=session.weights, mesh=session.mesh),
+        scorer=Scorer(task, rewards=InProcessRewards(rewards), on_error="exclude"),
+        modes=GatherModeSelector(mode, backend=session.backend, weights=session.weights, mesh=session.mesh),
         settings=RolloutConfig(**({"max_new_tokens": 6, "micro_batch_size": 4} | (changes or {}))),
         seed=0,
-        spans=session.spans,
+        timer=session.timer,
     )
 
 
@@ -266,7 +266,7 @@ def test_the_end_tokens_are_those_of_the_generation_config(tmp_path):
     answers, _ = answers_alone(path)
     assert {answer[-1] for answer in answers} & {3, 17}
     with open_session(make_config(tmp_path, model=path, run_dir=tmp_path / "run")) as session:
-        rollout, *_ = make_rollout(session, load_task(session.config.task))
+        rollout, *_ = make_evaluator(session, load_task(session.config.task))
         evaluation = rollout.evaluate(rollout.prepare(ROWS, iteration=0), group=session.mesh.world)
         found = {sample.prompt: sample.token_ids for sample in evaluation.samples.values()}
     wanted = {row["prompt"]: answer for row, answer in zip(ROWS, answers, strict=True)}
@@ -276,7 +276,7 @@ def test_the_end_tokens_are_those_of_the_generation_config(tmp_path):
 def test_where_ranks_share_batches_all_answer_the_same_and_the_first_scores(session, monkeypatch):
     """As under tensor parallelism: two replicas of two ranks, each rank played in turn."""
     whole = evaluated(session, lambda p, c, n: spread(p, c))
-    monkeypatch.setattr(type(session.backend), "shares_batches", True)
+    monkeypatch.setattr(type(session.backend), "needs_same_batch", True)
     seen = {}
     for rank in range(4):
         world = LoneRank(rank, 4, torch.device("cpu"))

@@ -12,11 +12,11 @@ from shardes.distributed.group import Group, Mesh
 from shardes.es.update import Update
 from shardes.rollout import gather_modes as modes
 from shardes.rollout import memory
-from shardes.rollout.gather_modes import Modes
+from shardes.rollout.gather_modes import GatherModeSelector
 from shardes.rollout.memory import free_bytes, generation_bytes, is_shortage
-from shardes.session import make_rollout, open_session
+from shardes.session import make_evaluator, open_session
 from shardes.tasks.loading import load_task
-from shardes.weights.gathered import WholeWeights
+from shardes.weights.gathered import GatheredWeights
 from tests.helpers.models import make_config, tiny_model
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ class FakeBackend:
     """100 parameters of 2 bytes over two ranks; what it was asked for."""
 
     dtype, device, is_sharded = torch.bfloat16, CPU, True
-    lockstep_model, whole = "lockstep", "whole"
+    sharded_model, whole = "lockstep", "whole"
 
     def __init__(self):
         self.shards = [SimpleNamespace(name="a", num_elements=60), SimpleNamespace(name="b", num_elements=40)]
@@ -102,7 +102,9 @@ def make_modes(monkeypatch, *, free, wanted="auto", mesh=None, trained=2, **attr
         setattr(backend, name, value)
     monkeypatch.setattr(modes, "free_bytes", lambda device: free)
     weights = SimpleNamespace(trained=backend.shards[:trained])
-    return backend, Modes(wanted, backend=backend, weights=weights, mesh=mesh or Mesh(WORLD, WORLD))
+    return backend, GatherModeSelector(
+        wanted, backend=backend, weights=weights, mesh=mesh or Mesh(WORLD, WORLD)
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,8 +121,8 @@ def make_modes(monkeypatch, *, free, wanted="auto", mesh=None, trained=2, **attr
 def test_auto_is_the_fastest_mode_that_fits(monkeypatch, caplog, free, trained, wanted):
     _, chosen = make_modes(monkeypatch, free=free, trained=trained)
     with caplog.at_level(logging.INFO):
-        chosen.settle(50)
-        chosen.settle(10**9)  # later problems do not change it
+        chosen.choose(50)
+        chosen.choose(10**9)  # later problems do not change it
     assert chosen.current.name == wanted
     (line,) = [r.getMessage() for r in caplog.records if "auto is" in r.getMessage()]
     assert line.startswith(f"rollout.mode: auto is {wanted}: members needs")
@@ -137,13 +139,13 @@ def test_auto_goes_by_the_rank_with_the_least_memory(monkeypatch):
 
     world = Poor(0, 2, CPU)
     _, chosen = make_modes(monkeypatch, free=10**9, mesh=Mesh(world, world))
-    chosen.settle(50)
+    chosen.choose(50)
     assert chosen.current.name == "prompts"
 
 
 def test_auto_gathers_whole_models_only_where_ranks_hold_parts(monkeypatch):
     _, chosen = make_modes(monkeypatch, free=10**9, is_sharded=False)
-    chosen.settle(50)
+    chosen.choose(50)
     assert chosen.current.name == "prompts"
 
 
@@ -153,18 +155,18 @@ def test_teams_are_replicas_and_in_members_mode_single_ranks(monkeypatch):
         for is_sharded in (True, False):
             _, chosen = make_modes(monkeypatch, free=0, wanted=name, mesh=mesh, is_sharded=is_sharded)
             assert chosen.current.team.world_size == size
-            assert chosen.current.is_in_step == (name == "stream" and is_sharded)
+            assert chosen.current.forward_is_collective == (name == "stream" and is_sharded)
             assert not chosen.can_step_down
 
 
 def test_a_shortage_while_memory_is_reserved_steps_down_with_a_warning(monkeypatch, caplog):
     backend, chosen = make_modes(monkeypatch, free=10**9, shortages=1)
-    chosen.settle(50)
+    chosen.choose(50)
     assert chosen.current.name == "prompts"
     assert backend.calls == ["reserve", "release", "reserve"]
     assert "memory ran out with rollout.mode members, so this run goes on with prompts" in caplog.text
     backend, chosen = make_modes(monkeypatch, free=10**9, shortages=2)
-    chosen.settle(50)
+    chosen.choose(50)
     assert chosen.current.name == "stream"
     assert not chosen.can_step_down
 
@@ -172,7 +174,7 @@ def test_a_shortage_while_memory_is_reserved_steps_down_with_a_warning(monkeypat
 def test_a_mode_that_the_user_chose_is_not_left(monkeypatch):
     _, chosen = make_modes(monkeypatch, free=10**9, wanted="members", shortages=1)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        chosen.settle(50)
+        chosen.choose(50)
     assert chosen.current.name == "members"
 
 
@@ -184,7 +186,7 @@ def test_other_errors_are_not_taken_for_a_shortage(monkeypatch):
 
     backend.reserve = reserve
     with pytest.raises(RuntimeError, match="something else"):
-        chosen.settle(50)
+        chosen.choose(50)
 
 
 def bits(model):
@@ -209,7 +211,7 @@ def test_a_copy_of_the_centre_is_perturbed_into_the_bits_of_perturbed_shards(tmp
     )
     with contextlib.ExitStack() as stack:
         session, other = (stack.enter_context(open_session(config)) for _ in range(2))
-        whole_weights = WholeWeights(session.backend, session.weights)
+        whole_weights = GatheredWeights(session.backend, session.weights)
         for iteration in range(2):
             whole_weights.refresh()
             assert_same(bits(whole_weights.model), bits(other.backend.gathered()))
@@ -233,7 +235,7 @@ def test_the_centre_is_gathered_once_however_many_members_are_made_of_it(tmp_pat
         gathers = []
         whole = session.backend.gathered
         monkeypatch.setattr(session.backend, "gathered", lambda: gathers.append(None) or whole())
-        whole_weights = WholeWeights(session.backend, session.weights)
+        whole_weights = GatheredWeights(session.backend, session.weights)
         for _ in range(3):
             whole_weights.refresh()
         assert len(gathers) == 1
@@ -250,6 +252,6 @@ def test_backends_without_a_choice_make_none(tmp_path, caplog, backend, wanted):
     model = tiny_model(tmp_path / "model", tied=True)
     config = make_config(tmp_path, model=model, run_dir=tmp_path / "run", parallel__backend=backend)
     with caplog.at_level(logging.INFO), open_session(config) as session:
-        rollout, *_ = make_rollout(session, load_task(config.task))
+        rollout, *_ = make_evaluator(session, load_task(config.task))
         assert rollout.mode.name == wanted
     assert f"rollout.mode: auto is {wanted}: " in caplog.text

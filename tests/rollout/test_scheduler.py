@@ -13,8 +13,8 @@ import torch.distributed as dist
 from shardes.distributed.group import Group, Mesh
 from shardes.distributed.stop import Stop, Stopped
 from shardes.es.member import MemberResult
-from shardes.rollout.scheduler import Desk, Evaluate, Population
-from shardes.utils.timers import Spans
+from shardes.rollout.scheduler import Evaluate, MemberQueue, MemberScheduler
+from shardes.utils.timers import PhaseTimer
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,7 @@ def play(num_ranks, members, evaluate, *, team_size=1, timeout_seconds=10, stop=
     found, errors = {}, []
 
     def rank(number):
-        desk = Desk(
+        desk = MemberQueue(
             ThreadGroup(number, num_ranks, CPU, meeting=world),
             team=ThreadGroup(number % team_size, team_size, CPU, meeting=teams[number // team_size]),
             store=store,
@@ -71,7 +71,7 @@ def play(num_ranks, members, evaluate, *, team_size=1, timeout_seconds=10, stop=
                 members,
                 evaluate=whole(lambda member: evaluate(number, member)),
                 on_result=told.append if number == 0 else None,
-                spans=Spans(),
+                timer=PhaseTimer(),
             )
         except Exception as error:
             errors.append(error)
@@ -136,7 +136,7 @@ def test_rank_0_is_told_of_others_results_between_its_own():
     world = Meeting(threading.Barrier(2))
 
     def rank(number):
-        Desk(
+        MemberQueue(
             ThreadGroup(number, 2, CPU, meeting=world),
             team=Group(0, 1, CPU),
             store=store,
@@ -147,7 +147,7 @@ def test_rank_0_is_told_of_others_results_between_its_own():
             range(12),
             evaluate=whole(lambda member: evaluate(number, member)),
             on_result=told_now.append,
-            spans=Spans(),
+            timer=PhaseTimer(),
         )
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in (0, 1)]
@@ -191,7 +191,7 @@ def test_after_a_shortage_the_member_in_flight_is_finished_and_no_other_is_start
     world = Group(0, 1, CPU)
     rollout = SimpleNamespace(mode=SimpleNamespace(team=world))
     mesh = Mesh(world, world)
-    population = Population(rollout, mesh=mesh, timeout_seconds=1, stop=Stop(), spans=Spans())
+    population = MemberScheduler(rollout, mesh=mesh, timeout_seconds=1, stop=Stop(), timer=PhaseTimer())
     evaluate = Evaluate(start, lambda member, _: None if member == 0 else result_of(member))
     told = []
     found = population._hand_out(range(num_members), evaluate, told.append)

@@ -29,10 +29,10 @@ def test_any_layout_reads_what_any_other_wrote(tmp_path, wrote, size, dtype):
     for kind in LAYOUTS:
         for shards in ranks_of(kind, 1) + ranks_of(kind, 3):
             for shard in shards:
-                for run in shard.runs:
-                    out = torch.empty(run.num_elements, dtype=dtype)
-                    snapshot.read(shard.name, region=shard.region(run), out=out)
-                    assert torch.equal(out, run.inside(whole[shard.name]).reshape(-1)), (kind, shard, run)
+                for span in shard.spans:
+                    out = torch.empty(span.num_elements, dtype=dtype)
+                    snapshot.read(shard.name, region=shard.region(span), out=out)
+                    assert torch.equal(out, span.inside(whole[shard.name]).reshape(-1)), (kind, shard, span)
     assert snapshot.damaged_files() == []
 
 
@@ -43,7 +43,7 @@ def test_every_way_to_spread_a_parameter_is_written_whole(tmp_path, wrote):
     for shard in ranks_of("flat", 1)[0]:
         if shard.num_elements:
             out = torch.empty(shard.num_elements)
-            snapshot.read(shard.name, region=shard.region(shard.runs[0]), out=out)
+            snapshot.read(shard.name, region=shard.region(shard.spans[0]), out=out)
             assert torch.equal(out, whole[shard.name])
     # Copies are written once.
     stored = sum(entry["num_bytes"] for entry in snapshot._files)
@@ -53,10 +53,10 @@ def test_every_way_to_spread_a_parameter_is_written_whole(tmp_path, wrote):
 def test_only_the_bytes_of_a_ranks_own_elements_are_read(tmp_path):
     snapshot = Snapshot(write_snapshot(tmp_path / "s", ranks_of("flat", 2), whole_values(torch.float32)))
     for shard in ranks_of("columns", 3)[1]:
-        for run in shard.runs:
+        for span in shard.spans:
             before = snapshot.bytes_read
-            snapshot.read(shard.name, region=shard.region(run), out=torch.empty(run.num_elements))
-            assert snapshot.bytes_read - before == 4 * run.num_elements
+            snapshot.read(shard.name, region=shard.region(span), out=torch.empty(span.num_elements))
+            assert snapshot.bytes_read - before == 4 * span.num_elements
 
 
 def test_elements_that_no_file_holds_are_missed(tmp_path):

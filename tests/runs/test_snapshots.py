@@ -18,7 +18,7 @@ from shardes.runs.resume import restore_weights
 from shardes.runs.snapshot import Snapshot, SnapshotError, find_snapshots, snapshot_path, write_part
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
-from shardes.trainer import Trainer
+from shardes.trainer import TrainingLoop
 from tests.helpers.models import make_config, tiny_model
 from tests.helpers.snapshot_files import damage, manifest_of
 
@@ -37,7 +37,7 @@ def configured(root, model, run_dir, **changes):
 
 def train(config):
     with open_session(config) as session:
-        Trainer(session, load_task(config.task)).train()
+        TrainingLoop(session, load_task(config.task)).train()
         return session.digest()
 
 
@@ -207,7 +207,7 @@ def session(model, tmp_path):
 
 def snapshots_of(session, **changes):
     arguments = {"every": 1, "keep": 2, "mesh": session.mesh, "weights": session.weights, "is_sharded": False}
-    taken = snapshotting.Snapshots(session.config.run.dir, **(arguments | changes))
+    taken = snapshotting.SnapshotWriter(session.config.run.dir, **(arguments | changes))
     taken.open()
     return taken
 
@@ -315,7 +315,9 @@ def test_only_the_first_replica_writes_and_only_once_where_all_hold_everything(s
         cpu = torch.device("cpu")
         mesh = Mesh(Group(rank, 4, cpu), Group(rank % shard_size, shard_size, cpu))
         arguments = {"every": 1, "keep": 2, "mesh": mesh, "weights": session.weights}
-        return snapshotting.Snapshots(session.config.run.dir, is_sharded=is_sharded, **arguments)._is_writer
+        return snapshotting.SnapshotWriter(
+            session.config.run.dir, is_sharded=is_sharded, **arguments
+        )._is_writer
 
     assert [is_writer(rank, 2, is_sharded=True) for rank in range(4)] == [True, True, False, False]
     assert [is_writer(rank, 4, is_sharded=False) for rank in range(4)] == [True, False, False, False]

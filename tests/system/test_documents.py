@@ -85,8 +85,8 @@ def test_keys_and_options_that_a_page_names_in_commands_exist(page):
         keys = {word.partition("=")[0] for word in words if re.match(r"[a-z]+\.\w+=", word)}
         assert keys <= known, words
     # In the text, too.
-    spans = re.findall(r"`(shardes [^`]+)`", page.read_text())
-    for words in [*commands(page), *(span.replace("[", "").replace("]", "").split() for span in spans)]:
+    timer = re.findall(r"`(shardes [^`]+)`", page.read_text())
+    for words in [*commands(page), *(span.replace("[", "").replace("]", "").split() for span in timer)]:
         if words[0] == "shardes" and len(words) > 1 and not words[1].startswith("-"):
             command = cli.get_command(click.Context(cli), words[1])
             assert command is not None, words

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardes.config.schema import SetConfig, TaskConfig
+from shardes.config.schema import ProblemSetConfig, TaskConfig
 from shardes.errors import UserError
 from shardes.tasks.data import read_rows, rows_sha256, split_rows
 from shardes.tasks.loading import load_task
@@ -110,12 +110,12 @@ def test_data_sets_saved_to_disk(tmp_path, monkeypatch):
     # Nothing is fetched in a test: what the hub's loader is asked for is what the reference says.
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args: asked.append(args) or both)
-    config = SetConfig(name="exact_match", data="hf:some/name:main@test", columns={"answer": "note"})
+    config = ProblemSetConfig(name="exact_match", data="hf:some/name:main@test", columns={"answer": "note"})
     assert [row["answer"] for row in load_task(config).train] == ["007", "a"]
     assert asked == [("some/name", "main")]
     monkeypatch.setattr(datasets, "load_dataset", lambda *args: 1 / 0)
     with pytest.raises(UserError, match=r"hf:some/name cannot be loaded \(ZeroDivisionError: division"):
-        load_task(SetConfig(name="exact_match", data="hf:some/name"), key="eval.sets.other")
+        load_task(ProblemSetConfig(name="exact_match", data="hf:some/name"), key="eval.sets.other")
 
 
 @pytest.mark.parametrize(("module", "name"), [("pyarrow.parquet", "rows.parquet"), ("datasets", "hf:a/b")])
@@ -124,7 +124,7 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(tmp_path, monkeyp
     (tmp_path / "rows.parquet").write_bytes(b"")
     path = name if name.startswith("hf:") else tmp_path / name
     with pytest.raises(UserError, match=rf"package {module.split('.')[0]}; .*pip install 'shardes\[data\]'"):
-        load_task(SetConfig(reward=REWARD, data=path))
+        load_task(ProblemSetConfig(reward=REWARD, data=path))
 
 
 def test_plain_files_need_neither_torch_nor_the_libraries_of_tables():
@@ -266,7 +266,7 @@ def test_the_messages_of_another_section_name_its_keys(tmp_path):
         ({"template": "{{ text }}"}, f"{key}.template fails"),
     ]:
         with pytest.raises(UserError) as caught:
-            load_task(SetConfig(reward=REWARD, data=tmp_path / "rows.jsonl", **settings), key=key)
+            load_task(ProblemSetConfig(reward=REWARD, data=tmp_path / "rows.jsonl", **settings), key=key)
         assert words in str(caught.value)
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shardes.tasks.expression import ExpressionError, evaluate
+from shardes.tasks.expression import ExpressionError, evaluate_expression
 
 
 @pytest.mark.parametrize(
@@ -39,11 +39,11 @@ from shardes.tasks.expression import ExpressionError, evaluate
     ],
 )
 def test_value(text, value):
-    assert evaluate(text)[0] == value
+    assert evaluate_expression(text)[0] == value
 
 
 def test_literals_are_reported_in_order_and_without_signs():
-    assert evaluate("5-(3*-2.5)/5")[1] == [5, 3, Fraction(5, 2), 5]
+    assert evaluate_expression("5-(3*-2.5)/5")[1] == [5, 3, Fraction(5, 2), 5]
 
 
 @pytest.mark.parametrize(
@@ -97,19 +97,19 @@ def test_literals_are_reported_in_order_and_without_signs():
 )
 def test_refused(text):
     with pytest.raises(ExpressionError):
-        evaluate(text)
+        evaluate_expression(text)
 
 
 def test_the_limit_on_length_counts_every_character():
-    assert evaluate("1" + " " * 199)[0] == 1
+    assert evaluate_expression("1" + " " * 199)[0] == 1
     with pytest.raises(ExpressionError, match="201 characters"):
-        evaluate("1" + " " * 200)
+        evaluate_expression("1" + " " * 200)
 
 
 @pytest.mark.parametrize("operator", "+-*/")
 def test_the_most_expensive_expressions_are_cheap(operator):
     text = operator.join(["999999999989"] * 15)
-    value, literals = evaluate(text)
+    value, literals = evaluate_expression(text)
     assert len(literals) == 15
     assert len(str(value.numerator)) + len(str(value.denominator)) < 400
 
@@ -136,14 +136,14 @@ def _expressions(draw, depth=3):
 @given(_expressions())
 def test_agrees_with_values_built_alongside(case):
     text, value, literals = case
-    assert evaluate(text) == (value, literals)
+    assert evaluate_expression(text) == (value, literals)
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("+-*"), st.integers(1, 99)), min_size=1, max_size=8))
 def test_precedence_agrees_with_python(terms):
     text = "7" + "".join(f"{operator}{number}" for operator, number in terms)
-    assert evaluate(text)[0] == eval(text)  # the text holds nothing but what is built here
+    assert evaluate_expression(text)[0] == eval(text)  # the text holds nothing but what is built here
 
 
 @settings(max_examples=500, deadline=None)
@@ -152,7 +152,7 @@ def test_precedence_agrees_with_python(terms):
 @example("-" * 200)
 def test_any_text_gives_a_value_or_an_expression_error(text):
     try:
-        value, literals = evaluate(text)
+        value, literals = evaluate_expression(text)
     except ExpressionError as error:
         assert str(error)
     else:

@@ -7,7 +7,7 @@ import pytest
 
 from shardes.errors import UserError
 from shardes.tasks import arithmetic, sudoku
-from shardes.tasks.expression import evaluate
+from shardes.tasks.expression import evaluate_expression
 from shardes.tasks.registry import TASKS
 from tests.helpers.inprocess import call
 
@@ -60,7 +60,7 @@ def test_problems_are_pinned(generate, first):
 
 def test_arithmetic_answers_are_right():
     rows = arithmetic.generate_problems(200, seed=0)
-    assert all(evaluate(row["expression"])[0] == row["answer"] for row in rows)
+    assert all(evaluate_expression(row["expression"])[0] == row["answer"] for row in rows)
     assert {row["expression"].split()[1] for row in rows} == {"+", "-", "*"}
 
 

@@ -11,15 +11,15 @@ from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Group
 from shardes.errors import UserError
 from shardes.models.build import load_tokenizer
-from shardes.rewards.pool import DirectRewards
+from shardes.rewards.pool import InProcessRewards
 from shardes.rewards.scorer import Scorer
-from shardes.rollout.aggregate import ChoiceSet, LikelihoodTally, choice_set
-from shardes.rollout.evaluator import Rollout
-from shardes.rollout.gather_modes import Modes
+from shardes.rollout.aggregate import ChoiceSet, LogLikelihoodAccumulator, choice_set
+from shardes.rollout.evaluator import Evaluator
+from shardes.rollout.gather_modes import GatherModeSelector
 from shardes.session import open_session
 from shardes.tasks.base import Choices, Task
 from shardes.tasks.loading import load_task
-from shardes.trainer import Trainer
+from shardes.trainer import TrainingLoop
 from tests.helpers.models import make_config, tiny_model
 
 # Prompts and completions of different lengths and numbers; the tokenizer has one token a character.
@@ -48,15 +48,15 @@ def evaluated(session, metric, *, rows=ROWS, mode="prompts", group=None, choices
     choices = choices or (lambda row: Choices(row["choices"], row["gold"]))
     prompt = prompt or (lambda row: row["prompt"])
     task = Task("t", rows, [], prompt, choices=choices, metric=metric)
-    rollout = Rollout(
+    rollout = Evaluator(
         session.backend,
         tokenizer=load_tokenizer(session.config.model.path, trust_remote_code=False),
         mesh=session.mesh,
-        scorer=Scorer(task, rewards=DirectRewards([]), on_error="exclude"),
-        modes=Modes(mode, backend=session.backend, weights=session.weights, mesh=session.mesh),
+        scorer=Scorer(task, rewards=InProcessRewards([]), on_error="exclude"),
+        modes=GatherModeSelector(mode, backend=session.backend, weights=session.weights, mesh=session.mesh),
         settings=RolloutConfig(max_new_tokens=1, micro_batch_size=4),
         seed=0,
-        spans=session.spans,
+        timer=session.timer,
     )
     return rollout.evaluate(rollout.prepare(rows, iteration=0), group=group or session.mesh.world)
 
@@ -135,9 +135,9 @@ def test_a_tie_is_no_right_answer():
     choices = [Choices(["a", "b", "c"], gold) for gold in (0, 1, 0, 2)]
     pairs = [([1], [2] * (1 + i % 3)) for i in range(12)]
     problems = ChoiceSet(["p"] * 4, choices, pairs, [0, 3, 6, 9, 12])
-    tally = LikelihoodTally(problems, metric="accuracy", num_samples=2)
+    accumulator = LogLikelihoodAccumulator(problems, metric="accuracy", num_samples=2)
     totals = [-1.0, -1.0, -2.0, -2.0, -1.0, -2.0, -1.0, -1.5, -3.0, -1.0, -2.0, -3.0, 24.0]
-    found = tally.evaluation(totals)
+    found = accumulator.evaluation(totals)
     assert found.rewards == [0.0, 1.0, 1.0, 0.0]
     assert found.components["log_likelihood"] == [-1.0, -0.5, -1.0, -1.0]
     loss = math.log(2 * math.exp(-1) + math.exp(-2)) + 1
@@ -201,7 +201,7 @@ def test_training_raises_the_metric(tmp_path, model_dir):
         **{f"task__{key}": value for key, value in task.items()},
     )
     with open_session(config) as session:
-        Trainer(session, load_task(config.task)).train()
+        TrainingLoop(session, load_task(config.task)).train()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["heldout_reward"] for line in lines if "heldout_reward" in line]
     assert len(rewards) == 3

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from shardes.config.schema import SetConfig
+from shardes.config.schema import ProblemSetConfig
 from shardes.errors import UserError
-from shardes.rewards.pool import Sandbox
-from shardes.rewards.worker import Answers, import_function, reference_of
+from shardes.rewards.pool import RewardProcessPool
+from shardes.rewards.worker import RewardBatch, import_function, reference_of
 from shardes.tasks.base import Choices
 from shardes.tasks.boxed import boxed_reward, expression_reward
 from shardes.tasks.matching import regex_reward, think_answer_reward
@@ -92,7 +92,7 @@ COPA = [" it was wet.", " I slept."]
 
 def definition(name):
     words = ["bad", "good"] if name == "classification" else None
-    return definition_of(SetConfig(name=name, data="d", label_words=words))
+    return definition_of(ProblemSetConfig(name=name, data="d", label_words=words))
 
 
 @pytest.mark.parametrize("name", sorted({*TASKS, *LABEL_WORD_TASKS}))
@@ -193,7 +193,7 @@ def test_likelihood_tasks(name, row, prompt, choices):
 
 
 def test_label_words_replace_the_tasks_own():
-    task = definition_of(SetConfig(name="sst2", data="d", label_words=["terrible", " great"]))
+    task = definition_of(ProblemSetConfig(name="sst2", data="d", label_words=["terrible", " great"]))
     row = {"sentence": "s", "label": "great"}
     task.check_row(row, "row")
     assert task.choices(row) == Choices([" terrible", " great"], 1)
@@ -237,9 +237,9 @@ def test_without_math_verify_math_is_refused_by_name(monkeypatch):
 def test_an_expression_that_never_ends_costs_the_time_limit_and_no_other_answer():
     pytest.importorskip("math_verify")
     completions = [r"\boxed{(1+x)^2}", r"\boxed{(x+y+z)^{99}}", r"\boxed{2x+1+x^2}", r"\boxed{x^2}"]
-    answers = Answers.of([{"answer": "x^2+2x+1"}] * 4, ["p"] * 4, completions, [[]] * 4)
+    answers = RewardBatch.of([{"answer": "x^2+2x+1"}] * 4, ["p"] * 4, completions, [[]] * 4)
     (component,) = TASKS["math"].rewards
-    with Sandbox([component], timeout_seconds=10, max_workers=4, memory_bytes=None) as rewards:
+    with RewardProcessPool([component], timeout_seconds=10, max_workers=4, memory_bytes=None) as rewards:
         (future,) = rewards.submit([component], [answers])
         (verdicts,) = future.result(120)
     assert verdicts.values == [1.0, None, 1.0, 0.0]

@@ -10,16 +10,16 @@ import torch
 
 from shardes.config.loading import parse_config
 from shardes.errors import UserError
-from shardes.es.fitness import mean_and_deviation
+from shardes.es.member import mean_and_deviation
 from shardes.es.shaping import shape
 from shardes.es.update import Update
 from shardes.noise import NoiseKind, definition
-from shardes.rollout.evaluator import Rollout
+from shardes.rollout.evaluator import Evaluator
 from shardes.runs.journal import read_journal
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
-from shardes.trainer import Trainer
-from shardes.weights.update_stats import UpdateMeasures
+from shardes.trainer import TrainingLoop
+from shardes.weights.update_stats import UpdateStats
 from tests.helpers.models import make_config, tiny_model
 
 POPULATION = 4
@@ -41,7 +41,7 @@ def configured(tmp_path, model):
 
 def train(config):
     with open_session(config) as session:
-        Trainer(session, load_task(config.task)).train()
+        TrainingLoop(session, load_task(config.task)).train()
         return session.digest()
 
 
@@ -56,7 +56,7 @@ def metrics_of(config):
 @pytest.fixture
 def spoiled(monkeypatch):
     """Makes the logits of some evaluations, by number, look as if they were not finite."""
-    finish, calls = Rollout.finish, []
+    finish, calls = Evaluator.finish, []
 
     def spoil(*numbers):
         def spoiling(self, pending):
@@ -64,7 +64,7 @@ def spoiled(monkeypatch):
             calls.append(found)
             return replace(found, is_finite=len(calls) - 1 not in numbers)
 
-        monkeypatch.setattr(Rollout, "finish", spoiling)
+        monkeypatch.setattr(Evaluator, "finish", spoiling)
         calls.clear()
 
     return spoil
@@ -176,7 +176,7 @@ def test_a_skipped_update_touches_no_element_when_it_is_to_be_measured(configure
         *_, master = next(iter(session.weights.owned_tensors()))
         master[0] = -0.0
         before = session.digest()
-        session.weights.update(Update(0, [0.0, -0.0]), measures=UpdateMeasures(torch.device("cpu")))
+        session.weights.update(Update(0, [0.0, -0.0]), stats=UpdateStats(torch.device("cpu")))
         assert session.digest() == before
 
 

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardes.backends import make_backend
-from shardes.backends.shard import Run
+from shardes.backends.shard import ShardSpan
 from shardes.distributed.group import Group
 from shardes.errors import UserError
-from shardes.es.optimizers import Adam
+from shardes.es.optimizers import Adam, Decay
 from shardes.es.update import Update
 from shardes.models.checkpoint import Checkpoint
 from shardes.session import open_session
-from shardes.weights.master import Decay, Weights
+from shardes.weights.master import Weights
 from shardes.weights.trainable import select_trainable
 from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
@@ -69,20 +69,20 @@ def test_what_selects_nothing_is_refused(patterns, words):
 
 @settings(deadline=None)
 @given(length=st.integers(1, 9), rows=st.integers(1, 6), gap=st.integers(0, 4), most=st.integers(1, 60))
-def test_the_parts_of_a_run_are_its_elements_in_order(length, rows, gap, most):
-    run = Run(5, 11, length, rows=rows, stride=length + gap)
+def test_the_parts_of_a_span_are_its_elements_in_order(length, rows, gap, most):
+    span = ShardSpan(5, 11, length, rows=rows, stride=length + gap)
 
-    def elements(run):
-        offsets = [(row, i) for row in range(run.rows) for i in range(run.length)]
+    def elements(span):
+        offsets = [(row, i) for row in range(span.rows) for i in range(span.length)]
         return [
-            (run.local_start + row * run.length + i, run.global_start + row * run.stride + i)
+            (span.local_start + row * span.length + i, span.global_start + row * span.stride + i)
             for row, i in offsets
         ]
 
-    parts = list(run.parts(most))
-    assert [e for part in parts for e in elements(part)] == elements(run)
+    parts = list(span.parts(most))
+    assert [e for part in parts for e in elements(part)] == elements(span)
     assert max(part.num_elements for part in parts) <= most
-    assert list(run.parts(None)) == [run]
+    assert list(span.parts(None)) == [span]
 
 
 ANCHORED = {"optimizer": Adam((0.9, 0.99), 1e-8), "decay": Decay(0.5, is_anchored=True)}

@@ -66,21 +66,21 @@ def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
 def measure(tree: dict[str, Any]) -> Row:
     """One way to evaluate members, on every rank of a job."""
     from shardes.es.strategy import Strategy
-    from shardes.rollout.iteration import Round
-    from shardes.session import make_population, make_rollout, open_session
+    from shardes.rollout.iteration import IterationSpec
+    from shardes.session import make_evaluator, make_scheduler, open_session
     from shardes.tasks.loading import load_task
 
     config = parse_config(tree, source="benchmark")
     with open_session(config) as session:
         world = session.mesh.world
         task = load_task(config.task)
-        rollout, *_ = make_rollout(session, task)
-        population = make_population(session, rollout)
+        rollout, *_ = make_evaluator(session, task)
+        population = make_scheduler(session, rollout)
 
         def iteration(number: int, members: int) -> None:
             strategy = Strategy(config.es.model_copy(update={"population": members}), num_elements=0)
-            asked = Round(number, task.train, rollout, strategy)
-            population.evaluate_members(asked.members, asked=asked, on_result=lambda _: None)
+            spec = IterationSpec(number, task.train, rollout, strategy)
+            population.evaluate_members(spec.members, spec=spec, on_result=lambda _: None)
             # An update would follow; with it, what is gathered once an iteration is gathered anew.
             session.weights.version += 1
 

@@ -140,9 +140,9 @@ def compare_on_the_quickstart(micro_batch_size: int) -> Row:
     """An iteration of it, with the loop and with ``generate`` in its place."""
     from shardes.config.loading import load_config
     from shardes.es.strategy import Strategy
-    from shardes.rollout.engines.transformers.decoder import Answers, Decoder
-    from shardes.rollout.iteration import Round
-    from shardes.session import make_population, make_rollout, open_session
+    from shardes.rollout.engines.transformers.decoder import Completions, Decoder
+    from shardes.rollout.iteration import IterationSpec
+    from shardes.session import make_evaluator, make_scheduler, open_session
     from shardes.tasks.loading import load_task
 
     overrides = [
@@ -153,7 +153,7 @@ def compare_on_the_quickstart(micro_batch_size: int) -> Row:
     config = load_config(ROOT / "configs" / "quickstart.yaml", overrides)
     rewards: dict[str, list[Any]] = {}
 
-    def generated(self: Decoder, model: Any, batch: Any, **_: Any) -> Answers:
+    def generated(self: Decoder, model: Any, batch: Any, **_: Any) -> Completions:
         with torch.no_grad():
             output = model.generate(
                 input_ids=batch.input_ids,
@@ -162,16 +162,18 @@ def compare_on_the_quickstart(micro_batch_size: int) -> Row:
                 max_new_tokens=self._max_new_tokens,
             )
         answers = [self._cut(row) for row in output[:, batch.input_ids.shape[1] :].tolist()]
-        return Answers(answers, [True] * len(answers))
+        return Completions(answers, [True] * len(answers))
 
     with open_session(config) as session:
         task = load_task(config.task)
-        rollout, *_ = make_rollout(session, task)
-        population = make_population(session, rollout)
-        asked = Round(0, task.train[: config.task.batch_size], rollout, Strategy(config.es, num_elements=0))
+        rollout, *_ = make_evaluator(session, task)
+        population = make_scheduler(session, rollout)
+        spec = IterationSpec(
+            0, task.train[: config.task.batch_size], rollout, Strategy(config.es, num_elements=0)
+        )
 
         def iteration(name: str) -> None:
-            found = population.evaluate_members(asked.members, asked=asked, on_result=lambda _: None)
+            found = population.evaluate_members(spec.members, spec=spec, on_result=lambda _: None)
             rewards[name] = [result.reward for _, result in sorted(found.items())]
 
         def generate() -> None:

@@ -130,8 +130,8 @@ def measure(tree: dict[str, Any], out: Path) -> None:
     """One job, on each of its ranks; rank 0 writes what it found."""
     from shardes.es.strategy import Strategy
     from shardes.es.update import Update
-    from shardes.rollout.iteration import Round
-    from shardes.session import make_population, make_rollout, open_session
+    from shardes.rollout.iteration import IterationSpec
+    from shardes.session import make_evaluator, make_scheduler, open_session
     from shardes.tasks.loading import load_task
 
     config = parse_config(tree, source="benchmark")
@@ -140,8 +140,8 @@ def measure(tree: dict[str, Any], out: Path) -> None:
     with open_session(config) as session:
         world = session.mesh.world
         task = load_task(config.task)
-        rollout, *_ = make_rollout(session, task)
-        population = make_population(session, rollout)
+        rollout, *_ = make_evaluator(session, task)
+        population = make_scheduler(session, rollout)
         strategy = Strategy(config.es, num_elements=0)
         seconds: dict[str, float] = {}
         found = {}
@@ -150,7 +150,7 @@ def measure(tree: dict[str, Any], out: Path) -> None:
             nonlocal found
             found = population.evaluate_members(
                 range(members),
-                asked=Round(number, task.train, rollout, strategy),
+                spec=IterationSpec(number, task.train, rollout, strategy),
                 on_result=lambda _: None,
             )
 
@@ -162,10 +162,10 @@ def measure(tree: dict[str, Any], out: Path) -> None:
         iteration(0, num_teams)
         update(0)
         world.barrier()
-        session.spans.take()
+        session.timer.take()
         with stopwatch(seconds, "member"):
             iteration(1, num_members)
-        parts = session.spans.take()
+        parts = session.timer.take()
         with stopwatch(seconds, "update"):
             update(1)
         peak = peak_memory_bytes()

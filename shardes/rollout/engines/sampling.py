@@ -10,7 +10,7 @@ from shardes.noise import sampling_uniforms
 
 
 @dataclass(frozen=True)
-class Sampling:
+class TokenSampler:
     """How tokens are drawn.
 
     The draws are a pure function of seed, iteration, prompt, sample and position, so that all members are

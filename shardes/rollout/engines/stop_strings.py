@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-class StopTexts:
+class StopStrings:
     """Finds where one of several texts first appears in an answer.
 
     Args:

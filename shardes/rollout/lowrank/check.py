@@ -7,15 +7,15 @@ import torch
 from shardes.backends.base import Backend
 from shardes.distributed.group import Group
 from shardes.errors import UserError
-from shardes.es.perturbation import Perturbation
-from shardes.rollout.gather_modes import Batched, Mode
+from shardes.es.update import Perturbation
+from shardes.rollout.gather_modes import BatchedGather, GatherMode
 from shardes.weights.master import Weights
 
 _NUM_TOKENS = 8
 
 
 @torch.no_grad()
-def check_terms(mode: Mode, *, backend: Backend, weights: Weights, world: Group, sigma: float) -> None:
+def check_hooks(mode: GatherMode, *, backend: Backend, weights: Weights, world: Group, sigma: float) -> None:
     """Compares the logits of two members; a collective of all ranks. It leaves the model at its centre.
 
     Rounding explains a small part of what the perturbations change, and a few steps of the dtype.
@@ -30,9 +30,9 @@ def check_terms(mode: Mode, *, backend: Backend, weights: Weights, world: Group,
     Raises:
         UserError: They differ by more than rounding explains.
     """
-    assert isinstance(mode, Batched), "other modes have no terms"
+    assert isinstance(mode, BatchedGather), "other modes have no terms"
     members = [Perturbation(0, 0, sigma), Perturbation(0, 1, -sigma)]
-    config: Any = backend.lockstep_model.config
+    config: Any = backend.sharded_model.config
     vocabulary = config.get_text_config().vocab_size
     ids = (torch.arange(1, _NUM_TOKENS + 1, device=backend.device) % vocabulary)[None]
 
@@ -43,15 +43,15 @@ def check_terms(mode: Mode, *, backend: Backend, weights: Weights, world: Group,
     as_weights = []
     for member in members:
         weights.perturb(iteration=member.iteration, direction=member.direction, sigma=member.sigma)
-        as_weights.append(logits(backend.lockstep_model, ids))
+        as_weights.append(logits(backend.sharded_model, ids))
     weights.centre()
     wanted = torch.cat(as_weights)
-    centre = logits(backend.lockstep_model, ids)
+    centre = logits(backend.sharded_model, ids)
     mode.begin()
     model = mode.model()
-    mode.terms.load(members)
-    with mode.terms.on(model):
-        mode.terms.on_rows(torch.arange(2, device=backend.device))
+    mode.hooks.load(members)
+    with mode.hooks.on(model):
+        mode.hooks.on_rows(torch.arange(2, device=backend.device))
         found = logits(model, ids.expand(2, -1))
     step = torch.finfo(backend.dtype).eps
     effect, error = _rms(wanted - centre), _rms(found - wanted)

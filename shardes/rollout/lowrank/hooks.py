@@ -24,7 +24,7 @@ from shardes.backends.base import Backend
 from shardes.backends.shard import Shard
 from shardes.backends.split_linear import LinearPart
 from shardes.errors import UserError
-from shardes.es.perturbation import Perturbation
+from shardes.es.update import Perturbation
 from shardes.noise import LowRank, NoiseKind, Region, matrix_shape
 from shardes.weights.master import Weights
 
@@ -35,7 +35,7 @@ Patch = Callable[[nn.Module, Names], Callable[[], None]]
 """Has a module compute the members' outputs; returns what undoes it."""
 
 
-class MemberTerms:
+class LowRankHooks:
     """Has rows of a forward be of different members.
 
     Args:
@@ -58,8 +58,8 @@ class MemberTerms:
         self._vectors: dict[str, torch.Tensor] = {}
         self._num_members = 0
         self._members = torch.zeros(0, dtype=torch.int64)
-        self._is_split = backend.shares_batches
-        self._uses = self._find_uses(backend.lockstep_model)
+        self._is_split = backend.needs_same_batch
+        self._uses = self._find_uses(backend.sharded_model)
 
     def _find_uses(self, model: nn.Module) -> dict[str, tuple[Patch, Names]]:
         """By module: how its outputs change, and which of its parameters are trained."""

@@ -5,7 +5,7 @@ import torch
 
 from shardes.rollout.batching import LEAST_PREFIX, shared_prefix
 from shardes.rollout.engines.transformers.cuda_graphs import ladder
-from shardes.rollout.engines.transformers.decoder import Answers, Decoder
+from shardes.rollout.engines.transformers.decoder import Completions, Decoder
 from tests.helpers.decoding import BUDGET, EVERY, PAD, Rows, composed, generated, random_prompts
 
 
@@ -100,7 +100,7 @@ def test_a_member_that_is_not_finite_does_not_spoil_the_next(models):
         decoder.begin(model)
         assert not decoder.decode(model, batch).is_finite
         handle.remove()
-        assert decoder.decode(model, batch) == Answers(wanted, [True] * len(wanted))
+        assert decoder.decode(model, batch) == Completions(wanted, [True] * len(wanted))
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from shardes.errors import UserError
 from shardes.models.build import load_tokenizer
 from shardes.rollout.batching import LEAST_PREFIX, shared_prefix
-from shardes.rollout.engines.stop_strings import StopTexts
+from shardes.rollout.engines.stop_strings import StopStrings
 from shardes.rollout.engines.transformers import decoder as decode
 from shardes.rollout.engines.transformers.decoder import LEAST_ROWS, TOKENS_PER_CHECK, Decoder
 from tests.helpers.decoding import (
@@ -238,7 +238,7 @@ def test_a_stop_text_ends_an_answer_wherever_it_is_seen(models, tokenizer):
     whole = decoded(model, batch)
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in whole]
     stops = [texts[0][3:5], texts[1][6]]
-    stop = StopTexts(stops, tokenizer)
+    stop = StopStrings(stops, tokenizer)
     wanted = []
     for answer in whole:
         ends = [
@@ -256,9 +256,9 @@ def test_a_stop_text_ends_an_answer_wherever_it_is_seen(models, tokenizer):
 
 
 def test_a_stop_text_is_kept_and_what_follows_in_its_token_is_not(tokenizer):
-    stop = StopTexts(["</a>", "END"], tokenizer)
+    stop = StopStrings(["</a>", "END"], tokenizer)
     assert stop.trim("x</a>y") == "x</a>"
     assert stop.trim("xENDy</a>") == "xEND"
     assert stop.trim("nothing") == "nothing"
-    assert not StopTexts([], tokenizer)
-    assert StopTexts([], tokenizer).find([5, 6]) is None
+    assert not StopStrings([], tokenizer)
+    assert StopStrings([], tokenizer).find([5, 6]) is None

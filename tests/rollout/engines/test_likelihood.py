@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shardes.rollout.engines.transformers.likelihood import completion_log_likelihoods, compose_completions
+from shardes.rollout.engines.transformers.likelihood import compose_likelihood_batches, log_likelihoods
 from tests.helpers.decoding import EVERY, PAD, HeadInputs, random_prompts
 
 
@@ -12,12 +12,12 @@ def test_log_likelihoods_are_those_of_each_pair_alone(models, name):
     model = models[name]
     prompts = random_prompts(6, num_prompts=9)
     completions = random_prompts(7, num_prompts=9)[::-1]
-    batches = compose_completions(prompts, completions, micro_batch_size=4, pad_id=PAD)
+    batches = compose_likelihood_batches(prompts, completions, micro_batch_size=4, pad_id=PAD)
     assert [len(batch.rows) for batch in batches] == [4, 4, 1]
     found = {}
     with HeadInputs(model) as seen:
         for batch in batches:
-            found |= dict(zip(batch.rows, completion_log_likelihoods(model, batch), strict=True))
+            found |= dict(zip(batch.rows, log_likelihoods(model, batch), strict=True))
     firsts = [min(batch.prompt_lengths) - 1 for batch in batches]
     assert seen == [
         (len(batch.rows), batch.input_ids.shape[1] - first)
@@ -36,4 +36,4 @@ def test_log_likelihoods_are_those_of_each_pair_alone(models, name):
 
 def test_a_completion_without_tokens_is_an_error():
     with pytest.raises(ValueError, match="pair 1"):
-        compose_completions([[1], [2]], [[3], []], micro_batch_size=2, pad_id=PAD)
+        compose_likelihood_batches([[1], [2]], [[3], []], micro_batch_size=2, pad_id=PAD)

@@ -12,7 +12,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from shardes.rollout.engines.sampling import Sampling
+from shardes.rollout.engines.sampling import TokenSampler
 from tests.helpers.decoding import BUDGET, composed, decoded, random_prompts
 
 
@@ -42,14 +42,14 @@ def test_draws_have_the_distribution_of_transformers_warpers(temperature, top_k,
         warpers.append(TopPLogitsWarper(top_p))
     wanted = warpers(None, logits).softmax(dim=-1)[0].double().numpy()
     count = 40_000
-    found = draws(Sampling(5, temperature=temperature, top_k=top_k, top_p=top_p), logits, count=count)
+    found = draws(TokenSampler(5, temperature=temperature, top_k=top_k, top_p=top_p), logits, count=count)
     assert np.array_equal(found > 0, wanted > 1e-9) or found[wanted == 0].sum() == 0
     assert np.abs(found - wanted).max() < 5 * np.sqrt(0.25 / count)
     assert found[wanted == 0].sum() == 0
 
 
 def test_random_numbers_depend_on_what_is_drawn_and_on_nothing_else():
-    sampling = Sampling(7, temperature=1.0)
+    sampling = TokenSampler(7, temperature=1.0)
 
     def numbers(iteration=2, prompts=(4,), samples=(1,), num_tokens=6):
         return sampling.uniforms(
@@ -62,13 +62,15 @@ def test_random_numbers_depend_on_what_is_drawn_and_on_nothing_else():
     others = [numbers(iteration=3), numbers(prompts=(5,)), numbers(samples=(0,))]
     assert all(not set(row) & set(other[0]) for other in others)
     assert not set(row) & set(
-        Sampling(8, temperature=1.0).uniforms(iteration=2, prompts=[4], samples=[1], num_tokens=6)[0].tolist()
+        TokenSampler(8, temperature=1.0)
+        .uniforms(iteration=2, prompts=[4], samples=[1], num_tokens=6)[0]
+        .tolist()
     )
     assert all(0 <= value < 1 for value in row)
 
 
 def test_a_drawn_answer_does_not_depend_on_its_neighbours(models):
-    model, sampling = models["llama"], Sampling(3, temperature=1.5, top_p=0.95)
+    model, sampling = models["llama"], TokenSampler(3, temperature=1.5, top_p=0.95)
     prompts = random_prompts(5)
 
     def answers(order):

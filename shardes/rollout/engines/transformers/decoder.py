@@ -15,8 +15,8 @@ from transformers import Cache, DynamicCache
 from shardes.errors import UserError
 from shardes.models.build import last_positions
 from shardes.rollout.batching import MicroBatch
-from shardes.rollout.engines.sampling import Sampling
-from shardes.rollout.engines.stop_strings import StopTexts
+from shardes.rollout.engines.sampling import TokenSampler
+from shardes.rollout.engines.stop_strings import StopStrings
 from shardes.rollout.engines.transformers.cuda_graphs import (
     CudaGraph,
     MakeGraph,
@@ -42,7 +42,7 @@ OnRows = Callable[[torch.Tensor], None]
 
 
 @dataclass(frozen=True)
-class Answers:
+class Completions:
     """What a micro-batch was answered.
 
     Attributes:
@@ -77,8 +77,8 @@ class Decoder:
         eos_ids: Sequence[int],
         pad_id: int,
         max_new_tokens: int,
-        stop: StopTexts | None = None,
-        sampling: Sampling | None = None,
+        stop: StopStrings | None = None,
+        sampling: TokenSampler | None = None,
         make_graph: MakeGraph | None = None,
     ) -> None:
         self._eos_ids = list(eos_ids)
@@ -134,7 +134,7 @@ class Decoder:
         num_prefills: int = 1,
         most_tokens: int | None = None,
         on_rows: OnRows | None = None,
-    ) -> Answers:
+    ) -> Completions:
         """Answers a micro-batch.
 
         Args:
@@ -194,7 +194,7 @@ class Decoder:
             [self._max_new_tokens] * len(batch.rows) if batch.budgets is None else batch.budgets.tolist()
         )
         answers = [self._cut(row[:budget]) for row, budget in zip(rows.tokens.tolist(), budgets, strict=True)]
-        return Answers(answers, are_finite)
+        return Completions(answers, are_finite)
 
     def _prepared(self, model: nn.Module, batch: MicroBatch) -> Cache:
         """A cache for a micro-batch, with the shared prefix in it."""

@@ -11,7 +11,7 @@ from shardes.models.build import last_positions
 
 
 @dataclass(frozen=True)
-class CompletionBatch:
+class LikelihoodBatch:
     """Prompts, each with a completion, that go through the model together, padded on the right.
 
     Attributes:
@@ -41,9 +41,9 @@ class CompletionBatch:
         return replace(self, input_ids=self.input_ids.to(device))
 
 
-def compose_completions(
+def compose_likelihood_batches(
     prompts: Sequence[list[int]], completions: Sequence[list[int]], *, micro_batch_size: int, pad_id: int
-) -> list[CompletionBatch]:
+) -> list[LikelihoodBatch]:
     """Cuts pairs of a prompt and a completion, sorted by length (then by index), into micro-batches.
 
     As with prompts to be answered, the cut depends on nothing but its arguments.
@@ -63,12 +63,12 @@ def compose_completions(
         input_ids = torch.full((len(rows), max(lengths)), pad_id, dtype=torch.int64)
         for i, row in enumerate(rows):
             input_ids[i, : lengths[i]] = torch.tensor(pairs[row])
-        batches.append(CompletionBatch(rows, input_ids, tuple(len(prompts[row]) for row in rows), lengths))
+        batches.append(LikelihoodBatch(rows, input_ids, tuple(len(prompts[row]) for row in rows), lengths))
     return batches
 
 
 @torch.no_grad()
-def completion_log_likelihoods(model: nn.Module, batch: CompletionBatch) -> list[torch.Tensor]:
+def log_likelihoods(model: nn.Module, batch: LikelihoodBatch) -> list[torch.Tensor]:
     """The log-likelihood of every token of each completion, given all tokens before it; one forward.
 
     Padding needs no mask: it stands on the right, where a causal model cannot see it.
