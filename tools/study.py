@@ -124,7 +124,7 @@ def perturb_and_subtract() -> Any:
     import torch
 
     from shardes import noise
-    from shardes.es.update import Update
+    from shardes.es.update import Perturbation, Update
     from shardes.weights.master import Weights
 
     class Subtracting(Weights):
@@ -150,10 +150,10 @@ def perturb_and_subtract() -> Any:
                 self._add(iteration, direction, -sigma)
             self.added = None
 
-        def perturb(self, *, iteration: int, direction: int, sigma: float) -> None:
+        def perturb(self, perturbation: Perturbation) -> None:
             self._restore()
-            self._add(iteration, direction, sigma)
-            self.added = (iteration, direction, sigma)
+            self.added = (perturbation.iteration, perturbation.direction, perturbation.sigma)
+            self._add(*self.added)
 
         def centre(self) -> None:
             if self._base is not None and self.last_update is None and self.added is None:

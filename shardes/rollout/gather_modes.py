@@ -13,6 +13,7 @@ from torch import nn
 
 from shardes.backends.base import Backend
 from shardes.distributed.group import Group, Mesh
+from shardes.es.update import Perturbation
 from shardes.rollout.lowrank.hooks import LowRankHooks
 from shardes.rollout.memory import free_bytes, is_shortage, mode_bytes
 from shardes.weights.gathered import GatheredWeights
@@ -59,9 +60,9 @@ class GatherMode(ABC):
     def begin(self) -> None:  # noqa: B027
         """What is done once for all members of an iteration; a collective of the ranks of a replica."""
 
-    def perturb(self, *, iteration: int, direction: int, sigma: float) -> None:
+    def perturb(self, perturbation: Perturbation) -> None:
         """Makes the member ``direction`` the one to evaluate."""
-        self._weights.perturb(iteration=iteration, direction=direction, sigma=sigma)
+        self._weights.perturb(perturbation)
 
     def centre(self) -> None:
         """Makes the centre the one to evaluate."""
@@ -121,9 +122,9 @@ class IterationGather(GatherMode):
         """Gathers the centre."""
         self._whole.refresh()
 
-    def perturb(self, *, iteration: int, direction: int, sigma: float) -> None:
+    def perturb(self, perturbation: Perturbation) -> None:
         """Perturbs this rank's copy; no collective."""
-        self._whole.perturb(iteration=iteration, direction=direction, sigma=sigma)
+        self._whole.perturb(perturbation)
 
     def centre(self) -> None:
         """Makes this rank's copy the centre; no collective."""
@@ -186,7 +187,7 @@ class BatchedGather(GatherMode):
         self._model = self._backend.gathered() if self._gathers else self._backend.sharded_model
         self._version = self._weights.version
 
-    def perturb(self, *, iteration: int, direction: int, sigma: float) -> None:
+    def perturb(self, perturbation: Perturbation) -> None:
         """Nothing: members are given to the terms."""
 
     def centre(self) -> None:

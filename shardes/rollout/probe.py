@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 
 from shardes.distributed.group import Mesh
+from shardes.es.update import Perturbation
 from shardes.rollout.evaluator import Evaluator
 from shardes.tasks.base import Row
 
@@ -38,7 +39,7 @@ def find_micro_batch_size(
     longest = heapq.nlargest(num_rows, rows, key=lambda row: len(str(row)))
     rollout.micro_batch_size = USUAL_SIZE
     rollout.begin(rollout.prepare(longest[:USUAL_SIZE], iteration=0))
-    rollout.mode.perturb(iteration=0, direction=0, sigma=sigma)
+    rollout.mode.perturb(Perturbation(0, 0, sigma))
     per_row = rollout.samples_per_prompt
     size = -(-len(longest) * per_row // rollout.num_sharers)
     while True:

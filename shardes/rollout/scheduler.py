@@ -143,7 +143,7 @@ class MemberScheduler:
         """Has a member answer; a collective of the team."""
         mode, where = self._rollout.mode, spec.perturbation(member)
         with self._timer("perturb"):
-            mode.perturb(iteration=where.iteration, direction=where.direction, sigma=where.sigma)
+            mode.perturb(where)
         return self._rollout.start(spec.problems_of(member), group=mode.team)
 
     def _finish(self, member: int, pending: Pending, spec: IterationSpec) -> MemberResult | None:

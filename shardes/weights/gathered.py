@@ -4,6 +4,7 @@ import torch
 
 from shardes import noise
 from shardes.backends.base import Backend
+from shardes.es.update import Perturbation
 from shardes.noise import Region
 from shardes.weights.master import Weights
 
@@ -58,17 +59,17 @@ class GatheredWeights:
         self._version = self._weights.version
 
     @torch.no_grad()
-    def perturb(self, *, iteration: int, direction: int, sigma: float) -> None:
-        """Makes the model the centre plus ``sigma`` times the direction's noise."""
+    def perturb(self, perturbation: Perturbation) -> None:
+        """Makes the model the centre plus its sigma times its direction's noise."""
         for shard in self._weights.trained:
             noise.perturb(
                 self._centre[shard.name],
                 self._whole[shard.name],
                 region=Region(shard.param_id, shard.num_elements, 0, shard.num_elements, shape=shard.shape),
-                sigma=sigma,
+                sigma=perturbation.sigma,
                 seed=self._weights.seed,
-                iteration=iteration,
-                direction=direction,
+                iteration=perturbation.iteration,
+                direction=perturbation.direction,
                 kind=self._weights.kind,
             )
 

@@ -18,7 +18,7 @@ from shardes.backends.base import Backend
 from shardes.backends.shard import Shard, ShardSpan
 from shardes.errors import UserError
 from shardes.es.optimizers import Decay, Optimizer, PlainStep
-from shardes.es.update import Update
+from shardes.es.update import Perturbation, Update
 from shardes.models.checkpoint import Checkpoint
 from shardes.noise import Kind, NoiseKind, Region
 from shardes.utils.progress import progress
@@ -196,17 +196,17 @@ class Weights:
                     yield _buffer_name(shard, state), shard, view.tensors[shard.name]
 
     @torch.no_grad()
-    def perturb(self, *, iteration: int, direction: int, sigma: float) -> None:
-        """Makes the model the centre plus ``sigma`` times the direction's noise."""
+    def perturb(self, perturbation: Perturbation) -> None:
+        """Makes the model the centre plus its sigma times its direction's noise."""
         for _, region, working, master in self._on_device():
             noise.perturb(
                 master,
                 working,
                 region=region,
-                sigma=sigma,
+                sigma=perturbation.sigma,
                 seed=self.seed,
-                iteration=iteration,
-                direction=direction,
+                iteration=perturbation.iteration,
+                direction=perturbation.direction,
                 kind=self.kind,
             )
         self._backend.commit()

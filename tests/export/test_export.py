@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shardes.cli import cli
 from shardes.errors import UserError
+from shardes.es.update import Perturbation
 from shardes.export.model_card import model_card
 from shardes.export.writer import check_destination, export_model
 from shardes.models.checkpoint import Checkpoint
@@ -181,7 +182,7 @@ def test_an_export_trains_on_as_a_base_model(run, tmp_path):
 def test_exporting_changes_nothing_and_is_repeatable(run, tmp_path):
     before = run.digest()
     export_model(run, tmp_path / "a", settings=SETTINGS, iteration=3)
-    run.weights.perturb(iteration=0, direction=0, sigma=1.0)  # the centre is exported, whatever the model is
+    run.weights.perturb(Perturbation(0, 0, 1.0))  # the centre is exported, whatever the model is
     export_model(run, tmp_path / "b", settings=SETTINGS, iteration=3)
     run.weights.centre()
     assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")

@@ -16,7 +16,7 @@ from shardes.backends import make_backend
 from shardes.config.loading import parse_config
 from shardes.distributed.group import Group, make_mesh, process_group
 from shardes.distributed.stop import Stop
-from shardes.es.update import Update
+from shardes.es.update import Perturbation, Update
 from shardes.models.checkpoint import Checkpoint
 from shardes.weights.master import Weights
 from tests.helpers.tracing import Trace
@@ -102,7 +102,7 @@ class Case:
     def check_members(self):
         for direction in range(NUM_MEMBERS):
             for weights in (self.weights, self.wanted):
-                weights.perturb(iteration=0, direction=direction, sigma=0.1)
+                weights.perturb(Perturbation(0, direction, 0.1))
             self.check_forwards(f"member {direction}")
             self.check_shards(f"member {direction}")
 

@@ -28,7 +28,7 @@ def compare(session):
     centre = whole(IDS).logits.clone()
     wanted = []
     for member in MEMBERS:
-        weights.perturb(**vars(member))
+        weights.perturb(member)
         wanted.append(whole(IDS).logits.clone())
     weights.centre()
     terms = LowRankHooks(session.backend, weights)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Group, Mesh
 from shardes.errors import UserError
+from shardes.es.update import Perturbation
 from shardes.models.build import load_tokenizer
 from shardes.rewards.pool import InProcessRewards
 from shardes.rewards.scorer import Scorer
@@ -223,7 +224,7 @@ def test_an_evaluation_answers_with_the_weights_of_the_moment(session):
     problems = rollout.prepare(ROWS, iteration=0)
     world = session.mesh.world
     first = rollout.evaluate(problems, group=world).rewards
-    session.weights.perturb(iteration=0, direction=0, sigma=0.2)
+    session.weights.perturb(Perturbation(0, 0, 0.2))
     assert rollout.evaluate(problems, group=world).rewards != first
     session.weights.centre()
     assert rollout.evaluate(problems, group=world).rewards == first
@@ -234,12 +235,12 @@ def test_a_started_evaluation_does_not_see_later_weights(session):
     problems, world = rollout.prepare(ROWS, iteration=0), session.mesh.world
     alone = []
     for direction in range(3):
-        session.weights.perturb(iteration=0, direction=direction, sigma=0.2)
+        session.weights.perturb(Perturbation(0, direction, 0.2))
         alone.append(rollout.evaluate(problems, group=world))
     assert len({tuple(evaluation.rewards) for evaluation in alone}) == 3
     started = []
     for direction in range(3):
-        session.weights.perturb(iteration=0, direction=direction, sigma=0.2)
+        session.weights.perturb(Perturbation(0, direction, 0.2))
         started.append(rollout.start(problems, group=world))
     assert [rollout.finish(pending) for pending in started] == alone
 

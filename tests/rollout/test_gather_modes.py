@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 
 from shardes.distributed.group import Group, Mesh
-from shardes.es.update import Update
+from shardes.es.update import Perturbation, Update
 from shardes.rollout import gather_modes as modes
 from shardes.rollout import memory
 from shardes.rollout.gather_modes import GatherModeSelector
@@ -216,8 +216,8 @@ def test_a_copy_of_the_centre_is_perturbed_into_the_bits_of_perturbed_shards(tmp
             whole_weights.refresh()
             assert_same(bits(whole_weights.model), bits(other.backend.gathered()))
             for direction in (0, 3):
-                whole_weights.perturb(iteration=iteration, direction=direction, sigma=0.01)
-                other.weights.perturb(iteration=iteration, direction=direction, sigma=0.01)
+                whole_weights.perturb(Perturbation(iteration, direction, 0.01))
+                other.weights.perturb(Perturbation(iteration, direction, 0.01))
                 assert_same(bits(whole_weights.model), bits(other.backend.gathered()))
                 with pytest.raises(AssertionError):
                     other.weights.centre()

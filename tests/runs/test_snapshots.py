@@ -10,7 +10,7 @@ import torch
 
 from shardes.distributed.group import Group, Mesh
 from shardes.errors import UserError
-from shardes.es.update import Update
+from shardes.es.update import Perturbation, Update
 from shardes.models.checkpoint import Checkpoint
 from shardes.runs import snapshot_writer as snapshotting
 from shardes.runs.journal import read_journal
@@ -264,7 +264,7 @@ def test_members_may_be_perturbed_while_a_snapshot_is_written(session, monkeypat
         snapshotting, "write_part", lambda *a, **k: (may_write.wait(10), write_part(*a, **k))[1]
     )
     taken.begin(1, digest=digest, states_digest="0")
-    session.weights.perturb(iteration=0, direction=1, sigma=1.0)
+    session.weights.perturb(Perturbation(0, 1, 1.0))
     may_write.set()
     taken.finish()
     path = snapshot_path(session.config.run.dir, 1)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Group
 from shardes.errors import UserError
+from shardes.es.update import Perturbation
 from shardes.models.build import load_tokenizer
 from shardes.rewards.pool import InProcessRewards
 from shardes.rewards.scorer import Scorer
@@ -175,7 +176,7 @@ def test_pairs_are_tokenised_apart_and_checked(model_dir):
 
 
 def test_numbers_that_are_not_finite_are_said_to_be(session):
-    session.weights.perturb(iteration=0, direction=0, sigma=float("inf"))
+    session.weights.perturb(Perturbation(0, 0, float("inf")))
     found = evaluated(session, "cross_entropy")
     assert not found.is_finite
     assert found.rewards == [None] * len(ROWS)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardes.es.update import Update
+from shardes.es.update import Perturbation, Update
 from shardes.models.checkpoint import Checkpoint
 from shardes.noise import Region, definition
 from shardes.session import open_session
@@ -95,7 +95,7 @@ def test_perturbing_gives_the_oracles_bits_and_centre_restores_exactly(session, 
     centre = rounded(file_values(model_dir), session.backend.dtype)
     assert_same_bits(model_values(session), centre)
     for iteration, direction in itertools.product((0, 3), (0, 1, 7)):
-        session.weights.perturb(iteration=iteration, direction=direction, sigma=0.01)
+        session.weights.perturb(Perturbation(iteration, direction, 0.01))
         wanted = perturbed(centre, iteration=iteration, direction=direction, sigma=0.01)
         assert_same_bits(model_values(session), wanted)
         changed = [(wanted[name] != centre[name]).float().mean() for name in centre]
@@ -108,10 +108,10 @@ def test_updates_give_the_oracles_bits_at_the_masters_precision(session, model_d
     master = file_values(model_dir)
     dtype = session.backend.dtype
     for iteration, coefficients in enumerate([[1e-4, -2e-4, 0.0], [3e-5, 0.0, 1e-5]]):
-        session.weights.perturb(iteration=iteration, direction=0, sigma=0.01)
+        session.weights.perturb(Perturbation(iteration, 0, 0.01))
         session.weights.update(Update(iteration, coefficients))
         master = updated(master, iteration=iteration, coefficients=coefficients)
-        session.weights.perturb(iteration=iteration + 1, direction=5, sigma=0.02)
+        session.weights.perturb(Perturbation(iteration + 1, 5, 0.02))
         around = perturbed(rounded(master, dtype), iteration=iteration + 1, direction=5, sigma=0.02)
         assert_same_bits(model_values(session), around)
     session.weights.centre()
@@ -138,7 +138,7 @@ def test_tied_weights_are_one_parameter(session):
     assert [shard.param_id for shard in session.backend.shards] == list(range(len(names)))
     assert "model.embed_tokens.weight" in names
     assert "lm_head.weight" not in names
-    session.weights.perturb(iteration=0, direction=0, sigma=1.0)
+    session.weights.perturb(Perturbation(0, 0, 1.0))
     model = session.backend.gathered()
     assert model.lm_head.weight is model.model.embed_tokens.weight
 

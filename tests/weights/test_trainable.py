@@ -13,7 +13,7 @@ from shardes.backends.shard import ShardSpan
 from shardes.distributed.group import Group
 from shardes.errors import UserError
 from shardes.es.optimizers import Adam, Decay
-from shardes.es.update import Update
+from shardes.es.update import Perturbation, Update
 from shardes.models.checkpoint import Checkpoint
 from shardes.session import open_session
 from shardes.weights.master import Weights
@@ -126,7 +126,7 @@ def test_frozen_parameters_stay_as_in_the_file_and_the_others_move_as_ever(tmp_p
     before = values(backend)
     assert all(equal(before, values(all_backend)).values())
     for weights in (everything, some):
-        weights.perturb(iteration=0, direction=1, sigma=0.1)
+        weights.perturb(Perturbation(0, 1, 0.1))
     same = equal(values(backend), values(all_backend))
     assert {name for name, is_same in same.items() if is_same} == trained
     same = equal(values(backend), before)
@@ -172,7 +172,7 @@ def test_chunks_of_any_size_give_the_same_bits(tmp_path, model_dir, dtype, chunk
     start = masters(chunked)
     for iteration in range(2):
         for weights in (plain, chunked):
-            weights.perturb(iteration=iteration, direction=1, sigma=0.1)
+            weights.perturb(Perturbation(iteration, 1, 0.1))
         assert all(equal(values(backend), values(other)).values())
         for weights in (plain, chunked):
             weights.update(Update(iteration, [0.1, -0.2, 0.05], alpha=0.1))

@@ -42,7 +42,7 @@ def check_hooks(mode: GatherMode, *, backend: Backend, weights: Weights, world: 
 
     as_weights = []
     for member in members:
-        weights.perturb(iteration=member.iteration, direction=member.direction, sigma=member.sigma)
+        weights.perturb(member)
         as_weights.append(logits(backend.sharded_model, ids))
     weights.centre()
     wanted = torch.cat(as_weights)
