@@ -35,11 +35,10 @@ from shardes.weights.master import Weights
 
 logger = logging.getLogger(__name__)
 
-# What a rollout.mode is for backends that leave no choice, and why.
-_ONLY_MODES = {
-    ("single", "auto"): ("prompts", "every rank holds a whole model, so nothing is gathered"),
-    ("tensor_parallel", "auto"): ("stream", "no rank ever holds a whole model"),
-    ("tensor_parallel", "batched"): ("batched_stream", "no rank ever holds a whole model"),
+# What rollout.gather: auto is for backends that leave no choice, and why.
+_ONLY_GATHERS = {
+    "single": ("member", "every rank holds a whole model, so nothing is gathered"),
+    "tensor_parallel": ("layer", "no rank ever holds a whole model"),
 }
 
 
@@ -182,16 +181,24 @@ def make_evaluator(
     on_error = config.task.on_reward_error
     scorer = Scorer(task, rewards=rewards, on_error=on_error)
     scorers = {name: Scorer(other, rewards=rewards, on_error=on_error) for name, other in others.items()}
-    mode: str = config.rollout.mode
-    if (only := _ONLY_MODES.get((config.parallel.backend, mode))) is not None:
-        logger.info("rollout.mode: %s is %s: %s", mode, *only)
-        mode = only[0]
+    gather: str = config.rollout.gather
+    is_batched = config.rollout.is_batched
+    only = _ONLY_GATHERS.get(config.parallel.backend)
+    if gather == "auto" and only is not None and not (is_batched and only[0] == "member"):
+        logger.info("rollout.gather: auto is %s: %s", *only)
+        gather = only[0]
     rollout = Evaluator(
         session.backend,
         tokenizer=load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code),
         mesh=session.mesh,
         scorer=scorer,
-        modes=GatherModeSelector(mode, backend=session.backend, weights=session.weights, mesh=session.mesh),
+        modes=GatherModeSelector(
+            gather,
+            is_batched=is_batched,
+            backend=session.backend,
+            weights=session.weights,
+            mesh=session.mesh,
+        ),
         settings=config.rollout,
         seed=config.es.seed,
         timer=session.timer,

@@ -238,7 +238,7 @@ class TrainingLoop:
     def _update(self, update: Update) -> None:
         """Moves the weights, and says what the iteration was."""
         self._move_weights(update)
-        self._reporter.end_iteration(update.iteration, rollout_mode=self._rollout.mode_name)
+        self._reporter.end_iteration(update.iteration, gather=self._rollout.mode_name)
 
     def _move_weights(self, update: Update) -> None:
         """Moves the weights, measuring that if it is due, and records what they became."""

@@ -45,7 +45,7 @@ SHORT = [
     "run.snapshot_every=2",
 ]
 # What depends on the clock or on how members are evaluated, or is not written again after a crash.
-VOLATILE = ("seconds", "rollout_mode", "peak_memory_bytes", "weights_digest")
+VOLATILE = ("seconds", "gather", "peak_memory_bytes", "weights_digest")
 # After the kill, how long the others may take to end. Without a launcher it is the ranks that see to it: at
 # once, unless the dead one had not met them yet; then, when parallel.timeout_seconds are over.
 END_SECONDS = 40

@@ -109,7 +109,6 @@ ARMS = {
                 "es.noise": "low_rank",
                 "es.rank": rank,
                 "es.iterations": iterations,
-                "rollout.mode": "batched",
                 "rollout.members_per_forward": 32 if rank == 1 else 16,
             },
             tasks=("quickstart",),

@@ -77,8 +77,8 @@ class TensorParallelBackend(ShardedBackend):
         """
         if self._group.world_size > 1:
             raise UserError(
-                "rollout.mode: parallel.backend: tensor_parallel never gathers the model; set rollout.mode: "
-                "stream, or parallel.backend: fsdp"
+                "rollout.gather: parallel.backend: tensor_parallel never gathers the model; set "
+                "rollout.gather: layer, or parallel.backend: fsdp"
             )
         return self.sharded_model
 

@@ -23,7 +23,7 @@ class EsConfig(Section):
     noise: Literal["gaussian", "rademacher", "low_rank"] = "gaussian"
     """``gaussian``: standard normal, as in the paper. ``rademacher``: +1 or -1, much cheaper to compute.
     ``low_rank``: of a matrix the product of two normal matrices of ``rank`` columns, of a vector standard
-    normal; many members can then be evaluated in one forward (``rollout.mode: batched``)."""
+    normal; many members can then be evaluated in one forward (``rollout.members_per_forward``)."""
     rank: int = Field(default=1, gt=0, lt=2**16)
     """Columns of the factors of ``noise: low_rank``. The element's variance is 1 for every rank."""
     noise_reuse: int = Field(default=1, gt=0)

@@ -101,24 +101,22 @@ class ParallelConfig(Section):
 class RolloutConfig(Section):
     """How members answer prompts."""
 
-    mode: Literal["auto", "stream", "prompts", "members", "batched", "batched_stream"] = "auto"
-    """``stream``: layers are gathered in every forward, all ranks of a replica in step. ``prompts``: a
-    member's weights are gathered once into a whole model on every rank, which then generates without a
-    collective; the ranks share the prompts. ``members``: the centre is gathered once an iteration, and every
-    rank evaluates members of its own, adding their noise to a whole model; it holds two copies. ``auto``: the
-    last of the three that fits into the memory that is free, and the one before it where memory runs out all
-    the same; ``stream`` for ``tensor_parallel``, which has no other. All give the same bits. Where every
-    rank holds a whole model anyway (``single``, or a ``shard_size`` of 1), there is no second copy, and
-    ``members`` says only that ranks do not share prompts.
-
-    ``batched``, for ``es.noise: low_rank``: many members in one forward, as terms added to what the layers of
-    the centre compute; every rank evaluates members of its own. The centre is gathered once an iteration, or,
-    where that does not fit, in every forward, as it always is with ``batched_stream``. Both give the same
-    bits; from the other modes they differ by rounding, so a run keeps to the one kind or the other."""
-    members_per_forward: Annotated[int, Field(gt=0)] | Literal["auto"] = 16
-    """Members whose prompts are rows of one forward, in the batched modes: each costs less, the more there
-    are, and memory for as many caches. Like ``micro_batch_size`` it may change the last bits. ``auto``: as
-    many as fit when the run begins, at most 64; the run keeps what was found."""
+    gather: Literal["auto", "iteration", "member", "layer"] = "auto"
+    """When the weights that members are evaluated with are gathered. ``iteration``: the centre, once an
+    iteration, into a whole model on every rank; each rank evaluates members of its own, adding their noise to
+    its copy, and holds two copies. ``member``: each member's weights, once, into a whole model on every rank;
+    the ranks of a replica share its prompts. ``layer``: every layer in every forward, all ranks of a replica
+    in step. ``auto``: the first of the three for which every rank has the memory, and the next one where
+    memory runs out all the same; ``layer`` for ``tensor_parallel``, which has no other. All give the same
+    bits. Where every rank holds a whole model anyway (``single``, or a ``shard_size`` of 1), there is no
+    second copy, and ``iteration`` says only that ranks do not share prompts. With several members in a
+    forward the model stays the centre, and ``iteration`` takes one copy."""
+    members_per_forward: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
+    """Members whose prompts are rows of one forward. More than 1, or ``auto``, needs ``es.noise: low_rank``:
+    members are terms added to what the layers of the centre compute, and each costs less, the more there
+    are, but takes memory for a cache of its own. Like ``micro_batch_size`` the number may change the last
+    bits, so a run keeps to one. ``auto``: as many as fit when the run begins, at most 64; the run keeps what
+    was found."""
     micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = 32
     """Prompts per forward. Micro-batches are composed from the data alone, so results do not depend on the
     number of ranks; a different size may change the last bits. ``auto``: as many as memory allows and as give
@@ -141,7 +139,7 @@ class RolloutConfig(Section):
     @property
     def is_batched(self) -> bool:
         """Whether members are evaluated many at a time."""
-        return self.mode in ("batched", "batched_stream")
+        return self.members_per_forward != 1
 
     @field_validator("stop")
     @classmethod
@@ -362,10 +360,11 @@ class Config(Section):
     def _tensor_parallelism_streams(cls, value: RolloutConfig, info: ValidationInfo) -> RolloutConfig:
         parallel = info.data.get("parallel")
         is_parallel = parallel is not None and parallel.backend == "tensor_parallel"
-        if is_parallel and value.mode in ("prompts", "members"):
+        if is_parallel and value.gather in ("iteration", "member"):
             raise ValueError(
-                f"mode is {value.mode}, which gathers the whole model on every rank, but parallel.backend: "
-                "tensor_parallel never gathers it; set rollout.mode: stream, or parallel.backend: fsdp"
+                f"gather is {value.gather}, which gathers the whole model on every rank, but "
+                "parallel.backend: tensor_parallel never gathers it; set rollout.gather: layer, or "
+                "parallel.backend: fsdp"
             )
         return value
 
@@ -377,13 +376,13 @@ class Config(Section):
             return value
         if value.noise != "low_rank":
             raise ValueError(
-                f"noise is {value.noise}, but rollout.mode: {rollout.mode} needs es.noise: low_rank; set "
-                "that, or rollout.mode: auto"
+                f"noise is {value.noise}, but rollout.members_per_forward: {rollout.members_per_forward} "
+                "needs es.noise: low_rank; set that, or rollout.members_per_forward: 1"
             )
         if value.prompts_per_member is not None:
             raise ValueError(
                 f"prompts_per_member is {value.prompts_per_member}, but the members of a forward answer the "
-                f"same prompts under rollout.mode: {rollout.mode}; set it to null, or rollout.mode: auto"
+                "same prompts; set it to null, or rollout.members_per_forward: 1"
             )
         return value
 
@@ -414,7 +413,7 @@ class Config(Section):
         free = {
             "model.path",
             "model.trust_remote_code",
-            "rollout.mode",
+            "rollout.gather",
             "weights.master_device",
             "es.min_valid_fraction",
             "task.data",
@@ -433,8 +432,11 @@ class Config(Section):
         kept = {k: v for k, v in flat.items() if k not in free and not k.startswith(others)}
         if self.es.sigma_schedule == "constant":
             kept["es.alpha"] = self.alpha
+        # Settled runs have a number; ``auto`` is left where there was memory for no more than one.
         if not self.rollout.is_batched:
             kept["rollout.members_per_forward"] = None
+        elif self.rollout.members_per_forward == "auto":
+            kept["rollout.members_per_forward"] = 1
         kept["task.data sha256"] = data_sha256
         return kept
 

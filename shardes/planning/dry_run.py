@@ -50,7 +50,7 @@ def dry_run(session: Session, trainer: TrainingLoop, task: Task) -> list[str]:
         *report(plan, files=check_files(config.model.path, model)),
         "",
         f"dry run    one member, {_NUM_PROBLEMS} prompts: {reward}, {result.num_tokens} tokens in "
-        f"{shown_seconds(found.seconds)}, rollout.mode: {found.mode_name}, "
+        f"{shown_seconds(found.seconds)}, rollout.gather: {found.mode_name}, "
         f"{shown_bytes(found.peak_memory_bytes)} at most on rank 0",
         "dry run    nothing was trained, and nothing was written",
     ]

@@ -2,7 +2,7 @@
 
 Everything is computed from the configuration, the architecture (``config.json``) and the shapes of its
 parameters, by the rules that the run itself follows: those of the backends for who holds what, and those of
-``rollout/memory.py`` for what ``rollout.mode: auto`` compares with the memory that is free.
+``rollout/memory.py`` for what ``rollout.gather: auto`` compares with the memory that is free.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class RankMemory:
         optimizer: Of what the optimizer keeps, wherever it is.
         passing: On the device, for what is kept in host memory and passes through.
         is_on_host: Whether master and optimizer are in host memory.
-        modes: By rollout mode, the fastest first: what it holds besides.
+        modes: By ``rollout.gather``, the fastest first: what it holds besides.
         gather_buffers: For the moment of gathering a whole model.
         cache: Keys and values of a micro-batch.
         activations: Activations and logits of a micro-batch.
@@ -69,7 +69,7 @@ class RankMemory:
     def needed(self, mode: str) -> int:
         """The most on the device in a mode."""
         moment = self.activations
-        if not mode.endswith("stream"):
+        if mode != "layer":
             moment = max(moment, self.gather_buffers)
         return self.held + self.modes[mode] + self.cache + moment
 
@@ -130,14 +130,14 @@ class Plan:
         is_single = config.parallel.backend == "single"
         shard_size = config.parallel.shard_size or (1 if is_single else world_size)
         if shard_size is None:
-            wanted = config.rollout.mode
-            modes = [wanted] if wanted not in ("auto", "batched") else self._mode_names()
+            wanted = config.rollout.gather
+            modes = [wanted] if wanted != "auto" else self._mode_names()
             found = [size for mode in modes if (size := self.fewest_ranks(mode)) is not None]
             if not found:
                 raise UserError(
                     f"--device-memory: got {shown_bytes(machine.memory_bytes)}, but no number of ranks up "
-                    f"to {_MOST_RANKS} holds the model with rollout.mode: {config.rollout.mode}; give "
-                    "--world-size to see what is missing, a smaller rollout.micro_batch_size, or another mode"
+                    f"to {_MOST_RANKS} holds the model with rollout.gather: {wanted}; give "
+                    "--world-size to see what is missing, a smaller rollout.micro_batch_size, or another one"
                 )
             shard_size = min(found)
         self.world_size = world_size or shard_size
@@ -181,19 +181,15 @@ class Plan:
 
     @property
     def chosen_mode(self) -> str | None:
-        """What ``rollout.mode`` comes to; None if that does not fit."""
-        wanted = self.config.rollout.mode
-        # A batched run goes on streamed where a copy does not fit.
-        names = list(self.memory.modes) if wanted in ("auto", "batched") else [wanted]
+        """What ``rollout.gather`` comes to; None if that does not fit."""
+        wanted = self.config.rollout.gather
+        names = list(self.memory.modes) if wanted == "auto" else [wanted]
         return next((name for name in names if self.fits(name)), None)
 
     def _mode_names(self) -> list[str]:
-        is_batched = self.config.rollout.is_batched
         if self.config.parallel.backend == "tensor_parallel":
-            return ["batched_stream" if is_batched else "stream"]
-        if is_batched:
-            return ["batched", "batched_stream"]
-        return ["members", "prompts", "stream"]
+            return ["layer"]
+        return ["iteration", "layer"] if self.config.rollout.is_batched else ["iteration", "member", "layer"]
 
     @property
     def _members_per_forward(self) -> int:
@@ -268,28 +264,28 @@ class Plan:
 
     def _modes(self, shares: RankFootprint) -> dict[str, int]:
         itemsize = self.dtype.itemsize
-        stream = {"stream": shares.gathered * itemsize}
+        layer = {"layer": shares.gathered * itemsize}
         if self.config.parallel.backend == "tensor_parallel":
             return dict.fromkeys(self._mode_names(), shares.gathered * itemsize)
         if self.config.rollout.is_batched:
             copy = shares.whole * itemsize * (shares.num_ranks > 1 and not self._is_whole)
-            return {"batched": copy, "batched_stream": shares.gathered * itemsize}
+            return {"iteration": copy} | layer
         if self._is_whole:
-            return {"prompts": 0, "members": 0, "stream": 0}
+            return {"member": 0, "iteration": 0, "layer": 0}
         held = mode_bytes(
             copy=shares.whole * itemsize,
             centre=self.num_trained * itemsize,
             is_sharded=shares.num_ranks > 1,
         )
-        # Of a replica on one rank, members are evaluated as prompts are.
-        return held | {"members": held.get("members", held["prompts"])} | stream
+        # Of a replica on one rank, members are gathered as with ``member``.
+        return held | {"iteration": held.get("iteration", held["member"])} | layer
 
     def cost(self, mode: str) -> ModeCost:
         """What an iteration takes of a rank, if every answer is as long as it may be."""
         load, machine, ranks = self.workload, self.machine, self.shard_size
         is_split = self.config.parallel.backend == "tensor_parallel"
         is_batched = self.config.rollout.is_batched
-        is_apart = (mode == "members" or is_batched) and not is_split
+        is_apart = (mode == "iteration" or is_batched) and not is_split
         num_teams = self.world_size if is_apart else self.num_replicas
         together = self._members_per_forward
         num_members = -(-load.num_members // (num_teams * together))
@@ -309,8 +305,7 @@ class Plan:
             reductions = 2 * config.num_hidden_layers * config.hidden_size * itemsize
             received = 2 * share * reductions * num_tokens
         else:
-            once, streamed = {"members": 1, "batched": 1, "prompts": num_members}, num_forwards
-            num_gathers = once.get(mode, streamed)
+            num_gathers = {"iteration": 1, "member": num_members}.get(mode, num_forwards)
             received = num_gathers * self.num_parameters * itemsize * share
         part = 1 / ranks if is_split else 1.0
         reading = part * self.num_parameters * itemsize / machine.memory_bytes_per_second

@@ -6,11 +6,9 @@ from shardes.planning.plan import Plan
 from shardes.utils.units import shown_bytes, shown_count, shown_seconds
 
 _MODE_HOLDS = {
-    "members": "the centre and a copy of the model",
-    "prompts": "a copy of the model",
-    "stream": "what a forward has gathered",
-    "batched": "a copy of the model",
-    "batched_stream": "what a forward has gathered",
+    "iteration": "the centre and a copy of the model",
+    "member": "a copy of the model",
+    "layer": "what a forward has gathered",
 }
 
 
@@ -61,10 +59,10 @@ def _memory(plan: Plan) -> list[str]:
         ("master weights", memory.master, config.weights.master + place),
         (f"states of {config.es.optimizer}", memory.optimizer, "float32" + place),
         ("what passes through", memory.passing, "on its way from and to host memory"),
-        *((f"mode {mode}", held, _MODE_HOLDS[mode]) for mode, held in memory.modes.items()),
+        *((f"gather {mode}", held, _MODE_HOLDS[mode]) for mode, held in memory.modes.items()),
         ("keys and values", memory.cache, "while answering"),
         ("activations and logits", memory.activations, "while answering"),
-        ("buffers of a gather", memory.gather_buffers, "for the moment; not in mode stream"),
+        ("buffers of a gather", memory.gather_buffers, "for the moment; not with layer"),
     ]
     rows = [(f"  {name}", shown_bytes(held), f"  {note}") for name, held, note in lines if held]
     width = max(len(name) for name, *_ in rows)
@@ -72,7 +70,7 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _modes(plan: Plan) -> list[str]:
-    rows = [("mode", "needs", "fits", "fewest ranks", "gathers", "received", "about")]
+    rows = [("gather", "needs", "fits", "fewest ranks", "gathers", "received", "about")]
     for mode in plan.memory.modes:
         cost, fewest = plan.cost(mode), plan.fewest_ranks(mode)
         rows.append(
@@ -105,13 +103,13 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _conclusion(plan: Plan) -> str:
-    wanted, found = plan.config.rollout.mode, plan.chosen_mode
+    wanted, found = plan.config.rollout.gather, plan.chosen_mode
     if found is not None:
-        return f"rollout.mode: {wanted} " + ("fits" if found == wanted else f"comes to {found}")
+        return f"rollout.gather: {wanted} " + ("fits" if found == wanted else f"comes to {found}")
     needs = min(plan.memory.needed(mode) for mode in plan.memory.modes if wanted in ("auto", mode))
     has = shown_bytes(plan.usable_bytes)
     return (
-        f"DOES NOT FIT: rollout.mode: {wanted} needs {shown_bytes(needs)} of {has}. Less is needed with more "
-        "ranks to a replica, weights.master: model, weights.master_device: cpu, or a smaller "
+        f"DOES NOT FIT: rollout.gather: {wanted} needs {shown_bytes(needs)} of {has}. Less is needed with "
+        "more ranks to a replica, weights.master: model, weights.master_device: cpu, or a smaller "
         "rollout.micro_batch_size"
     )

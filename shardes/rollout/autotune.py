@@ -32,7 +32,7 @@ def resolve_auto(
         mesh: All ranks.
 
     Returns:
-        The configuration without ``auto``, but for the rollout mode.
+        The configuration without ``auto``, but for ``rollout.gather``.
     """
     settings = config.rollout
 
@@ -51,7 +51,8 @@ def resolve_auto(
     if settings.is_batched and settings.members_per_forward == "auto":
         count = _kept_or_found("members_per_forward", find_count, config=config, world=mesh.world)
         rollout.members_per_forward = count
-        settings = settings.model_copy(update={"members_per_forward": count})
+        if count > 1:  # else it stays auto: with 1, members would not be evaluated as terms
+            settings = settings.model_copy(update={"members_per_forward": count})
     return config.model_copy(update={"rollout": settings})
 
 

@@ -297,7 +297,7 @@ class Evaluator:
 
     @property
     def mode_name(self) -> str | None:
-        """Its name in ``rollout.mode``; None if it is not known yet."""
+        """Its name in ``rollout.gather``; None if it is not known yet."""
         return self._modes.name
 
     def begin(self, problems: PromptBatch) -> None:

@@ -1,4 +1,4 @@
-"""How a member's weights become a model that answers: what ``rollout.mode`` chooses.
+"""How a member's weights become a model that answers: what ``rollout.gather`` chooses.
 
 The modes that evaluate members one by one compute the same bits, and so do the batched ones. They differ in
 who holds what, and in when ranks have to talk.
@@ -21,16 +21,17 @@ from shardes.weights.master import Weights
 
 logger = logging.getLogger(__name__)
 
-# The values of ``rollout.mode`` that leave a choice, and what from: the fastest, which takes the most memory,
-# to the one that takes none.
-_BY_SPEED = {"auto": ("members", "prompts", "stream"), "batched": ("batched", "batched_stream")}
+# What ``auto`` chooses from, for members one by one and for several in a forward: the fastest, which takes
+# the most memory, to the one that takes none.
+_BY_SPEED = ("iteration", "member", "layer")
+_BY_SPEED_BATCHED = ("iteration", "layer")
 
 
 class GatherMode(ABC):
     """A way to evaluate a member.
 
     Args:
-        name: As in ``rollout.mode``.
+        name: As in ``rollout.gather``.
         backend: The model.
         weights: Its weights.
         team: The ranks that evaluate one member together.
@@ -139,8 +140,8 @@ class BatchedGather(GatherMode):
     """The model stays the centre; many members at a time are terms added to what its layers compute.
 
     Args:
-        name: ``batched``: the centre is gathered once an iteration, into a whole model on every rank.
-            ``batched_stream``: the engine gathers it, layer by layer, in every forward.
+        name: ``iteration``: the centre is gathered once an iteration, into a whole model on every rank.
+            ``layer``: the backend gathers it, layer by layer, in every forward.
         backend: The model.
         weights: Its weights.
         team: The ranks that evaluate one chunk of members together.
@@ -151,7 +152,7 @@ class BatchedGather(GatherMode):
 
     def __init__(self, name: str, *, backend: Backend, weights: Weights, team: Group) -> None:
         super().__init__(name, backend=backend, weights=weights, team=team)
-        self._gathers = name == "batched"
+        self._gathers = name == "iteration"
         self._version: int | None = None
         self._terms: LowRankHooks | None = None
 
@@ -198,15 +199,15 @@ class BatchedGather(GatherMode):
         return self._model
 
 
-def make_mode(name: str, *, backend: Backend, weights: Weights, mesh: Mesh) -> GatherMode:
+def make_mode(name: str, *, is_batched: bool, backend: Backend, weights: Weights, mesh: Mesh) -> GatherMode:
     """The mode of a name, ``auto`` excepted."""
-    if name == "stream":
-        return LayerGather(name, backend=backend, weights=weights, team=mesh.shard)
-    if name == "prompts":
-        return MemberGather(name, backend=backend, weights=weights, team=mesh.shard)
-    if name in _BY_SPEED["batched"]:
+    if is_batched:
         team = mesh.shard if backend.needs_same_batch else mesh.alone
         return BatchedGather(name, backend=backend, weights=weights, team=team)
+    if name == "layer":
+        return LayerGather(name, backend=backend, weights=weights, team=mesh.shard)
+    if name == "member":
+        return MemberGather(name, backend=backend, weights=weights, team=mesh.shard)
     if backend.is_sharded:
         return IterationGather(name, backend=backend, weights=weights, team=mesh.alone)
     # Every rank holds a whole model already: it is perturbed where it is.
@@ -217,15 +218,19 @@ class GatherModeSelector:
     """The mode in use, and, where memory decides, which one that is.
 
     Args:
-        wanted: The value of ``rollout.mode``.
+        wanted: The value of ``rollout.gather``.
+        is_batched: Whether several members share a forward.
         backend: The model.
         weights: Its weights.
         mesh: The ranks.
     """
 
-    def __init__(self, wanted: str, *, backend: Backend, weights: Weights, mesh: Mesh) -> None:
-        self._by_speed = _BY_SPEED.get(wanted, ())
-        self._wanted = wanted
+    def __init__(
+        self, wanted: str, *, is_batched: bool, backend: Backend, weights: Weights, mesh: Mesh
+    ) -> None:
+        by_speed: tuple[str, ...] = _BY_SPEED_BATCHED if is_batched else _BY_SPEED
+        self._by_speed = by_speed if wanted == "auto" else ()
+        self._is_batched = is_batched
         self._backend = backend
         self._weights = weights
         self._mesh = mesh
@@ -233,7 +238,13 @@ class GatherModeSelector:
         self._current = None if self._by_speed else self._make(wanted)
 
     def _make(self, name: str) -> GatherMode:
-        return make_mode(name, backend=self._backend, weights=self._weights, mesh=self._mesh)
+        return make_mode(
+            name,
+            is_batched=self._is_batched,
+            backend=self._backend,
+            weights=self._weights,
+            mesh=self._mesh,
+        )
 
     @property
     def current(self) -> GatherMode:
@@ -249,7 +260,7 @@ class GatherModeSelector:
     @property
     def are_batched(self) -> bool:
         """Whether members are evaluated many at a time."""
-        return self._wanted in _BY_SPEED["batched"]
+        return self._is_batched
 
     @property
     def can_step_down(self) -> bool:
@@ -288,7 +299,7 @@ class GatherModeSelector:
             torch.cuda.empty_cache()
         if self._mesh.world.is_main:
             logger.warning(
-                "memory ran out with rollout.mode %s, so this run goes on with %s; a smaller "
+                "memory ran out with rollout.gather %s, so this run goes on with %s; a smaller "
                 "rollout.micro_batch_size might keep the faster mode",
                 old.name,
                 self._current.name,
@@ -300,14 +311,14 @@ class GatherModeSelector:
         copy = sum(shard.num_elements for shard in self._backend.shards) * itemsize
         centre = sum(shard.num_elements for shard in self._weights.trained) * itemsize
         held = mode_bytes(copy=copy, centre=centre, is_sharded=self._backend.is_sharded)
-        if self._wanted == "batched":
-            held = {"batched": copy * self._backend.is_sharded}
+        if self._is_batched:
+            held = {"iteration": copy * self._backend.is_sharded}
         needs = {name: need + generation_bytes for name, need in held.items()}
         free = self._mesh.world.min(free_bytes(self._backend.device))
         name = next((name for name, need in needs.items() if need <= free), self._by_speed[-1])
         wants = ", ".join(f"{other} needs {_gib(need)}" for other, need in needs.items())
         here = f"{_gib(generation_bytes)} of it to generate; {_gib(free)} are free on every rank"
-        logger.info("rollout.mode: %s is %s: %s, %s", self._wanted, name, wants, here)
+        logger.info("rollout.gather: auto is %s: %s, %s", name, wants, here)
         return name
 
 

@@ -59,7 +59,7 @@ def mode_bytes(*, copy: int, centre: int, is_sharded: bool) -> dict[str, int]:
         is_sharded: Whether ranks hold different elements.
     """
     # Where a replica is one rank's, gathering it costs nothing and the centre need not be kept.
-    return ({"members": copy + centre} if is_sharded else {}) | {"prompts": copy}
+    return ({"iteration": copy + centre} if is_sharded else {}) | {"member": copy}
 
 
 def cache_bytes(

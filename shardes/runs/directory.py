@@ -225,7 +225,7 @@ def read_run(run_dir: Path, *, base: Path | None, backend: str) -> tuple[Config,
         UserError: The directory holds no run.
     """
     changes: dict[str, str | None] = {"run.dir": str(run_dir), "parallel.backend": backend}
-    changes |= {"parallel.deepspeed": None, "parallel.shard_size": None, "rollout.mode": "auto"}
+    changes |= {"parallel.deepspeed": None, "parallel.shard_size": None, "rollout.gather": "auto"}
     if base is not None:
         changes["model.path"] = str(base)
     config = load_run_config(run_dir, changes)

@@ -131,7 +131,7 @@ class Reporter:
         if self._run is not None:
             self._call(self._callbacks.on_evaluation, self._line_of_centre(iteration))
 
-    def end_iteration(self, iteration: int, *, rollout_mode: str | None) -> None:
+    def end_iteration(self, iteration: int, *, gather: str | None) -> None:
         """The weights have had the iteration's update: writes its line, and says so.
 
         Raises:
@@ -143,7 +143,7 @@ class Reporter:
         if self._run is not None:
             line = iteration_metrics(self._run.history, iteration) | {
                 "seconds": self._timer.take(),
-                "rollout_mode": rollout_mode,
+                "gather": gather,
                 "peak_memory_bytes": peak_memory_bytes(self._device),
             }
             self._write(line)

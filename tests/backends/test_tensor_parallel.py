@@ -20,10 +20,10 @@ def skeleton(path):
     return build_skeleton(config, dtype=torch.float32, trust_remote_code=False)
 
 
-@pytest.mark.parametrize("mode", ["prompts", "members"])
+@pytest.mark.parametrize("mode", ["member", "iteration"])
 def test_modes_that_gather_the_model_are_refused(mode, tmp_path):
-    config = tree(tmp_path, model="m", run_dir="r", parallel__backend="tensor_parallel", rollout__mode=mode)
-    with pytest.raises(UserError, match=f"rollout: mode is {mode}, .* set rollout.mode: stream"):
+    config = tree(tmp_path, model="m", run_dir="r", parallel__backend="tensor_parallel", rollout__gather=mode)
+    with pytest.raises(UserError, match=f"rollout: gather is {mode}, .* set rollout.gather: layer"):
         parse_config(config, source="test")
 
 

@@ -125,7 +125,7 @@ def test_an_unknown_key_far_from_all_is_refused_with_all():
         ("parallel.shard_size", 0),
         ("parallel.timeout_seconds", 0),
         ("parallel.threads_per_rank", 0),
-        ("rollout.mode", "members-first"),
+        ("rollout.gather", "members-first"),
         ("rollout.max_new_tokens", 0),
         ("rollout.stop", [""]),
         ("rollout.temperature", -1),
@@ -318,12 +318,12 @@ def test_a_rank_is_for_noise_that_has_one():
     assert parse_config(tree, source="test").es.rank == 4
 
 
-@pytest.mark.parametrize("mode", ["batched", "batched_stream"])
-def test_batched_modes_want_noise_of_low_rank(mode):
-    assert f"es: noise is gaussian, but rollout.mode: {mode} needs es.noise: low_rank" in refusal(
-        "rollout.mode", mode
+@pytest.mark.parametrize("count", [2, "auto"])
+def test_many_members_in_a_forward_want_noise_of_low_rank(count):
+    assert f"es: noise is gaussian, but rollout.members_per_forward: {count} needs es.noise: low_" in refusal(
+        "rollout.members_per_forward", count
     )
-    tree = with_key("rollout.mode", mode)
+    tree = with_key("rollout.members_per_forward", count)
     tree["es"]["noise"] = "low_rank"
     assert parse_config(tree, source="test").rollout.is_batched
     tree["parallel"] = {"backend": "tensor_parallel"}
@@ -355,7 +355,7 @@ def test_an_algorithm_that_would_not_be_what_was_meant_is_refused(es, words):
 
 def test_members_of_one_forward_answer_the_same_prompts():
     tree = with_key("es.prompts_per_member", 3)
-    tree["es"]["noise"], tree["rollout"]["mode"] = "low_rank", "batched"
+    tree["es"]["noise"], tree["rollout"]["members_per_forward"] = "low_rank", 4
     with pytest.raises(UserError, match=r"es: prompts_per_member is 3"):
         parse_config(tree, source="test")
 

@@ -84,10 +84,10 @@ def test_what_the_head_plans_fits(name, skeletons):
     )
     assert plan.chosen_mode is not None, plan.memory
     assert plan.num_replicas == plan.world_size // (config.parallel.shard_size or plan.world_size)
-    if config.rollout.mode == "prompts":
+    if config.rollout.gather == "member":
         # Which only fits because the masters are elsewhere.
         assert plan.memory.is_on_host
-        assert plan.memory.needed("prompts") + plan.memory.master > plan.usable_bytes
+        assert plan.memory.needed("member") + plan.memory.master > plan.usable_bytes
 
 
 @pytest.fixture(scope="module")

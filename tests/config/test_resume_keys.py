@@ -26,7 +26,7 @@ FREE = [
     ("parallel.deepspeed", "ds.json"),
     ("parallel.timeout_seconds", 5),
     ("parallel.threads_per_rank", 2),
-    ("rollout.mode", "stream"),
+    ("rollout.gather", "layer"),
     ("weights.master_device", "cpu"),
     ("eval.every", 3),
     ("log.samples_every", 3),
@@ -130,7 +130,7 @@ def test_every_key_is_known_to_be_free_or_binding(resume_fingerprint):
         "task.data",  # by content
         "task.reward",  # by the user's own care
         "task.label_words",  # of tasks that the minimal configuration does not name; see below
-        "rollout.members_per_forward",  # of modes that it does not name; see below
+        "rollout.members_per_forward",  # where it is not 1; see below
     }
     others = {"task.label_words", "task.data sha256", "rollout.members_per_forward"}
     assert set(resume_fingerprint()) == {key for key, _ in BINDING} | others
@@ -141,9 +141,10 @@ def test_the_members_of_a_forward_bind_where_there_are_several(resume_fingerprin
         found = resume_fingerprint("rollout", {"max_new_tokens": 5} | rollout)
         return found["rollout.members_per_forward"]
 
-    assert members() is members(members_per_forward=4) is members(mode="stream") is None
-    assert members(mode="batched") == members(mode="batched_stream") == 16
-    assert members(mode="batched", members_per_forward=4) == 4
+    assert members() is members(members_per_forward=1) is members(gather="layer") is None
+    assert members(members_per_forward=4) == members(members_per_forward=4, gather="layer") == 4
+    # What is still auto when a run begins has found memory for one.
+    assert members(members_per_forward="auto") == 1
 
 
 def test_label_words_bind(resume_fingerprint):

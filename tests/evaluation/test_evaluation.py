@@ -343,14 +343,14 @@ def test_a_hostile_reward_does_not_stop_the_run(tmp_path):
 
 @pytest.mark.exhaustive
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["stream", "prompts", "members"])
+@pytest.mark.parametrize("mode", ["layer", "member", "iteration"])
 def test_a_hostile_reward_on_two_ranks_leaves_the_weights_of_a_calm_one(tmp_path, mode):
     model = tiny_model(tmp_path / "model", tied=True)
     for name, text in (("hostile", HOSTILE), ("calm", CALM)):
         reward = tmp_path / f"{name}.py"
         reward.write_text(text)
         changes = {"task__reward": f"{reward}:score", "task__reward_timeout_seconds": 0.5, "eval__every": 0}
-        changes |= {"parallel__backend": "fsdp", "rollout__mode": mode, "es__iterations": 2}
+        changes |= {"parallel__backend": "fsdp", "rollout__gather": mode, "es__iterations": 2}
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(tree(tmp_path, model=model, run_dir=tmp_path / name, **changes)))
         run_ranks(

@@ -8,7 +8,7 @@ from tests.helpers.ranks import ROOT, run_ranks
 
 def backend_case(tmp_path, *, model, checks=(), **changes):
     """One case: a configuration, and the names of further checks."""
-    mode = {"rollout__mode": "stream"}
+    mode = {"rollout__gather": "layer"}
     return {
         "config": tree(tmp_path, model=model, run_dir=tmp_path / "run", **(mode | changes)),
         "checks": list(checks),

@@ -6,7 +6,7 @@ from tests.helpers.exports import fingerprint
 from tests.helpers.ranks import ROOT, run_ranks
 
 # What depends on the clock, or on how members are evaluated.
-VOLATILE = ("seconds", "rollout_mode", "peak_memory_bytes")
+VOLATILE = ("seconds", "gather", "peak_memory_bytes")
 
 
 def steady_metrics(run_dir):
@@ -15,10 +15,10 @@ def steady_metrics(run_dir):
     return [{key: value for key, value in line.items() if key not in VOLATILE} for line in lines]
 
 
-def rollout_modes(run_dir):
+def gathers_of(run_dir):
     """The mode of each iteration."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line["rollout_mode"] for line in lines if "rollout_mode" in line]
+    return [line["gather"] for line in lines if "gather" in line]
 
 
 def run_cases(root, name, trees, world_size, shortages=None):

@@ -42,7 +42,7 @@ NUM_PARAMETERS = {
 }
 GIB = 2**30
 LOAD = Workload(num_members=30, num_sequences=200, micro_batch_rows=25, prompt_tokens=100, answer_tokens=1024)
-ALL_MODES = ["members", "prompts", "stream"]
+ALL_MODES = ["iteration", "member", "layer"]
 
 
 def config_of(**changes):
@@ -93,10 +93,10 @@ def test_72_billion_by_hand(models):
     block += hidden + 2 * heads_kept + 2 * hidden  # biases of q, k and v; norms
     memory = plan_of(models("qwen2.5-72b"), parallel__backend="fsdp").memory
     assert block < vocab * hidden
-    assert memory.modes["stream"] == pytest.approx(2 * 2 * vocab * hidden + 2 * hidden, rel=1e-4)
+    assert memory.modes["layer"] == pytest.approx(2 * 2 * vocab * hidden + 2 * hidden, rel=1e-4)
     assert memory.cache == 2 * 80 * heads_kept * 2 * 25 * (100 + 1024)
     copy = 2 * NUM_PARAMETERS["qwen2.5-72b"]
-    assert memory.modes["prompts"] == pytest.approx(copy, rel=1e-4)
+    assert memory.modes["member"] == pytest.approx(copy, rel=1e-4)
     assert memory.modes["members"] == pytest.approx(2 * copy, rel=1e-4)
 
 
@@ -104,16 +104,16 @@ def test_modes_and_ranks_of_large_models(models):
     plan = plan_of(models("qwen2.5-72b"))
     # 6 bytes a parameter are 54.5e9 a rank; whole copies are out of reach.
     assert [plan.fits(mode) for mode in ALL_MODES] == [False, False, True]
-    assert plan.chosen_mode == "stream"
-    assert plan_of(models("qwen2.5-7b")).chosen_mode == "members"
+    assert plan.chosen_mode == "layer"
+    assert plan_of(models("qwen2.5-7b")).chosen_mode == "iteration"
     found = {
         name: plan_of(models(name), world_size=None).world_size
         for name in ("qwen2.5-7b", "llama-3.1-70b", "llama-3.1-405b")
     }
     for name, world_size in found.items():
-        assert plan_of(models(name), world_size=world_size).fits("stream")
+        assert plan_of(models(name), world_size=world_size).fits("layer")
         fewer = world_size - 1 if world_size <= 16 else world_size - 8
-        assert fewer == 0 or not plan_of(models(name), world_size=fewer).fits("stream")
+        assert fewer == 0 or not plan_of(models(name), world_size=fewer).fits("layer")
     assert found["qwen2.5-7b"] == 1
     # 6 bytes a parameter alone are 4.9 and 28.3 times 80 GiB.
     assert 5 <= found["llama-3.1-70b"] <= 8
@@ -144,7 +144,7 @@ def test_tensor_parallelism_takes_ranks_that_divide_the_heads(models):
     assert plan.memory.cache * 4 == whole.memory.cache
     # Norms are whole on every rank.
     assert 0 < plan.memory.working - whole.memory.working / 4 < 2 * 3584 * 60
-    assert list(plan.memory.modes) == ["stream"]
+    assert list(plan.memory.modes) == ["layer"]
     with pytest.raises(UserError, match="28 attention heads and 4 key-value heads, which 8 ranks"):
         plan_of(model, world_size=8, parallel__backend="tensor_parallel")
     few = plan_of(model, world_size=None, memory=30 * GIB, parallel__backend="tensor_parallel")
@@ -169,30 +169,30 @@ def test_what_an_iteration_costs(models):
     assert members.seconds < prompts.seconds + 2 * reading < stream.seconds
     # Two replicas of 4: half of the members each.
     halves = plan_of(model, parallel__shard_size=4)
-    assert (halves.num_replicas, halves.cost("prompts").num_gathers) == (2, 15)
-    assert halves.cost("prompts").received_bytes == pytest.approx(15 * copy * 3 / 4)
-    split = plan_of(model, world_size=4, parallel__backend="tensor_parallel").cost("stream")
+    assert (halves.num_replicas, halves.cost("member").num_gathers) == (2, 15)
+    assert halves.cost("member").received_bytes == pytest.approx(15 * copy * 3 / 4)
+    split = plan_of(model, world_size=4, parallel__backend="tensor_parallel").cost("layer")
     num_tokens = 30 * 8 * 25 * (100 + 1023)
     assert split.received_bytes == 2 * 0.75 * 2 * 28 * 3584 * 2 * num_tokens
-    single = plan_of(model, parallel__backend="single").cost("prompts")
+    single = plan_of(model, parallel__backend="single").cost("member")
     assert (single.num_gathers, single.received_bytes) == (0, 0)
 
 
 def test_members_of_a_forward_share_its_gathers(models):
     keys = {"es__noise": "low_rank", "rollout__members_per_forward": 10}
     one = plan_of(models("qwen2.5-7b"))
-    many = plan_of(models("qwen2.5-7b"), **keys, rollout__mode="batched")
-    assert list(many.memory.modes) == ["batched", "batched_stream"]
+    many = plan_of(models("qwen2.5-7b"), **keys)
+    assert list(many.memory.modes) == ["iteration", "layer"]
     assert many.memory.cache == 10 * one.memory.cache
-    gathered, streamed = many.cost("batched"), many.cost("batched_stream")
+    gathered, streamed = many.cost("iteration"), many.cost("layer")
     # 30 members in 3 chunks, of which a rank has one.
     assert (gathered.num_gathers, streamed.num_gathers) == (1, 8 * 1024)
-    assert many.memory.modes["batched_stream"] == one.memory.modes["stream"]
+    assert many.memory.modes["layer"] == one.memory.modes["layer"]
     # Under tensor parallelism a replica's ranks evaluate a chunk together.
     split = {"world_size": 4, "parallel__backend": "tensor_parallel"}
-    together = plan_of(models("qwen2.5-7b"), **keys, **split, rollout__mode="batched")
-    assert list(together.memory.modes) == ["batched_stream"]
-    cost, alone = together.cost("batched_stream"), plan_of(models("qwen2.5-7b"), **split).cost("stream")
+    together = plan_of(models("qwen2.5-7b"), **keys, **split)
+    assert list(together.memory.modes) == ["layer"]
+    cost, alone = together.cost("layer"), plan_of(models("qwen2.5-7b"), **split).cost("layer")
     assert cost.num_gathers == 0
     assert cost.received_bytes == pytest.approx(alone.received_bytes)
     assert cost.seconds < alone.seconds
@@ -217,7 +217,7 @@ def measured_against_plan(tmp_path, cases, *, world_size):
         plan, _ = plan_run(
             parse_config(case, source="case"), machine=Machine(GIB, "cpu"), world_size=world_size
         )
-        mode = case["rollout"]["mode"]
+        mode = case["rollout"]["gather"]
         name = f"{case['parallel']['backend']} {mode} {Path(case['model']['path']).name}"
         assert found["held"] == plan.memory.held, name
         ratios[name] = found["peak"] / plan.memory.needed(mode)
@@ -229,14 +229,14 @@ def wrong_plans(ratios):
     return {
         name: ratio
         for name, ratio in ratios.items()
-        if not (0.75 if name.startswith("zero3 stream") else 0.9) <= ratio <= 1.1
+        if not (0.75 if name.startswith("zero3 layer") else 0.9) <= ratio <= 1.1
     }
 
 
 def case_of(tmp_path, model, backend, mode, **changes):
     short = {"rollout__max_new_tokens": 3, "task__data": tmp_path / "few.jsonl", "es__population": 2}
     (tmp_path / "few.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(4)))
-    changes = {"parallel__backend": backend, "rollout__mode": mode, **short, **changes}
+    changes = {"parallel__backend": backend, "rollout__gather": mode, **short, **changes}
     return tree(tmp_path, model=model, run_dir=tmp_path / "run", **changes)
 
 
@@ -244,12 +244,12 @@ def case_of(tmp_path, model, backend, mode, **changes):
 def test_memory_is_what_two_ranks_measure(tmp_path, model):
     pytest.importorskip("deepspeed")
     cases = [
-        case_of(tmp_path, model, "zero3", "stream"),
-        case_of(tmp_path, model, "zero3", "members"),
-        case_of(tmp_path, model, "fsdp", "stream", es__optimizer="adam"),
-        case_of(tmp_path, model, "fsdp", "prompts", weights__master="model"),
-        case_of(tmp_path, model, "tensor_parallel", "stream"),
-        case_of(tmp_path, model, "single", "prompts", es__optimizer="momentum"),
+        case_of(tmp_path, model, "zero3", "layer"),
+        case_of(tmp_path, model, "zero3", "iteration"),
+        case_of(tmp_path, model, "fsdp", "layer", es__optimizer="adam"),
+        case_of(tmp_path, model, "fsdp", "member", weights__master="model"),
+        case_of(tmp_path, model, "tensor_parallel", "layer"),
+        case_of(tmp_path, model, "single", "member", es__optimizer="momentum"),
     ]
     assert not wrong_plans(measured_against_plan(tmp_path, cases, world_size=2))
 
@@ -263,7 +263,7 @@ def test_memory_is_what_three_ranks_measure_of_tied_and_narrow_models(tmp_path, 
         for backend in ("zero3", "fsdp")
         for mode in ALL_MODES
     ]
-    cases += [case_of(tmp_path, path, "tensor_parallel", "stream") for path in (tied, model)]
+    cases += [case_of(tmp_path, path, "tensor_parallel", "layer") for path in (tied, model)]
     assert not wrong_plans(measured_against_plan(tmp_path, cases, world_size=3))
 
 
@@ -288,7 +288,7 @@ def test_likelihoods_generate_nothing(models):
     generated = plan_of(models("qwen2.5-0.5b"), world_size=1).memory
     # Logits at 512 places of 25 rows.
     assert plan.memory.activations > 25 * 512 * 151936 * 2 > generated.activations
-    assert plan.cost("stream").num_gathers == 0
+    assert plan.cost("layer").num_gathers == 0
 
 
 def write_config(tmp_path, **changes):
@@ -306,12 +306,12 @@ def test_the_command_prints_a_page(tmp_path, model):
     found = planned(config, "--world-size", 2, "--device-memory", "1GiB", "--reserve", "0")
     assert found.returncode == 0, found.stderr
     assert "2 with fsdp, 1 replica(s) of 2; 1.00 GiB each, 0 B of it left alone" in found.stdout
-    assert "rollout.mode: auto comes to members" in found.stdout
-    assert re.search(r"^members +\S+ MiB +yes +1 +1 +\S+ MiB +\S+ s$", found.stdout, re.MULTILINE)
+    assert "rollout.gather: auto comes to iteration" in found.stdout
+    assert re.search(r"^iteration +\S+ MiB +yes +1 +1 +\S+ MiB +\S+ s$", found.stdout, re.MULTILINE)
     assert max(map(len, found.stdout.splitlines())) <= 120
     short = planned(config, "--world-size", 2, "--device-memory", "4MiB", "--reserve", "0")
     assert short.returncode == 1
-    assert "DOES NOT FIT: rollout.mode: auto needs" in short.stdout
+    assert "DOES NOT FIT: rollout.gather: auto needs" in short.stdout
     assert planned(config, "--world-size", 2, "es.sigma=0.1").returncode == 0
     assert not (tmp_path / "run").exists()
 
@@ -386,7 +386,7 @@ def test_a_dry_run_leaves_nothing_behind(tmp_path, model):
     found = call("train", "--config", config, "--dry-run", "rollout.micro_batch_size=auto")
     assert found.returncode == 0, found.stderr
     assert re.search(r"one member, 2 prompts: reward \S+, \d+ tokens", found.stdout), found.stdout
-    assert "rollout.mode: prompts" in found.stdout
+    assert "rollout.gather: member" in found.stdout
     assert "9 in a forward" in found.stdout  # what auto found
     assert not (tmp_path / "run").exists()
     assert call("train", "--config", config).returncode == 0
@@ -432,7 +432,7 @@ def test_a_run_chooses_the_mode_that_is_planned(models, monkeypatch):
             monkeypatch.setattr(modes, "free_bytes", lambda device, free=free: free)
             weights = SimpleNamespace(trained=shards)
             chosen = modes.GatherModeSelector(
-                "auto", backend=backend, weights=weights, mesh=Mesh(world, world)
+                "auto", is_batched=False, backend=backend, weights=weights, mesh=Mesh(world, world)
             )
             chosen.choose(generating)
             assert chosen.name == wanted

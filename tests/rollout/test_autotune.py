@@ -118,14 +118,14 @@ def test_ranks_agree_on_what_the_poorest_has_memory_for(tmp_path, model):
             model=model,
             run_dir=tmp_path / name,
             parallel__backend="fsdp",
-            rollout__mode=mode,
+            rollout__gather=mode,
             rollout__micro_batch_size=size,
             es__iterations=2,
         )
 
     # Where ranks share an iteration's problems, each gets some; rank 1 cannot take its first share.
     # In step nothing is tried, since the others would wait.
-    sizes = {"prompts": 3, "members": 5, "stream": 5}
+    sizes = {"member": 3, "iteration": 5, "layer": 5}
     autos = [case(f"auto-{mode}", mode, "auto") for mode in sizes]
     shortages = {i: [["decode", 1, 0]] for i in (0, 1)}
     found = run_cases(tmp_path, "auto", autos, 2, shortages=shortages)

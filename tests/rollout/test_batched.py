@@ -14,11 +14,10 @@ from shardes.trainer import TrainingLoop
 from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model, tree
-from tests.helpers.runs import rollout_modes, run_cases, steady_metrics
+from tests.helpers.runs import gathers_of, run_cases, steady_metrics
 
 # Seven members in chunks of three: the last chunk is smaller, and one rank of two has none.
 BATCHED = {
-    "rollout__mode": "batched",
     "rollout__members_per_forward": 3,
     "rollout__max_new_tokens": 12,
     "rollout__stop": ["7", "3+"],
@@ -99,7 +98,7 @@ def test_members_earn_what_they_earn_one_by_one(tmp_path, models, monkeypatch, a
         monkeypatch.setattr(decode, "ROWS_PER_PART", 3)
         monkeypatch.setattr(decode, "TOKENS_PER_PART", 1)
     together = rewards(train(tmp_path, name="together", **changes))
-    alone = rewards(train(tmp_path, name="alone", **changes, rollout__mode="prompts"))
+    alone = rewards(train(tmp_path, name="alone", **changes, rollout__members_per_forward=1))
     assert len(together) == 14
     assert len(set(together.values())) > 7
     assert together == alone
@@ -115,7 +114,7 @@ def test_pairs_and_reused_directions_earn_what_they_earn_one_by_one(tmp_path, mo
         "es__iterations": 3,
     }
     together = rewards(train(tmp_path, name="together", **changes))
-    alone = rewards(train(tmp_path, name="alone", **changes, rollout__mode="prompts"))
+    alone = rewards(train(tmp_path, name="alone", **changes, rollout__members_per_forward=1))
     assert len(together) == 6 + 8 + 8
     assert len(set(together.values())) > 10
     assert together == alone
@@ -124,7 +123,7 @@ def test_pairs_and_reused_directions_earn_what_they_earn_one_by_one(tmp_path, mo
 def test_given_completions_are_as_likely_as_one_by_one(tmp_path, models):
     changes = write_choices(tmp_path)
     together = rewards(train(tmp_path, models["qwen2"], "together", **changes))
-    alone = rewards(train(tmp_path, models["qwen2"], "alone", **changes, rollout__mode="prompts"))
+    alone = rewards(train(tmp_path, models["qwen2"], "alone", **changes, rollout__members_per_forward=1))
     assert together.keys() == alone.keys()
     # One by one the weights differ in later iterations, by as little.
     assert all(abs(together[key] - alone[key]) < 1e-4 * abs(alone[key]) for key in alone)
@@ -164,10 +163,10 @@ def strip(run_dir):
 def test_a_mode_of_the_other_kind_and_another_number_of_members_are_refused(tmp_path, models):
     run_dir = train(tmp_path, models["qwen2"])
     before = (run_dir / "journal.jsonl").read_bytes()
-    for changes in ({"rollout__mode": "prompts"}, {"rollout__members_per_forward": 4}):
+    for changes in ({"rollout__members_per_forward": 1}, {"rollout__members_per_forward": 4}):
         with pytest.raises(UserError, match=r"rollout\.members_per_forward: the run has 3, this conf"):
             train(tmp_path, models["qwen2"], **changes)
-    train(tmp_path, models["qwen2"], rollout__mode="batched_stream")
+    train(tmp_path, models["qwen2"], rollout__gather="layer")
     assert (run_dir / "journal.jsonl").read_bytes() == before
 
 
@@ -203,7 +202,9 @@ def test_a_wrong_rule_is_caught_before_the_first_iteration(tmp_path, models, mon
         return 2 * out - right(self, module, x, out, names)
 
     monkeypatch.setattr(hooks.LowRankHooks, broken, wrong)
-    with pytest.raises(UserError, match=r"rollout\.mode: batched computes other logits for a member"):
+    with pytest.raises(
+        UserError, match=r"rollout\.members_per_forward: forwards of many members compute other logits"
+    ):
         train(tmp_path, models["qwen2"], model__dtype=dtype)
     assert not (tmp_path / "run" / "journal.jsonl").exists()
 
@@ -283,16 +284,16 @@ def check_spread(tmp_path, models, oracle, *, world_size, cases, shortages=None)
     for i, case in enumerate(cases):
         assert found[i] == prints, case
         assert steady_metrics(tmp_path / f"run-spread-{i}") == metrics, case
-        used = "batched_stream" if i in shortages else case.get("rollout__mode", "batched")
-        assert set(rollout_modes(tmp_path / f"run-spread-{i}")) == {used}
+        used = "layer" if i in shortages else case.get("rollout__gather", "iteration")
+        assert set(gathers_of(tmp_path / f"run-spread-{i}")) == {used}
 
 
 @pytest.mark.slow
 def test_two_ranks_give_the_bytes_of_one(tmp_path, models, oracle):
     cases = [
         {"parallel__backend": "fsdp"},
-        {"parallel__backend": "fsdp", "rollout__mode": "batched_stream"},
-        {"parallel__backend": "zero3", "rollout__mode": "batched_stream"},
+        {"parallel__backend": "fsdp", "rollout__gather": "layer"},
+        {"parallel__backend": "zero3", "rollout__gather": "layer"},
         # In the first chunks of the first iteration, on one rank.
         {"parallel__backend": "zero3"},
     ]
@@ -303,8 +304,8 @@ def check_split(tmp_path, model, *, world_size, **changes):
     """Trains by tensor parallelism, whose forwards add up in another order, and in one process."""
     alone = rewards(train(tmp_path, model, "alone", es__iterations=1, **changes))
     cases = [
-        {"rollout__mode": "batched"},
-        {"rollout__mode": "batched_stream", "parallel__shard_size": 2},
+        {},
+        {"rollout__gather": "layer", "parallel__shard_size": 2},
     ]
     common = {"parallel__backend": "tensor_parallel", "es__iterations": 1} | changes
     trees = spread_trees(tmp_path, model, "split", [common | case for case in cases])
@@ -312,7 +313,7 @@ def check_split(tmp_path, model, *, world_size, **changes):
     for i in range(len(cases)):
         run_dir = tmp_path / f"run-split-{i}"
         assert rewards(run_dir) == pytest.approx(alone, rel=1e-4)
-        assert set(rollout_modes(run_dir)) == {"batched_stream"}
+        assert set(gathers_of(run_dir)) == {"layer"}
 
 
 @pytest.mark.slow
@@ -334,14 +335,14 @@ def test_replicas_of_ranks_that_split_layers_earn_what_one_does(tmp_path, tied):
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_any_number_of_ranks_and_any_mesh_give_the_bytes_of_one(tmp_path, models, oracle, world_size):
     cases = [
-        {"parallel__backend": backend, "rollout__mode": mode}
+        {"parallel__backend": backend, "rollout__gather": mode}
         for backend in ("fsdp", "zero3", "single")
-        for mode in ("batched", "batched_stream")
+        for mode in ("iteration", "layer")
     ]
     if world_size == 4:
         cases += [
-            {"parallel__backend": backend, "rollout__mode": mode, "parallel__shard_size": 2}
+            {"parallel__backend": backend, "rollout__gather": mode, "parallel__shard_size": 2}
             for backend in ("fsdp", "zero3")
-            for mode in ("batched", "batched_stream")
+            for mode in ("iteration", "layer")
         ]
     check_spread(tmp_path, models, oracle, world_size=world_size, cases=cases)

@@ -102,7 +102,7 @@ def length(completions):
 LENGTH = Component("length", length, weight=0.0)
 
 
-def rollout_of(session, reward, *, mode="prompts", mesh=None, changes=None, others=()):
+def rollout_of(session, reward, *, mode="member", mesh=None, changes=None, others=()):
     rewards = (Component("own", reward), *others)
     task = Task("test", ROWS, [], lambda row: row["prompt"], rewards)
     return Evaluator(
@@ -110,7 +110,9 @@ def rollout_of(session, reward, *, mode="prompts", mesh=None, changes=None, othe
         tokenizer=load_tokenizer(session.config.model.path, trust_remote_code=False),
         mesh=mesh or session.mesh,
         scorer=Scorer(task, rewards=InProcessRewards(rewards), on_error="exclude"),
-        modes=GatherModeSelector(mode, backend=session.backend, weights=session.weights, mesh=session.mesh),
+        modes=GatherModeSelector(
+            mode, is_batched=False, backend=session.backend, weights=session.weights, mesh=session.mesh
+        ),
         settings=RolloutConfig(**({"max_new_tokens": 6, "micro_batch_size": 4} | (changes or {}))),
         seed=0,
         timer=session.timer,
@@ -134,7 +136,7 @@ def answers_alone(model_dir):
     return answers, [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 
-@pytest.mark.parametrize("mode", ["prompts", "stream"])
+@pytest.mark.parametrize("mode", ["member", "layer"])
 def test_every_row_earns_what_its_own_answer_is_worth(session, model_dirs, mode):
     answers, texts = answers_alone(model_dirs["qwen2"])
     seen = {}
@@ -282,7 +284,7 @@ def test_where_ranks_share_batches_all_answer_the_same_and_the_first_scores(sess
     for rank in range(4):
         world = LoneRank(rank, 4, torch.device("cpu"))
         mesh = Mesh(world, LoneRank(rank % 2, 2, torch.device("cpu")))
-        rollout = rollout_of(session, lambda p, c, n: spread(p, c), mode="stream", mesh=mesh)
+        rollout = rollout_of(session, lambda p, c, n: spread(p, c), mode="layer", mesh=mesh)
         batches = []
         monkeypatch.setattr(
             rollout,

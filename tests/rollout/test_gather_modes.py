@@ -103,19 +103,19 @@ def make_modes(monkeypatch, *, free, wanted="auto", mesh=None, trained=2, **attr
     monkeypatch.setattr(modes, "free_bytes", lambda device: free)
     weights = SimpleNamespace(trained=backend.shards[:trained])
     return backend, GatherModeSelector(
-        wanted, backend=backend, weights=weights, mesh=mesh or Mesh(WORLD, WORLD)
+        wanted, is_batched=False, backend=backend, weights=weights, mesh=mesh or Mesh(WORLD, WORLD)
     )
 
 
 @pytest.mark.parametrize(
     ("free", "trained", "wanted"),
     [
-        (450, 2, "members"),
-        (449, 2, "prompts"),
-        (370, 1, "members"),  # of frozen parameters there is one copy
-        (250, 2, "prompts"),
-        (249, 2, "stream"),
-        (0, 2, "stream"),
+        (450, 2, "iteration"),
+        (449, 2, "member"),
+        (370, 1, "iteration"),  # of frozen parameters there is one copy
+        (250, 2, "member"),
+        (249, 2, "layer"),
+        (0, 2, "layer"),
     ],
 )
 def test_auto_is_the_fastest_mode_that_fits(monkeypatch, caplog, free, trained, wanted):
@@ -125,7 +125,7 @@ def test_auto_is_the_fastest_mode_that_fits(monkeypatch, caplog, free, trained, 
         chosen.choose(10**9)  # later problems do not change it
     assert chosen.current.name == wanted
     (line,) = [r.getMessage() for r in caplog.records if "auto is" in r.getMessage()]
-    assert line.startswith(f"rollout.mode: auto is {wanted}: members needs")
+    assert line.startswith(f"rollout.gather: auto is {wanted}: iteration needs")
     assert "are free on every rank" in line
 
 
@@ -140,42 +140,42 @@ def test_auto_goes_by_the_rank_with_the_least_memory(monkeypatch):
     world = Poor(0, 2, CPU)
     _, chosen = make_modes(monkeypatch, free=10**9, mesh=Mesh(world, world))
     chosen.choose(50)
-    assert chosen.current.name == "prompts"
+    assert chosen.current.name == "member"
 
 
 def test_auto_gathers_whole_models_only_where_ranks_hold_parts(monkeypatch):
     _, chosen = make_modes(monkeypatch, free=10**9, is_sharded=False)
     chosen.choose(50)
-    assert chosen.current.name == "prompts"
+    assert chosen.current.name == "member"
 
 
 def test_teams_are_replicas_and_in_members_mode_single_ranks(monkeypatch):
     mesh = Mesh(Group(3, 4, CPU), Group(1, 2, CPU))
-    for name, size in (("stream", 2), ("prompts", 2), ("members", 1)):
+    for name, size in (("layer", 2), ("member", 2), ("iteration", 1)):
         for is_sharded in (True, False):
             _, chosen = make_modes(monkeypatch, free=0, wanted=name, mesh=mesh, is_sharded=is_sharded)
             assert chosen.current.team.world_size == size
-            assert chosen.current.forward_is_collective == (name == "stream" and is_sharded)
+            assert chosen.current.forward_is_collective == (name == "layer" and is_sharded)
             assert not chosen.can_step_down
 
 
 def test_a_shortage_while_memory_is_reserved_steps_down_with_a_warning(monkeypatch, caplog):
     backend, chosen = make_modes(monkeypatch, free=10**9, shortages=1)
     chosen.choose(50)
-    assert chosen.current.name == "prompts"
+    assert chosen.current.name == "member"
     assert backend.calls == ["reserve", "release", "reserve"]
-    assert "memory ran out with rollout.mode members, so this run goes on with prompts" in caplog.text
+    assert "memory ran out with rollout.gather iteration, so this run goes on with member" in caplog.text
     backend, chosen = make_modes(monkeypatch, free=10**9, shortages=2)
     chosen.choose(50)
-    assert chosen.current.name == "stream"
+    assert chosen.current.name == "layer"
     assert not chosen.can_step_down
 
 
 def test_a_mode_that_the_user_chose_is_not_left(monkeypatch):
-    _, chosen = make_modes(monkeypatch, free=10**9, wanted="members", shortages=1)
+    _, chosen = make_modes(monkeypatch, free=10**9, wanted="iteration", shortages=1)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         chosen.choose(50)
-    assert chosen.current.name == "members"
+    assert chosen.current.name == "iteration"
 
 
 def test_other_errors_are_not_taken_for_a_shortage(monkeypatch):
@@ -247,11 +247,11 @@ def test_the_centre_is_gathered_once_however_many_members_are_made_of_it(tmp_pat
         assert len(gathers) == 3
 
 
-@pytest.mark.parametrize(("backend", "wanted"), [("single", "prompts"), ("tensor_parallel", "stream")])
+@pytest.mark.parametrize(("backend", "wanted"), [("single", "member"), ("tensor_parallel", "layer")])
 def test_backends_without_a_choice_make_none(tmp_path, caplog, backend, wanted):
     model = tiny_model(tmp_path / "model", tied=True)
     config = make_config(tmp_path, model=model, run_dir=tmp_path / "run", parallel__backend=backend)
     with caplog.at_level(logging.INFO), open_session(config) as session:
         rollout, *_ = make_evaluator(session, load_task(config.task))
         assert rollout.mode.name == wanted
-    assert f"rollout.mode: auto is {wanted}: " in caplog.text
+    assert f"rollout.gather: auto is {wanted}: " in caplog.text

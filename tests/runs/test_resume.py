@@ -32,7 +32,7 @@ def steady_lines(path):
     """The lines of a file without what depends on the clock, or is not restored after a crash."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
-        for volatile in ("seconds", "rollout_mode", "peak_memory_bytes", "weights_digest"):
+        for volatile in ("seconds", "gather", "peak_memory_bytes", "weights_digest"):
             line.pop(volatile, None)
     return lines
 
@@ -63,7 +63,7 @@ def test_another_configuration_in_the_same_directory_is_refused_and_loses_nothin
     assert never.returncode == 2
     assert "run.resume" in never.stderr
     # What does not change the result may change.
-    assert train(config, "rollout.mode=stream", "eval.every=1").returncode == 0
+    assert train(config, "rollout.gather=layer", "eval.every=1").returncode == 0
 
 
 def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path):

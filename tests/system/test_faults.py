@@ -57,7 +57,7 @@ FAULTS = {
     "raise-rank-0": ("raise", 0, 5, {}, [1, 1], r"rank 0 failed:(?s:.*)ArithmeticError: this rank has"),
     # All ranks of a replica share each member's prompts, and are in collectives with the one that fails.
     "raise-prompts": (
-        *("raise", 1, 5, {"rollout__mode": "prompts", "parallel__backend": "fsdp"}),
+        *("raise", 1, 5, {"rollout__gather": "member", "parallel__backend": "fsdp"}),
         *([1, 1], r"rank 1 failed:(?s:.*)ArithmeticError: this rank has miscounted"),
     ),
     "die": ("die", 1, 5, {}, [1, -9], r"rank\(s\) 1 ended without a word"),
@@ -71,7 +71,7 @@ FAULTS = {
             "hang",
             1,
             5,
-            {"parallel__timeout_seconds": 3, "rollout__mode": "prompts", "parallel__backend": "fsdp"},
+            {"parallel__timeout_seconds": 3, "rollout__gather": "member", "parallel__backend": "fsdp"},
         ),
         *([1, 1], r"rank 0 failed:(?s:.*)timed out waiting for another rank \(parallel\.timeout_seconds\)"),
     ),
@@ -90,7 +90,7 @@ FAULTS = {
     ),
     "stop": ("stop", 1, 5, {}, [0, 0], f"stopped by SIGUSR1; {FAREWELL}"),
     "stop-prompts": (
-        *("stop", 1, 5, {"rollout__mode": "prompts", "parallel__backend": "fsdp"}),
+        *("stop", 1, 5, {"rollout__gather": "member", "parallel__backend": "fsdp"}),
         *([0, 0], f"stopped by SIGUSR1; {FAREWELL}"),
     ),
     "slow-stop": ("slow_stop", 1, 5, {"run__stop_seconds": 1}, [0, 0], f"stopped by SIGTERM; {FAREWELL}"),

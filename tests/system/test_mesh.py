@@ -17,7 +17,7 @@ from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model, tree
 from tests.helpers.ranks import Ranks
-from tests.helpers.runs import rollout_modes, run_cases, steady_metrics
+from tests.helpers.runs import gathers_of, run_cases, steady_metrics
 
 CPU = torch.device("cpu")
 TRAINABLE = [".*", "!.*(norm|embed).*", r"model\.norm\.weight"]
@@ -64,18 +64,18 @@ def oracle(model_dirs, tmp_path_factory):
 
 
 def case(kind, backend, mode="auto", shard_size=None, *, shortages=(), **changes):
-    keys = {"parallel__backend": backend, "rollout__mode": mode, "parallel__shard_size": shard_size}
+    keys = {"parallel__backend": backend, "rollout__gather": mode, "parallel__shard_size": shard_size}
     return kind, keys | changes, list(shortages)
 
 
 CASES = {
     2: [
         case("plain", "single"),
-        case("narrow", "single", "prompts", 2),
-        case("narrow", "zero3", "members"),
-        case("partly", "zero3", "stream"),
-        case("plain", "fsdp", "members"),
-        case("narrow", "fsdp", "stream", 1),
+        case("narrow", "single", "member", 2),
+        case("narrow", "zero3", "iteration"),
+        case("partly", "zero3", "layer"),
+        case("plain", "fsdp", "iteration"),
+        case("narrow", "fsdp", "layer", 1),
         case("partly", "fsdp", "auto", 1, weights__master_device="cpu"),
         # Calls of decode: 3 micro-batches a member, and 3 shared by the ranks for the centre before them. The
         # last of rank 1's first member; and rank 0's 15th, which it reaches only after that.
@@ -83,20 +83,20 @@ CASES = {
         case("plain", "zero3", shortages=[("reserve", 1, 0), ("decode", 1, 0)]),
     ],
     3: [
-        case("partly", "zero3", "members"),
+        case("partly", "zero3", "iteration"),
         case("narrow", "fsdp", "auto"),
-        case("plain", "fsdp", "prompts", 1),
+        case("plain", "fsdp", "member", 1),
     ],
     4: [
         case("plain", "single", "auto", 2),
-        case("plain", "fsdp", "stream", 2),
-        case("narrow", "fsdp", "prompts", 2),
-        case("partly", "fsdp", "members", 2),
-        case("plain", "zero3", "stream", 2),
+        case("plain", "fsdp", "layer", 2),
+        case("narrow", "fsdp", "member", 2),
+        case("partly", "fsdp", "iteration", 2),
+        case("plain", "zero3", "layer", 2),
         # Three micro-batches of held-out problems: one replica answers none of them.
-        case("plain", "zero3", "stream", 1),
+        case("plain", "zero3", "layer", 1),
         # Its logits agree to rounding only, which is not enough to change an answer here.
-        case("even", "tensor_parallel", "stream", 2),
+        case("even", "tensor_parallel", "layer", 2),
     ],
 }
 
@@ -112,14 +112,14 @@ def check_cases(cases, *, world_size, model_dirs, oracle, tmp_path):
         prints, metrics = oracle[kind]
         assert found[i] == prints, (kind, changes)
         assert steady_metrics(tmp_path / f"run{i}") == metrics, (kind, changes)
-        modes = rollout_modes(tmp_path / f"run{i}")
+        modes = gathers_of(tmp_path / f"run{i}")
         if missing:
-            assert modes[-1] == "stream", modes
-        elif changes["rollout__mode"] == "auto":
+            assert modes[-1] == "layer", modes
+        elif changes["rollout__gather"] == "auto":
             shares = changes["parallel__backend"] == "single" or changes["parallel__shard_size"] == 1
-            assert set(modes) == {"prompts" if shares else "members"}
+            assert set(modes) == {"member" if shares else "iteration"}
         else:
-            assert set(modes) == {changes["rollout__mode"]}
+            assert set(modes) == {changes["rollout__gather"]}
 
 
 @pytest.mark.slow
@@ -138,11 +138,11 @@ def test_so_does_every_mode_in_every_mesh(world_size, model_dirs, oracle, tmp_pa
     cases = [
         case("plain", backend, mode, size)
         for backend in ("zero3", "fsdp")
-        for mode in ("stream", "prompts", "members")
+        for mode in ("layer", "member", "iteration")
         for size in sizes
     ]
-    cases += [case("plain", "single", "prompts", size) for size in sizes]
-    cases += [case("even", "tensor_parallel", "stream", size) for size in sizes if size <= 2]
+    cases += [case("plain", "single", "member", size) for size in sizes]
+    cases += [case("even", "tensor_parallel", "layer", size) for size in sizes if size <= 2]
     arguments = {"world_size": world_size, "model_dirs": model_dirs, "oracle": oracle, "tmp_path": tmp_path}
     check_cases(cases, **arguments)
 
@@ -170,8 +170,8 @@ def test_kills_in_a_mesh_change_no_byte_and_lose_only_what_was_in_flight(tmp_pat
     command = ["launch/train.py", "--config", path, "parallel.backend=fsdp", "parallel.timeout_seconds=20"]
     # A mesh of two times two, then every rank by itself; every rank a replica at the end.
     for world_size, *keys in [
-        (4, "parallel.shard_size=2", "rollout.mode=stream"),
-        (2, "rollout.mode=members"),
+        (4, "parallel.shard_size=2", "rollout.gather=layer"),
+        (2, "rollout.gather=iteration"),
     ]:
         lines = journal.read_bytes().count(b"\n") if journal.exists() else 0
         logs = tmp_path / f"logs{lines}"

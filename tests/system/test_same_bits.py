@@ -13,14 +13,14 @@ from tests.helpers.runs import run_cases, steady_metrics
 DTYPES = ("float32", "bfloat16")
 # Model, backend, mode, dtype. The other modes and meshes are test_mesh's.
 CASES = [
-    ("tied", "single", "prompts", "float32"),
-    ("tied", "zero3", "stream", "float32"),
-    ("tied", "fsdp", "prompts", "bfloat16"),
-    ("tied", "fsdp", "stream", "float32"),
-    ("tied", "zero3", "prompts", "bfloat16"),
+    ("tied", "single", "member", "float32"),
+    ("tied", "zero3", "layer", "float32"),
+    ("tied", "fsdp", "member", "bfloat16"),
+    ("tied", "fsdp", "layer", "float32"),
+    ("tied", "zero3", "member", "bfloat16"),
     # Another architecture, and a head of its own.
-    ("untied", "zero3", "prompts", "float32"),
-    ("untied", "fsdp", "stream", "bfloat16"),
+    ("untied", "zero3", "member", "float32"),
+    ("untied", "fsdp", "layer", "bfloat16"),
 ]
 
 
@@ -64,7 +64,7 @@ def test_exports_are_byte_identical(world_size, model_dirs, oracle, tmp_path):
             run_dir=tmp_path / f"run{i}",
             model__dtype=dtype,
             parallel__backend=backend,
-            rollout__mode=mode,
+            rollout__gather=mode,
         )
         for i, (kind, backend, mode, dtype) in enumerate(cases)
     ]

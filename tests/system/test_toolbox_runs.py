@@ -76,9 +76,9 @@ def test_options_give_the_same_bytes_and_metrics_however_they_are_sharded(tmp_pa
     ]
     wanted = run_cases(tmp_path, "oracle", oracle, 1)
     cases = [
-        (0, {"parallel__backend": "zero3", "rollout__mode": "stream"}),
-        (1, {"parallel__backend": "fsdp", "rollout__mode": "members"}),
-        (1, {"parallel__backend": "zero3", "rollout__mode": "prompts"}),
+        (0, {"parallel__backend": "zero3", "rollout__gather": "layer"}),
+        (1, {"parallel__backend": "fsdp", "rollout__gather": "iteration"}),
+        (1, {"parallel__backend": "zero3", "rollout__gather": "member"}),
         (0, {"parallel__backend": "single", "weights__master_device": "cpu"}),
     ]
     trees = [

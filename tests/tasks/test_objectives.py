@@ -45,7 +45,7 @@ def session(model_dir, tmp_path):
         yield session
 
 
-def evaluated(session, metric, *, rows=ROWS, mode="prompts", group=None, choices=None, prompt=None):
+def evaluated(session, metric, *, rows=ROWS, mode="member", group=None, choices=None, prompt=None):
     choices = choices or (lambda row: Choices(row["choices"], row["gold"]))
     prompt = prompt or (lambda row: row["prompt"])
     task = Task("t", rows, [], prompt, choices=choices, metric=metric)
@@ -54,7 +54,9 @@ def evaluated(session, metric, *, rows=ROWS, mode="prompts", group=None, choices
         tokenizer=load_tokenizer(session.config.model.path, trust_remote_code=False),
         mesh=session.mesh,
         scorer=Scorer(task, rewards=InProcessRewards([]), on_error="exclude"),
-        modes=GatherModeSelector(mode, backend=session.backend, weights=session.weights, mesh=session.mesh),
+        modes=GatherModeSelector(
+            mode, is_batched=False, backend=session.backend, weights=session.weights, mesh=session.mesh
+        ),
         settings=RolloutConfig(max_new_tokens=1, micro_batch_size=4),
         seed=0,
         timer=session.timer,
@@ -76,7 +78,7 @@ def log_likelihoods(model_dir, prompt, completion):
     return values
 
 
-@pytest.mark.parametrize("mode", ["prompts", "stream"])
+@pytest.mark.parametrize("mode", ["member", "layer"])
 def test_the_three_numbers_are_those_of_a_model_called_by_hand(session, model_dir, mode):
     found = {
         metric: evaluated(session, metric, mode=mode)

@@ -30,8 +30,8 @@ from sharding import ReceivedBytes, stopwatch, write_problems
 from shardes.config.loading import parse_config
 
 SIGMA = 1e-3
-FULL_RANK = ("stream", "prompts", "members")
-BATCHED = ("batched_stream", "batched")
+FULL_RANK = ("layer", "member", "iteration")
+BATCHED = ("layer", "iteration")
 
 SIZES = {
     "hidden_size": 640,
@@ -85,7 +85,7 @@ def measure(tree: dict[str, Any]) -> Row:
             session.weights.version += 1
 
         # What is evaluated at the same time, twice.
-        is_apart = config.rollout.is_batched or config.rollout.mode == "members"
+        is_apart = config.rollout.is_batched or config.rollout.gather == "iteration"
         teams_are_ranks = is_apart and config.parallel.backend != "tensor_parallel"
         at_once = (world.world_size if teams_are_ranks else 1) * rollout.members_per_forward
         num_members = 2 * at_once
@@ -96,7 +96,7 @@ def measure(tree: dict[str, Any]) -> Row:
         with stopwatch(seconds, "member"), timed_parts(seconds):
             iteration(1, num_members)
         # What is gathered once an iteration serves all its members; anything else a member, or a chunk.
-        shares = num_members if config.rollout.mode in ("members", "batched") else at_once
+        shares = num_members if config.rollout.gather == "iteration" else at_once
         with ReceivedBytes(session.mesh.shard.world_size) as received:
             iteration(2, at_once)
         prefill, answer = seconds["prefill"], seconds["answer"]
@@ -173,17 +173,17 @@ def measure_all(spec: Path, out: Path) -> None:
 
 
 HEADER = (
-    "ranks  backend  mode             K  members |  member s  prefill s  decode s |  received MB |"
-    "  times stream  times prompts"
+    "ranks  backend  gather           K  members |  member s  prefill s  decode s |  received MB |"
+    "   times layer   times member"
 )
 
 
 def formatted(row: Row) -> str:
     """A row under ``HEADER``."""
-    place = f"{row['ranks']:>5}  {row['backend']:<7}  {row['mode']:<14} {row['k'] or '':>3}"
+    place = f"{row['ranks']:>5}  {row['backend']:<7}  {row['gather']:<14} {row['k'] or '':>3}"
     if "failure" in row:
         return f"{place} | {row['failure']}"
-    times = "  ".join(f"{row[key]:>13.1f}" for key in ("times_stream", "times_prompts") if key in row)
+    times = "  ".join(f"{row[key]:>13.1f}" for key in ("times_layer", "times_member") if key in row)
     return (
         f"{place}  {row['num_members']:>7} | {row['member']:>9.4f}  {row['prefill']:>9.4f}  "
         f"{row['decode']:>8.4f} |  {row['received_bytes'] / 1e6:>11.2f} | {times}"
@@ -193,9 +193,7 @@ def formatted(row: Row) -> str:
 @click.command()
 @click.option("--world-size", "world_sizes", type=click.IntRange(min=1), multiple=True, default=(2,))
 @click.option("--backend", "backends", type=click.Choice(["zero3", "fsdp", "tensor_parallel"]), multiple=True)
-@click.option(
-    "--members-per-forward", "counts", type=click.IntRange(min=1), multiple=True, default=(1, 4, 16)
-)
+@click.option("--members-per-forward", "counts", type=click.IntRange(min=2), multiple=True, default=(4, 16))
 @click.option("--rank", type=click.IntRange(min=1), default=1, show_default=True, help="Of the noise.")
 @click.option("--prompts", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=1), default=8, show_default=True)
@@ -247,7 +245,7 @@ def main(
                 "run": {"dir": str(folder / "run")},
                 "parallel": {"backend": backend, "threads_per_rank": threads},
                 "rollout": {
-                    "mode": mode,
+                    "gather": mode,
                     "micro_batch_size": prompts if count else max(1, prompts // 2),
                     "max_new_tokens": new_tokens,
                     "members_per_forward": count or 1,
@@ -264,14 +262,16 @@ def main(
         for ranks in world_sizes:
             for backend in backends or ("zero3", "fsdp", "tensor_parallel"):
                 splits = backend == "tensor_parallel"  # it has no other modes
-                full_rank, batched = (("stream",), ("batched_stream",)) if splits else (FULL_RANK, BATCHED)
+                full_rank, batched = (("layer",), ("layer",)) if splits else (FULL_RANK, BATCHED)
                 cases = [(mode, None) for mode in full_rank]
                 cases += [(mode, count) for mode in batched for count in counts]  # type: ignore[misc]
                 found = start([tree(backend, *case) for case in cases], world_size=ranks, folder=folder)
-                seconds = {case[0]: row.get("member") for case, row in zip(cases, found, strict=True)}
+                seconds = {
+                    case[0]: row.get("member") for case, row in zip(cases, found, strict=True) if not case[1]
+                }
                 for (mode, count), row in zip(cases, found, strict=True):
-                    rows.append({"ranks": ranks, "backend": backend, "mode": mode, "k": count} | row)
-                    for other in ("stream", "prompts"):
+                    rows.append({"ranks": ranks, "backend": backend, "gather": mode, "k": count} | row)
+                    for other in ("layer", "member"):
                         if count and "member" in row and seconds.get(other):
                             rows[-1][f"times_{other}"] = seconds[other] / row["member"]
                     click.echo(formatted(rows[-1]))

@@ -1,7 +1,8 @@
-"""Measures what a member costs: seconds by part, bytes received and memory, for backends and rollout modes.
+"""Measures what a member costs: seconds by part, bytes received and memory, for backends and ways to gather.
 
 A Llama of about 100 million random parameters is written to a temporary directory. Every combination of
-number of ranks, backend and mode is a job of its own under torchrun: one iteration to warm up, one that is
+number of ranks, backend and way to gather is a job of its own under torchrun: one iteration to warm up, one
+that is
 measured, and one whose collectives are counted. The same prompts go through transformers' ``generate`` in
 one process.
 
@@ -38,22 +39,18 @@ from shardes.config.schema import ParallelConfig, RolloutConfig
 from shardes.distributed.shared_memory import SharedMemory
 
 BACKENDS = get_args(ParallelConfig.model_fields["backend"].annotation)
-MODES = [
-    mode
-    for mode in get_args(RolloutConfig.model_fields["mode"].annotation)
-    if mode != "auto" and "batched" not in mode
-]
+GATHERS = [gather for gather in get_args(RolloutConfig.model_fields["gather"].annotation) if gather != "auto"]
 PARTS = ("perturb", "gather", "rollout", "reward", "wait")
 SIGMA = 1e-3
 
 
-def possible(backend: str, mode: str, *, shard_size: int) -> bool:
-    """Whether a mode is one of a backend's, and not the same as another of them."""
+def possible(backend: str, gather: str, *, shard_size: int) -> bool:
+    """Whether a way to gather is one of a backend's, and not the same as another of them."""
     if backend == "single":
-        return mode == "prompts"
-    if mode == "members" and shard_size == 1:
+        return gather == "member"
+    if gather == "iteration" and shard_size == 1:
         return False
-    return mode == "stream" or backend != "tensor_parallel"
+    return gather == "layer" or backend != "tensor_parallel"
 
 
 def write_problems(path: Path, *, num_prompts: int) -> None:
@@ -170,7 +167,7 @@ def measure(tree: dict[str, Any], out: Path) -> None:
             update(1)
         peak = peak_memory_bytes()
         # Only what is gathered for a whole iteration has to be counted over one.
-        num_counted = num_members if rollout.mode.name == "members" else num_teams
+        num_counted = num_members if rollout.mode.name == "iteration" else num_teams
         with ReceivedBytes(session.mesh.shard.world_size) as received:
             iteration(2, num_counted)
         row = {name: parts.get(name, 0.0) / num_members for name in PARTS}
@@ -225,14 +222,14 @@ def start(tree: dict[str, Any], *, world_size: int, folder: Path) -> Row:
 
 
 HEADER = (
-    "ranks  shard  backend          mode     |  member s |"
+    "ranks  shard  backend          gather     |  member s |"
     "  perturb   gather  rollout   reward     wait   update |  received MB  peak MB"
 )
 
 
 def formatted(row: Row) -> str:
     """A row under ``HEADER``."""
-    place = f"{row['ranks']:>5}  {row['shard_size']:>5}  {row['backend']:<15}  {row['mode']:<8}"
+    place = f"{row['ranks']:>5}  {row['shard_size']:>5}  {row['backend']:<15}  {row['gather']:<8}"
     if "failure" in row:
         return f"{place} | {row['failure']}"
     parts = " ".join(f"{row[name]:>8.3f}" if name in row else " " * 8 for name in (*PARTS, "update"))
@@ -250,7 +247,7 @@ def formatted(row: Row) -> str:
     show_default=True,
 )
 @click.option("--backend", "backends", type=click.Choice(BACKENDS), multiple=True, default=BACKENDS)
-@click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, default=MODES)
+@click.option("--gather", "gathers", type=click.Choice(GATHERS), multiple=True, default=GATHERS)
 @click.option(
     "--shard-size", type=click.IntRange(min=1), help="Ranks of a replica.  [default: all; 1 for single]"
 )
@@ -267,7 +264,7 @@ def main(
     *,
     world_sizes: tuple[int, ...],
     backends: tuple[str, ...],
-    modes: tuple[str, ...],
+    gathers: tuple[str, ...],
     shard_size: int | None,
     layers: int,
     dtype: str,
@@ -279,7 +276,7 @@ def main(
     json_path: Path | None,
     job: tuple[Path, Path] | None,
 ) -> None:
-    """Measure what a member costs in every backend and rollout mode."""
+    """Measure what a member costs in every backend, for every way to gather."""
     if job is not None:
         tree = json.loads(job[0].read_text())
         (measure if "WORLD_SIZE" in os.environ else measure_plain)(tree, job[1])
@@ -303,13 +300,13 @@ def main(
         click.echo(f"\n{HEADER}")
         rows: list[Row] = []
 
-        def run(ranks: int, backend: str, mode: str, size: int | None) -> None:
+        def run(ranks: int, backend: str, gather: str, size: int | None) -> None:
             tree = {
                 "model": {"path": str(folder / "model"), "dtype": dtype},
                 "run": {"dir": str(folder / "run")},
                 "parallel": {"backend": backend, "threads_per_rank": threads, "shard_size": size},
                 "rollout": {
-                    "mode": mode,
+                    "gather": gather,
                     "micro_batch_size": micro_batch,
                     "max_new_tokens": new_tokens,
                 },
@@ -317,18 +314,18 @@ def main(
                 "task": {"data": str(folder / "problems.jsonl"), "reward": f"{__file__}:constant"},
             }
             shown = size or (1 if backend == "single" else ranks)
-            place = {"ranks": ranks or 1, "shard_size": shown or 1, "backend": backend, "mode": mode}
+            place = {"ranks": ranks or 1, "shard_size": shown or 1, "backend": backend, "gather": gather}
             rows.append(place | start(tree, world_size=ranks, folder=folder))
             if ranks == 0:
-                rows[-1] |= {"backend": "transformers", "mode": "generate"}
+                rows[-1] |= {"backend": "transformers", "gather": "generate"}
             click.echo(formatted(rows[-1]))
 
-        run(0, "single", "prompts", None)
+        run(0, "single", "member", None)
         for ranks in world_sizes:
             for backend in backends:
-                for mode in modes:
-                    if possible(backend, mode, shard_size=shard_size or ranks):
-                        run(ranks, backend, mode, shard_size)
+                for gather in gathers:
+                    if possible(backend, gather, shard_size=shard_size or ranks):
+                        run(ranks, backend, gather, shard_size)
     write_report(json_path, facts=facts, rows=rows)
 
 

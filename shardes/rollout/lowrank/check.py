@@ -58,10 +58,11 @@ def check_hooks(mode: GatherMode, *, backend: Backend, weights: Weights, world: 
     limit = max(1e-3, 16 * step) * effect + 4 * step * _rms(centre)
     if world.any(not error <= limit):
         raise UserError(
-            f"rollout.mode: {mode.name} computes other logits for a member than its weights do: they differ "
-            f"by {error:.3g} (root mean square), where the perturbation itself changes them by {effect:.3g} "
+            "rollout.members_per_forward: forwards of many members compute other logits than the members' "
+            f"weights do: they differ by {error:.3g} (root mean square), where the perturbation itself "
+            f"changes them by {effect:.3g} "
             f"and rounding explains {limit:.3g}. The model computes something for which there is no right "
-            "rule; use rollout.mode: auto, which evaluates the same members one by one"
+            "rule; set rollout.members_per_forward: 1, which evaluates the same members one by one"
         )
 
 

@@ -80,9 +80,9 @@ class LowRankHooks:
             patch = self._rule(module)
             if patch is None:
                 raise UserError(
-                    f"rollout.mode: {next(iter(held.values()))} is a parameter of {path}, a "
+                    f"rollout.members_per_forward: {next(iter(held.values()))} is a parameter of {path}, a "
                     f"{_class_name(module)}, for which there is no batched rule; freeze it (es.trainable), "
-                    "or use rollout.mode: auto, which evaluates the same members one by one"
+                    "or set rollout.members_per_forward: 1, which evaluates the same members one by one"
                 )
             uses[path] = (patch, held)
         return uses
