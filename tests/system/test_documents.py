@@ -20,7 +20,7 @@ from shardes.config.schema import Config
 from tests.helpers.inprocess import call
 from tests.helpers.ranks import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "README.md"]
 _BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", flags=re.MULTILINE | re.DOTALL)
 
 # Python blocks that are not executed, by their first line, and why.
