@@ -185,7 +185,7 @@ class Trainer:
         with self._make_rewards([task, *heldout_sets.values()]) as rewards:
             from shardes.runs.reporting import Callbacks
             from shardes.session import open_session
-            from shardes.trainer import TrainingLoop
+            from shardes.trainer import make_training_loop
             from shardes.utils.logs import configure_logging
 
             if not logging.getLogger().handlers:
@@ -193,7 +193,7 @@ class Trainer:
             callbacks = Callbacks(on_iteration=self._on_iteration, on_evaluation=self._on_evaluation)
             try:
                 with open_session(config, stop=self._stop) as session:
-                    TrainingLoop(
+                    make_training_loop(
                         session, task, rewards=rewards, heldout_sets=heldout_sets, callbacks=callbacks
                     ).train()
             except Stopped:

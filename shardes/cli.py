@@ -24,9 +24,7 @@ from shardes.runs.trackers import check_trackers
 from shardes.tasks.loading import load_tasks
 
 if TYPE_CHECKING:
-    from shardes.session import Session
-    from shardes.tasks.base import Task
-    from shardes.trainer import TrainingLoop
+    pass
 
 # How long a rank that has a message waits for rank 0 to print the same one first.
 _WAIT_FOR_MAIN_SECONDS = 10
@@ -77,29 +75,24 @@ def train(config_path: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
     # Processes for rewards come before threads, process groups and accelerators.
     with make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards:
         from shardes.session import open_session
-        from shardes.trainer import TrainingLoop
+        from shardes.trainer import make_training_loop
         from shardes.utils.logs import configure_logging, tell_user
 
         configure_logging()
         with stop_signals() as stop:
             try:
                 with open_session(config, stop=stop) as session:
-                    trainer = TrainingLoop(session, task, rewards=rewards, heldout_sets=heldout_sets)
                     if not dry_run:
-                        trainer.train()
-                    elif lines := _rehearsed(session, trainer, task):
+                        make_training_loop(session, task, rewards=rewards, heldout_sets=heldout_sets).train()
+                        return
+                    from shardes.planning.dry_run import dry_run as try_member
+
+                    lines = try_member(session, task, rewards=rewards)
+                    if session.mesh.world.is_main:
                         click.echo("\n".join(lines))
             except Stopped:
                 if os.environ.get("RANK", "0") == "0":
                     tell_user(stop.farewell)
-
-
-def _rehearsed(session: "Session", trainer: "TrainingLoop", task: "Task") -> list[str]:
-    """What a dry run has to say, on rank 0; a collective."""
-    from shardes.planning.dry_run import dry_run
-
-    lines = dry_run(session, trainer, task)
-    return lines if session.mesh.world.is_main else []
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})

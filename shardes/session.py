@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,27 +19,14 @@ from shardes.distributed.stop import Stop
 from shardes.errors import UserError
 from shardes.es.strategy import decay_of, optimizer_of
 from shardes.es.update import Update
-from shardes.models.build import load_tokenizer
 from shardes.models.checkpoint import Checkpoint
 from shardes.noise import NOISE_VERSION, Kind, LowRank, NoiseKind, matrix_shape
-from shardes.rewards.pool import InProcessRewards, RewardRunner
-from shardes.rewards.scorer import Scorer
-from shardes.rollout.evaluator import Evaluator
-from shardes.rollout.gather_modes import GatherModeSelector
-from shardes.rollout.scheduler import MemberScheduler
 from shardes.runs.journal import JOURNAL_VERSION
-from shardes.tasks.base import Task, all_rewards
 from shardes.utils.progress import progress
 from shardes.utils.timers import PhaseTimer
 from shardes.weights.master import Weights
 
 logger = logging.getLogger(__name__)
-
-# What rollout.gather: auto is for backends that leave no choice, and why.
-_ONLY_GATHERS = {
-    "single": ("member", "every rank holds a whole model, so nothing is gathered"),
-    "tensor_parallel": ("layer", "no rank ever holds a whole model"),
-}
 
 
 @dataclass(frozen=True)
@@ -155,66 +142,6 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
             sum(shard.num_elements for shard in backend.shards),
         )
         yield Session(config, mesh, backend, weights, identity, PhaseTimer(), stop)
-
-
-def make_evaluator(
-    session: Session,
-    task: Task,
-    *,
-    rewards: RewardRunner | None = None,
-    others: Mapping[str, Task] | None = None,
-) -> tuple[Evaluator, Scorer, dict[str, Scorer]]:
-    """What answers and scores a task's problems with a session's model.
-
-    Args:
-        session: The model.
-        task: What it is trained on.
-        rewards: Where rewards run; None: in this process.
-        others: Further tasks by name.
-
-    Returns:
-        The rollout, the task's scorer, and those of the others.
-    """
-    config, others = session.config, others or {}
-    if rewards is None:
-        rewards = InProcessRewards(all_rewards([task, *others.values()]))
-    on_error = config.task.on_reward_error
-    scorer = Scorer(task, rewards=rewards, on_error=on_error)
-    scorers = {name: Scorer(other, rewards=rewards, on_error=on_error) for name, other in others.items()}
-    gather: str = config.rollout.gather
-    is_batched = config.rollout.is_batched
-    only = _ONLY_GATHERS.get(config.parallel.backend)
-    if gather == "auto" and only is not None and not (is_batched and only[0] == "member"):
-        logger.info("rollout.gather: auto is %s: %s", *only)
-        gather = only[0]
-    rollout = Evaluator(
-        session.backend,
-        tokenizer=load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code),
-        mesh=session.mesh,
-        scorer=scorer,
-        modes=GatherModeSelector(
-            gather,
-            is_batched=is_batched,
-            backend=session.backend,
-            weights=session.weights,
-            mesh=session.mesh,
-        ),
-        settings=config.rollout,
-        seed=config.es.seed,
-        timer=session.timer,
-    )
-    return rollout, scorer, scorers
-
-
-def make_scheduler(session: Session, rollout: Evaluator) -> MemberScheduler:
-    """What has members answer over a session's ranks."""
-    return MemberScheduler(
-        rollout,
-        mesh=session.mesh,
-        timeout_seconds=session.config.parallel.timeout_seconds,
-        stop=session.stop,
-        timer=session.timer,
-    )
 
 
 def _kind(config: Config) -> Kind:

@@ -195,7 +195,7 @@ def adaptive_sigma() -> Any:
             self.scale = min(max(self.next_scale, 0.25), 4.0)
             return update
 
-    return mock.patch("shardes.trainer.Strategy", Adaptive)
+    return mock.patch("shardes.rollout.build.Strategy", Adaptive)
 
 
 def run_one(task: str, name: str, factor: float, seed: int) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def run_one(task: str, name: str, factor: float, seed: int) -> dict[str, Any]:
     from shardes.config.loading import load_config
     from shardes.session import open_session
     from shardes.tasks.loading import load_task
-    from shardes.trainer import TrainingLoop
+    from shardes.trainer import make_training_loop
 
     arm = ARMS[name]
     references = {
@@ -230,7 +230,7 @@ def run_one(task: str, name: str, factor: float, seed: int) -> dict[str, Any]:
             update={"eval": config.eval.model_copy(update={"every": config.es.iterations})}
         )
         with open_session(config) as session:
-            trainer = TrainingLoop(session, load_task(config.task))
+            trainer = make_training_loop(session, load_task(config.task))
             trainer.train()
         lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
     return {

@@ -101,6 +101,8 @@ class ParallelConfig(Section):
 class RolloutConfig(Section):
     """How members answer prompts."""
 
+    engine: Literal["transformers"] = "transformers"
+    """What generates and scores: ``transformers``: the model's own forward in a decode loop."""
     gather: Literal["auto", "iteration", "member", "layer"] = "auto"
     """When the weights that members are evaluated with are gathered. ``iteration``: the centre, once an
     iteration, into a whole model on every rank; each rank evaluates members of its own, adding their noise to

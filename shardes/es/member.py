@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+from shardes.errors import UserError
+
 
 @dataclass(frozen=True)
 class MemberResult:
@@ -90,3 +92,46 @@ def mean_and_deviation(rewards: Sequence[float]) -> tuple[float, float]:
         return rewards[0], 0.0  # the mean of equal numbers may differ from them in the last place
     mean = math.fsum(rewards) / len(rewards)
     return mean, math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards))
+
+
+def check_enough_rewards(
+    rewards: Sequence[float | None],
+    results: Sequence[MemberResult],
+    *,
+    iteration: int,
+    min_valid_fraction: float,
+    first_failure: str | None,
+) -> None:
+    """End a run in which too few members could be judged to learn from them.
+
+    Args:
+        rewards: Of all members, by the rule for failed rewards.
+        results: Of all members.
+        iteration: The iteration, for the message.
+        min_valid_fraction: ``es.min_valid_fraction``.
+        first_failure: The first failed reward that this rank saw, for the message.
+
+    Raises:
+        UserError: Too few could be judged; it says why, and what helps.
+    """
+    num_judged = sum(reward is not None for reward in rewards)
+    wanted = max(1, math.ceil(min_valid_fraction * len(rewards)))
+    if num_judged >= wanted:
+        return
+    num_nonfinite = sum(not result.is_finite for result in results)
+    causes = []
+    if num_failed := len(rewards) - num_judged - num_nonfinite:
+        first = first_failure or "None for every answer, or what another rank warns of"
+        causes.append(
+            f"task.reward: {num_failed} had no answer that could be scored; the first failure was {first}"
+        )
+    if num_nonfinite:
+        causes.append(
+            f"es.sigma: {num_nonfinite} had logits that are not finite, which a smaller one, or a wider "
+            "model.dtype, may prevent"
+        )
+    raise UserError(
+        f"{num_judged} of the {len(rewards)} members of iteration {iteration} could be judged; wanted at "
+        f"least {wanted} (es.min_valid_fraction). {'; '.join(causes)}. Mend that and start again: "
+        "nothing is lost"
+    )

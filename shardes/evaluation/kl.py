@@ -1,4 +1,4 @@
-"""How far what the centre says has moved from what the base model would have said.
+"""Estimating how far the centre's answers have moved from what the base model would have answered.
 
 The base model answers a few prompts once, its answers drawn at temperature 1. How much likelier it finds them
 than the centre does is then an estimate of the Kullback-Leibler divergence KL(base || centre): unbiased, from
@@ -6,95 +6,110 @@ log-likelihoods of given tokens alone, with no second model in memory.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from shardes.distributed.group import Group
 from shardes.rewards.pool import InProcessRewards
 from shardes.rewards.scorer import Scorer
-from shardes.rollout.evaluator import Evaluator
+from shardes.rollout.build import Rollout
 from shardes.rollout.prompts import PromptBatch
-from shardes.rollout.scheduler import MemberScheduler
-from shardes.tasks.base import Component, Row, Task
+from shardes.runs.recorder import RunRecorder
+from shardes.runs.resume import ResumeState
+from shardes.tasks.base import Component, Task
 
 
 class KLEstimator:
-    """Measures it on a probe batch; every rank has one, and calls it alike.
+    """Estimates the divergence on a few prompts, every ``log.kl_every`` iterations and at the end.
 
     Args:
-        rollout: The run's, in the mode that it is to be measured in.
-        population: Evaluates the centre.
-        task: Whose prompts.
-        rows: The problems with these.
+        rollout: Evaluates the centre.
+        recorder: Records the base model's answers and the estimates.
         world: All ranks.
     """
 
-    def __init__(
-        self,
-        rollout: Evaluator,
-        population: MemberScheduler,
-        *,
-        task: Task,
-        rows: Sequence[Row],
-        world: Group,
-    ) -> None:
+    def __init__(self, rollout: Rollout, *, recorder: RunRecorder, world: Group) -> None:
         self._rollout = rollout
-        self._population = population
-        # Answers are compared by their likelihood, not by a reward.
-        alike = Component("alike", _alike)
-        probe = Task("probe", rows, (), task.make_prompt, (alike,), metric="log_likelihood")
-        self._scorer = Scorer(probe, rewards=InProcessRewards([alike]), on_error="exclude")
+        self._evaluator = rollout.evaluator
+        self._recorder = recorder
         self._world = world
-        self._problems: PromptBatch | None = None
+        config, task = rollout.config, rollout.task
+        self._every, self._num_iterations = config.log.kl_every, config.es.iterations
+        rows = (task.heldout or task.train)[: config.log.kl_prompts]
+        # Answers are compared by their likelihood, not by a reward.
+        constant = Component("constant", _constant)
+        kl_task = Task("kl", rows, (), task.make_prompt, (constant,), metric="log_likelihood")
+        self._scorer = Scorer(kl_task, rewards=InProcessRewards([constant]), on_error="exclude")
+        self._prompts: PromptBatch | None = None
         self._base: list[float] = []
         self._num_tokens: list[int] = []
+        self._known: set[int] = set()
 
-    def draw(self) -> dict[str, Any]:
-        """Has the base model, which must be the centre, answer; a collective of all ranks.
+    def resume(self, state: ResumeState) -> None:
+        """Take over what the journal knows; a new run has the base model answer. A collective of all ranks.
+
+        The centre must still be the base model.
+        """
+        self._known = {state.first_iteration} if state.has_kl else set()
+        if not self._every:
+            return
+        record = state.kl_probe
+        if record is None:
+            # The gather mode is chosen for what the run asks, not for these few prompts.
+            self._rollout.begin()
+            record = self._sample()
+            self._recorder.record(record)
+        self._prompts = self._evaluator.prepare_pairs(record["pairs"], scorer=self._scorer)
+        self._base = record["log_likelihoods"]
+        self._num_tokens = [len(answer) for _, answer in record["pairs"]]
+
+    def measure_if_due(self, iteration: int) -> None:
+        """Record an estimate for the centre after ``iteration`` updates, if that is due; a collective."""
+        is_last = iteration == self._num_iterations
+        if self._every and (is_last or iteration % self._every == 0) and iteration not in self._known:
+            self._recorder.record({"type": "kl", "iteration": iteration, "kl": self._measure()})
+
+    def _sample(self) -> dict[str, Any]:
+        """Have the base model answer, which the centre must be; a collective of all ranks.
 
         Returns:
             For the journal: the tokens of prompts and answers, and each answer's mean log-likelihood.
         """
-        sampler = self._rollout.drawing()
-        problems = sampler.prepare(self._scorer.task.train, iteration=0, scorer=self._scorer)
-        found = self._population.evaluate_centre(problems, rollout=sampler, keeps_samples=True)
-        sampler.release()
+        sampled = self._evaluator.sampled()
+        prompts = sampled.prepare(self._scorer.task.train, iteration=0, scorer=self._scorer)
+        found = self._rollout.scheduler.evaluate_centre(prompts, evaluator=sampled, keeps_samples=True)
+        sampled.engine.release()
         parts = self._world.gather_json({index: sample.token_ids for index, sample in found.samples.items()})
         answers = {int(index): tokens for part in parts for index, tokens in part.items()}
-        prompts = self._rollout.tokens_of(self._scorer.task)
-        pairs = [[prompts[index], answers[index]] for index in sorted(answers) if answers[index]]
+        tokens = self._evaluator.tokens_of(self._scorer.task)
+        pairs = [[tokens[index], answers[index]] for index in sorted(answers) if answers[index]]
         record: dict[str, Any] = {"type": "probe", "pairs": pairs}
-        return record | {"log_likelihoods": self._log_likelihoods(pairs)}
+        return record | {"log_likelihoods": self._log_likelihoods_of(pairs)}
 
-    def use(self, record: Mapping[str, Any]) -> None:
-        """Measures from now on by what ``draw`` returned."""
-        self._problems = self._rollout.prepare_pairs(record["pairs"], scorer=self._scorer)
-        self._base = record["log_likelihoods"]
-        self._num_tokens = [len(answer) for _, answer in record["pairs"]]
-
-    def measure(self) -> float | None:
-        """The divergence in nats per token; a collective.
+    def _measure(self) -> float | None:
+        """Return the divergence in nats per token; a collective of all ranks.
 
         Returns:
             None if the base model's answers are all empty, or the centre's logits are not finite.
         """
-        assert self._problems is not None, "use comes first"
+        assert self._prompts is not None, "resume comes first"
         total = sum(self._num_tokens)
         if not total:
             return None
-        now = self._found(self._problems)
+        now = self._log_likelihoods(self._prompts)
         pairs = zip(self._num_tokens, self._base, now, strict=True)
         divergence = sum(number * (base - value) for number, base, value in pairs) / total
         return divergence if math.isfinite(divergence) else None
 
-    def _log_likelihoods(self, pairs: Sequence[Sequence[list[int]]]) -> list[float]:
-        return self._found(self._rollout.prepare_pairs(pairs, scorer=self._scorer)) if pairs else []
+    def _log_likelihoods_of(self, pairs: Sequence[Sequence[list[int]]]) -> list[float]:
+        prepare = self._evaluator.prepare_pairs
+        return self._log_likelihoods(prepare(pairs, scorer=self._scorer)) if pairs else []
 
-    def _found(self, problems: PromptBatch) -> list[float]:
-        """Each answer's mean log-likelihood per token under the centre."""
-        found = self._population.evaluate_centre(problems)
+    def _log_likelihoods(self, prompts: PromptBatch) -> list[float]:
+        """Return each answer's mean log-likelihood per token under the centre."""
+        found = self._rollout.scheduler.evaluate_centre(prompts)
         return [float("nan") if value is None else value for value in found.components["log_likelihood"]]
 
 
-def _alike(completions: list[str]) -> list[float]:
+def _constant(completions: list[str]) -> list[float]:
     return [0.0 for _ in completions]

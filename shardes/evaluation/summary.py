@@ -9,8 +9,9 @@ import numpy as np
 from shardes.es.member import apply_reward_error_policy
 from shardes.rewards.pool import RewardRunner
 from shardes.rollout.aggregate import Evaluation, Sample
-from shardes.rollout.probe import find_micro_batch_size
-from shardes.session import Session, make_evaluator, make_scheduler
+from shardes.rollout.autotune import find_micro_batch_size
+from shardes.rollout.build import make_evaluator, make_scheduler
+from shardes.session import Session
 from shardes.tasks.base import Task
 
 NUM_RESAMPLES = 1000
@@ -114,19 +115,19 @@ def evaluate_model(
         A summary by set, and a line for each answer; the lines are on rank 0 only.
     """
     config = session.config
-    rollout, scorer, scorers = make_evaluator(session, task, rewards=rewards, others=heldout_sets)
+    evaluator, scorer, scorers = make_evaluator(session, task, rewards=rewards, others=heldout_sets)
     if config.rollout.micro_batch_size == "auto":
         rows = task.heldout or task.train
-        find_micro_batch_size(rollout, rows, num_rows=len(rows), mesh=session.mesh, sigma=config.es.sigma)
-    population = make_scheduler(session, rollout)
+        find_micro_batch_size(evaluator, rows, num_rows=len(rows), mesh=session.mesh, sigma=config.es.sigma)
+    scheduler = make_scheduler(session, evaluator)
     sets = {"heldout" if task.heldout else "data": (task.heldout or task.train, scorer)}
     sets |= {name: (other.train, scorers[name]) for name, other in heldout_sets.items()}
     summaries: dict[str, Any] = {}
     lines: list[dict[str, Any]] = []
     for name, (rows, judge) in sets.items():
-        problems = rollout.prepare(rows, iteration=0, scorer=judge)
-        found = population.evaluate_centre(problems, keeps_samples=True)
-        count = problems.samples_per_prompt
+        prompts = evaluator.prepare(rows, iteration=0, scorer=judge)
+        found = scheduler.evaluate_centre(prompts, keeps_samples=True)
+        count = prompts.samples_per_prompt
         summaries[name] = summarise(
             found,
             samples_per_problem=count,

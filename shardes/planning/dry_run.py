@@ -1,6 +1,8 @@
 """A dry run: everything is built and tried once, nothing is trained, and no run directory is made."""
 
 import resource
+import time
+from functools import partial
 
 import torch
 
@@ -10,31 +12,40 @@ from shardes.planning.plan import Plan
 from shardes.planning.report import report
 from shardes.planning.sources import check_files, skeleton
 from shardes.planning.workload import make_workload
+from shardes.rewards.pool import RewardRunner
+from shardes.rollout.build import make_rollout
 from shardes.rollout.memory import free_bytes
+from shardes.runs.journal import recorded_setting
+from shardes.runs.reporting import peak_memory_bytes
 from shardes.session import Session
 from shardes.tasks.base import Task
-from shardes.trainer import TrainingLoop
 from shardes.utils.units import shown_bytes, shown_seconds
 
 # Problems that the member is asked.
 _NUM_PROBLEMS = 2
 
 
-def dry_run(session: Session, trainer: TrainingLoop, task: Task) -> list[str]:
-    """Evaluates one member on two problems, and plans for the ranks and memory that are here; a collective.
+def dry_run(session: Session, task: Task, *, rewards: RewardRunner) -> list[str]:
+    """Evaluate one member on two problems, and plan for the ranks and memory that are here; a collective.
 
     Args:
         session: The model with its base weights.
-        trainer: Has everything that training takes.
         task: What would be trained on.
+        rewards: Runs rewards.
 
     Returns:
         What is to be said of it, by line.
     """
-    config, world = session.config, session.mesh.world
-    found = trainer.dry_run(_NUM_PROBLEMS)
-    rollout = config.rollout.model_copy(update={"micro_batch_size": found.micro_batch_size})
-    config = config.model_copy(update={"rollout": rollout})
+    world = session.mesh.world
+    rollout = make_rollout(
+        session, task, recorded=partial(recorded_setting, session.config.run.dir), rewards=rewards
+    )
+    rollout.begin()
+    start = time.monotonic()
+    spec = rollout.spec(0, num_problems=_NUM_PROBLEMS)
+    result = rollout.scheduler.evaluate_members([0], spec=spec, on_result=lambda _: None)[0]
+    seconds, peak = time.monotonic() - start, peak_memory_bytes(world.device)
+    config = rollout.config
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     model = skeleton(config)
     plan = Plan(
@@ -44,14 +55,13 @@ def dry_run(session: Session, trainer: TrainingLoop, task: Task) -> list[str]:
         machine=Machine(_memory_bytes(world.device), world.device.type),
         world_size=world.world_size,
     )
-    result = found.result
     reward = "no reward" if result.reward is None else f"reward {result.reward:.4f}"
     return [
         *report(plan, files=check_files(config.model.path, model)),
         "",
         f"dry run    one member, {_NUM_PROBLEMS} prompts: {reward}, {result.num_tokens} tokens in "
-        f"{shown_seconds(found.seconds)}, rollout.gather: {found.mode_name}, "
-        f"{shown_bytes(found.peak_memory_bytes)} at most on rank 0",
+        f"{shown_seconds(seconds)}, rollout.gather: {rollout.evaluator.engine.gather}, "
+        f"{shown_bytes(peak)} at most on rank 0",
         "dry run    nothing was trained, and nothing was written",
     ]
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardes.config.schema import Config
-from shardes.rollout.aggregate import choice_set
+from shardes.rollout.autotune import USUAL_SIZE
 from shardes.rollout.batching import tokenize
-from shardes.rollout.probe import USUAL_SIZE
+from shardes.rollout.choices import make_choice_set
 from shardes.tasks.base import Task
 from shardes.tasks.registry import definition_of
 
@@ -101,7 +101,7 @@ def longest_prompt(task: Task, tokenizer: Any) -> int:
     prompts = [task.make_prompt(row) for row in rows]
     if task.choices is None:
         return max(len(tokenize(prompt, tokenizer)) for prompt in prompts)
-    found = choice_set(prompts, [task.choices(row) for row in rows], tokenizer, max_positions=None)
+    found = make_choice_set(prompts, [task.choices(row) for row in rows], tokenizer, max_positions=None)
     return max(len(prompt) + len(completion) for prompt, completion in found.pairs)
 
 

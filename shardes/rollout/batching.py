@@ -1,4 +1,4 @@
-"""Prompts as tokens, cut into micro-batches from the data alone."""
+"""Prompts, and prompts with completions, as tokens: cut into micro-batches from the data alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +37,9 @@ class MicroBatch:
     num_members: int = 1
 
     def for_members(self, count: int) -> Self:
-        """The same prompts, each once for every one of some members."""
+        """Return the same prompts, each once for every one of some members, side by side."""
+        if count == 1:
+            return self
 
         def repeated(rows: torch.Tensor) -> torch.Tensor:
             return rows.repeat_interleave(count, dim=0)
@@ -54,7 +56,7 @@ class MicroBatch:
         )
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device."""
+        """Return a copy on a device."""
         return replace(
             self,
             input_ids=self.input_ids.to(device),
@@ -142,3 +144,62 @@ def shared_prefix(prompts: Sequence[list[int]]) -> list[int]:
     places = range(min(map(len, prompts)) - 1)
     length = next((place for place in places if first[place] != last[place]), len(places))
     return first[:length] if length >= LEAST_PREFIX else []
+
+
+@dataclass(frozen=True)
+class LikelihoodBatch:
+    """Prompts, each with a completion, that go through the model together, padded on the right.
+
+    Attributes:
+        rows: Which pairs, as indices into the sequences that were cut.
+        input_ids: int64 of shape [rows, length].
+        prompt_lengths: Tokens of each prompt.
+        lengths: Tokens of each prompt and its completion.
+    """
+
+    rows: tuple[int, ...]
+    input_ids: torch.Tensor
+    prompt_lengths: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    def for_members(self, count: int) -> Self:
+        """Return the same pairs, each once for every one of some members, side by side."""
+        if count == 1:
+            return self
+        return replace(
+            self,
+            rows=tuple(row for row in self.rows for _ in range(count)),
+            input_ids=self.input_ids.repeat_interleave(count, dim=0),
+            prompt_lengths=tuple(length for length in self.prompt_lengths for _ in range(count)),
+            lengths=tuple(length for length in self.lengths for _ in range(count)),
+        )
+
+    def to(self, device: torch.device) -> Self:
+        """Return a copy on a device."""
+        return replace(self, input_ids=self.input_ids.to(device))
+
+
+def compose_likelihood_batches(
+    prompts: Sequence[list[int]], completions: Sequence[list[int]], *, micro_batch_size: int, pad_id: int
+) -> list[LikelihoodBatch]:
+    """Cuts pairs of a prompt and a completion, sorted by length (then by index), into micro-batches.
+
+    As with prompts to be answered, the cut depends on nothing but its arguments.
+
+    Raises:
+        ValueError: A prompt or a completion without tokens: its first token has nothing to be predicted from.
+    """
+    pairs = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    empty = next((i for i, pair in enumerate(zip(prompts, completions, strict=True)) if not all(pair)), None)
+    if empty is not None:
+        raise ValueError(f"pair {empty} has a prompt or a completion without tokens")
+    order = sorted(range(len(pairs)), key=lambda row: (len(pairs[row]), row))
+    batches = []
+    for low in range(0, len(order), micro_batch_size):
+        rows = tuple(order[low : low + micro_batch_size])
+        lengths = tuple(len(pairs[row]) for row in rows)
+        input_ids = torch.full((len(rows), max(lengths)), pad_id, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            input_ids[i, : lengths[i]] = torch.tensor(pairs[row])
+        batches.append(LikelihoodBatch(rows, input_ids, tuple(len(prompts[row]) for row in rows), lengths))
+    return batches

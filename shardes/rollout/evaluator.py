@@ -1,231 +1,135 @@
-"""A batch of problems, answered and scored by some ranks under the weights of the moment."""
+"""Members and the centre, evaluated on a batch of problems by some ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from shardes.backends.base import Backend
 from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Group, Mesh
 from shardes.es.update import Perturbation
-from shardes.models.build import end_tokens, max_positions
 from shardes.rewards.scorer import Scorer
-from shardes.rollout.aggregate import (
-    ChoiceSet,
-    CompletionAccumulator,
-    Evaluation,
-    LogLikelihoodAccumulator,
-    RewardAccumulator,
-    choice_set,
-)
-from shardes.rollout.batching import MicroBatch, compose, shared_prefix, tokenize
-from shardes.rollout.engines.sampling import TokenSampler
-from shardes.rollout.engines.stop_strings import StopStrings
-from shardes.rollout.engines.transformers.decoder import Completions, Decoder, OnRows
-from shardes.rollout.engines.transformers.likelihood import (
-    LikelihoodBatch,
-    compose_likelihood_batches,
-    log_likelihoods,
-)
-from shardes.rollout.gather_modes import BatchedGather, GatherMode, GatherModeSelector
-from shardes.rollout.memory import (
-    MemoryShortageError,
-    free_bytes,
-    generation_bytes,
-    is_shortage,
-    likelihood_bytes,
-)
-from shardes.rollout.prompts import PromptBatch
-from shardes.tasks.base import Choices, Prompt, Row, Task
+from shardes.rollout.aggregate import CompletionAccumulator, Evaluation, PartialResult, RewardAccumulator
+from shardes.rollout.batching import LikelihoodBatch, MicroBatch
+from shardes.rollout.engines.base import Completions, Engine, EngineOutput
+from shardes.rollout.likelihood import LogLikelihoodAccumulator
+from shardes.rollout.memory import MemoryShortageError, is_shortage
+from shardes.rollout.prompts import PromptBatch, PromptBuilder
+from shardes.rollout.stop_strings import StopStrings
+from shardes.tasks.base import Row, Task
 from shardes.utils.timers import PhaseTimer
 
 
 @dataclass(frozen=True)
-class Pending:
-    """An evaluation of which this rank has done its part, but for the scores.
+class WorkShare:
+    """A rank's share of the micro-batches that some ranks answer for the same members.
 
     Attributes:
-        tally: What is known so far.
-        group: The ranks that share the problems.
-        is_short: Whether this rank had too little memory.
-        is_broken: Whether this rank's model computed something that is not finite.
+        place: Its place among those that take turns.
+        num_places: How many take turns.
+        leader: The place that has a micro-batch whenever one of the ranks that call alike has.
+        is_counted: Whether what this rank's engine returns counts, and is not another rank's as well.
     """
 
-    accumulator: RewardAccumulator
-    group: Group
-    is_short: bool
-    is_broken: bool
+    place: int
+    num_places: int
+    leader: int
+    is_counted: bool
 
 
 @dataclass(frozen=True)
-class PendingChunk:
-    """As ``Pending``, of several members that answered in the same forwards.
+class InFlightBatch:
+    """An evaluation of which this rank has done its part, but for the scores.
 
     Attributes:
-        tallies: What is known of each so far.
-        are_broken: Whether the model computed something that is not finite for it.
+        prompts: What was asked.
+        accumulators: What is known so far, one for each member.
+        is_finite: For each member, whether all logits were finite that this rank saw.
         is_short: Whether this rank had too little memory.
     """
 
+    prompts: PromptBatch
     accumulators: list[RewardAccumulator]
-    are_broken: list[bool]
+    is_finite: list[bool]
     is_short: bool
+
+    def parts(self) -> list[PartialResult]:
+        """Wait for the scores, and return what this rank knows of each member."""
+        if self.is_short:
+            return [PartialResult(is_short=True)]
+        return [
+            replace(part, is_finite=part.is_finite and is_finite)
+            for part, is_finite in zip(
+                (accumulator.part() for accumulator in self.accumulators), self.is_finite, strict=True
+            )
+        ]
 
 
 class Evaluator:
-    """Generates and scores.
+    """Has an engine answer problems, and the answers scored.
 
     Args:
-        backend: The model.
-        tokenizer: The model's.
+        engine: Answers.
+        tokenizer: The model's tokenizer.
         mesh: The ranks.
-        scorer: Has answers judged; its task is the one that is trained on.
-        modes: How a member's weights become a model.
+        scorer: Has answers scored; its task is the one that is trained on.
         settings: How prompts are answered.
-        seed: The run's.
+        seed: The key of the random numbers that draw answers.
+        max_positions: Tokens of a prompt and its answer that the model was made for; None: any number.
         timer: Where the time goes.
+
+    Attributes:
+        engine: Answers.
     """
 
     def __init__(
         self,
-        backend: Backend,
+        engine: Engine,
         *,
         tokenizer: Any,
         mesh: Mesh,
         scorer: Scorer,
-        modes: GatherModeSelector,
         settings: RolloutConfig,
         seed: int,
+        max_positions: int | None,
         timer: PhaseTimer,
     ) -> None:
-        self._backend = backend
+        self.engine = engine
         self._tokenizer = tokenizer
         self._mesh = mesh
         self._scorer = scorer
-        self._modes = modes
         self._settings = settings
         self._seed = seed
+        self._max_positions = max_positions
         self._timer = timer
         self._stop = StopStrings(settings.stop, tokenizer)
-        self._sampling = None
-        if settings.temperature > 0:
-            self._sampling = TokenSampler(
-                seed, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
-            )
-        self._decoder = Decoder(
-            eos_ids=end_tokens(backend.sharded_model, tokenizer),
-            pad_id=tokenizer.pad_token_id,
-            max_new_tokens=settings.max_new_tokens,
-            stop=self._stop,
-            sampling=self._sampling,
+        self._builder = PromptBuilder(
+            tokenizer,
+            scorer=scorer,
+            settings=settings,
+            seed=seed,
+            device=mesh.world.device,
+            max_positions=max_positions,
+            text=self._text,
         )
 
-    def prepare(self, rows: Sequence[Row], *, iteration: int, scorer: Scorer | None = None) -> PromptBatch:
-        """Renders, tokenises and cuts a batch of problems.
-
-        Args:
-            rows: The problems.
-            iteration: Whose random numbers draw the answers, if they are drawn.
-            scorer: Of the task that the problems are of; None: the one that is trained on.
-        """
-        settings, device = self._settings, self._mesh.world.device
-        scorer = scorer or self._scorer
-        prompts = [scorer.task.make_prompt(row) for row in rows]
-        if scorer.task.choices is not None:
-            return self._prepare_choices(rows, prompts, scorer.task.choices, scorer)
-        tokens = [tokenize(prompt, self._tokenizer) for prompt in prompts]
-        count = settings.samples_per_prompt
-        batches = compose(
-            [prompt for prompt in tokens for _ in range(count)],
-            micro_batch_size=self.micro_batch_size,
-            pad_id=self._tokenizer.pad_token_id,
-            max_new_tokens=settings.max_new_tokens,
-            max_positions=max_positions(self._backend.sharded_model),
-        )
-        if self._sampling is not None:
-            for i, batch in enumerate(batches):
-                uniforms = self._sampling.uniforms(
-                    iteration=iteration,
-                    prompts=[answer // count for answer in batch.rows],
-                    samples=[answer % count for answer in batch.rows],
-                    num_tokens=settings.max_new_tokens,
-                )
-                batches[i] = replace(batch, uniforms=uniforms)
-        shared = shared_prefix(tokens)
-        prefix = torch.tensor([shared], device=device) if shared else None
-        return PromptBatch(rows, prompts, scorer, count, [batch.to(device) for batch in batches], prefix)
-
-    def drawing(self) -> "Evaluator":
-        """One that draws answers at temperature 1 instead, one to each prompt, with the same mode."""
+    def sampled(self) -> "Evaluator":
+        """Return an evaluator over the same weights that draws one answer a prompt, at temperature 1."""
         changes = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "samples_per_prompt": 1}
+        settings = self._settings.model_copy(update=changes)
         return Evaluator(
-            self._backend,
+            self.engine.with_settings(settings),
             tokenizer=self._tokenizer,
             mesh=self._mesh,
             scorer=self._scorer,
-            modes=self._modes,
-            settings=self._settings.model_copy(update=changes),
+            settings=settings,
             seed=self._seed,
+            max_positions=self._max_positions,
             timer=self._timer,
         )
 
-    def release(self) -> None:
-        """Frees what generating keeps between members."""
-        self._decoder.release()
-
-    def tokens_of(self, task: Task) -> list[list[int]]:
-        """The tokens of a task's prompts."""
-        return [tokenize(task.make_prompt(row), self._tokenizer) for row in task.train]
-
-    def prepare_pairs(self, pairs: Sequence[Sequence[list[int]]], *, scorer: Scorer) -> PromptBatch:
-        """The likelihood of given tokens as problems.
-
-        Args:
-            pairs: The tokens of each prompt and of what follows it.
-            scorer: Of a task whose metric is wanted of them.
-        """
-        texts = [self._text(completion) for _, completion in pairs]
-        choices = ChoiceSet(
-            prompts=[self._text(prompt) for prompt, _ in pairs],
-            choices=[Choices([text], gold=0) for text in texts],
-            pairs=[(prompt, completion) for prompt, completion in pairs],
-            first_pairs=range(len(pairs) + 1),
-        )
-        return self._of_pairs([{} for _ in pairs], list(choices.prompts), choices, scorer)
-
-    def _prepare_choices(
-        self,
-        rows: Sequence[Row],
-        prompts: list[Prompt],
-        choices_of: Callable[[Row], Choices],
-        scorer: Scorer,
-    ) -> PromptBatch:
-        """The same for a likelihood task: pairs of a prompt and each of its completions."""
-        choices = choice_set(
-            prompts,
-            [choices_of(row) for row in rows],
-            self._tokenizer,
-            max_positions=max_positions(self._backend.sharded_model),
-        )
-        return self._of_pairs(rows, prompts, choices, scorer)
-
-    def _of_pairs(
-        self, rows: Sequence[Row], prompts: list[Prompt], choices: ChoiceSet, scorer: Scorer
-    ) -> PromptBatch:
-        batches = compose_likelihood_batches(
-            [prompt for prompt, _ in choices.pairs],
-            [completion for _, completion in choices.pairs],
-            micro_batch_size=self.micro_batch_size,
-            pad_id=self._tokenizer.pad_token_id,
-        )
-        batches = [batch.to(self._mesh.world.device) for batch in batches]
-        return PromptBatch(rows, prompts, scorer, 1, batches, choices=choices)
-
     @property
     def micro_batch_size(self) -> int:
-        """Prompts per forward."""
+        """Prompts per forward; a number once it is known what ``auto`` is."""
         assert self._settings.micro_batch_size != "auto", "what auto is must be found first"
         return self._settings.micro_batch_size
 
@@ -235,263 +139,180 @@ class Evaluator:
 
     @property
     def samples_per_prompt(self) -> int:
-        """Answers to each prompt."""
+        """Return the number of answers to each prompt."""
         return self._settings.samples_per_prompt
 
-    @property
-    def members_per_forward(self) -> int:
-        """Members whose prompts are rows of the same forward; 1 unless the mode is a batched one."""
-        count = self._settings.members_per_forward
-        # Before it is found what auto is, there are no members to evaluate, only the centre.
-        return 1 if count == "auto" or not self._modes.are_batched else count
+    def prepare(self, rows: Sequence[Row], *, iteration: int, scorer: Scorer | None = None) -> PromptBatch:
+        """Render, tokenise and cut a batch of problems; see ``PromptBuilder.build``."""
+        return self._builder.build(
+            rows, iteration=iteration, micro_batch_size=self.micro_batch_size, scorer=scorer
+        )
 
-    @members_per_forward.setter
-    def members_per_forward(self, count: int) -> None:
-        self._settings = self._settings.model_copy(update={"members_per_forward": count})
+    def prepare_pairs(self, pairs: Sequence[Sequence[list[int]]], *, scorer: Scorer) -> PromptBatch:
+        """Cut a batch that asks for the likelihood of given tokens; see ``PromptBuilder.build_pairs``."""
+        return self._builder.build_pairs(pairs, scorer=scorer, micro_batch_size=self.micro_batch_size)
 
-    @property
-    def num_together(self) -> int:
-        """Ranks that each compute a part of the same forward."""
-        return self._mesh.shard.world_size if self._backend.needs_same_batch else 1
+    def tokens_of(self, task: Task) -> list[list[int]]:
+        """Return the tokens of a task's prompts."""
+        return self._builder.tokens_of(task)
 
-    @property
-    def num_sharers(self) -> int:
-        """Ranks that share a member's micro-batches; known once ``begin`` was called."""
-        return 1 if self._backend.needs_same_batch else self.mode.team.world_size
+    def begin(self, prompts: PromptBatch) -> None:
+        """Make members of the current centre loadable, to answer these prompts; a collective of all ranks."""
+        self.engine.begin(max(map(self.engine.bytes_for, prompts.micro_batches), default=0))
 
-    def fits(self, problems: PromptBatch) -> bool:
-        """Whether this rank has the memory for the longest micro-batch; a collective of the team."""
-        batch = problems.micro_batches[-1].for_members(self.members_per_forward)
-        device = self._mesh.world.device
-        # Trying is no choice where too much memory ends the process instead of raising an error, or where the
-        # other ranks would wait for the rest of a collective: then a formula has to do.
-        needed = self._bytes_for(problems.micro_batches[-1])
-        if (device.type == "cpu" or self.mode.forward_is_collective) and needed > free_bytes(device):
-            return False
-        if self.mode.forward_is_collective:
-            return True
-        try:
-            model = self.mode.model()
-            if isinstance(batch, LikelihoodBatch):
-                log_likelihoods(model, batch)
-            else:
-                self._decoder.begin(model, problems.prefix)
-                self._decoder.decode(model, batch, most_tokens=2)
-        except (RuntimeError, MemoryError) as error:
-            if not is_shortage(error):
-                raise
-            return False
-        finally:
-            self._decoder.release()
-        return True
+    def fits(self, prompts: PromptBatch) -> bool:
+        """Return whether this rank has the memory for the longest micro-batch; a collective of a group."""
+        return self.engine.fits(prompts.micro_batches[-1], prompts=prompts)
 
-    @property
-    def _any_rank(self) -> Callable[[bool], bool] | None:
-        """What asks the ranks that go on together; None if this one goes by itself."""
-        return self._mesh.shard.any if self.mode.forward_is_collective else None
+    def share_of(self, group: Group) -> WorkShare:
+        """Return this rank's share where the ranks of a group answer for the same members."""
+        together, shard = self.engine.ranks_per_forward, self._mesh.shard
+        place = group.rank // together
+        # Where forwards are collectives, ranks of a replica go on for as long as its first has a micro-batch.
+        leader = (group.rank - shard.rank) // together if self.engine.forward_is_collective else place
+        return WorkShare(place, group.world_size // together, leader, together == 1 or shard.is_main)
 
-    @property
-    def mode(self) -> GatherMode:
-        """How members are evaluated; known once ``begin`` was called."""
-        return self._modes.current
-
-    @property
-    def mode_name(self) -> str | None:
-        """Its name in ``rollout.gather``; None if it is not known yet."""
-        return self._modes.name
-
-    def begin(self, problems: PromptBatch) -> None:
-        """Comes before any number of evaluations of the same weights; a collective of all ranks."""
-        self._modes.choose(max(map(self._bytes_for, problems.micro_batches), default=0))
-        with self._timer("gather"):
-            self.mode.begin()
-
-    def _bytes_for(self, batch: MicroBatch | LikelihoodBatch) -> int:
-        """About what a micro-batch takes besides weights."""
-        config: Any = self._backend.sharded_model.config
-        rows, width = batch.input_ids.shape
-        rows *= self.members_per_forward
-        dtype = self._backend.dtype
-        sharers = self.num_together
-        if isinstance(batch, LikelihoodBatch):
-            return likelihood_bytes(config, rows=rows, length=width, dtype=dtype, num_sharers=sharers)
-        length = width + self._settings.max_new_tokens
-        return generation_bytes(config, rows=rows, length=length, dtype=dtype, num_sharers=sharers)
-
-    def step_down(self) -> None:
-        """After a shortage of memory: goes on in a mode that takes less; a collective of all ranks."""
-        self._decoder.release()
-        self._modes.step_down()
-
-    def evaluate(self, problems: PromptBatch, *, group: Group, keeps_samples: bool = False) -> Evaluation:
-        """Answers and scores the problems under the current weights; a collective.
+    def evaluate_centre(
+        self, prompts: PromptBatch, *, group: Group, keeps_samples: bool = False
+    ) -> Evaluation:
+        """Evaluate the centre; a collective of the ranks that share the micro-batches.
 
         Args:
-            problems: What to answer.
-            group: The ranks that share the micro-batches: a team, or all.
+            prompts: What it is asked.
+            group: These ranks.
             keeps_samples: Whether every answer is kept, on the rank that gave it.
 
         Raises:
             MemoryShortageError: On every rank of the group, if one had too little memory, and if there is a
-                mode that takes less.
+                way to go on that takes less.
         """
-        return self.finish(self.start(problems, group=group, keeps_samples=keeps_samples))
+        self.engine.load_centre()
+        in_flight = self.answer(
+            prompts, num_members=1, share=self.share_of(group), keeps_samples=keeps_samples
+        )
+        return self.collect(in_flight, group=group)[0][0]
 
-    def start(self, problems: PromptBatch, *, group: Group, keeps_samples: bool = False) -> Pending:
-        """Answers the problems under the current weights, without waiting for scores; a collective.
+    def start(
+        self, prompts: PromptBatch, members: Sequence[Perturbation], *, share: WorkShare
+    ) -> InFlightBatch:
+        """Have members answer, without waiting for scores; a collective of a group where forwards are.
 
-        The weights may change afterwards. Evaluations are finished in the order in which they were started.
+        The weights may change afterwards. Evaluations are collected in the order in which they were started.
+
+        Args:
+            prompts: What all of them are asked.
+            members: As many as share forwards.
+            share: This rank's share of the micro-batches.
         """
-        with self._timer("gather"):
-            model = self.mode.model()
-        accumulator = self.accumulator(problems, keeps_samples=keeps_samples)
-        shard, forward_is_collective = self._mesh.shard, self.mode.forward_is_collective
-        # Ranks that need the same batch take turns together, and the first of them scores.
-        together = self.num_together
-        stride, place = group.world_size // together, group.rank // together
-        # In step, ranks of a replica go on for as long as its first has a micro-batch.
-        leader = (group.rank - shard.rank) // together if forward_is_collective else place
-        batches = problems.micro_batches
-        is_short = is_broken = False
-        for first in range(0, len(batches), stride):
-            mine = first + place
-            if first + leader >= len(batches):
+        self.engine.load(members)
+        return self.answer(prompts, num_members=len(members), share=share)
+
+    def answer(
+        self, prompts: PromptBatch, *, num_members: int, share: WorkShare, keeps_samples: bool = False
+    ) -> InFlightBatch:
+        """Have what is loaded answer this rank's micro-batches; arguments as in ``start``."""
+        accumulators = [self._accumulator(prompts, keeps_samples=keeps_samples) for _ in range(num_members)]
+        are_finite = [True] * num_members
+        batches = prompts.micro_batches
+        for first in range(0, len(batches), share.num_places):
+            if first + share.leader >= len(batches):
                 break
+            mine = first + share.place
             # A rank without a micro-batch of its own repeats another's, so that all call alike.
             is_idle = mine >= len(batches)
-            batch = batches[first + leader if is_idle else mine]
-            is_counted = not is_idle and (together == 1 or shard.is_main)
+            batch = batches[first + share.leader if is_idle else mine]
             with self._timer("rollout"):
-                found = self._forward(model, problems, batch, is_first=first == 0)
-                if found is not None and is_counted:
-                    accumulator.take(batch.rows, found, is_first=mine == 0)
-            if found is None:
-                is_short = True
-                break
-            if isinstance(found, Completions):
-                is_broken |= not found.is_finite
-            with self._timer("reward"):
-                accumulator.send(is_last=False)
-        with self._timer("reward"):
-            accumulator.send(is_last=True)
-        return Pending(accumulator, group, is_short, is_broken)
-
-    def start_chunk(self, problems: PromptBatch, members: Sequence[Perturbation]) -> PendingChunk:
-        """Has several members answer the problems in the same forwards, on this rank.
-
-        A collective of a replica's ranks where these are in step. Each may have members of its own, unless
-        each computes a part of the same forwards; then the first of them scores.
-        """
-        mode, count = self.mode, len(members)
-        is_counted = self.num_together == 1 or self._mesh.shard.is_main
-        assert isinstance(mode, BatchedGather), "other modes evaluate members one by one"
-        with self._timer("gather"):
-            model = mode.model()
-        with self._timer("perturb"):
-            mode.hooks.load(members)
-        accumulators = [self.accumulator(problems) for _ in members]
-        are_broken = [False] * count
-        with mode.hooks.on(model):
-            for number, batch in enumerate(problems.micro_batches):
-                with self._timer("rollout"):
-                    found = self._forward(
-                        model,
-                        problems,
-                        batch.for_members(count),
-                        is_first=number == 0,
-                        num_members=self.members_per_forward,
-                        on_rows=mode.hooks.on_rows,
-                    )
-                if found is None:
-                    return PendingChunk(accumulators, are_broken, is_short=True)
-                if not is_counted:
-                    continue
-                for place, accumulator in enumerate(accumulators):
+                output = self._forward(batch, prompts)
+            if output is None:
+                return InFlightBatch(prompts, accumulators, are_finite, is_short=True)
+            for i, accumulator in enumerate(accumulators):
+                own = _of_member(output, i, num_members)
+                are_finite[i] &= not isinstance(own, Completions) or own.is_finite
+                if share.is_counted and not is_idle:
                     with self._timer("rollout"):
-                        mine = _of_member(found, place, count)
-                        accumulator.take(batch.rows, mine, is_first=number == 0)
-                    are_broken[place] |= isinstance(mine, Completions) and not mine.is_finite
+                        accumulator.take(batch.rows, own, is_first=mine == 0)
                     with self._timer("reward"):
                         accumulator.send(is_last=False)
         with self._timer("reward"):
             for accumulator in accumulators:
                 accumulator.send(is_last=True)
-        return PendingChunk(accumulators, are_broken, is_short=False)
+        return InFlightBatch(prompts, accumulators, are_finite, is_short=False)
 
-    def finish(self, pending: Pending) -> Evaluation:
-        """Waits for the scores and brings them together; a collective of the group.
+    def collect(
+        self,
+        in_flight: InFlightBatch,
+        *,
+        group: Group,
+        slot: int = 0,
+        sizes: Sequence[int] = (1,),
+    ) -> list[list[Evaluation]]:
+        """Wait for the scores and bring them together; a collective of the group.
+
+        Args:
+            in_flight: What this rank has started.
+            group: The ranks that have parts.
+            slot: Which of the group's loads this rank's is; beyond the last: another rank's as well.
+            sizes: Members of each load.
+
+        Returns:
+            For each load, the evaluations of its members.
 
         Raises:
-            MemoryShortageError: As ``evaluate`` does.
+            MemoryShortageError: As ``evaluate_centre`` does.
         """
         with self._timer("reward"):
-            totals = pending.accumulator.totals()
-        flags = [float(pending.is_broken), float(pending.is_short)]
+            own = in_flight.parts()
+        of_ranks = [(slot, own)]
         with self._timer("io"):
-            *totals, is_broken, is_short = pending.group.sum_float64([*totals, *flags])
-        if is_short:
+            if group.world_size > 1:
+                found = group.gather_json([slot, [part.to_json() for part in own]])
+                of_ranks = [(at, [PartialResult.from_json(part) for part in parts]) for at, parts in found]
+        if any(part.is_short for _, parts in of_ranks for part in parts):
             raise MemoryShortageError
-        evaluation = pending.accumulator.evaluation(totals)
-        return replace(evaluation, is_finite=evaluation.is_finite and not is_broken)
+        evaluations = []
+        for load, size in enumerate(sizes):
+            is_own = load == slot
+            accumulators = in_flight.accumulators if is_own else [self._accumulator(in_flight.prompts)] * size
+            of_load = [parts for at, parts in of_ranks if at == load]
+            evaluations.append(
+                [each.merge([parts[i] for parts in of_load]) for i, each in enumerate(accumulators)]
+            )
+        return evaluations
 
-    def accumulator(self, problems: PromptBatch, *, keeps_samples: bool = False) -> RewardAccumulator:
-        """An evaluation of which nothing is known yet."""
-        scorer = problems.scorer
-        if problems.choices is not None:
-            num_samples = len(problems.rows) if keeps_samples else self.micro_batch_size
+    def _accumulator(self, prompts: PromptBatch, *, keeps_samples: bool = False) -> RewardAccumulator:
+        """Return an accumulator that knows nothing yet."""
+        scorer = prompts.scorer
+        if prompts.choices is not None:
+            num_samples = len(prompts.rows) if keeps_samples else self.micro_batch_size
             return LogLikelihoodAccumulator(
-                problems.choices, metric=scorer.task.metric, num_samples=num_samples
+                prompts.choices, metric=scorer.task.metric, num_samples=num_samples
             )
         return CompletionAccumulator(
-            problems.rows,
-            problems.prompts,
-            samples_per_prompt=problems.samples_per_prompt,
+            prompts.rows,
+            prompts.prompts,
+            samples_per_prompt=prompts.samples_per_prompt,
             scorer=scorer,
             text=self._text,
             keeps_samples=keeps_samples,
         )
 
-    def _forward(
-        self,
-        model: Any,
-        problems: PromptBatch,
-        batch: MicroBatch | LikelihoodBatch,
-        *,
-        is_first: bool,
-        num_members: int = 1,
-        on_rows: OnRows | None = None,
-    ) -> Completions | list[torch.Tensor] | None:
-        """What the model says; None if there was too little memory and there is a mode that takes less."""
+    def _forward(self, batch: MicroBatch | LikelihoodBatch, prompts: PromptBatch) -> EngineOutput | None:
+        """Return the engine's output; None if there was too little memory and there is a way to take less."""
         try:
             if isinstance(batch, LikelihoodBatch):
-                if on_rows is not None:
-                    on_rows(torch.arange(len(batch.rows), device=batch.input_ids.device))
-                return log_likelihoods(model, batch)
-            if is_first:
-                prefix = problems.prefix
-                if prefix is not None:
-                    prefix = prefix.expand(batch.num_members, -1)
-                self._decoder.begin(model, prefix, on_rows=on_rows)
-            return self._decoder.decode(
-                model,
-                batch,
-                any_rank=self._any_rank,
-                num_prefills=problems.num_prefills(num_members),
-                on_rows=on_rows,
-            )
+                return self.engine.log_likelihood(batch)
+            return self.engine.generate(batch, prompts=prompts)
         except (RuntimeError, MemoryError) as error:
-            if not (self._modes.can_step_down and is_shortage(error)):
+            if not (self.engine.can_step_down and is_shortage(error)):
                 raise
             return None
 
-    def _text(self, answer: list[int]) -> str:
-        return self._stop.trim(self._tokenizer.decode(answer, skip_special_tokens=True))
+    def _text(self, tokens: list[int]) -> str:
+        return self._stop.trim(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def _of_member(
-    found: Completions | list[torch.Tensor], place: int, count: int
-) -> Completions | list[torch.Tensor]:
-    """What one of ``count`` members said whose rows lie side by side."""
-    if isinstance(found, Completions):
-        return Completions(found.tokens[place::count], found.are_finite[place::count])
-    return found[place::count]
+def _of_member(output: EngineOutput, index: int, num_members: int) -> EngineOutput:
+    """Return one member's rows of those of members that lie side by side."""
+    if isinstance(output, Completions):
+        return Completions(output.tokens[index::num_members], output.are_finite[index::num_members])
+    return output[index::num_members]

@@ -1,12 +1,13 @@
-"""How a member's weights become a model that answers: what ``rollout.gather`` chooses.
+"""When and where weights are gathered for members to be evaluated: what ``rollout.gather`` chooses.
 
-The modes that evaluate members one by one compute the same bits, and so do the batched ones. They differ in
-who holds what, and in when ranks have to talk.
+The modes that evaluate members one by one compute the same bits, and so do those of members that share
+forwards. They differ in who holds what, and in when ranks have to talk.
 """
 
 import gc
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -28,62 +29,67 @@ _BY_SPEED_BATCHED = ("iteration", "layer")
 
 
 class GatherMode(ABC):
-    """A way to evaluate a member.
+    """A way to turn perturbed shards into a model that answers.
 
     Args:
-        name: As in ``rollout.gather``.
+        name: The value of ``rollout.gather``.
         backend: The model.
-        weights: Its weights.
-        team: The ranks that evaluate one member together.
+        weights: Its master weights.
+        group: The ranks that load and answer together.
 
     Attributes:
-        name: The same.
-        team: The same.
+        name: The value of ``rollout.gather``.
+        group: The ranks that load and answer together.
     """
 
-    def __init__(self, name: str, *, backend: Backend, weights: Weights, team: Group) -> None:
+    def __init__(self, name: str, *, backend: Backend, weights: Weights, group: Group) -> None:
         self.name = name
-        self.team = team
+        self.group = group
         self._backend = backend
         self._weights = weights
 
     @property
     def forward_is_collective(self) -> bool:
-        """Whether the ranks of a replica must call the model equally often."""
+        """Return whether the ranks of a replica must call the model equally often."""
         return False
 
     def reserve(self) -> None:  # noqa: B027 - modes need not hold anything
-        """Allocates what the mode holds; no collective."""
+        """Allocate what the mode holds; no collective."""
 
     def release(self) -> None:  # noqa: B027
-        """Frees it."""
+        """Free what ``reserve`` allocated."""
 
     def begin(self) -> None:  # noqa: B027
-        """What is done once for all members of an iteration; a collective of the ranks of a replica."""
+        """Do what is done once for all members of an iteration; a collective of a replica's ranks."""
 
-    def perturb(self, perturbation: Perturbation) -> None:
-        """Makes the member ``direction`` the one to evaluate."""
-        self._weights.perturb(perturbation)
+    def load(self, members: Sequence[Perturbation]) -> None:
+        """Make a member the one to evaluate.
 
-    def centre(self) -> None:
-        """Makes the centre the one to evaluate."""
+        Args:
+            members: One member; several only where members share forwards.
+        """
+        (member,) = members
+        self._weights.perturb(member)
+
+    def load_centre(self) -> None:
+        """Make the centre what is evaluated."""
         self._weights.centre()
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """The model to generate with; a collective of the team, unless there is nothing to gather."""
+        """Return the model to generate with; a collective of ``group``, unless nothing is gathered."""
 
 
 class LayerGather(GatherMode):
-    """Shards are perturbed; the engine gathers, layer by layer, in every forward."""
+    """Shards are perturbed; the backend gathers layer by layer in every forward."""
 
     @property
     def forward_is_collective(self) -> bool:
-        """Where a forward is a collective."""
+        """Return whether there is anything to gather."""
         return self._backend.is_sharded
 
     def model(self) -> nn.Module:
-        """The engine's own."""
+        """Return the backend's own model."""
         return self._backend.sharded_model
 
 
@@ -91,137 +97,146 @@ class MemberGather(GatherMode):
     """Shards are perturbed and gathered once a member, into a whole model on every rank."""
 
     def reserve(self) -> None:
-        """The whole model."""
+        """Allocate the whole model."""
         self._backend.reserve()
 
     def release(self) -> None:
-        """The whole model."""
+        """Free the whole model."""
         self._backend.release()
 
     def model(self) -> nn.Module:
-        """The whole model, gathered anew."""
+        """Gather the whole model anew."""
         return self._backend.gathered()
 
 
 class IterationGather(GatherMode):
-    """The centre is gathered once an iteration; every rank by itself adds members' noise to a copy of it."""
+    """The centre is gathered once an iteration; every rank by itself adds members' noise to its copy."""
 
-    def __init__(self, name: str, *, backend: Backend, weights: Weights, team: Group) -> None:
-        super().__init__(name, backend=backend, weights=weights, team=team)
-        self._whole = GatheredWeights(backend, weights)
+    def __init__(self, name: str, *, backend: Backend, weights: Weights, group: Group) -> None:
+        super().__init__(name, backend=backend, weights=weights, group=group)
+        self._gathered = GatheredWeights(backend, weights)
 
     def reserve(self) -> None:
-        """The whole model and the centre."""
-        self._whole.reserve()
+        """Allocate the whole model and the centre."""
+        self._gathered.reserve()
 
     def release(self) -> None:
-        """Both."""
-        self._whole.release()
+        """Free the whole model and the centre."""
+        self._gathered.release()
         self._backend.release()
 
     def begin(self) -> None:
-        """Gathers the centre."""
-        self._whole.refresh()
+        """Gather the centre, if the weights have changed since the last time."""
+        self._gathered.refresh()
 
-    def perturb(self, perturbation: Perturbation) -> None:
-        """Perturbs this rank's copy; no collective."""
-        self._whole.perturb(perturbation)
+    def load(self, members: Sequence[Perturbation]) -> None:
+        """Perturb this rank's copy; no collective."""
+        (member,) = members
+        self._gathered.perturb(member)
 
-    def centre(self) -> None:
-        """Makes this rank's copy the centre; no collective."""
-        self._whole.centre()
+    def load_centre(self) -> None:
+        """Make this rank's copy the centre; no collective."""
+        self._gathered.centre()
 
     def model(self) -> nn.Module:
-        """This rank's copy."""
-        return self._whole.model
+        """Return this rank's copy."""
+        return self._gathered.model
 
 
 class BatchedGather(GatherMode):
-    """The model stays the centre; many members at a time are terms added to what its layers compute.
+    """The model stays the centre; members that share forwards are terms added to what its layers compute.
 
     Args:
         name: ``iteration``: the centre is gathered once an iteration, into a whole model on every rank.
             ``layer``: the backend gathers it, layer by layer, in every forward.
         backend: The model.
-        weights: Its weights.
-        team: The ranks that evaluate one chunk of members together.
-
-    Attributes:
-        terms: The members.
+        weights: Its master weights.
+        group: The ranks that load and answer together.
     """
 
-    def __init__(self, name: str, *, backend: Backend, weights: Weights, team: Group) -> None:
-        super().__init__(name, backend=backend, weights=weights, team=team)
-        self._gathers = name == "iteration"
+    def __init__(self, name: str, *, backend: Backend, weights: Weights, group: Group) -> None:
+        super().__init__(name, backend=backend, weights=weights, group=group)
+        self._gathers_once = name == "iteration"
         self._version: int | None = None
-        self._terms: LowRankHooks | None = None
+        self._hooks: LowRankHooks | None = None
 
     @property
     def hooks(self) -> LowRankHooks:
-        """Known once ``begin`` was called."""
-        assert self._terms is not None, "begin comes first"
-        return self._terms
+        """Return what computes the members' terms; known once ``begin`` was called."""
+        assert self._hooks is not None, "begin comes first"
+        return self._hooks
 
     @property
     def forward_is_collective(self) -> bool:
-        """Where a forward is a collective."""
-        return self._backend.is_sharded and not self._gathers
+        """Return whether the centre is gathered in every forward."""
+        return self._backend.is_sharded and not self._gathers_once
 
     def reserve(self) -> None:
-        """The whole model, if there is to be one."""
-        if self._gathers:
+        """Allocate the whole model, if there is to be one."""
+        if self._gathers_once:
             self._backend.reserve()
 
     def release(self) -> None:
-        """The same."""
+        """Free the whole model."""
         self._version = None
-        if self._gathers:
+        if self._gathers_once:
             self._backend.release()
 
     def begin(self) -> None:
-        """Makes the model the centre, if the weights have changed since the last time."""
+        """Make the model the centre, if the weights have changed since the last time."""
         if self._version == self._weights.version:
             return
         self._weights.centre()
-        if self._terms is None:
-            self._terms = LowRankHooks(self._backend, self._weights)
-        self._model = self._backend.gathered() if self._gathers else self._backend.sharded_model
+        if self._hooks is None:
+            self._hooks = LowRankHooks(self._backend, self._weights)
+        self._model = self._backend.gathered() if self._gathers_once else self._backend.sharded_model
         self._version = self._weights.version
 
-    def perturb(self, perturbation: Perturbation) -> None:
-        """Nothing: members are given to the terms."""
+    def load(self, members: Sequence[Perturbation]) -> None:
+        """Compute the members' low-rank factors; no collective, and no weight is written."""
+        self.hooks.load(members)
 
-    def centre(self) -> None:
-        """Nothing: the model never is anything else."""
+    def load_centre(self) -> None:
+        """Do nothing: the model never is anything but the centre."""
 
     def model(self) -> nn.Module:
-        """The centre."""
+        """Return the centre."""
         return self._model
 
 
-def make_mode(name: str, *, is_batched: bool, backend: Backend, weights: Weights, mesh: Mesh) -> GatherMode:
-    """The mode of a name, ``auto`` excepted."""
+def make_gather_mode(
+    name: str, *, is_batched: bool, backend: Backend, weights: Weights, mesh: Mesh
+) -> GatherMode:
+    """Return the mode of a name.
+
+    Args:
+        name: A value of ``rollout.gather``, but not ``auto``.
+        is_batched: Whether members share forwards.
+        backend: The model.
+        weights: Its master weights.
+        mesh: The ranks.
+    """
     if is_batched:
-        team = mesh.shard if backend.needs_same_batch else mesh.alone
-        return BatchedGather(name, backend=backend, weights=weights, team=team)
+        group = mesh.shard if backend.is_sharded and name == "layer" else mesh.alone
+        return BatchedGather(name, backend=backend, weights=weights, group=group)
     if name == "layer":
-        return LayerGather(name, backend=backend, weights=weights, team=mesh.shard)
+        return LayerGather(name, backend=backend, weights=weights, group=mesh.shard)
     if name == "member":
-        return MemberGather(name, backend=backend, weights=weights, team=mesh.shard)
+        return MemberGather(name, backend=backend, weights=weights, group=mesh.shard)
     if backend.is_sharded:
-        return IterationGather(name, backend=backend, weights=weights, team=mesh.alone)
+        return IterationGather(name, backend=backend, weights=weights, group=mesh.alone)
     # Every rank holds a whole model already: it is perturbed where it is.
-    return MemberGather(name, backend=backend, weights=weights, team=mesh.alone)
+    return MemberGather(name, backend=backend, weights=weights, group=mesh.alone)
 
 
 class GatherModeSelector:
-    """The mode in use, and, where memory decides, which one that is.
+    """Chooses the gather mode by the memory that is free, and steps down where that runs out.
 
     Args:
         wanted: The value of ``rollout.gather``.
-        is_batched: Whether several members share a forward.
+        is_batched: Whether members share forwards.
         backend: The model.
-        weights: Its weights.
+        weights: Its master weights.
         mesh: The ranks.
     """
 
@@ -238,7 +253,7 @@ class GatherModeSelector:
         self._current = None if self._by_speed else self._make(wanted)
 
     def _make(self, name: str) -> GatherMode:
-        return make_mode(
+        return make_gather_mode(
             name,
             is_batched=self._is_batched,
             backend=self._backend,
@@ -248,33 +263,28 @@ class GatherModeSelector:
 
     @property
     def current(self) -> GatherMode:
-        """The mode in use."""
-        assert self._current is not None, "settle comes first"
+        """Return the mode in use."""
+        assert self._current is not None, "choose comes first"
         return self._current
 
     @property
     def name(self) -> str | None:
-        """Its name; None before ``choose`` where memory decides."""
+        """Return the name of the mode in use; None before ``choose`` where memory decides."""
         return None if self._current is None else self._current.name
 
     @property
-    def are_batched(self) -> bool:
-        """Whether members are evaluated many at a time."""
-        return self._is_batched
-
-    @property
     def can_step_down(self) -> bool:
-        """Whether there is a mode that takes less memory, and it is ours to choose."""
+        """Return whether there is a mode that takes less memory, and it is ours to choose."""
         return bool(self._by_speed) and self.current.name != self._by_speed[-1]
 
-    def choose(self, generation_bytes: int) -> None:
-        """Chooses the mode, if that is still to do, and allocates what it holds; a collective of all ranks.
+    def choose(self, num_bytes: int) -> None:
+        """Choose the mode, if that is still to do, and allocate what it holds; a collective of all ranks.
 
         Args:
-            generation_bytes: What a micro-batch takes besides weights.
+            num_bytes: What a micro-batch takes besides weights.
         """
         if self._current is None:
-            self._current = self._make(self._choose(generation_bytes))
+            self._current = self._make(self._fastest_that_fits(num_bytes))
         while not self._is_reserved:
             try:
                 self.current.reserve()
@@ -289,7 +299,7 @@ class GatherModeSelector:
                 self._is_reserved = True
 
     def step_down(self) -> None:
-        """Goes on with the mode that takes less memory; all ranks must do so at the same place."""
+        """Go on with the mode that takes less memory; all ranks must do so at the same place."""
         old = self.current
         old.release()
         self._is_reserved = False
@@ -305,19 +315,19 @@ class GatherModeSelector:
                 self._current.name,
             )
 
-    def _choose(self, generation_bytes: int) -> str:
-        """The fastest mode for which every rank has the memory."""
+    def _fastest_that_fits(self, num_bytes: int) -> str:
+        """Return the fastest mode for which every rank has the memory."""
         itemsize = self._backend.dtype.itemsize
         copy = sum(shard.num_elements for shard in self._backend.shards) * itemsize
         centre = sum(shard.num_elements for shard in self._weights.trained) * itemsize
         held = mode_bytes(copy=copy, centre=centre, is_sharded=self._backend.is_sharded)
         if self._is_batched:
             held = {"iteration": copy * self._backend.is_sharded}
-        needs = {name: need + generation_bytes for name, need in held.items()}
+        needs = {name: need + num_bytes for name, need in held.items()}
         free = self._mesh.world.min(free_bytes(self._backend.device))
         name = next((name for name, need in needs.items() if need <= free), self._by_speed[-1])
         wants = ", ".join(f"{other} needs {_gib(need)}" for other, need in needs.items())
-        here = f"{_gib(generation_bytes)} of it to generate; {_gib(free)} are free on every rank"
+        here = f"{_gib(num_bytes)} of it to generate; {_gib(free)} are free on every rank"
         logger.info("rollout.gather: auto is %s: %s, %s", name, wants, here)
         return name
 

@@ -1,4 +1,4 @@
-"""One iteration's problems, and who of its members answers which, looking where."""
+"""One iteration's problems, and which member answers which of them with which perturbation."""
 
 import functools
 from collections.abc import Sequence
@@ -16,38 +16,38 @@ class IterationSpec:
     """What an iteration asks of its members.
 
     Attributes:
-        iteration: Which.
+        iteration: Number of updates before it.
         rows: Its problems.
-        rollout: Prepares them.
-        strategy: Says who does what.
+        evaluator: Prepares them.
+        strategy: Says which member has which perturbation and problems.
     """
 
     iteration: int
     rows: Sequence[Row]
-    rollout: Evaluator
+    evaluator: Evaluator
     strategy: Strategy
 
     @functools.cached_property
-    def problems(self) -> PromptBatch:
-        """All of its problems."""
-        return self.rollout.prepare(self.rows, iteration=self.iteration)
+    def prompts(self) -> PromptBatch:
+        """All problems of the iteration, prepared."""
+        return self.evaluator.prepare(self.rows, iteration=self.iteration)
 
     @property
     def members(self) -> range:
-        """Its members."""
+        """Return the indices of the iteration's members."""
         return range(self.strategy.num_members(self.iteration))
 
     def perturbation(self, member: int) -> Perturbation:
-        """Where a member looks."""
+        """Return the direction and signed sigma of a member."""
         return self.strategy.perturbation(member, iteration=self.iteration)
 
     def indices_of(self, member: int) -> list[int] | None:
-        """Which of the problems a member answers; None: all."""
+        """Return the indices of the problems that a member answers; None: all."""
         return self.strategy.problems_of(member, num_problems=len(self.rows))
 
-    def problems_of(self, member: int) -> PromptBatch:
-        """The problems that a member answers."""
+    def prompts_of(self, member: int) -> PromptBatch:
+        """Return the prepared problems that a member answers."""
         indices = self.indices_of(member)
         if indices is None:
-            return self.problems
-        return self.rollout.prepare([self.rows[index] for index in indices], iteration=self.iteration)
+            return self.prompts
+        return self.evaluator.prepare([self.rows[index] for index in indices], iteration=self.iteration)

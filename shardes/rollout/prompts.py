@@ -1,26 +1,34 @@
-"""Problems as a model is asked them."""
+"""Problems as an engine is asked them: rendered, tokenised and cut once, then answered by every member."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from shardes.config.schema import RolloutConfig
 from shardes.rewards.scorer import Scorer
-from shardes.rollout.aggregate import ChoiceSet
-from shardes.rollout.batching import MicroBatch
-from shardes.rollout.engines.transformers.decoder import prefill_parts
-from shardes.rollout.engines.transformers.likelihood import LikelihoodBatch
-from shardes.tasks.base import Prompt, Row
+from shardes.rollout.batching import (
+    LikelihoodBatch,
+    MicroBatch,
+    compose,
+    compose_likelihood_batches,
+    shared_prefix,
+    tokenize,
+)
+from shardes.rollout.choices import ChoiceSet, make_choice_set
+from shardes.rollout.sampling import make_sampler
+from shardes.tasks.base import Choices, Prompt, Row, Task
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """A batch of rows, rendered, tokenised and cut once, then answered by every member.
+    """A batch of problems, and the micro-batches that they are asked in.
 
     Attributes:
         rows: The problems.
         prompts: What is asked, one for each row.
-        scorer: Has answers judged.
+        scorer: Has answers scored.
         samples_per_prompt: Answers to each; answer i is to prompt ``i // samples_per_prompt``.
         micro_batches: Prompts, once for each answer; or, for a likelihood task, prompts with completions.
         prefix: The tokens with which all prompts begin, int64 of shape [1, length]; None if they are few.
@@ -35,12 +43,125 @@ class PromptBatch:
     prefix: torch.Tensor | None = None
     choices: ChoiceSet | None = None
 
-    def num_prefills(self, num_members: int) -> int:
-        """The most forwards that a micro-batch of so many members, or fewer, takes before its first token."""
-        batches = [batch for batch in self.micro_batches if isinstance(batch, MicroBatch)]
-        parts = [prefill_parts(batch.lengths, num_members=num_members) for batch in batches]
-        return max(map(len, parts), default=1)
-
     def fingerprint(self) -> bytes:
-        """What the model is asked, token by token: equal for equal problems, templates and tokenizers."""
+        """Return the tokens that a model is asked: equal for equal problems, templates and tokenizers."""
         return b"".join(batch.input_ids.cpu().numpy().tobytes() for batch in self.micro_batches)
+
+
+class PromptBuilder:
+    """Renders, tokenises and cuts batches of problems.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        scorer: Of the task that is trained on.
+        settings: How prompts are answered.
+        seed: The key of the random numbers that draw answers.
+        device: Where the micro-batches are wanted.
+        max_positions: Tokens of a prompt and its answer that the model was made for; None: any number.
+        text: Turns tokens into text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        scorer: Scorer,
+        settings: RolloutConfig,
+        seed: int,
+        device: torch.device,
+        max_positions: int | None,
+        text: Callable[[list[int]], str],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._scorer = scorer
+        self._settings = settings
+        self._device = device
+        self._max_positions = max_positions
+        self._text = text
+        self._sampler = make_sampler(settings, seed=seed)
+
+    def build(
+        self, rows: Sequence[Row], *, iteration: int, micro_batch_size: int, scorer: Scorer | None = None
+    ) -> PromptBatch:
+        """Build the batch of some problems; the same on every rank.
+
+        Args:
+            rows: The problems.
+            iteration: Whose random numbers draw the answers, if they are drawn.
+            micro_batch_size: Prompts per forward.
+            scorer: Of the task that the problems are of; None: the one that is trained on.
+
+        Raises:
+            UserError: A prompt, or a completion to score, has no tokens or too many.
+        """
+        settings, scorer = self._settings, scorer or self._scorer
+        prompts = [scorer.task.make_prompt(row) for row in rows]
+        if scorer.task.choices is not None:
+            choices = make_choice_set(
+                prompts,
+                [scorer.task.choices(row) for row in rows],
+                self._tokenizer,
+                max_positions=self._max_positions,
+            )
+            return self._of_choices(rows, prompts, choices, scorer, micro_batch_size)
+        tokens = [tokenize(prompt, self._tokenizer) for prompt in prompts]
+        count = settings.samples_per_prompt
+        batches = compose(
+            [prompt for prompt in tokens for _ in range(count)],
+            micro_batch_size=micro_batch_size,
+            pad_id=self._tokenizer.pad_token_id,
+            max_new_tokens=settings.max_new_tokens,
+            max_positions=self._max_positions,
+        )
+        if self._sampler is not None:
+            for i, batch in enumerate(batches):
+                uniforms = self._sampler.uniforms(
+                    iteration=iteration,
+                    prompts=[answer // count for answer in batch.rows],
+                    samples=[answer % count for answer in batch.rows],
+                    num_tokens=settings.max_new_tokens,
+                )
+                batches[i] = replace(batch, uniforms=uniforms)
+        shared = shared_prefix(tokens)
+        prefix = torch.tensor([shared], device=self._device) if shared else None
+        batches = [batch.to(self._device) for batch in batches]
+        return PromptBatch(rows, prompts, scorer, count, batches, prefix)
+
+    def build_pairs(
+        self, pairs: Sequence[Sequence[list[int]]], *, scorer: Scorer, micro_batch_size: int
+    ) -> PromptBatch:
+        """Build a batch that asks for the likelihood of given tokens.
+
+        Args:
+            pairs: The tokens of each prompt and of what follows it.
+            scorer: Of a task whose metric is wanted of them.
+            micro_batch_size: Pairs per forward.
+        """
+        choices = ChoiceSet(
+            prompts=[self._text(prompt) for prompt, _ in pairs],
+            choices=[Choices([self._text(completion)], gold=0) for _, completion in pairs],
+            pairs=[(prompt, completion) for prompt, completion in pairs],
+            first_pairs=range(len(pairs) + 1),
+        )
+        return self._of_choices([{} for _ in pairs], list(choices.prompts), choices, scorer, micro_batch_size)
+
+    def tokens_of(self, task: Task) -> list[list[int]]:
+        """Return the tokens of a task's prompts."""
+        return [tokenize(task.make_prompt(row), self._tokenizer) for row in task.train]
+
+    def _of_choices(
+        self,
+        rows: Sequence[Row],
+        prompts: list[Prompt],
+        choices: ChoiceSet,
+        scorer: Scorer,
+        micro_batch_size: int,
+    ) -> PromptBatch:
+        batches = compose_likelihood_batches(
+            [prompt for prompt, _ in choices.pairs],
+            [completion for _, completion in choices.pairs],
+            micro_batch_size=micro_batch_size,
+            pad_id=self._tokenizer.pad_token_id,
+        )
+        batches = [batch.to(self._device) for batch in batches]
+        return PromptBatch(rows, prompts, scorer, 1, batches, choices=choices)

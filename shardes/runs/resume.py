@@ -2,16 +2,78 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shardes.errors import UserError
+from shardes.es.member import MemberResult
 from shardes.es.update import Update
 from shardes.models.checkpoint import Checkpoint
+from shardes.runs.journal import History
 from shardes.runs.snapshot import Snapshot, SnapshotError, find_snapshots, snapshot_path
 from shardes.session import Session
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ResumeState:
+    """What a run's journal knows when the run goes on.
+
+    Attributes:
+        updates: The records of all updates.
+        digests: The weights' digests by number of updates.
+        results: Members of the first iteration to do that have earned something already.
+        evaluation: The record of the centre's evaluation after all updates, if there is one.
+        best_reward: The best held-out reward before that.
+        kl_probe: The base model's answers, if they were recorded.
+        has_kl: Whether the divergence was estimated after all updates.
+    """
+
+    updates: list[dict[str, Any]]
+    digests: dict[int, str]
+    results: dict[int, MemberResult]
+    evaluation: dict[str, Any] | None
+    best_reward: float | None
+    kl_probe: dict[str, Any] | None
+    has_kl: bool
+
+    @property
+    def first_iteration(self) -> int:
+        return len(self.updates)
+
+    @property
+    def is_cut_off(self) -> bool:
+        return self.first_iteration > 0 and self.first_iteration not in self.digests
+
+    @classmethod
+    def from_history(cls, history: History) -> "ResumeState":
+        first = len(history.updates)
+        # A member without a reward is asked again: the user may have mended the reward function.
+        pending = [r for r in history.members.get(first, {}).values() if r["reward"] is not None]
+        return cls(
+            history.updates,
+            dict(history.digests),
+            {r["member"]: MemberResult.of_record(r) for r in pending},
+            history.evaluations.get(first),
+            history.best_reward(before=first),
+            history.probe,
+            first in history.kls,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self) | {
+            "digests": list(self.digests.items()),
+            "results": [r.record() for r in self.results.values()],
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "ResumeState":
+        results = [MemberResult.of_record(r) for r in record["results"]]
+        return cls(
+            **{**record, "digests": dict(record["digests"]), "results": {r.member: r for r in results}}
+        )
 
 
 def restore_weights(

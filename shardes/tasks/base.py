@@ -120,3 +120,8 @@ class Task:
     rewards: tuple[Component, ...] = ()
     choices: Callable[[Row], Choices] | None = None
     metric: Metric = "cross_entropy"
+
+
+def as_text(prompt: Prompt) -> str:
+    """Return a prompt for people to read."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

@@ -14,7 +14,7 @@ from shardes.rollout.aggregate import Evaluation
 from shardes.runs.journal import History, read_journal
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
-from shardes.trainer import TrainingLoop
+from shardes.trainer import make_training_loop
 from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model, tree, write_problems
@@ -153,13 +153,13 @@ def test_what_was_not_exported_before_a_crash_is_exported_after_it(run, tmp_path
     config = load_config(run, [f"run.dir={tmp_path / 'run'}", "es.iterations=1"])
     task = load_task(config.task)
     with open_session(config) as session:
-        trainer = TrainingLoop(session, task)
-        trainer._save_if_best = lambda iteration, reward: (_ for _ in ()).throw(KeyboardInterrupt)
+        trainer = make_training_loop(session, task)
+        trainer._centre._save_if_best = lambda iteration, reward: (_ for _ in ()).throw(KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
     assert not (tmp_path / "run" / "best").exists()
     with open_session(config) as session:
-        TrainingLoop(session, task).train()
+        make_training_loop(session, task).train()
     rewards = [line["heldout_reward"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")]
     best = rewards.index(max(rewards))
     result = call("shardes", "export", tmp_path / "run", tmp_path / "out", "--iteration", best)
@@ -268,7 +268,7 @@ def test_the_best_iteration_is_the_first_of_those_with_the_highest_reward(tmp_pa
 def train(root, model, **changes):
     config = make_config(root, model=model, run_dir=root / "run", es__iterations=2, eval__every=0, **changes)
     with open_session(config) as session:
-        TrainingLoop(session, load_task(config.task)).train()
+        make_training_loop(session, load_task(config.task)).train()
     return lines_of(root / "run" / "metrics.jsonl"), read_journal(root / "run" / "journal.jsonl")[0]
 
 

@@ -26,7 +26,7 @@ from shardes.noise import Region
 from shardes.runs.journal import History
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
-from shardes.trainer import TrainingLoop
+from shardes.trainer import make_training_loop
 from tests.helpers.models import make_config, tiny_model
 
 PROMPTS = ["3+7=", "1+2+3=", "77-5="]
@@ -52,7 +52,7 @@ def model_dirs(tmp_path_factory):
 def trained(config):
     """A session whose weights are those of a finished run."""
     with open_session(config) as session:
-        TrainingLoop(session, load_task(config.task)).train()
+        make_training_loop(session, load_task(config.task)).train()
     return session  # one process, plain tensors: there is no job to leave
 
 

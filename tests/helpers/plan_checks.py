@@ -17,9 +17,10 @@ from shardes.distributed.stop import Stop
 from shardes.es.strategy import Strategy, optimizer_of
 from shardes.es.update import Update
 from shardes.models.checkpoint import Checkpoint
+from shardes.rollout.build import make_evaluator
 from shardes.rollout.iteration import IterationSpec
 from shardes.rollout.scheduler import MemberScheduler
-from shardes.session import Session, make_evaluator
+from shardes.session import Session
 from shardes.tasks.loading import load_task
 from shardes.utils.timers import PhaseTimer
 from shardes.weights.master import Weights

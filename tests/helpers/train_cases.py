@@ -19,7 +19,7 @@ from shardes.export.writer import export_model
 from shardes.rollout.engines.transformers.decoder import Decoder
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
-from shardes.trainer import TrainingLoop
+from shardes.trainer import make_training_loop
 from tests.helpers.one_store import make_store
 
 ERRORS = {
@@ -57,7 +57,7 @@ def main():
     for case in json.loads(Path(sys.argv[1]).read_text()):
         with open_session(parse_config(case["config"], source="case")) as session:
             with shortages(session.backend, case.get("shortages", []), session.mesh.world.rank):
-                TrainingLoop(session, load_task(session.config.task)).train()
+                make_training_loop(session, load_task(session.config.task)).train()
             export_model(session, Path(case["export"]), iteration=session.config.es.iterations, settings={})
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 import yaml
 
-from shardes.rollout import evaluator as rollout_module
+from shardes.rollout.engines.transformers import engine as engine_module
 from shardes.rollout.engines.transformers.decoder import Decoder
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
-from shardes.trainer import TrainingLoop
+from shardes.trainer import make_training_loop
 from tests.helpers.exports import fingerprint
 from tests.helpers.models import make_config, tiny_model, tree
 from tests.helpers.runs import run_cases
@@ -45,7 +45,7 @@ def memory(monkeypatch):
 
 def train(config):
     with open_session(config) as session:
-        TrainingLoop(session, load_task(config.task)).train()
+        make_training_loop(session, load_task(config.task)).train()
     return yaml.safe_load((config.run.dir / "config.yaml").read_text())["rollout"]["micro_batch_size"]
 
 
@@ -73,8 +73,8 @@ def test_where_too_much_memory_ends_the_process_a_formula_is_asked(tmp_path, mod
     config = make_config(
         tmp_path, model=model, run_dir=tmp_path / "run", rollout__micro_batch_size="auto", eval__every=0
     )
-    monkeypatch.setattr(rollout_module, "free_bytes", free)
-    bytes_for = rollout_module.Evaluator._bytes_for
+    monkeypatch.setattr(engine_module, "free_bytes", free)
+    bytes_for = engine_module.TransformersEngine.bytes_for
 
     def noting(self, batch):
         need = bytes_for(self, batch)
@@ -82,7 +82,7 @@ def test_where_too_much_memory_ends_the_process_a_formula_is_asked(tmp_path, mod
             of_four.append(need * 4 // len(batch.rows))
         return need
 
-    monkeypatch.setattr(rollout_module.Evaluator, "_bytes_for", noting)
+    monkeypatch.setattr(engine_module.TransformersEngine, "bytes_for", noting)
     assert train(config) == 3
 
 

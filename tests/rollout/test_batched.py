@@ -10,7 +10,7 @@ from shardes.rollout.engines.transformers import decoder as decode
 from shardes.rollout.lowrank import hooks as hooks
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
-from shardes.trainer import TrainingLoop
+from shardes.trainer import make_training_loop
 from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model, tree
@@ -77,7 +77,7 @@ def train(tmp_path, model, name="run", **changes):
     """Trains in this process; returns the run directory."""
     config = make_config(tmp_path, model=model, run_dir=tmp_path / name, **(BATCHED | changes))
     with open_session(config) as session:
-        TrainingLoop(session, load_task(config.task)).train()
+        make_training_loop(session, load_task(config.task)).train()
     return tmp_path / name
 
 
@@ -174,7 +174,7 @@ def test_auto_is_found_once_and_kept(tmp_path, models, monkeypatch):
     run_dir = train(tmp_path, models["qwen2"], rollout__members_per_forward="auto")
     header = journal(run_dir)[0]
     assert header["settings"]["rollout.members_per_forward"] == 8  # what holds seven
-    monkeypatch.setattr("shardes.rollout.probe.MOST_MEMBERS", 2)
+    monkeypatch.setattr("shardes.rollout.autotune.MOST_MEMBERS", 2)
     train(tmp_path, models["qwen2"], rollout__members_per_forward="auto")
     both = {"rollout__members_per_forward": "auto", "rollout__micro_batch_size": "auto"}
     settings = journal(train(tmp_path, models["qwen2"], "both", **both))[0]["settings"]

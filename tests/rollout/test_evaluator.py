@@ -10,19 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Group, Mesh
 from shardes.errors import UserError
 from shardes.es.update import Perturbation
 from shardes.models.build import load_tokenizer
-from shardes.rewards.pool import InProcessRewards
-from shardes.rewards.scorer import Scorer
 from shardes.rollout.batching import compose, tokenize
-from shardes.rollout.evaluator import Evaluator
-from shardes.rollout.gather_modes import GatherModeSelector
-from shardes.session import make_evaluator, open_session
+from shardes.rollout.build import make_evaluator
+from shardes.session import open_session
 from shardes.tasks.base import Component, Task
 from shardes.tasks.loading import load_task
+from tests.helpers.evaluators import evaluate_member, make_evaluator_of, start_member
 from tests.helpers.models import make_config, tiny_model
 from tests.helpers.rewards import spread
 
@@ -102,26 +99,16 @@ def length(completions):
 LENGTH = Component("length", length, weight=0.0)
 
 
-def rollout_of(session, reward, *, mode="member", mesh=None, changes=None, others=()):
+def evaluator_of(session, reward, *, mode="member", mesh=None, changes=None, others=()):
     rewards = (Component("own", reward), *others)
     task = Task("test", ROWS, [], lambda row: row["prompt"], rewards)
-    return Evaluator(
-        session.backend,
-        tokenizer=load_tokenizer(session.config.model.path, trust_remote_code=False),
-        mesh=mesh or session.mesh,
-        scorer=Scorer(task, rewards=InProcessRewards(rewards), on_error="exclude"),
-        modes=GatherModeSelector(
-            mode, is_batched=False, backend=session.backend, weights=session.weights, mesh=session.mesh
-        ),
-        settings=RolloutConfig(**({"max_new_tokens": 6, "micro_batch_size": 4} | (changes or {}))),
-        seed=0,
-        timer=session.timer,
-    )
+    settings = {"max_new_tokens": 6, "micro_batch_size": 4, "gather": mode} | (changes or {})
+    return make_evaluator_of(session, task, mesh=mesh, **settings)
 
 
 def evaluated(session, reward, *, group=None, **arguments):
-    rollout = rollout_of(session, reward, **arguments)
-    return rollout.evaluate(rollout.prepare(ROWS, iteration=0), group=group or session.mesh.world)
+    evaluator = evaluator_of(session, reward, **arguments)
+    return evaluator.evaluate_centre(evaluator.prepare(ROWS, iteration=0), group=group or session.mesh.world)
 
 
 def answers_alone(model_dir):
@@ -173,9 +160,9 @@ def test_samples_are_the_answers_of_the_first_micro_batch(session, model_dirs):
         }
         for i in first
     }
-    rollout = rollout_of(session, lambda p, c, n: n)
-    problems = rollout.prepare(ROWS, iteration=0)
-    every = rollout.evaluate(problems, group=session.mesh.world, keeps_samples=True).samples
+    evaluator = evaluator_of(session, lambda p, c, n: n)
+    prompts = evaluator.prepare(ROWS, iteration=0)
+    every = evaluator.evaluate_centre(prompts, group=session.mesh.world, keeps_samples=True).samples
     assert [sample.completion for sample in every.values()] == texts
     assert list(every) == list(range(len(ROWS)))
 
@@ -194,10 +181,10 @@ def test_none_and_failures_stay_with_their_rows(session):
 
 @dataclass(frozen=True)
 class LoneRank(Group):
-    """One of several ranks, with nobody to talk to: totals are its own part."""
+    """One of several ranks, with nobody to talk to: it knows its own part alone."""
 
-    def sum_float64(self, values):
-        return values
+    def gather_json(self, value):
+        return [json.loads(json.dumps(value))]
 
 
 def test_ranks_share_the_micro_batches_without_a_gap_or_an_overlap(session):
@@ -210,41 +197,34 @@ def test_ranks_share_the_micro_batches_without_a_gap_or_an_overlap(session):
         parts = [evaluated(session, reward, group=group, others=[LENGTH]) for group in groups]
         for row, wanted in enumerate(whole.rewards):
             earned = [part.rewards[row] for part in parts]
-            assert sorted(earned) == [0.0] * (world_size - 1) + [wanted]
+            assert earned.count(None) == world_size - 1
+            assert wanted in earned
         assert sum(part.num_tokens for part in parts) == whole.num_tokens
         assert [part.samples for part in parts] == [whole.samples] + [{}] * (world_size - 1)
         for row in range(len(ROWS)):
             flags = [part.components["length"][row] is not None for part in parts]
-            assert flags == [part.rewards[row] != 0 for part in parts]
+            assert flags == [part.rewards[row] is not None for part in parts]
 
 
 def test_an_evaluation_answers_with_the_weights_of_the_moment(session):
     def reward(prompts, completions, n):
         return spread(prompts, completions)
 
-    rollout = rollout_of(session, reward)
-    problems = rollout.prepare(ROWS, iteration=0)
-    world = session.mesh.world
-    first = rollout.evaluate(problems, group=world).rewards
-    session.weights.perturb(Perturbation(0, 0, 0.2))
-    assert rollout.evaluate(problems, group=world).rewards != first
-    session.weights.centre()
-    assert rollout.evaluate(problems, group=world).rewards == first
+    evaluator = evaluator_of(session, reward)
+    prompts, world = evaluator.prepare(ROWS, iteration=0), session.mesh.world
+    first = evaluator.evaluate_centre(prompts, group=world).rewards
+    assert evaluate_member(evaluator, prompts, Perturbation(0, 0, 0.2), group=world).rewards != first
+    assert evaluator.evaluate_centre(prompts, group=world).rewards == first
 
 
 def test_a_started_evaluation_does_not_see_later_weights(session):
-    rollout = rollout_of(session, lambda prompts, completions, n: spread(prompts, completions))
-    problems, world = rollout.prepare(ROWS, iteration=0), session.mesh.world
-    alone = []
-    for direction in range(3):
-        session.weights.perturb(Perturbation(0, direction, 0.2))
-        alone.append(rollout.evaluate(problems, group=world))
+    evaluator = evaluator_of(session, lambda prompts, completions, n: spread(prompts, completions))
+    prompts, world = evaluator.prepare(ROWS, iteration=0), session.mesh.world
+    members = [Perturbation(0, direction, 0.2) for direction in range(3)]
+    alone = [evaluate_member(evaluator, prompts, member, group=world) for member in members]
     assert len({tuple(evaluation.rewards) for evaluation in alone}) == 3
-    started = []
-    for direction in range(3):
-        session.weights.perturb(Perturbation(0, direction, 0.2))
-        started.append(rollout.start(problems, group=world))
-    assert [rollout.finish(pending) for pending in started] == alone
+    started = [start_member(evaluator, prompts, member, group=world) for member in members]
+    assert [evaluator.collect(each, group=world)[0][0] for each in started] == alone
 
 
 def test_samples_of_one_prompt_are_judged_as_rows_of_their_own(session):
@@ -269,8 +249,9 @@ def test_the_end_tokens_are_those_of_the_generation_config(tmp_path):
     answers, _ = answers_alone(path)
     assert {answer[-1] for answer in answers} & {3, 17}
     with open_session(make_config(tmp_path, model=path, run_dir=tmp_path / "run")) as session:
-        rollout, *_ = make_evaluator(session, load_task(session.config.task))
-        evaluation = rollout.evaluate(rollout.prepare(ROWS, iteration=0), group=session.mesh.world)
+        evaluator, *_ = make_evaluator(session, load_task(session.config.task))
+        prompts = evaluator.prepare(ROWS, iteration=0)
+        evaluation = evaluator.evaluate_centre(prompts, group=session.mesh.world)
         found = {sample.prompt: sample.token_ids for sample in evaluation.samples.values()}
     wanted = {row["prompt"]: answer for row, answer in zip(ROWS, answers, strict=True)}
     assert found == {prompt: wanted[prompt] for prompt in found}
@@ -284,28 +265,28 @@ def test_where_ranks_share_batches_all_answer_the_same_and_the_first_scores(sess
     for rank in range(4):
         world = LoneRank(rank, 4, torch.device("cpu"))
         mesh = Mesh(world, LoneRank(rank % 2, 2, torch.device("cpu")))
-        rollout = rollout_of(session, lambda p, c, n: spread(p, c), mode="layer", mesh=mesh)
+        evaluator = evaluator_of(session, lambda p, c, n: spread(p, c), mode="layer", mesh=mesh)
         batches = []
         monkeypatch.setattr(
-            rollout,
+            evaluator,
             "_forward",
-            lambda model, problems, batch, forward=rollout._forward, batches=batches, **keywords: (
-                batches.append(batch.rows) or forward(model, problems, batch, **keywords)
+            lambda batch, prompts, forward=evaluator._forward, batches=batches: (
+                batches.append(batch.rows) or forward(batch, prompts)
             ),
         )
-        problems = rollout.prepare(ROWS, iteration=0)
-        # A team has every micro-batch; all ranks together share them by replica.
+        prompts = evaluator.prepare(ROWS, iteration=0)
+        # A replica has every micro-batch; all ranks together share them by replica.
         for group in (mesh.shard, world):
-            seen[rank, group.world_size] = rollout.evaluate(problems, group=group), tuple(batches)
+            seen[rank, group.world_size] = evaluator.evaluate_centre(prompts, group=group), tuple(batches)
             batches.clear()
     for replica in (0, 1):
         for size in (2, 4):
             first, second = seen[2 * replica, size], seen[2 * replica + 1, size]
             assert first[1] == second[1]
-            assert second[0].rewards == [0.0] * len(ROWS)
+            assert second[0].rewards == [None] * len(ROWS)
             assert second[0].samples == {}
         assert seen[2 * replica, 2][0].rewards == whole.rewards
     parts = [seen[rank, 4][0].rewards for rank in (0, 2)]
-    assert [sum(pair) for pair in zip(*parts, strict=True)] == whole.rewards
-    assert all(0.0 in pair for pair in zip(*parts, strict=True))
+    assert all((one is None) != (other is None) for one, other in zip(*parts, strict=True))
+    assert [one if other is None else other for one, other in zip(*parts, strict=True)] == whole.rewards
     assert [len(seen[rank, 4][1]) for rank in range(4)] == [2, 2, 1, 1]

@@ -12,9 +12,10 @@ from shardes.distributed.group import Group, Mesh
 from shardes.es.update import Perturbation, Update
 from shardes.rollout import gather_modes as modes
 from shardes.rollout import memory
+from shardes.rollout.build import make_evaluator
 from shardes.rollout.gather_modes import GatherModeSelector
 from shardes.rollout.memory import free_bytes, generation_bytes, is_shortage
-from shardes.session import make_evaluator, open_session
+from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.weights.gathered import GatheredWeights
 from tests.helpers.models import make_config, tiny_model
@@ -149,12 +150,12 @@ def test_auto_gathers_whole_models_only_where_ranks_hold_parts(monkeypatch):
     assert chosen.current.name == "member"
 
 
-def test_teams_are_replicas_and_in_members_mode_single_ranks(monkeypatch):
+def test_groups_are_replicas_and_with_one_gather_an_iteration_single_ranks(monkeypatch):
     mesh = Mesh(Group(3, 4, CPU), Group(1, 2, CPU))
     for name, size in (("layer", 2), ("member", 2), ("iteration", 1)):
         for is_sharded in (True, False):
             _, chosen = make_modes(monkeypatch, free=0, wanted=name, mesh=mesh, is_sharded=is_sharded)
-            assert chosen.current.team.world_size == size
+            assert chosen.current.group.world_size == size
             assert chosen.current.forward_is_collective == (name == "layer" and is_sharded)
             assert not chosen.can_step_down
 
@@ -253,5 +254,5 @@ def test_backends_without_a_choice_make_none(tmp_path, caplog, backend, wanted):
     config = make_config(tmp_path, model=model, run_dir=tmp_path / "run", parallel__backend=backend)
     with caplog.at_level(logging.INFO), open_session(config) as session:
         rollout, *_ = make_evaluator(session, load_task(config.task))
-        assert rollout.mode.name == wanted
+        assert rollout.engine.gather == wanted
     assert f"rollout.gather: auto is {wanted}: " in caplog.text

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from shardes.distributed.group import Group, Mesh
 from shardes.distributed.stop import Stop, Stopped
 from shardes.es.member import MemberResult
-from shardes.rollout.scheduler import Evaluate, MemberQueue, MemberScheduler
+from shardes.rollout.member_queue import MemberQueue
+from shardes.rollout.scheduler import MemberScheduler, pipelined
 from shardes.utils.timers import PhaseTimer
 
 CPU = torch.device("cpu")
@@ -45,12 +46,21 @@ class ThreadGroup(Group):
 
 
 def whole(evaluate):
-    """An evaluation that is all done when it is finished."""
-    return Evaluate(lambda member: member, lambda member, _: evaluate(member))
+    """Evaluates turns of one member, whose evaluation is all done when it is finished."""
+
+    def finish(turn, _):
+        result = evaluate(turn[0][0])
+        return None if result is None else [result]
+
+    return lambda turns: pipelined(turns, start=lambda turn: turn, finish=finish)
+
+
+def turns_of(members):
+    return [[[member]] for member in members]
 
 
 def play(num_ranks, members, evaluate, *, team_size=1, timeout_seconds=10, stop=None, told=None):
-    """Runs a desk on every rank; returns what each got, and what rank 0 was told in which order."""
+    """Runs a queue on every rank; returns what each got, and what rank 0 was told in which order."""
     stop, told = stop or Stop(), [] if told is None else told
     store = dist.HashStore()
     world = Meeting(threading.Barrier(num_ranks))
@@ -58,18 +68,18 @@ def play(num_ranks, members, evaluate, *, team_size=1, timeout_seconds=10, stop=
     found, errors = {}, []
 
     def rank(number):
-        desk = MemberQueue(
+        queue = MemberQueue(
             ThreadGroup(number, num_ranks, CPU, meeting=world),
-            team=ThreadGroup(number % team_size, team_size, CPU, meeting=teams[number // team_size]),
+            group=ThreadGroup(number % team_size, team_size, CPU, meeting=teams[number // team_size]),
             store=store,
             number=3,
             timeout_seconds=timeout_seconds,
             stop=stop,
         )
         try:
-            found[number] = desk.hand_out(
-                members,
-                evaluate=whole(lambda member: evaluate(number, member)),
+            found[number] = queue.hand_out(
+                turns_of(members),
+                evaluated=whole(lambda member: evaluate(number, member)),
                 on_result=told.append if number == 0 else None,
                 timer=PhaseTimer(),
             )
@@ -138,14 +148,14 @@ def test_rank_0_is_told_of_others_results_between_its_own():
     def rank(number):
         MemberQueue(
             ThreadGroup(number, 2, CPU, meeting=world),
-            team=Group(0, 1, CPU),
+            group=Group(0, 1, CPU),
             store=store,
             number=0,
             timeout_seconds=10,
             stop=Stop(),
         ).hand_out(
-            range(12),
-            evaluate=whole(lambda member: evaluate(number, member)),
+            turns_of(range(12)),
+            evaluated=whole(lambda member: evaluate(number, member)),
             on_result=told_now.append,
             timer=PhaseTimer(),
         )
@@ -163,38 +173,42 @@ def test_rank_0_is_told_of_others_results_between_its_own():
 def test_each_member_is_started_before_the_one_before_it_is_finished():
     log = []
 
-    def start(member):
-        log.append(("start", member))
-        return member
+    def start(turn):
+        log.append(("start", turn))
+        return turn
 
-    def finish(member, _):
-        log.append(("finish", member))
-        return None if member == 2 else result_of(member)
+    def finish(turn, _):
+        log.append(("finish", turn))
+        return None if turn == 2 else [result_of(turn)]
 
-    found = list(Evaluate(start, finish).each(iter(range(4))))
-    assert found == [None if member == 2 else result_of(member) for member in range(4)]
+    found = list(pipelined(range(4), start=start, finish=finish))
+    assert found == [None if turn == 2 else [result_of(turn)] for turn in range(4)]
     starts, finishes = [[m for what, m in log if what == word] for word in ("start", "finish")]
     assert starts == finishes == [0, 1, 2, 3]
-    for member in range(3):
-        assert log.index(("finish", member)) == log.index(("start", member + 1)) + 1
-    assert list(Evaluate(start, finish).each(iter([]))) == []
+    for turn in range(3):
+        assert log.index(("finish", turn)) == log.index(("start", turn + 1)) + 1
+    assert list(pipelined([], start=start, finish=finish)) == []
 
 
 @pytest.mark.parametrize("num_members", [1, 2, 5])
 def test_after_a_shortage_the_member_in_flight_is_finished_and_no_other_is_started(num_members):
-    started = []
+    started, told = [], []
 
-    def start(member):
-        started.append(member)
-        return member
+    def start(turn):
+        started.append(turn[0][0])
+        return turn[0][0]
 
     world = Group(0, 1, CPU)
-    rollout = SimpleNamespace(mode=SimpleNamespace(team=world))
+    evaluator = SimpleNamespace(engine=SimpleNamespace(group=world))
     mesh = Mesh(world, world)
-    population = MemberScheduler(rollout, mesh=mesh, timeout_seconds=1, stop=Stop(), timer=PhaseTimer())
-    evaluate = Evaluate(start, lambda member, _: None if member == 0 else result_of(member))
-    told = []
-    found = population._hand_out(range(num_members), evaluate, told.append)
+    scheduler = MemberScheduler(evaluator, mesh=mesh, timeout_seconds=1, stop=Stop(), timer=PhaseTimer())
+
+    def evaluated(turns):
+        return pipelined(
+            turns, start=start, finish=lambda _, member: None if member == 0 else [result_of(member)]
+        )
+
+    found = scheduler._evaluate_turns(turns_of(range(num_members)), evaluated, told.append)
     assert started == [0, 1][:num_members]
     assert found == {member: result_of(member) for member in started if member}
     assert told == list(found.values())
@@ -245,7 +259,7 @@ def test_rank_0_does_not_wait_for_ever():
         return result_of(member)
 
     try:
-        with pytest.raises(TimeoutError, match=r"parallel\.timeout_seconds\), and 1 of 2 teams"):
+        with pytest.raises(TimeoutError, match=r"parallel\.timeout_seconds\), and 1 of 2 groups"):
             play(2, range(4), evaluate, timeout_seconds=0.3)
     finally:
         gone.set()

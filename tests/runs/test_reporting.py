@@ -14,7 +14,7 @@ from shardes.runs.reporting import Callbacks
 from shardes.runs.trackers import check_trackers, scalars
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
-from shardes.trainer import TrainingLoop
+from shardes.trainer import make_training_loop
 from shardes.utils.progress import duration, progress
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model
@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 def train(tmp_path, model, *, callbacks=None, **changes):
     config = make_config(tmp_path, model=model, run_dir=tmp_path / "run", **changes)
     with open_session(config) as session:
-        TrainingLoop(session, load_task(config.task), callbacks=callbacks).train()
+        make_training_loop(session, load_task(config.task), callbacks=callbacks).train()
     return [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
 
 

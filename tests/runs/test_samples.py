@@ -7,7 +7,7 @@ import pytest
 from shardes.rollout.aggregate import NUM_SAMPLES
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
-from shardes.trainer import TrainingLoop
+from shardes.trainer import make_training_loop
 from tests.helpers.models import make_config, tiny_model
 
 
@@ -19,7 +19,7 @@ def model(tmp_path_factory):
 def train(tmp_path, model, **changes):
     config = make_config(tmp_path, model=model, run_dir=tmp_path / "run", **({"es__iterations": 5} | changes))
     with open_session(config) as session:
-        TrainingLoop(session, load_task(config.task)).train()
+        make_training_loop(session, load_task(config.task)).train()
     return [json.loads(line) for line in (config.run.dir / "samples.jsonl").read_text().splitlines()]
 
 

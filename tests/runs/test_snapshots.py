@@ -18,7 +18,7 @@ from shardes.runs.resume import restore_weights
 from shardes.runs.snapshot import Snapshot, SnapshotError, find_snapshots, snapshot_path, write_part
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
-from shardes.trainer import TrainingLoop
+from shardes.trainer import make_training_loop
 from tests.helpers.models import make_config, tiny_model
 from tests.helpers.snapshot_files import damage, manifest_of
 
@@ -37,7 +37,7 @@ def configured(root, model, run_dir, **changes):
 
 def train(config):
     with open_session(config) as session:
-        TrainingLoop(session, load_task(config.task)).train()
+        make_training_loop(session, load_task(config.task)).train()
         return session.digest()
 
 

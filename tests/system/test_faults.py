@@ -64,7 +64,7 @@ FAULTS = {
     "die-rank-0": ("die", 0, 5, {}, [-9, 1], r"rank\(s\) 0 ended without a word"),
     "hang": (
         *("hang", 1, 5, {"parallel__timeout_seconds": 3, "eval__every": 0}),
-        *([1, 1], r"no member's result for 3 s \(parallel\.timeout_seconds\), and 1 of 2 teams"),
+        *([1, 1], r"no member's result for 3 s \(parallel\.timeout_seconds\), and 1 of 2 groups"),
     ),
     "hang-prompts": (
         *(

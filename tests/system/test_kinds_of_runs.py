@@ -10,7 +10,7 @@ from shardes.models.checkpoint import Checkpoint
 from shardes.noise import LowRank, Region
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
-from shardes.trainer import TrainingLoop
+from shardes.trainer import make_training_loop
 from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model, tree
@@ -36,7 +36,7 @@ def train(tmp_path, model, **changes):
     """Trains in this process; returns the centre's values by name and the journal's updates."""
     config = make_config(tmp_path, model=model, run_dir=tmp_path / "run", **changes)
     with open_session(config) as session:
-        TrainingLoop(session, load_task(config.task)).train()
+        make_training_loop(session, load_task(config.task)).train()
         shards = session.backend.shards
         values = {shard.name: session.weights.gather_centre(shard).view(-1).clone() for shard in shards}
     lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]

@@ -10,7 +10,7 @@ from shardes.config.schema import EsConfig
 from shardes.rollout.batching import compose
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
-from shardes.trainer import TrainingLoop
+from shardes.trainer import make_training_loop
 from tests.helpers.decoding import PAD, decoded
 from tests.helpers.models import make_config, tiny_model
 from tests.helpers.noise_oracle import same_bits
@@ -66,7 +66,7 @@ def model(tmp_path_factory):
 
 def trained(config):
     with open_session(config) as session:
-        TrainingLoop(session, load_task(config.task)).train()
+        make_training_loop(session, load_task(config.task)).train()
         return {
             shard.name: session.weights.gather_centre(shard).flatten().clone()
             for shard in session.backend.shards

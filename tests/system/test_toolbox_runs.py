@@ -14,7 +14,7 @@ from shardes.noise import Region
 from shardes.runs.snapshot import find_snapshots, snapshot_path
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
-from shardes.trainer import TrainingLoop
+from shardes.trainer import make_training_loop
 from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model, tree
@@ -53,7 +53,7 @@ def train(root, model, *, name="run", **changes):
     """Trains in this process; returns the weights as loaded from the masters."""
     config = make_config(root, model=model, run_dir=root / name, **changes)
     with open_session(config) as session:
-        TrainingLoop(session, load_task(config.task)).train()
+        make_training_loop(session, load_task(config.task)).train()
         return {
             shard.name: session.weights.gather_centre(shard).flatten().clone()
             for shard in session.backend.shards

@@ -7,20 +7,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Group
 from shardes.errors import UserError
 from shardes.es.update import Perturbation
 from shardes.models.build import load_tokenizer
-from shardes.rewards.pool import InProcessRewards
-from shardes.rewards.scorer import Scorer
-from shardes.rollout.aggregate import ChoiceSet, LogLikelihoodAccumulator, choice_set
-from shardes.rollout.evaluator import Evaluator
-from shardes.rollout.gather_modes import GatherModeSelector
+from shardes.rollout.aggregate import PartialResult
+from shardes.rollout.choices import ChoiceSet, make_choice_set
+from shardes.rollout.likelihood import LogLikelihoodAccumulator
 from shardes.session import open_session
 from shardes.tasks.base import Choices, Task
 from shardes.tasks.loading import load_task
-from shardes.trainer import TrainingLoop
+from shardes.trainer import make_training_loop
+from tests.helpers.evaluators import evaluate_member, make_evaluator_of
 from tests.helpers.models import make_config, tiny_model
 
 # Prompts and completions of different lengths and numbers; the tokenizer has one token a character.
@@ -45,23 +43,17 @@ def session(model_dir, tmp_path):
         yield session
 
 
-def evaluated(session, metric, *, rows=ROWS, mode="member", group=None, choices=None, prompt=None):
+def evaluated(
+    session, metric, *, rows=ROWS, mode="member", group=None, choices=None, prompt=None, member=None
+):
     choices = choices or (lambda row: Choices(row["choices"], row["gold"]))
     prompt = prompt or (lambda row: row["prompt"])
     task = Task("t", rows, [], prompt, choices=choices, metric=metric)
-    rollout = Evaluator(
-        session.backend,
-        tokenizer=load_tokenizer(session.config.model.path, trust_remote_code=False),
-        mesh=session.mesh,
-        scorer=Scorer(task, rewards=InProcessRewards([]), on_error="exclude"),
-        modes=GatherModeSelector(
-            mode, is_batched=False, backend=session.backend, weights=session.weights, mesh=session.mesh
-        ),
-        settings=RolloutConfig(max_new_tokens=1, micro_batch_size=4),
-        seed=0,
-        timer=session.timer,
-    )
-    return rollout.evaluate(rollout.prepare(rows, iteration=0), group=group or session.mesh.world)
+    evaluator = make_evaluator_of(session, task, gather=mode, max_new_tokens=1, micro_batch_size=4)
+    prompts, group = evaluator.prepare(rows, iteration=0), group or session.mesh.world
+    if member is not None:
+        return evaluate_member(evaluator, prompts, member, group=group)
+    return evaluator.evaluate_centre(prompts, group=group)
 
 
 def log_likelihoods(model_dir, prompt, completion):
@@ -113,22 +105,21 @@ def test_samples_are_the_likeliest_completions(session, model_dir):
 
 
 class Part(Group):
-    """One of several ranks, whose totals are added to those of the ranks before it."""
+    """One of several ranks, which gets what the ranks before it had."""
 
-    def sum_float64(self, values):
-        before = self.store or [0.0] * len(values)
-        object.__setattr__(self, "store", [a + b for a, b in zip(before, values, strict=True)])
+    def gather_json(self, value):
+        object.__setattr__(self, "store", [*(self.store or []), json.loads(json.dumps(value))])
         return self.store
 
 
 def test_ranks_that_share_the_pairs_find_the_numbers_of_one(session):
     whole = evaluated(session, "cross_entropy")
     for world_size in (2, 3, 7):
-        sums = None
+        parts = None
         for rank in range(world_size):
-            group = Part(rank, world_size, torch.device("cpu"), store=sums)
+            group = Part(rank, world_size, torch.device("cpu"), store=parts)
             last = evaluated(session, "cross_entropy", group=group)
-            sums = group.store
+            parts = group.store
         assert last.rewards == whole.rewards
         assert last.components == whole.components
         assert last.num_tokens == whole.num_tokens
@@ -139,8 +130,9 @@ def test_a_tie_is_no_right_answer():
     pairs = [([1], [2] * (1 + i % 3)) for i in range(12)]
     problems = ChoiceSet(["p"] * 4, choices, pairs, [0, 3, 6, 9, 12])
     accumulator = LogLikelihoodAccumulator(problems, metric="accuracy", num_samples=2)
-    totals = [-1.0, -1.0, -2.0, -2.0, -1.0, -2.0, -1.0, -1.5, -3.0, -1.0, -2.0, -3.0, 24.0]
-    found = accumulator.evaluation(totals)
+    totals = [-1.0, -1.0, -2.0, -2.0, -1.0, -2.0, -1.0, -1.5, -3.0, -1.0, -2.0, -3.0]
+    parts = [PartialResult(list(range(first, 12, 2)), totals[first::2], num_tokens=12) for first in (1, 0)]
+    found = accumulator.merge(parts)
     assert found.rewards == [0.0, 1.0, 1.0, 0.0]
     assert found.components["log_likelihood"] == [-1.0, -0.5, -1.0, -1.0]
     loss = math.log(2 * math.exp(-1) + math.exp(-2)) + 1
@@ -163,7 +155,9 @@ def test_pairs_are_tokenised_apart_and_checked(model_dir):
     tokenizer = load_tokenizer(model_dir, trust_remote_code=False)
 
     def pairs(prompt, *completions, max_positions=None):
-        found = choice_set([prompt], [Choices(list(completions), 0)], tokenizer, max_positions=max_positions)
+        found = make_choice_set(
+            [prompt], [Choices(list(completions), 0)], tokenizer, max_positions=max_positions
+        )
         return list(found.pairs)
 
     ids = {character: tokenizer(character)["input_ids"] for character in "37+"}
@@ -178,8 +172,7 @@ def test_pairs_are_tokenised_apart_and_checked(model_dir):
 
 
 def test_numbers_that_are_not_finite_are_said_to_be(session):
-    session.weights.perturb(Perturbation(0, 0, float("inf")))
-    found = evaluated(session, "cross_entropy")
+    found = evaluated(session, "cross_entropy", member=Perturbation(0, 0, float("inf")))
     assert not found.is_finite
     assert found.rewards == [None] * len(ROWS)
 
@@ -204,7 +197,7 @@ def test_training_raises_the_metric(tmp_path, model_dir):
         **{f"task__{key}": value for key, value in task.items()},
     )
     with open_session(config) as session:
-        TrainingLoop(session, load_task(config.task)).train()
+        make_training_loop(session, load_task(config.task)).train()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["heldout_reward"] for line in lines if "heldout_reward" in line]
     assert len(rewards) == 3

@@ -18,7 +18,7 @@ from shardes.rollout.evaluator import Evaluator
 from shardes.runs.journal import read_journal
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
-from shardes.trainer import TrainingLoop
+from shardes.trainer import make_training_loop
 from shardes.weights.update_stats import UpdateStats
 from tests.helpers.models import make_config, tiny_model
 
@@ -41,7 +41,7 @@ def configured(tmp_path, model):
 
 def train(config):
     with open_session(config) as session:
-        TrainingLoop(session, load_task(config.task)).train()
+        make_training_loop(session, load_task(config.task)).train()
         return session.digest()
 
 
@@ -56,15 +56,15 @@ def metrics_of(config):
 @pytest.fixture
 def spoiled(monkeypatch):
     """Makes the logits of some evaluations, by number, look as if they were not finite."""
-    finish, calls = Evaluator.finish, []
+    collect, calls = Evaluator.collect, []
 
     def spoil(*numbers):
-        def spoiling(self, pending):
-            found = finish(self, pending)
+        def spoiling(self, in_flight, **arguments):
+            [[found]] = collect(self, in_flight, **arguments)
             calls.append(found)
-            return replace(found, is_finite=len(calls) - 1 not in numbers)
+            return [[replace(found, is_finite=len(calls) - 1 not in numbers)]]
 
-        monkeypatch.setattr(Evaluator, "finish", spoiling)
+        monkeypatch.setattr(Evaluator, "collect", spoiling)
         calls.clear()
 
     return spoil

@@ -66,8 +66,9 @@ def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
 def measure(tree: dict[str, Any]) -> Row:
     """One way to evaluate members, on every rank of a job."""
     from shardes.es.strategy import Strategy
+    from shardes.rollout.build import make_evaluator, make_scheduler
     from shardes.rollout.iteration import IterationSpec
-    from shardes.session import make_evaluator, make_scheduler, open_session
+    from shardes.session import open_session
     from shardes.tasks.loading import load_task
 
     config = parse_config(tree, source="benchmark")
@@ -87,7 +88,7 @@ def measure(tree: dict[str, Any]) -> Row:
         # What is evaluated at the same time, twice.
         is_apart = config.rollout.is_batched or config.rollout.gather == "iteration"
         teams_are_ranks = is_apart and config.parallel.backend != "tensor_parallel"
-        at_once = (world.world_size if teams_are_ranks else 1) * rollout.members_per_forward
+        at_once = (world.world_size if teams_are_ranks else 1) * rollout.engine.members_per_forward
         num_members = 2 * at_once
         iteration(0, at_once)
         world.barrier()

@@ -140,9 +140,10 @@ def compare_on_the_quickstart(micro_batch_size: int) -> Row:
     """An iteration of it, with the loop and with ``generate`` in its place."""
     from shardes.config.loading import load_config
     from shardes.es.strategy import Strategy
+    from shardes.rollout.build import make_evaluator, make_scheduler
     from shardes.rollout.engines.transformers.decoder import Completions, Decoder
     from shardes.rollout.iteration import IterationSpec
-    from shardes.session import make_evaluator, make_scheduler, open_session
+    from shardes.session import open_session
     from shardes.tasks.loading import load_task
 
     overrides = [

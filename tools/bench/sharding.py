@@ -127,8 +127,9 @@ def measure(tree: dict[str, Any], out: Path) -> None:
     """One job, on each of its ranks; rank 0 writes what it found."""
     from shardes.es.strategy import Strategy
     from shardes.es.update import Update
+    from shardes.rollout.build import make_evaluator, make_scheduler
     from shardes.rollout.iteration import IterationSpec
-    from shardes.session import make_evaluator, make_scheduler, open_session
+    from shardes.session import open_session
     from shardes.tasks.loading import load_task
 
     config = parse_config(tree, source="benchmark")
@@ -155,7 +156,7 @@ def measure(tree: dict[str, Any], out: Path) -> None:
             coefficients = [1e-4] * num_members
             session.weights.update(Update(number, coefficients))
 
-        num_teams = world.world_size // rollout.mode.team.world_size
+        num_teams = world.world_size // rollout.engine.group.world_size
         iteration(0, num_teams)
         update(0)
         world.barrier()
@@ -167,7 +168,7 @@ def measure(tree: dict[str, Any], out: Path) -> None:
             update(1)
         peak = peak_memory_bytes()
         # Only what is gathered for a whole iteration has to be counted over one.
-        num_counted = num_members if rollout.mode.name == "iteration" else num_teams
+        num_counted = num_members if rollout.engine.gather == "iteration" else num_teams
         with ReceivedBytes(session.mesh.shard.world_size) as received:
             iteration(2, num_counted)
         row = {name: parts.get(name, 0.0) / num_members for name in PARTS}

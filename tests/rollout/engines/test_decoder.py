@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from shardes.errors import UserError
 from shardes.models.build import load_tokenizer
 from shardes.rollout.batching import LEAST_PREFIX, shared_prefix
-from shardes.rollout.engines.stop_strings import StopStrings
 from shardes.rollout.engines.transformers import decoder as decode
 from shardes.rollout.engines.transformers.decoder import LEAST_ROWS, TOKENS_PER_CHECK, Decoder
+from shardes.rollout.stop_strings import StopStrings
 from tests.helpers.decoding import (
     BUDGET,
     EVERY,

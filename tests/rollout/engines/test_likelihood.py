@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from shardes.rollout.engines.transformers.likelihood import compose_likelihood_batches, log_likelihoods
+from shardes.rollout.batching import compose_likelihood_batches
+from shardes.rollout.engines.transformers.likelihood import log_likelihoods
 from tests.helpers.decoding import EVERY, PAD, HeadInputs, random_prompts
 
 

@@ -5,7 +5,6 @@ and not rows times the longest answer.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +14,7 @@ from transformers import Cache, DynamicCache
 from shardes.errors import UserError
 from shardes.models.build import last_positions
 from shardes.rollout.batching import MicroBatch
-from shardes.rollout.engines.sampling import TokenSampler
-from shardes.rollout.engines.stop_strings import StopStrings
+from shardes.rollout.engines.base import Completions
 from shardes.rollout.engines.transformers.cuda_graphs import (
     CudaGraph,
     MakeGraph,
@@ -25,6 +23,8 @@ from shardes.rollout.engines.transformers.cuda_graphs import (
     ladder,
 )
 from shardes.rollout.engines.transformers.kv_cache import SlabCache, make_slab
+from shardes.rollout.sampling import TokenSampler
+from shardes.rollout.stop_strings import StopStrings
 
 # Tokens between two looks at which rows have ended, where a look waits for a device or for other ranks:
 # decoding up to this many tokens too many costs less than looking after each.
@@ -39,24 +39,6 @@ LEAST_ROWS = 4
 
 
 OnRows = Callable[[torch.Tensor], None]
-
-
-@dataclass(frozen=True)
-class Completions:
-    """What a micro-batch was answered.
-
-    Attributes:
-        tokens: Of each row, up to and including the one that ended it.
-        are_finite: Of each row, whether all the logits were by which a token was chosen.
-    """
-
-    tokens: list[list[int]]
-    are_finite: list[bool]
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether all logits were."""
-        return all(self.are_finite)
 
 
 class Decoder:

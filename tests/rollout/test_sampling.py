@@ -12,7 +12,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from shardes.rollout.engines.sampling import TokenSampler
+from shardes.rollout.sampling import TokenSampler
 from tests.helpers.decoding import BUDGET, composed, decoded, random_prompts
 
 

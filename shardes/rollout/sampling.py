@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from shardes.config.schema import RolloutConfig
 from shardes.noise import sampling_uniforms
 
 
@@ -75,3 +76,10 @@ class TokenSampler:
         threshold = uniforms.double()[:, None] * total
         place = (cumulative <= threshold).sum(dim=-1, keepdim=True).clamp(max=cumulative.shape[-1] - 1)
         return (place if order is None else order.gather(1, place)).squeeze(1)
+
+
+def make_sampler(settings: RolloutConfig, *, seed: int) -> TokenSampler | None:
+    """Return what draws tokens by the settings; None if the most likely ones are taken."""
+    if settings.temperature == 0:
+        return None
+    return TokenSampler(seed, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)

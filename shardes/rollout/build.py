@@ -1,0 +1,164 @@
+"""Putting together what evaluates members: the engine, the evaluator over it, and the scheduler."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardes.config.schema import Config
+from shardes.es.strategy import Strategy
+from shardes.models.build import load_tokenizer, max_positions
+from shardes.rewards.pool import InProcessRewards, RewardRunner
+from shardes.rewards.scorer import Scorer
+from shardes.rollout.autotune import resolve_auto
+from shardes.rollout.engines.registry import make_engine
+from shardes.rollout.evaluator import Evaluator
+from shardes.rollout.iteration import IterationSpec
+from shardes.rollout.scheduler import MemberScheduler
+from shardes.session import Session
+from shardes.tasks.base import Row, Task, all_rewards
+from shardes.tasks.sampler import draw_batch
+
+logger = logging.getLogger(__name__)
+
+# What rollout.gather: auto is for backends that leave no choice, and why.
+_ONLY_GATHERS = {
+    "single": ("member", "every rank holds a whole model, so nothing is gathered"),
+    "tensor_parallel": ("layer", "no rank ever holds a whole model"),
+}
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What evaluates members and the centre of a run.
+
+    Attributes:
+        config: The run's configuration, with numbers for ``auto``.
+        evaluator: Generates and scores.
+        scheduler: Has members evaluated over the ranks.
+        strategy: Says which member has which perturbation.
+        task: What is trained on.
+        scorer: Has answers to its problems scored.
+        set_scorers: The same of further tasks, by name.
+    """
+
+    config: Config
+    evaluator: Evaluator
+    scheduler: MemberScheduler
+    strategy: Strategy
+    task: Task
+    scorer: Scorer
+    set_scorers: Mapping[str, Scorer]
+
+    def draw_problems(self, iteration: int) -> list[Row]:
+        """Return the problems that an iteration asks."""
+        return _draw(self.config, self.task, iteration)
+
+    def spec(self, iteration: int, *, num_problems: int | None = None) -> IterationSpec:
+        """Return what an iteration asks of its members; of its first problems, if a number is given."""
+        rows = self.draw_problems(iteration)[:num_problems]
+        return IterationSpec(iteration, rows, self.evaluator, self.strategy)
+
+    def begin(self) -> None:
+        """Choose how weights are gathered by what the first iteration asks; a collective of all ranks."""
+        self.evaluator.begin(self.evaluator.prepare(self.draw_problems(0), iteration=0))
+
+
+def make_evaluator(
+    session: Session,
+    task: Task,
+    *,
+    rewards: RewardRunner | None = None,
+    others: Mapping[str, Task] | None = None,
+) -> tuple[Evaluator, Scorer, dict[str, Scorer]]:
+    """Build what answers and scores a task's problems with a session's model.
+
+    Args:
+        session: The model.
+        task: What it is trained on.
+        rewards: Runs rewards; None: they run in this process.
+        others: Further tasks by name.
+
+    Returns:
+        The evaluator, the task's scorer, and those of the others.
+    """
+    config, others = session.config, others or {}
+    if rewards is None:
+        rewards = InProcessRewards(all_rewards([task, *others.values()]))
+    on_error = config.task.on_reward_error
+    scorer = Scorer(task, rewards=rewards, on_error=on_error)
+    scorers = {name: Scorer(other, rewards=rewards, on_error=on_error) for name, other in others.items()}
+    settings = config.rollout
+    only = _ONLY_GATHERS.get(config.parallel.backend)
+    if settings.gather == "auto" and only is not None and not (settings.is_batched and only[0] == "member"):
+        logger.info("rollout.gather: auto is %s: %s", *only)
+        settings = settings.model_copy(update={"gather": only[0]})
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    common: dict[str, Any] = {"tokenizer": tokenizer, "mesh": session.mesh, "settings": settings}
+    common |= {"seed": config.es.seed, "timer": session.timer}
+    engine = make_engine(settings.engine, backend=session.backend, weights=session.weights, **common)
+    longest = max_positions(session.backend.sharded_model)
+    return Evaluator(engine, scorer=scorer, max_positions=longest, **common), scorer, scorers
+
+
+def make_scheduler(session: Session, evaluator: Evaluator) -> MemberScheduler:
+    """Build what has members evaluated over a session's ranks."""
+    return MemberScheduler(
+        evaluator,
+        mesh=session.mesh,
+        timeout_seconds=session.config.parallel.timeout_seconds,
+        stop=session.stop,
+        timer=session.timer,
+    )
+
+
+def make_rollout(
+    session: Session,
+    task: Task,
+    *,
+    recorded: Callable[[str], Any],
+    rewards: RewardRunner | None = None,
+    heldout_sets: Mapping[str, Task] | None = None,
+) -> Rollout:
+    """Build what evaluates the members of a run, and find what ``auto`` is; a collective of all ranks.
+
+    Args:
+        session: The model with its base weights.
+        task: What it is trained on.
+        recorded: Returns the setting of a dotted key with which the run began; None if it is new.
+        rewards: Runs rewards; None: they run in this process.
+        heldout_sets: Further tasks by name.
+
+    Raises:
+        UserError: Members that share forwards would compute other logits than by themselves.
+    """
+    config = session.config
+    evaluator, scorer, set_scorers = make_evaluator(session, task, rewards=rewards, others=heldout_sets)
+    num_elements = sum(shard.num_elements for shard in session.weights.trained)
+    strategy = Strategy(config.es, num_elements=num_elements)
+    config = resolve_auto(
+        config,
+        evaluator,
+        recorded=recorded,
+        rows=task.train,
+        first_rows=_draw(config, task, 0),
+        population=strategy.num_members(0),
+        mesh=session.mesh,
+    )
+    scheduler = make_scheduler(session, evaluator)
+    rollout = Rollout(config, evaluator, scheduler, strategy, task, scorer, set_scorers)
+    if config.rollout.is_batched:
+        rollout.begin()
+        evaluator.engine.check(sigma=config.es.sigma)
+    return rollout
+
+
+def _draw(config: Config, task: Task, iteration: int) -> list[Row]:
+    drawn = draw_batch(
+        len(task.train),
+        batch_size=config.task.batch_size,
+        sampling=config.task.sampling,
+        seed=config.es.seed,
+        iteration=iteration,
+    )
+    return [task.train[row] for row in drawn]

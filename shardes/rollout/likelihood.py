@@ -1,0 +1,86 @@
+"""What completions earn that are given and not generated: collected and judged by their likelihoods."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from shardes.rollout.aggregate import Evaluation, PartialResult, Sample
+from shardes.rollout.choices import ChoiceSet
+from shardes.rollout.engines.base import Completions, EngineOutput
+from shardes.tasks.base import Metric, as_text
+
+
+class LogLikelihoodAccumulator:
+    """Collects how likely the right completions are, and whether they are the likeliest.
+
+    Args:
+        choices: The pairs, and which of them belong together.
+        metric: Which of the numbers is the reward.
+        num_samples: How many rows are kept as samples.
+    """
+
+    def __init__(self, choices: ChoiceSet, *, metric: Metric, num_samples: int) -> None:
+        self._choices = choices
+        self._metric = metric
+        self._num_samples = num_samples
+        self._part = PartialResult()
+        self._num_tokens = 0
+
+    def take(self, indices: Sequence[int], output: EngineOutput, *, is_first: bool) -> None:
+        """Take in the log-likelihoods of the completions' tokens, for the pairs of a micro-batch."""
+        assert not isinstance(output, Completions), "completions are given"
+        for index, values in zip(indices, output, strict=True):
+            self._part.indices.append(index)
+            self._part.values.append(float(values.double().sum()))
+            self._num_tokens += len(values)
+
+    def send(self, *, is_last: bool) -> None:
+        """Do nothing: there is nothing to wait for."""
+
+    def part(self) -> PartialResult:
+        """Return the log-likelihoods of this rank's pairs."""
+        return replace(self._part, num_tokens=self._num_tokens)
+
+    def merge(self, parts: Sequence[PartialResult]) -> Evaluation:
+        """Judge each row by the log-likelihoods of its pairs."""
+        choices, first = self._choices, self._choices.first_pairs
+        totals = [0.0] * len(choices.pairs)
+        for part in parts:
+            for index, value in zip(part.indices, part.values, strict=True):
+                totals[index] = 0.0 if value is None else value
+        columns: dict[str, list[float | None]] = {}
+        for row, row_choices in enumerate(choices.choices):
+            sums = totals[first[row] : first[row + 1]]
+            num_gold_tokens = len(choices.pairs[first[row] + row_choices.gold][1])
+            for name, number in _judge(sums, row_choices.gold, num_gold_tokens).items():
+                columns.setdefault(name, []).append(number)
+        sign = -1.0 if self._metric == "cross_entropy" else 1.0
+        rewards = [None if value is None else sign * value for value in columns.get(self._metric, [])]
+        samples: dict[int, Sample] = {}
+        for row in range(min(self._num_samples, len(rewards))):
+            sums = totals[first[row] : first[row + 1]]
+            likeliest = max(range(len(sums)), key=lambda i: sums[i])
+            samples[row] = Sample(
+                as_text(choices.prompts[row]),
+                choices.choices[row].completions[likeliest],
+                choices.pairs[first[row] + likeliest][1],
+                rewards[row],
+            )
+        num_tokens = sum(part.num_tokens for part in parts)
+        is_finite = all(map(math.isfinite, totals))
+        return Evaluation(rewards, [False] * len(rewards), columns, num_tokens, samples, is_finite)
+
+
+def _judge(sums: Sequence[float], gold: int, num_gold_tokens: int) -> dict[str, float | None]:
+    """Return the three metrics of one row, from the log-likelihoods of its completions."""
+    if not all(map(math.isfinite, sums)):
+        return {"accuracy": None, "cross_entropy": None, "log_likelihood": None}
+    largest = max(sums)
+    log_total = largest + math.log(math.fsum(math.exp(value - largest) for value in sums))
+    others = [value for i, value in enumerate(sums) if i != gold]
+    return {
+        # A tie is no answer: a model that finds all completions alike knows nothing.
+        "accuracy": float(all(sums[gold] > value for value in others)),
+        "cross_entropy": log_total - sums[gold],
+        "log_likelihood": sums[gold] / num_gold_tokens,
+    }
