@@ -45,7 +45,7 @@ class EsConfig(Section):
     """The largest magnitude of a shaped reward; larger ones become it. null: no limit."""
     alpha: float | Literal["auto"] = "auto"
     """Step size; ``auto`` is half of the iteration's sigma, as in the paper."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    alpha_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """``linear`` lowers alpha from its value to 0 over the iterations, ``cosine`` along half a cosine."""
     warmup_iterations: int = Field(default=0, ge=0)
     """Over how many iterations alpha rises to that, first of all."""

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from shardes.config.old_keys import apply_changes
 from shardes.config.schema import Config, is_hub_reference
 from shardes.errors import UserError
 
@@ -32,8 +33,7 @@ def read_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
         UserError: The file cannot be read, or an override is none.
     """
     tree = _read_tree(path, role="--config", remedy="give the path of a YAML file")
-    for override in overrides:
-        _apply_override(tree, override)
+    apply_changes(tree, map(_parse_override, overrides), source=str(path))
     return tree
 
 
@@ -45,8 +45,7 @@ def load_run_config(run_dir: Path, changes: dict[str, Any]) -> Config:
     """
     path = run_dir / "config.yaml"
     tree = _read_tree(path, role="RUN_DIR", remedy="give the directory of a run")
-    for key, value in changes.items():
-        _set(tree, key, value)
+    apply_changes(tree, changes.items(), source=str(path))
     return parse_config(tree, source=str(path))
 
 
@@ -76,7 +75,8 @@ def parse_config(tree: dict[str, Any], *, source: str) -> Config:
         raise UserError("\n".join([f"{source}: the configuration cannot be used", *lines])) from None
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _parse_override(override: str) -> tuple[str, Any]:
+    """Return the dotted key and the value of ``a.b=value`` or ``--a.b=value``."""
     key, equals, text = override.removeprefix("--").partition("=")
     if not equals or not key:
         raise UserError(
@@ -86,17 +86,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
         raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
-    _set(tree, key, value)
-
-
-def _set(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Sets a dotted key, making the sections on the way."""
-    *sections, last = key.split(".")
-    for section in sections:
-        if not isinstance(tree.get(section), dict):
-            tree[section] = {}
-        tree = tree[section]
-    tree[last] = value
+    return key, value
 
 
 def _explain(detail: ErrorDetails, location: list[str]) -> str:

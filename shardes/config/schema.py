@@ -336,7 +336,7 @@ class LogConfig(Section):
     ``kl_prompts`` prompts; 0 means never."""
     kl_prompts: int = Field(default=16, gt=0)
     """How many prompts the base model answers for that, of the held-out problems, or else of the others."""
-    to: list[Literal["tensorboard", "wandb"]] = []
+    report_to: list[Literal["tensorboard", "wandb"]] = []
     """Where metrics go besides metrics.jsonl. ``tensorboard``: event files in ``run.dir``. ``wandb``: Weights
     & Biases, as its own settings and environment variables (``WANDB_MODE``, ``WANDB_PROJECT``) say. Each is
     an extra to install."""
@@ -426,7 +426,7 @@ class Config(Section):
             "task.reward_workers",
             "task.reward_memory_bytes",
         }
-        if self.es.schedule == self.es.sigma_schedule == "constant":
+        if self.es.alpha_schedule == self.es.sigma_schedule == "constant":
             free.add("es.iterations")
         others = ("run.", "parallel.", "eval.", "log.")
         kept = {k: v for k, v in flat.items() if k not in free and not k.startswith(others)}

@@ -49,7 +49,7 @@ class Strategy:
         settings = self._settings
         start = self.sigma(iteration) / 2 if settings.alpha == "auto" else settings.alpha
         return start * factor(
-            settings.schedule,
+            settings.alpha_schedule,
             iteration=iteration,
             num_iterations=settings.iterations,
             warmup_iterations=settings.warmup_iterations,

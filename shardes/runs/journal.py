@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from shardes.config.old_keys import rename_in_header
 from shardes.errors import UserError
 from shardes.utils.files import AppendFile
 
@@ -187,6 +188,8 @@ def read_journal(path: Path) -> tuple[History, str, int, int]:
             expected, _ = _seal(record, link)
             if expected != line:
                 raise ValueError("its checksum does not match")
+            if record.get("type") == "header":
+                rename_in_header(record)
             history.add(record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(

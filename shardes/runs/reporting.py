@@ -80,10 +80,12 @@ class Reporter:
         """Takes a run directory over, on rank 0.
 
         Raises:
-            UserError: One of ``log.to`` cannot be used.
+            UserError: One of ``log.report_to`` cannot be used.
         """
         self._run = run
-        self._trackers = open_trackers(self._config.log.to, run, config=self._config.model_dump(mode="json"))
+        self._trackers = open_trackers(
+            self._config.log.report_to, run, config=self._config.model_dump(mode="json")
+        )
 
     def catch_up(self) -> None:
         """Writes lines that are missing: a job may die between its journal entry and its metrics line.
@@ -195,7 +197,7 @@ class Reporter:
         except Exception as error:
             self._trackers = [each for each in self._trackers if each is not tracker]
             logger.warning(
-                "log.to: %s failed (%s: %s) and is told nothing more; metrics.jsonl has everything",
+                "log.report_to: %s failed (%s: %s) and is told nothing more; metrics.jsonl has everything",
                 tracker.name,
                 type(error).__name__,
                 error,

@@ -37,12 +37,13 @@ def check_trackers(names: Sequence[str]) -> None:
         # A directory of that name, as W&B leaves one where it was started, looks like a package without code.
         if found is None or found.origin is None:
             raise UserError(
-                f"log.to: {name} is not installed; pip install 'shardes[{name}]', or leave it out of log.to"
+                f"log.report_to: {name} is not installed; pip install 'shardes[{name}]', or leave it out of "
+                "log.report_to"
             )
 
 
 def open_trackers(names: Sequence[str], run: RunDirectory, *, config: Mapping[str, Any]) -> list[Tracker]:
-    """What ``log.to`` names; used by rank 0 alone.
+    """What ``log.report_to`` names; used by rank 0 alone.
 
     A tracker that the run has not had so far is told all lines that there are. One that it had is told what
     is new.
@@ -97,7 +98,7 @@ class _TensorBoard:
         try:
             self._writer = SummaryWriter(str(directory), purge_step=None if is_new else first)
         except OSError as error:
-            raise UserError(f"log.to: tensorboard: {directory} cannot be written ({error})") from None
+            raise UserError(f"log.report_to: tensorboard: {directory} cannot be written ({error})") from None
         for line in read_lines(run.metrics.path) if is_new else ():
             self.write(line)
 
@@ -142,8 +143,8 @@ class _WeightsAndBiases:
             if is_new:
                 remembered.unlink()
             raise UserError(
-                f"log.to: wandb cannot be used ({' '.join(str(error).split())}); log in (wandb login), set "
-                "WANDB_MODE=offline to send it later, or leave it out of log.to"
+                f"log.report_to: wandb cannot be used ({' '.join(str(error).split())}); log in (wandb login), "
+                "set WANDB_MODE=offline to send it later, or leave it out of log.report_to"
             ) from None
         for line in read_lines(run.metrics.path) if is_new else ():
             self.write(line)

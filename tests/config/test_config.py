@@ -69,7 +69,7 @@ def test_defaults_are_those_of_the_paper():
     config = parse_config(MINIMAL, source="test")
     assert (config.es.population, config.es.sigma, config.es.alpha) == (30, 1e-3, "auto")
     assert config.alpha == 5e-4
-    assert config.es.schedule == "constant"
+    assert config.es.alpha_schedule == "constant"
     assert config.model.dtype == "bfloat16"
 
 
@@ -115,7 +115,7 @@ def test_an_unknown_key_far_from_all_is_refused_with_all():
         ("es.iterations", 2.5),
         ("es.population", 1),
         ("es.population", 2**24),
-        ("es.schedule", "exponential"),
+        ("es.alpha_schedule", "exponential"),
         ("es.rank", 0),
         ("es.trainable", "(.*"),
         ("es.trainable", ["(.*"]),

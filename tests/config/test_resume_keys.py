@@ -33,7 +33,7 @@ FREE = [
     ("log.instruments_every", 3),
     ("log.kl_every", 3),
     ("log.kl_prompts", 3),
-    ("log.to", ["tensorboard"]),
+    ("log.report_to", ["tensorboard"]),
     ("es.iterations", 9),
     ("es.min_valid_fraction", 0.25),
     ("es.alpha", 5e-4),  # what auto stands for
@@ -62,7 +62,7 @@ BINDING = [
     ("es.population", 31),
     ("es.sigma", 2e-3),
     ("es.alpha", 6e-4),
-    ("es.schedule", "linear"),
+    ("es.alpha_schedule", "linear"),
     ("es.warmup_iterations", 2),
     ("es.antithetic", True),
     ("es.noise_reuse", 2),
@@ -158,5 +158,5 @@ def test_data_bind_by_content_and_iterations_only_under_a_linear_schedule(resume
     assert resume_fingerprint("task.data", "another/place.csv") == resume_fingerprint()
     assert resume_fingerprint()["task.data sha256"] == "of the rows"
     assert resume_fingerprint(data_sha256="of others") != resume_fingerprint()
-    es = {"schedule": "linear", "iterations": 7}
+    es = {"alpha_schedule": "linear", "iterations": 7}
     assert resume_fingerprint("es", es) != resume_fingerprint("es", es | {"iterations": 8})

@@ -178,7 +178,7 @@ def test_a_run_asks_for_the_package_before_anything_is_loaded(tmp_path, model, m
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tree(tmp_path, model=model, run_dir=tmp_path / "run")))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    result = call("train", "--config", path, "log.to=[tensorboard]")
+    result = call("train", "--config", path, "log.report_to=[tensorboard]")
     assert result.returncode == 2
     assert "pip install 'shardes[tensorboard]'" in result.stderr
     assert not (tmp_path / "run").exists()
