@@ -40,8 +40,8 @@ def apply_changes(tree: dict[str, Any], changes: Iterable[tuple[str, Any]] = (),
     Raises:
         UserError: A key is given by its old and by its new name, or ``rollout.mode`` has no known value.
     """
-    changes = list(changes)
-    names, told = {key for key, _ in changes}, []
+    changes, told = list(changes), list[str]()
+    names = {key for key, _ in changes}
     for old, new in _OLD_KEYS.items():
         if old in names:
             _refuse_both(old, new[0], given=names, source="the overrides")
@@ -104,8 +104,8 @@ def _keys_of_mode(mode: Any, *, members: Any, source: str) -> dict[str, Any]:
     """Return the keys that say what ``rollout.mode`` said beside an old ``members_per_forward``."""
     if not isinstance(mode, str) or mode not in _GATHERS:
         raise UserError(
-            f"{source}: rollout.mode: got {mode!r}; it is now rollout.gather: auto, iteration, member or layer "
-            f"(the old values, {', '.join(_GATHERS)}, are still read)"
+            f"{source}: rollout.mode: got {mode!r}; it is now rollout.gather: auto, iteration, member or "
+            f"layer (the old values, {', '.join(_GATHERS)}, are still read)"
         )
     if not mode.startswith("batched"):
         members = 1  # what else was given meant nothing

@@ -143,8 +143,8 @@ class _WeightsAndBiases:
             if is_new:
                 remembered.unlink()
             raise UserError(
-                f"log.report_to: wandb cannot be used ({' '.join(str(error).split())}); log in (wandb login), "
-                "set WANDB_MODE=offline to send it later, or leave it out of log.report_to"
+                f"log.report_to: wandb cannot be used ({' '.join(str(error).split())}); log in (wandb "
+                "login), set WANDB_MODE=offline to send it later, or leave it out of log.report_to"
             ) from None
         for line in read_lines(run.metrics.path) if is_new else ():
             self.write(line)
