@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shardes.config.fingerprint import resume_fingerprint
 from shardes.distributed.consistency import check_consistency, shared_settings
 from shardes.errors import UserError
 from shardes.es.member import MemberResult, apply_reward_error_policy, mean_reward, member_rewards
@@ -118,7 +119,7 @@ class TrainingLoop:
             rows=(task.heldout or task.train)[: self._config.log.kl_prompts],
             world=session.mesh.world,
         )
-        self._settings = self._config.resume_fingerprint(data_sha256=rows_sha256(task.train))
+        self._settings = resume_fingerprint(self._config, data_sha256=rows_sha256(task.train))
         self._snapshots = SnapshotWriter(
             self._config.run.dir,
             every=self._config.run.snapshot_every,

@@ -78,6 +78,10 @@ class EsConfig(Section):
     matches is frozen. Frozen parameters get no noise and take no master weights. The noise of the others
     does not depend on the choice."""
 
+    def alpha_at(self, sigma: float) -> float:
+        """Return the step size that goes with a scale of the noise, not yet scheduled."""
+        return sigma / 2 if self.alpha == "auto" else self.alpha
+
     @field_validator("rank")
     @classmethod
     def _rank_is_for_low_rank(cls, value: int, info: ValidationInfo) -> int:
@@ -147,8 +151,7 @@ class EsConfig(Section):
             )
         if self.decay_towards != "zero" and self.weight_decay == 0:
             raise ValueError("decay_towards is base, but weight_decay is 0; set both, or neither")
-        largest = (self.sigma if self.final_sigma is None else max(self.sigma, self.final_sigma)) / 2
-        alpha = largest if self.alpha == "auto" else self.alpha
+        alpha = self.alpha_at(max(self.sigma, self.final_sigma or 0.0))
         if alpha * self.weight_decay > 1:
             raise ValueError(
                 f"weight_decay is {self.weight_decay}, which times alpha {alpha} is more than all there is; "

@@ -1,7 +1,7 @@
-"""What a run is told: pydantic models; config_files.py reads them from YAML, with ``a.b=value`` overrides.
+"""The schema of a configuration: pydantic models, which loading.py fills from YAML files and overrides.
 
-Every key is described by its docstring here and by the comments of configs/quickstart.yaml. Nothing heavy is
-imported, so that a mistake is answered at once.
+docs/configuration.md is made of the docstrings of the keys. Nothing heavy is imported, so that a mistake is
+answered at once.
 """
 
 from pathlib import Path
@@ -396,51 +396,3 @@ class Config(Section):
                 "answers to one prompt; set task.on_reward_error to exclude or to a number"
             )
         return value
-
-    @property
-    def alpha(self) -> float:
-        """The step size at the start, as a number."""
-        return self.es.sigma / 2 if self.es.alpha == "auto" else self.es.alpha
-
-    def resume_fingerprint(self, *, data_sha256: str) -> dict[str, Any]:
-        """The flattened keys that decide the result: what a resumed run must share with its journal.
-
-        Args:
-            data_sha256: A hash of the training rows as they were read: the same problems may come from
-                another file or format.
-        """
-        flat = _flatten(self.model_dump(mode="json"))
-        free = {
-            "model.path",
-            "model.trust_remote_code",
-            "rollout.gather",
-            "weights.master_device",
-            "es.min_valid_fraction",
-            "task.data",
-            "task.columns",
-            "task.heldout_data",
-            "task.heldout_fraction",
-            "task.split_seed",
-            "task.reward",
-            "task.reward_timeout_seconds",
-            "task.reward_workers",
-            "task.reward_memory_bytes",
-        }
-        if self.es.alpha_schedule == self.es.sigma_schedule == "constant":
-            free.add("es.iterations")
-        others = ("run.", "parallel.", "eval.", "log.")
-        kept = {k: v for k, v in flat.items() if k not in free and not k.startswith(others)}
-        if self.es.sigma_schedule == "constant":
-            kept["es.alpha"] = self.alpha
-        # Settled runs have a number; ``auto`` is left where there was memory for no more than one.
-        if not self.rollout.is_batched:
-            kept["rollout.members_per_forward"] = None
-        elif self.rollout.members_per_forward == "auto":
-            kept["rollout.members_per_forward"] = 1
-        kept["task.data sha256"] = data_sha256
-        return kept
-
-
-def _flatten(tree: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The keys of all sections by their dotted names."""
-    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}

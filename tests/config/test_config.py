@@ -68,7 +68,7 @@ def test_the_toolbox_page_explains_every_key_of_the_algorithm():
 def test_defaults_are_those_of_the_paper():
     config = parse_config(MINIMAL, source="test")
     assert (config.es.population, config.es.sigma, config.es.alpha) == (30, 1e-3, "auto")
-    assert config.alpha == 5e-4
+    assert config.es.alpha_at(config.es.sigma) == 5e-4
     assert config.es.alpha_schedule == "constant"
     assert config.model.dtype == "bfloat16"
 
@@ -228,12 +228,12 @@ def test_text_that_is_a_number_is_a_number(tmp_path):
     text = yaml.safe_dump(with_key("es.sigma", None)).replace("sigma: null", "sigma: 1e-3\n  alpha: 2e-4")
     assert yaml.safe_load(text)["es"]["sigma"] == "1e-3"  # as YAML 1.1 has it
     config = load_config(write(tmp_path, text), [])
-    assert (config.es.sigma, config.es.alpha, config.alpha) == (1e-3, 2e-4, 2e-4)
+    assert (config.es.sigma, config.es.alpha) == (1e-3, 2e-4)
 
 
 def test_alpha_auto_is_half_of_sigma_and_a_number_is_itself():
-    assert parsed("es", {"iterations": 1, "sigma": 0.3, "alpha": "auto"}).alpha == 0.15
-    assert parsed("es", {"iterations": 1, "sigma": 0.3, "alpha": 0.7}).alpha == 0.7
+    assert parsed("es", {"iterations": 1, "alpha": "auto"}).es.alpha_at(0.3) == 0.15
+    assert parsed("es", {"iterations": 1, "alpha": 0.7}).es.alpha_at(0.3) == 0.7
 
 
 @pytest.mark.parametrize("dashes", ["", "--"])

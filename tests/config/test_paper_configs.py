@@ -44,7 +44,7 @@ def test_the_settings_are_those_that_the_paper_reports(name):
     found = {
         "population": config.es.population,
         "sigma": config.es.sigma,
-        "alpha": config.alpha,
+        "alpha": config.es.alpha_at(config.es.sigma),
         "iterations": config.es.iterations,
         "max_new_tokens": config.rollout.max_new_tokens,
         "batch_size": config.task.batch_size,

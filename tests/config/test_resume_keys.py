@@ -2,6 +2,7 @@
 
 import pytest
 
+from shardes.config import fingerprint
 from shardes.config.loading import parse_config
 from shardes.config.schema import Config
 from tests.helpers.config_trees import with_key
@@ -107,7 +108,7 @@ def resume_fingerprint():
         tree["rollout"].setdefault("temperature", 0.5)  # what is drawn depends on more keys
         tree["es"] = NEEDED.get(needed_for, {}) | tree["es"]
         tree["es"].setdefault("noise", "low_rank")  # so does this
-        return parse_config(tree, source="test").resume_fingerprint(data_sha256=data_sha256)
+        return fingerprint.resume_fingerprint(parse_config(tree, source="test"), data_sha256=data_sha256)
 
     return of
 
