@@ -1,4 +1,4 @@
-"""Configurations as people write them: YAML files, ``a.b=value`` overrides, and what is said of mistakes.
+"""Reading of configurations from YAML files and ``a.b=value`` overrides, with messages about mistakes.
 
 Nothing heavy is imported, so that a mistake is answered at once.
 """
@@ -18,7 +18,7 @@ from shardes.errors import UserError
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
-    """Reads a YAML file and applies ``a.b=value`` (or ``--a.b=value``) overrides.
+    """Read a YAML file and apply ``a.b=value`` (or ``--a.b=value``) overrides.
 
     Raises:
         UserError: The file cannot be read, or a key or value is wrong.
@@ -27,7 +27,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
 
 
 def read_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
-    """The sections of a YAML file with overrides, not checked yet.
+    """Return the sections of a YAML file with overrides, not checked yet.
 
     Raises:
         UserError: The file cannot be read, or an override is none.
@@ -38,7 +38,7 @@ def read_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def load_run_config(run_dir: Path, changes: dict[str, Any]) -> Config:
-    """The configuration that a run directory holds, with some dotted keys changed.
+    """Return the configuration that a run directory holds, with some dotted keys changed.
 
     Raises:
         UserError: The directory holds no usable configuration.
@@ -50,7 +50,7 @@ def load_run_config(run_dir: Path, changes: dict[str, Any]) -> Config:
 
 
 def _read_tree(path: Path, *, role: str, remedy: str) -> dict[str, Any]:
-    """The sections of a YAML file; ``role`` is what the user gave it as."""
+    """Return the sections of a YAML file; ``role`` is what the user gave it as."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -63,7 +63,11 @@ def _read_tree(path: Path, *, role: str, remedy: str) -> dict[str, Any]:
 
 
 def parse_config(tree: dict[str, Any], *, source: str) -> Config:
-    """Checks a tree of keys and values; ``source`` names where it came from in errors."""
+    """Check a tree of keys and values; ``source`` names where it came from in errors.
+
+    Raises:
+        UserError: A key or value is wrong; the message lists every mistake.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -90,7 +94,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
 
 
 def _explain(detail: ErrorDetails, location: list[str]) -> str:
-    """What is wrong with one key: what was got, what was wanted, the remedy."""
+    """Return what one key got, what was wanted, and the remedy."""
     key = ".".join(location)
     if detail["type"] == "extra_forbidden":
         known = sorted(_keys_of(location[:-1]))
@@ -106,7 +110,7 @@ def _explain(detail: ErrorDetails, location: list[str]) -> str:
 
 
 def _location(loc: tuple[int | str, ...]) -> list[str]:
-    """The part of a place in the tree that the user wrote: pydantic adds the members of unions."""
+    """Return the part of a place in the tree that the user wrote: pydantic adds the members of unions."""
     location: list[str] = []
     section: type[BaseModel] | None = Config
     parts = list(loc)
@@ -122,7 +126,7 @@ def _location(loc: tuple[int | str, ...]) -> list[str]:
 
 
 def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The section that an annotation is about, and whether it holds several, by index or by name."""
+    """Return the section that an annotation is about, and whether it holds several, by index or by name."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
     for argument in get_args(annotation):
@@ -134,7 +138,7 @@ def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
 
 
 def _keys_of(location: list[str]) -> list[str]:
-    """The known keys of the section at ``location``."""
+    """Return the known keys of the section at ``location``."""
     section: type[BaseModel] = Config
     parts = list(location)
     while parts:
@@ -148,7 +152,7 @@ def _keys_of(location: list[str]) -> list[str]:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, its paths absolute: it is read again from anywhere."""
+    """Return the resolved configuration as YAML, its paths absolute: it is read again from anywhere."""
     return yaml.safe_dump(_with_absolute_paths(config.model_dump()), sort_keys=False)
 
 

@@ -1,4 +1,4 @@
-"""What the sections of a configuration have in common."""
+"""The base class of a configuration's sections."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuses ``true`` where it would silently become 1."""
+        """Refuse ``true`` where it would silently become 1."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError(f"got {str(value).lower()}, which is neither a number nor a text")
         return value

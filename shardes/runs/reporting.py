@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from shardes.config.schema import Config
-from shardes.runs.directory import RunDirectory
+from shardes.runs.directory import RunDirectory, read_lines
 from shardes.runs.metrics import heldout_metrics, iteration_metrics
-from shardes.runs.trackers import Tracker, open_trackers
+from shardes.runs.trackers import TrackedRun, Tracker, open_trackers
 from shardes.utils.progress import duration
 from shardes.utils.timers import PhaseTimer
 
@@ -83,9 +83,14 @@ class Reporter:
             UserError: One of ``log.report_to`` cannot be used.
         """
         self._run = run
-        self._trackers = open_trackers(
-            self._config.log.report_to, run, config=self._config.model_dump(mode="json")
-        )
+        if names := self._config.log.report_to:
+            tracked = TrackedRun(
+                run.path,
+                lines=read_lines(run.metrics.path),
+                first_untold=run.metrics.first_untold,
+                config=self._config.model_dump(mode="json"),
+            )
+            self._trackers = open_trackers(names, tracked)
 
     def catch_up(self) -> None:
         """Writes lines that are missing: a job may die between its journal entry and its metrics line.
