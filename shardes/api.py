@@ -42,7 +42,7 @@ class TrainConfig:
 
     Args:
         **sections: ``model``, ``run``, ``rollout``, ``es``, and any other section of
-            configs/quickstart.yaml, each with its keys.
+            docs/configuration.md, each with its keys.
 
     Attributes:
         run_dir: The run directory.

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardes.config.loading import dump_config, load_config, parse_config
-from shardes.config.schema import Config, EsConfig, TaskName
+from shardes.config.schema import EsConfig, TaskName
 from shardes.errors import UserError
 from shardes.tasks.registry import LABEL_WORD_TASKS, TASKS
 from tests.helpers.config_trees import MINIMAL, with_key
@@ -52,12 +52,6 @@ def test_shipped_configurations_are_accepted_and_keep_every_value_they_give(path
                 assert found == str(Path(value).absolute()), f"{section}.{key}"
             elif value is not None:
                 assert type(value)(found) == value, f"{section}.{key}"
-
-
-def test_the_quickstart_names_every_key_there_is():
-    tree = yaml.safe_load(next(p for p in CONFIGS if p.stem == "quickstart").read_text())
-    known = {s: set(field.annotation.model_fields) for s, field in Config.model_fields.items()}
-    assert {section: set(keys) for section, keys in tree.items()} == known
 
 
 def test_the_toolbox_page_explains_every_key_of_the_algorithm():

@@ -191,7 +191,9 @@ def test_what_wandb_refuses_is_told_with_the_remedy(tmp_path, model, monkeypatch
         raise wandb.errors.UsageError("api_key not configured (no-tty)")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(UserError, match=r"log\.report_to: wandb cannot be used \(api_key.*WANDB_MODE=offline"):
+    with pytest.raises(
+        UserError, match=r"log\.report_to: wandb cannot be used \(api_key.*WANDB_MODE=offline"
+    ):
         train(tmp_path, model, log__report_to=["wandb"])
 
 
