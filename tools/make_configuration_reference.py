@@ -38,7 +38,7 @@ Names of older versions are still read, with a warning: `es.schedule` (now `es.a
 (`log.report_to`), and `rollout.mode` (`rollout.gather` and `rollout.members_per_forward`).
 """
 # Sections inside of a key's value, and their headings.
-INNER = {
+INNER: dict[type[BaseModel], str] = {
     RewardConfig: "Items of `task.rewards`",
     ProblemSetConfig: "Values of `eval.sets`",
 }

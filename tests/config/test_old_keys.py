@@ -132,13 +132,13 @@ def test_an_old_key_and_its_new_name_are_refused_together(read, section, keys, o
         TrainConfig(**MINIMAL | {section: keys})
 
 
-@pytest.mark.parametrize("mode", ["steram", None, ["stream"], "layer"])
+@pytest.mark.parametrize("mode", ["streams", None, ["stream"], "layer"])
 def test_a_mode_that_never_was_is_refused(read, mode):
     with pytest.raises(UserError, match=r"rollout\.mode: got .*; it is now rollout\.gather: auto, iteration"):
         read({"rollout": old_rollout(mode, 1)})
 
 
-@pytest.mark.parametrize(("key", "near"), [("es.shedule", "es.alpha_schedule"), ("log.too", "log.report_to")])
+@pytest.mark.parametrize(("key", "near"), [("es.schedules", "es.alpha_schedule"), ("log.report", "log.report_to")])
 def test_a_key_that_never_was_is_unknown(read, key, near):
     with pytest.raises(UserError, match=rf"{key}: unknown key; .*{near.partition('.')[2]}"):
         read({}, f"{key}=linear")
