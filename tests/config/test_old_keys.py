@@ -138,7 +138,9 @@ def test_a_mode_that_never_was_is_refused(read, mode):
         read({"rollout": old_rollout(mode, 1)})
 
 
-@pytest.mark.parametrize(("key", "near"), [("es.schedules", "es.alpha_schedule"), ("log.report", "log.report_to")])
+@pytest.mark.parametrize(
+    ("key", "near"), [("es.schedules", "es.alpha_schedule"), ("log.report", "log.report_to")]
+)
 def test_a_key_that_never_was_is_unknown(read, key, near):
     with pytest.raises(UserError, match=rf"{key}: unknown key; .*{near.partition('.')[2]}"):
         read({}, f"{key}=linear")
