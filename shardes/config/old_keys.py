@@ -60,7 +60,9 @@ def apply_changes(tree: dict[str, Any], changes: Iterable[tuple[str, Any]] = (),
         place[last] = value
     told += _rename(tree, _OLD_KEYS, source=source)
     if told:
-        warn_once(f"{source}: keys of an older version are read as what they are now: {'; '.join(sorted(told))}")
+        warn_once(
+            f"{source}: keys of an older version are read as what they are now: {'; '.join(sorted(told))}"
+        )
 
 
 def rename_in_header(header: dict[str, Any]) -> None:
