@@ -1,4 +1,4 @@
-"""How far what the centre says has moved from what the base model would have said.
+"""An estimate of the divergence of the centre's answers from the base model's.
 
 The base model answers a few prompts once, its answers drawn at temperature 1. How much likelier it finds them
 than the centre does is then an estimate of the Kullback-Leibler divergence KL(base || centre): unbiased, from
@@ -19,13 +19,13 @@ from shardes.tasks.base import Component, Row, Task
 
 
 class KLEstimator:
-    """Measures it on a probe batch; every rank has one, and calls it alike.
+    """Estimator of the divergence on a probe batch; every rank has one, and all call it alike.
 
     Args:
-        rollout: The run's, in the mode that it is to be measured in.
-        population: Evaluates the centre.
-        task: Whose prompts.
-        rows: The problems with these.
+        rollout: The run's evaluator, whose gather mode is used.
+        population: The run's scheduler, which evaluates the centre.
+        task: The task that makes the prompts.
+        rows: The problems that the base model answers.
         world: All ranks.
     """
 
@@ -50,10 +50,10 @@ class KLEstimator:
         self._num_tokens: list[int] = []
 
     def draw(self) -> dict[str, Any]:
-        """Has the base model, which must be the centre, answer; a collective of all ranks.
+        """Have the base model, which must be the centre, answer; a collective of all ranks.
 
         Returns:
-            For the journal: the tokens of prompts and answers, and each answer's mean log-likelihood.
+            The journal's record: tokens of prompts and answers, and each answer's mean log-likelihood.
         """
         sampler = self._rollout.drawing()
         problems = sampler.prepare(self._scorer.task.train, iteration=0, scorer=self._scorer)
@@ -67,13 +67,13 @@ class KLEstimator:
         return record | {"log_likelihoods": self._log_likelihoods(pairs)}
 
     def use(self, record: Mapping[str, Any]) -> None:
-        """Measures from now on by what ``draw`` returned."""
+        """Compare with a record that ``draw`` returned, from now on."""
         self._problems = self._rollout.prepare_pairs(record["pairs"], scorer=self._scorer)
         self._base = record["log_likelihoods"]
         self._num_tokens = [len(answer) for _, answer in record["pairs"]]
 
     def measure(self) -> float | None:
-        """The divergence in nats per token; a collective.
+        """Return the divergence in nats per token; a collective of all ranks.
 
         Returns:
             None if the base model's answers are all empty, or the centre's logits are not finite.
@@ -91,7 +91,7 @@ class KLEstimator:
         return self._found(self._rollout.prepare_pairs(pairs, scorer=self._scorer)) if pairs else []
 
     def _found(self, problems: PromptBatch) -> list[float]:
-        """Each answer's mean log-likelihood per token under the centre."""
+        """Return each answer's mean log-likelihood per token under the centre."""
         found = self._population.evaluate_centre(problems)
         return [float("nan") if value is None else value for value in found.components["log_likelihood"]]
 

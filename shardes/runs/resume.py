@@ -1,4 +1,4 @@
-"""Going on with a run: its progress, and the weights of any of its iterations."""
+"""Resuming of a run: its progress, and the weights of any of its iterations."""
 
 import logging
 from collections.abc import Mapping
