@@ -49,7 +49,7 @@ class ResumeState:
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether the job died between the last update and the record of the weights' digest after it."""
+        """True if the job died between the last update and the record of the weights' digest after it."""
         return self.first_iteration > 0 and self.first_iteration not in self.digests
 
     @classmethod
