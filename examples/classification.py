@@ -12,7 +12,7 @@ config = TrainConfig(
     run={"dir": sys.argv[1] if len(sys.argv) > 1 else "runs/classification"},
     rollout={"max_new_tokens": 1, "micro_batch_size": 64},
     es={"iterations": 20, "population": 20, "antithetic": True, "sigma": 0.03, "alpha": 0.03}
-    | {"schedule": "linear"},
+    | {"alpha_schedule": "linear"},
     eval={"every": 5},
     # A label is an index into label_words; the template makes the prompt, which one of them has to follow.
     task={"name": "classification", "template": "{{ text }}", "label_words": ["-", "+"]},

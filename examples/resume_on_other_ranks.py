@@ -15,7 +15,7 @@ from shardes import TrainConfig, Trainer
 CONFIG = "configs/quickstart.yaml"
 run_dir = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/resumed")
 # The quickstart, made small. es.iterations may grow later, unless a schedule depends on it.
-settings = ["es.population=8", "task.batch_size=32", "es.schedule=constant", "eval.every=0"]
+settings = ["es.population=8", "task.batch_size=32", "es.alpha_schedule=constant", "eval.every=0"]
 
 
 def train_here(name: str) -> str:

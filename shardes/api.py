@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shardes.config.loading import parse_config, read_tree
+from shardes.config.old_keys import apply_changes
 from shardes.config.schema import Config, check_model_directory
 from shardes.distributed.stop import Stop, Stopped
 from shardes.errors import UserError
@@ -41,7 +42,7 @@ class TrainConfig:
 
     Args:
         **sections: ``model``, ``run``, ``rollout``, ``es``, and any other section of
-            configs/quickstart.yaml, each with its keys.
+            docs/configuration.md, each with its keys.
 
     Attributes:
         run_dir: The run directory.
@@ -53,6 +54,7 @@ class TrainConfig:
 
     def __init__(self, **sections: dict[str, Any]) -> None:
         tree: dict[str, Any] = copy.deepcopy(sections)
+        apply_changes(tree, source="TrainConfig")
         for name in ("parallel", "task"):
             if not isinstance(tree.setdefault(name, {}), dict):
                 raise UserError(
@@ -178,7 +180,7 @@ class Trainer:
         """
         config, self._stop = self.config, Stop()
         check_model_directory(config.model.path)
-        check_trackers(config.log.to)
+        check_trackers(config.log.report_to)
         self._write_data()
         task, heldout_sets = self._load_tasks()
         is_finished = True

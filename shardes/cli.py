@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import click
 from annotated_types import Gt
+from click.core import ParameterSource
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from shardes import __version__
 from shardes.config.loading import load_config
+from shardes.config.old_keys import warn_once
 from shardes.config.schema import check_model_directory
 from shardes.distributed.stop import Stopped, stop_signals
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, StorageError, UserError
@@ -70,7 +72,7 @@ def train(config_path: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
     # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
     check_model_directory(config.model.path)
     if os.environ.get("RANK", "0") == "0":  # whose metrics they are told
-        check_trackers(config.log.to)
+        check_trackers(config.log.report_to)
     task, heldout_sets = load_tasks(config)
     # Processes for rewards come before threads, process groups and accelerators.
     with make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards:
@@ -235,12 +237,13 @@ _BACKEND = click.option(
     help="Of the weights in the files; default: that in which they were trained and evaluated.",
 )
 @click.option(
-    "--shard-size",
+    "--max-shard-size",
     type=_Size(positive=True),
     default="5GiB",
     show_default=True,
-    help="Files are no larger, unless one parameter is.",
+    help="Of a file in bytes; only a larger parameter makes a larger one.",
 )
+@click.option("--shard-size", "old_shard_size", type=_Size(positive=True), hidden=True)
 @click.option("--push-to-hub", metavar="NAME", help="Upload OUT_DIR to the Hugging Face hub as NAME, too.")
 @click.option("--public", is_flag=True, help="Have the hub show NAME to everybody if it is new.")
 @_BASE
@@ -250,7 +253,8 @@ def export(
     out_dir: Path,
     iteration: str | None,
     dtype: str | None,
-    shard_size: int,
+    max_shard_size: int,
+    old_shard_size: int | None,
     push_to_hub: str | None,
     public: bool,
     base: Path | None,
@@ -262,6 +266,10 @@ def export(
     another --backend, started by a launcher, every rank replays its own shards, so the model need not fit on
     one device.
     """
+    if old_shard_size is not None:
+        if click.get_current_context().get_parameter_source("max_shard_size") is ParameterSource.COMMANDLINE:
+            raise UserError("--shard-size is the old name of --max-shard-size, and both are given; remove it")
+        warn_once("--shard-size is now called --max-shard-size; the old name still works")
     # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
     _, _, history = read_run(run_dir, base=base, backend=backend)
     history.iteration_of(iteration, key=f"--iteration {iteration}")
@@ -283,7 +291,7 @@ def export(
         base=base,
         backend=backend,
         dtype=dtype,
-        max_file_bytes=shard_size,
+        max_file_bytes=old_shard_size or max_shard_size,
     )
     if found.is_main:
         what = f"the weights after {found.iteration} iterations, {found.dtype}"

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from shardes.config.fingerprint import resume_fingerprint
 from shardes.distributed.consistency import check_consistency, shared_settings
 from shardes.errors import UserError
 from shardes.es.member import MemberResult, check_enough_rewards, member_rewards
@@ -223,7 +224,7 @@ def make_training_loop(
     recorded = partial(recorded_setting, run.dir)
     rollout = make_rollout(session, task, recorded=recorded, rewards=rewards, heldout_sets=sets)
     config, world = rollout.config, mesh.world
-    settings = config.resume_fingerprint(data_sha256=rows_sha256(task.train))
+    settings = resume_fingerprint(config, data_sha256=rows_sha256(task.train))
     recorder = RunRecorder(config, identity=session.identity, settings=settings, world=world, timer=timer)
     snapshots = SnapshotWriter(
         run.dir,

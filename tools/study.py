@@ -72,8 +72,8 @@ ITERATIONS_AT_EQUAL_TIME = {1: 47, 4: 31, 8: 26}
 # With linear decay throughout, which the quickstart has and the paper does not: "constant" is the paper's.
 ARMS = {
     "base": Arm("all", tasks=LONG),
-    "constant": Arm("schedule", {"es.schedule": "constant"}, tasks=LONG),
-    "cosine": Arm("schedule", {"es.schedule": "cosine"}, tasks=LONG),
+    "constant": Arm("schedule", {"es.alpha_schedule": "constant"}, tasks=LONG),
+    "cosine": Arm("schedule", {"es.alpha_schedule": "cosine"}, tasks=LONG),
     "sigma falls": Arm(
         "schedule", {"es.sigma": 0.014, "es.sigma_schedule": "linear", "es.final_sigma": 0.006}
     ),

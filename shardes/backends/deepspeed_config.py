@@ -33,8 +33,8 @@ def _above_one(value: Any) -> bool:
 
 
 _UNUSABLE = (
-    _Unusable("optimizer", bool, "ES has a step of its own: set es.alpha and es.schedule instead"),
-    _Unusable("scheduler", bool, "ES has a step of its own: set es.schedule instead"),
+    _Unusable("optimizer", bool, "ES has a step of its own: set es.alpha and es.alpha_schedule instead"),
+    _Unusable("scheduler", bool, "ES has a step of its own: set es.alpha_schedule instead"),
     _Unusable(
         "zero_optimization.zero_hpz_partition_size",
         _above_one,

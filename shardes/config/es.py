@@ -1,4 +1,4 @@
-"""What a run is told of the algorithm: the section ``es``. docs/toolbox.md says what each key is for."""
+"""The schema of the section ``es``, the algorithm. docs/toolbox.md says what each key is for."""
 
 import re
 from typing import Annotated, Literal, Self
@@ -14,11 +14,11 @@ class EsConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**64)
     """The key of all noise and of the order of the data."""
     iterations: int = Field(gt=0, lt=2**32)
-    """Number of updates."""
+    """Number of iterations, each of which ends with an update."""
     population: Annotated[int, Field(ge=2, lt=2**24)] | dict[int, Annotated[int, Field(ge=2, lt=2**24)]] = 30
     """Members evaluated per iteration; or, by the iteration from which on it holds, beginning with 0."""
     antithetic: bool = False
-    """Whether members come in pairs that look in opposite directions. A pair has one direction, so the update
+    """Have members come in pairs that look in opposite directions. A pair has one direction, so the update
     computes half the noise. The population must be even."""
     noise: Literal["gaussian", "rademacher", "low_rank"] = "gaussian"
     """``gaussian``: standard normal, as in the paper. ``rademacher``: +1 or -1, much cheaper to compute.
@@ -27,56 +27,61 @@ class EsConfig(Section):
     rank: int = Field(default=1, gt=0, lt=2**16)
     """Columns of the factors of ``noise: low_rank``. The element's variance is 1 for every rank."""
     noise_reuse: int = Field(default=1, gt=0)
-    """For how many iterations the directions stay the same before new ones are drawn."""
+    """Number of iterations for which directions stay the same before new ones are drawn."""
     prompts_per_member: int | None = Field(default=None, gt=0)
-    """How many of the iteration's problems a member answers; members take turns, the two of an antithetic
-    pair answer the same. null: all of them, every member."""
+    """Number of the iteration's problems that a member answers; members take turns, the two of an antithetic
+    pair answer the same. null: every member answers all."""
     sigma: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Scale of the noise on the weights."""
     sigma_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How sigma goes from ``sigma`` to ``final_sigma`` over the iterations."""
+    """Curve on which sigma goes from ``sigma`` to ``final_sigma`` over the iterations."""
     final_sigma: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Where sigma goes; null: nowhere."""
+    """Sigma after the last iteration; null: it stays constant."""
     shaping: Literal["zscore", "centered_rank", "none", "per_prompt"] = "zscore"
-    """What rewards become in the update. ``zscore``: their distance from the mean in standard deviations, as
-    in the paper. ``centered_rank``: their ranks, from -0.5 to 0.5. ``none``: themselves. ``per_prompt``:
-    their distance from the mean of their prompt, over one standard deviation of all of these distances."""
+    """Transformation of rewards for the update. ``zscore``: their distance from the mean in standard
+    deviations, as in the paper. ``centered_rank``: their ranks, from -0.5 to 0.5. ``none``: themselves.
+    ``per_prompt``: their distance from the mean of their prompt, over one standard deviation of all of these
+    distances."""
     clip_shaped: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """The largest magnitude of a shaped reward; larger ones become it. null: no limit."""
+    """Largest magnitude of a shaped reward, to which larger ones are clipped. null: no limit."""
     alpha: float | Literal["auto"] = "auto"
     """Step size; ``auto`` is half of the iteration's sigma, as in the paper."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    alpha_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """``linear`` lowers alpha from its value to 0 over the iterations, ``cosine`` along half a cosine."""
     warmup_iterations: int = Field(default=0, ge=0)
-    """Over how many iterations alpha rises to that, first of all."""
+    """Number of iterations, from the first on, over which alpha rises to its value."""
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
-    """What becomes of the gradient. ``sgd``: the step is alpha times it, as in the paper. ``momentum``: what
-    is left of the steps before is added; 4 more bytes a parameter. ``adam``: its moments decide, elementwise;
-    8 more bytes a parameter. With ``weight_decay``, ``adam`` is what is called AdamW."""
+    """Rule that makes a step of the gradient. ``sgd``: alpha times the gradient, as in the paper.
+    ``momentum``: a share of the steps before is added; 4 more bytes a parameter. ``adam``: its moments
+    decide, elementwise; 8 more bytes a parameter. With ``weight_decay``, ``adam`` is what is called AdamW."""
     momentum: float = Field(default=0.9, gt=0, lt=1)
-    """What is left of a step in the next one, for ``momentum``."""
+    """Share of a step that is added to the next one, for ``momentum``."""
     adam_betas: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         default=[0.9, 0.999], min_length=2, max_length=2
     )
-    """What is left of the first and the second moment after an iteration, for ``adam``."""
+    """Shares of the first and the second moment that an iteration keeps, for ``adam``."""
     adam_epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
     """Added to the root of the second moment, for ``adam``."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """In every update, alpha times this part of the distance from ``decay_towards`` is taken away."""
+    """Rate of decay: an update takes away alpha times this part of the distance from ``decay_towards``."""
     decay_towards: Literal["zero", "base"] = "zero"
     """``base``: the base model's weights, against forgetting; they are read again from their file in every
     update."""
     max_update_norm: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """The longest that what an iteration adds to the weights (with ``momentum``, to the momentum) may be, as
-    expected from its coefficients; longer ones are shortened. null: no limit."""
+    """Largest length of what an iteration adds to the weights (with ``momentum``, to the momentum), as
+    expected from its coefficients; longer ones are shortened. Not for ``adam``. null: no limit."""
     min_valid_fraction: float = Field(default=0.5, ge=0, le=1, allow_inf_nan=False)
-    """An iteration fails if fewer members than this part of the population can be judged, because their
-    rewards failed or their logits were not finite. One at least is needed in any case."""
+    """Part of the population that must have a reward, or the iteration fails: rewards may fail, and logits
+    may not be finite. One member is needed in any case."""
     trainable: list[str] = [".*"]
-    """Which parameters are trained: regular expressions for whole names as in the checkpoint. The last one
-    that matches a name decides: with a ``!`` before it the parameter is frozen, otherwise trained. What none
-    matches is frozen. Frozen parameters get no noise and take no master weights. The noise of the others
-    does not depend on the choice."""
+    """Patterns of the parameters that are trained: regular expressions for whole names as in the checkpoint.
+    The last one that matches a name decides: with a ``!`` before it the parameter is frozen, otherwise
+    trained. What none matches is frozen. Frozen parameters get no noise and take no master weights. The noise
+    of the others does not depend on the choice."""
+
+    def alpha_at(self, sigma: float) -> float:
+        """Return the step size that goes with a scale of the noise, not yet scheduled."""
+        return sigma / 2 if self.alpha == "auto" else self.alpha
 
     @field_validator("rank")
     @classmethod
@@ -123,7 +128,7 @@ class EsConfig(Section):
 
     @model_validator(mode="after")
     def _every_key_does_something(self) -> Self:
-        """Refuses what would be ignored: it was meant to be something else."""
+        """Refuse what would be ignored: it was meant to be something else."""
         if (self.final_sigma is None) != (self.sigma_schedule == "constant"):
             raise ValueError(
                 f"final_sigma is {self.final_sigma} and sigma_schedule {self.sigma_schedule}; give both, or "
@@ -147,8 +152,7 @@ class EsConfig(Section):
             )
         if self.decay_towards != "zero" and self.weight_decay == 0:
             raise ValueError("decay_towards is base, but weight_decay is 0; set both, or neither")
-        largest = (self.sigma if self.final_sigma is None else max(self.sigma, self.final_sigma)) / 2
-        alpha = largest if self.alpha == "auto" else self.alpha
+        alpha = self.alpha_at(max(self.sigma, self.final_sigma or 0.0))
         if alpha * self.weight_decay > 1:
             raise ValueError(
                 f"weight_decay is {self.weight_decay}, which times alpha {alpha} is more than all there is; "

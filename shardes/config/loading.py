@@ -1,4 +1,4 @@
-"""Configurations as people write them: YAML files, ``a.b=value`` overrides, and what is said of mistakes.
+"""Reading of configurations from YAML files and ``a.b=value`` overrides, with messages about mistakes.
 
 Nothing heavy is imported, so that a mistake is answered at once.
 """
@@ -12,12 +12,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from shardes.config.old_keys import apply_changes
 from shardes.config.schema import Config, is_hub_reference
 from shardes.errors import UserError
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
-    """Reads a YAML file and applies ``a.b=value`` (or ``--a.b=value``) overrides.
+    """Read a YAML file and apply ``a.b=value`` (or ``--a.b=value``) overrides.
 
     Raises:
         UserError: The file cannot be read, or a key or value is wrong.
@@ -26,32 +27,30 @@ def load_config(path: Path, overrides: list[str]) -> Config:
 
 
 def read_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
-    """The sections of a YAML file with overrides, not checked yet.
+    """Return the sections of a YAML file with overrides, not checked yet.
 
     Raises:
         UserError: The file cannot be read, or an override is none.
     """
     tree = _read_tree(path, role="--config", remedy="give the path of a YAML file")
-    for override in overrides:
-        _apply_override(tree, override)
+    apply_changes(tree, map(_parse_override, overrides), source=str(path))
     return tree
 
 
 def load_run_config(run_dir: Path, changes: dict[str, Any]) -> Config:
-    """The configuration that a run directory holds, with some dotted keys changed.
+    """Return the configuration that a run directory holds, with some dotted keys changed.
 
     Raises:
         UserError: The directory holds no usable configuration.
     """
     path = run_dir / "config.yaml"
     tree = _read_tree(path, role="RUN_DIR", remedy="give the directory of a run")
-    for key, value in changes.items():
-        _set(tree, key, value)
+    apply_changes(tree, changes.items(), source=str(path))
     return parse_config(tree, source=str(path))
 
 
 def _read_tree(path: Path, *, role: str, remedy: str) -> dict[str, Any]:
-    """The sections of a YAML file; ``role`` is what the user gave it as."""
+    """Return the sections of a YAML file; ``role`` is what the user gave it as."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -64,7 +63,11 @@ def _read_tree(path: Path, *, role: str, remedy: str) -> dict[str, Any]:
 
 
 def parse_config(tree: dict[str, Any], *, source: str) -> Config:
-    """Checks a tree of keys and values; ``source`` names where it came from in errors."""
+    """Check a tree of keys and values; ``source`` names where it came from in errors.
+
+    Raises:
+        UserError: A key or value is wrong; the message lists every mistake.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -76,7 +79,8 @@ def parse_config(tree: dict[str, Any], *, source: str) -> Config:
         raise UserError("\n".join([f"{source}: the configuration cannot be used", *lines])) from None
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _parse_override(override: str) -> tuple[str, Any]:
+    """Return the dotted key and the value of ``a.b=value`` or ``--a.b=value``."""
     key, equals, text = override.removeprefix("--").partition("=")
     if not equals or not key:
         raise UserError(
@@ -86,21 +90,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
         raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
-    _set(tree, key, value)
-
-
-def _set(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Sets a dotted key, making the sections on the way."""
-    *sections, last = key.split(".")
-    for section in sections:
-        if not isinstance(tree.get(section), dict):
-            tree[section] = {}
-        tree = tree[section]
-    tree[last] = value
+    return key, value
 
 
 def _explain(detail: ErrorDetails, location: list[str]) -> str:
-    """What is wrong with one key: what was got, what was wanted, the remedy."""
+    """Return what one key got, what was wanted, and the remedy."""
     key = ".".join(location)
     if detail["type"] == "extra_forbidden":
         known = sorted(_keys_of(location[:-1]))
@@ -116,7 +110,7 @@ def _explain(detail: ErrorDetails, location: list[str]) -> str:
 
 
 def _location(loc: tuple[int | str, ...]) -> list[str]:
-    """The part of a place in the tree that the user wrote: pydantic adds the members of unions."""
+    """Return the part of a place in the tree that the user wrote: pydantic adds the members of unions."""
     location: list[str] = []
     section: type[BaseModel] | None = Config
     parts = list(loc)
@@ -132,7 +126,7 @@ def _location(loc: tuple[int | str, ...]) -> list[str]:
 
 
 def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The section that an annotation is about, and whether it holds several, by index or by name."""
+    """Return the section that an annotation is about, and whether it holds several, by index or by name."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
     for argument in get_args(annotation):
@@ -144,7 +138,7 @@ def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
 
 
 def _keys_of(location: list[str]) -> list[str]:
-    """The known keys of the section at ``location``."""
+    """Return the known keys of the section at ``location``."""
     section: type[BaseModel] = Config
     parts = list(location)
     while parts:
@@ -158,7 +152,7 @@ def _keys_of(location: list[str]) -> list[str]:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, its paths absolute: it is read again from anywhere."""
+    """Return the resolved configuration as YAML, its paths absolute: it is read again from anywhere."""
     return yaml.safe_dump(_with_absolute_paths(config.model_dump()), sort_keys=False)
 
 

@@ -1,17 +1,19 @@
-"""What a run is told: pydantic models; config_files.py reads them from YAML, with ``a.b=value`` overrides.
+"""The schema of a configuration: pydantic models, which loading.py fills from YAML files and overrides.
 
-Every key is described by its docstring here and by the comments of configs/quickstart.yaml. Nothing heavy is
-imported, so that a mistake is answered at once.
+docs/configuration.md is made of the docstrings of the keys. Nothing heavy is imported, so that a mistake is
+answered at once.
 """
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, FiniteFloat, ValidationInfo, field_validator, model_validator
 
 from shardes.config.es import EsConfig
-from shardes.config.section import Section
+from shardes.config.log import LogConfig
+from shardes.config.section import Section, registered
 from shardes.errors import UserError
+from shardes.rollout.engines.registry import ENGINES
 
 FETCH_HINT = (
     "give a local model directory (fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
@@ -19,12 +21,12 @@ FETCH_HINT = (
 
 
 def is_hub_reference(source: Path) -> bool:
-    """Whether ``task.data`` means a data set of the Hugging Face hub, and no path."""
+    """Return whether ``task.data`` means a data set of the Hugging Face hub, and no path."""
     return str(source).startswith("hf:")
 
 
 def check_model_directory(path: Path) -> None:
-    """Refuses a ``model.path`` that is no model directory; quick, and nothing is loaded.
+    """Refuse a ``model.path`` that is no model directory; quick, and nothing is loaded.
 
     Raises:
         UserError: There is no config.json.
@@ -42,20 +44,20 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """The dtype of the weights that generate, and of the exported model."""
     trust_remote_code: bool = False
-    """Whether Python files inside the model directory may be run."""
+    """Allow Python files inside the model directory to run."""
 
 
 class RunConfig(Section):
-    """Where the run lives."""
+    """The run directory: resuming, stopping, checks and snapshots."""
 
     dir: Path
     """The run directory; created if it does not exist."""
     resume: Literal["auto", "never"] = "auto"
     """``auto``: go on where the run stopped. ``never``: refuse a directory that already holds a run."""
     stop_seconds: int = Field(default=20, ge=0)
-    """How long members in flight may go on when the job is asked to stop (SIGTERM or SIGUSR1 to any rank);
-    what is not finished by then is abandoned and evaluated again by the next job. Launchers and schedulers
-    commonly kill 30 seconds after SIGTERM."""
+    """Seconds that members in flight may go on after the job is asked to stop (SIGTERM or SIGUSR1 to any
+    rank). Those not finished by then are abandoned, and evaluated again by the next job. Launchers and
+    schedulers commonly kill 30 seconds after SIGTERM."""
     check_every: int = Field(default=1, gt=0)
     """Iterations between comparisons of the replicas' weights digests."""
     snapshot_every: int = Field(default=0, ge=0)
@@ -63,11 +65,12 @@ class RunConfig(Section):
     snapshots, only what came after the newest one is replayed. They take 4 bytes a parameter each, or the
     model's dtype with ``weights.master: model``, and every rank must see ``run.dir``."""
     keep_snapshots: int = Field(default=2, ge=2)
-    """How many snapshots are kept: the newest. The one before it is used if a snapshot turns out damaged."""
+    """Number of snapshots that are kept, the newest ones. The one before it is used if a snapshot turns out
+    damaged."""
 
 
 class ParallelConfig(Section):
-    """How the model is spread over ranks. None of it changes a result."""
+    """Distribution of the model over ranks. No key changes a result."""
 
     backend: Literal["zero3", "fsdp", "tensor_parallel", "single"] = "zero3"
     """``zero3``: DeepSpeed ZeRO-3 shards. ``fsdp``: PyTorch FSDP2 shards. ``tensor_parallel``: matrices are
@@ -82,8 +85,8 @@ class ParallelConfig(Section):
     deepspeed: Path | None = None
     """A DeepSpeed JSON file for zero3; ``auto`` values are filled, unusable keys are refused."""
     timeout_seconds: int = Field(default=1800, gt=0)
-    """How long a rank waits for another before the job ends. At the end of an iteration it may have to wait
-    for as long as one member takes."""
+    """Seconds that a rank waits for another before the job ends. At the end of an iteration it may have to
+    wait for as long as one member takes."""
     threads_per_rank: int | None = Field(default=None, gt=0)
     """CPU threads of each rank; null: what the launcher and torch decide. Results are compared bit for bit
     only between runs with the same number of threads."""
@@ -98,13 +101,18 @@ class ParallelConfig(Section):
         return value
 
 
-class RolloutConfig(Section):
-    """How members answer prompts."""
+EngineName = Annotated[
+    str, AfterValidator(registered(ENGINES)), Field(json_schema_extra={"enum": [*ENGINES]})
+]
 
-    engine: Literal["transformers"] = "transformers"
+
+class RolloutConfig(Section):
+    """Generation of the members' answers."""
+
+    engine: EngineName = "transformers"
     """What generates and scores: ``transformers``: the model's own forward in a decode loop."""
     gather: Literal["auto", "iteration", "member", "layer"] = "auto"
-    """When the weights that members are evaluated with are gathered. ``iteration``: the centre, once an
+    """Unit of work for which weights are gathered from their shards. ``iteration``: the centre, once an
     iteration, into a whole model on every rank; each rank evaluates members of its own, adding their noise to
     its copy, and holds two copies. ``member``: each member's weights, once, into a whole model on every rank;
     the ranks of a replica share its prompts. ``layer``: every layer in every forward, all ranks of a replica
@@ -115,10 +123,10 @@ class RolloutConfig(Section):
     forward the model stays the centre, and ``iteration`` takes one copy."""
     members_per_forward: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
     """Members whose prompts are rows of one forward. More than 1, or ``auto``, needs ``es.noise: low_rank``:
-    members are terms added to what the layers of the centre compute, and each costs less, the more there
-    are, but takes memory for a cache of its own. Like ``micro_batch_size`` the number may change the last
-    bits, so a run keeps to one. ``auto``: as many as fit when the run begins, at most 64; the run keeps what
-    was found."""
+    members are terms added to what the layers of the centre compute, and each costs less, the more there are,
+    but takes memory for a cache of its own. Like ``micro_batch_size`` the number may change the last bits, so
+    a run keeps to one. ``auto``: as many as fit when the run begins, at most 64; the run keeps what was
+    found."""
     micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = 32
     """Prompts per forward. Micro-batches are composed from the data alone, so results do not depend on the
     number of ranks; a different size may change the last bits. ``auto``: as many as memory allows and as give
@@ -140,7 +148,7 @@ class RolloutConfig(Section):
 
     @property
     def is_batched(self) -> bool:
-        """Whether members are evaluated many at a time."""
+        """Return whether several members share a forward."""
         return self.members_per_forward != 1
 
     @field_validator("stop")
@@ -169,7 +177,7 @@ class WeightsConfig(Section):
     """``float32``: 4 more bytes a parameter, no update is lost. ``model``: the model's dtype, rounded
     stochastically at every update, so that small steps survive on average."""
     master_device: Literal["device", "cpu"] = "device"
-    """Where the master is kept. ``cpu``: in pinned host memory, from which it passes through the accelerator
+    """Memory that holds the master. ``cpu``: pinned host memory, from which it passes through the accelerator
     in chunks whenever it is read or updated; saves the master's bytes on the accelerator."""
 
 
@@ -179,13 +187,13 @@ class RewardConfig(Section):
     name: str | None = None
     """The name of a built-in reward."""
     path: str | None = None
-    """Or a function of your own, like ``task.reward``."""
+    """A function of your own instead, as in ``task.reward``."""
     weight: FiniteFloat = 1.0
-    """What its values are multiplied by in the sum."""
+    """Factor of its values in the sum."""
     label: str | None = None
-    """What it is called in metrics; null: its name, or its function's."""
+    """Its name in metrics; null: ``name``, or the function's."""
     arguments: dict[str, Any] = {}
-    """Passed to the function by name, besides the columns."""
+    """Values passed to the function by name, besides the columns."""
 
     @model_validator(mode="after")
     def _one_function(self) -> Self:
@@ -221,14 +229,14 @@ LABEL_WORD_TASKS = ("boolq", "classification", "sst2")
 
 
 class ProblemSetConfig(Section):
-    """Some problems, and how answers to them are judged."""
+    """A set of problems, and the rewards of answers to them."""
 
     name: TaskName | None = None
     """A built-in task (docs/tasks.md); null for your own reward."""
     data: Path
     """The problems: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; ``DIRECTORY[@SPLIT]``,
-    a data set saved to disk; or ``hf:NAME[:SUBSET][@SPLIT]``, one of the Hugging Face hub. Own rewards need
-    a ``prompt`` column (text, or a list of chat messages) or a ``template``."""
+    a data set saved to disk; or ``hf:NAME[:SUBSET][@SPLIT]``, one of the Hugging Face hub. Own rewards need a
+    ``prompt`` column (text, or a list of chat messages) or a ``template``."""
     columns: dict[str, str] = {}
     """Names for columns: from the name that the task or template uses to the one in the data."""
     template: str | None = None
@@ -239,12 +247,12 @@ class ProblemSetConfig(Section):
     label_words: list[str] | None = None
     """One word for each class of ``classification``, ``sst2`` or ``boolq``; null: the task's own words."""
     reward: str | None = None
-    """``package.module:function`` or ``path/to/file.py:function``, called as
-    ``f(prompts, completions, **columns) -> list[float | None]``."""
+    """``package.module:function`` or ``path/to/file.py:function``, called as ``f(prompts, completions,
+    **columns) -> list[float | None]``."""
     rewards: list[RewardConfig] | None = None
     """Several, which add up, each with a weight. With ``name``, they replace the built-in task's own."""
     metric: Literal["accuracy", "cross_entropy", "log_likelihood"] | None = None
-    """What a task that compares likelihoods is rewarded with; null: what it has by itself."""
+    """Reward of a task that compares likelihoods; null: the task's own."""
 
     @field_validator("label_words", mode="before")
     @classmethod
@@ -275,7 +283,7 @@ def _check_reference(value: str | None, *, key: str) -> None:
 
 
 class TaskConfig(ProblemSetConfig):
-    """What is asked and how answers are judged, by a built-in task or by rewards of your own."""
+    """The problems, and the rewards of answers: a built-in task's, or your own."""
 
     heldout_data: Path | None = None
     """Held-out problems, never trained on; in any form that ``data`` may have."""
@@ -283,23 +291,25 @@ class TaskConfig(ProblemSetConfig):
     """Instead of ``heldout_data``: the part of the problems of ``data`` that is held out. Which ones depends
     on their content and ``split_seed`` alone, not on their order or ``es.seed``."""
     split_seed: int = Field(default=0, ge=0)
-    """Another seed holds out other problems."""
+    """Seed of the choice of held-out problems."""
     batch_size: int | None = Field(default=None, gt=0)
     """Problems per iteration; null: all of them, every time."""
     sampling: Literal["random", "epochs", "fixed"] = "random"
-    """Which problems an iteration gets, as a function of ``es.seed`` and the iteration. ``random``: drawn
-    anew. ``epochs``: all problems in random order, then all of them in another, and so on. ``fixed``: the
-    same ones every time, drawn once."""
+    """Choice of an iteration's problems, a function of ``es.seed`` and the iteration. ``random``: drawn anew.
+    ``epochs``: all problems in random order, then all of them in another, and so on. ``fixed``: the same ones
+    every time, drawn once."""
     on_reward_error: Literal["exclude", "worst"] | FiniteFloat = "exclude"
-    """What an answer counts whose reward raised, hung, ended its process or was not a number: nothing at all,
-    the least reward of all answers of the iteration (of the evaluation, for the centre), or this number."""
+    """Value of an answer whose reward raised, hung, ended its process or was not a number. ``exclude``: it
+    does not count. ``worst``: the least reward of all answers of the iteration (for the centre, of the
+    evaluation). Or a number."""
     reward_timeout_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
-    """How long the rewards of a micro-batch may take. Answers without one then count as failed."""
+    """Seconds that the rewards of a micro-batch may take. Answers without one then count as failed."""
     reward_workers: int = Field(default=16, ge=0)
-    """Processes in which rewards run, at most, on each rank. There is one at first, and more come while
-    answers wait. 0: rewards run inside the training process, where nothing stops one that hangs."""
+    """Largest number of processes in which rewards run on each rank. There is one at first, and more come
+    while answers wait. 0: rewards run inside the training process, where nothing stops one that hangs."""
     reward_memory_bytes: int | None = Field(default=4 * 2**30, gt=0)
-    """Address space of such a process; null: no limit, as a reward with a model of its own may need."""
+    """Address space of such a process, in bytes; null: no limit, as a reward with a model of its own may
+    need."""
 
     @field_validator("heldout_fraction")
     @classmethod
@@ -317,35 +327,14 @@ class EvalConfig(Section):
     sets: dict[str, ProblemSetConfig] = {}
     """Further held-out sets by a name of your choice, also of other tasks, to see what is forgotten."""
     save_best: bool = False
-    """Whether the weights with the highest held-out reward so far are kept as a Hugging Face directory,
-    ``best`` in the run directory. Any iteration's can be exported later without it."""
+    """Keep the weights with the highest held-out reward so far as a Hugging Face directory, ``best`` in the
+    run directory. Weights of any iteration can be exported later without it."""
     pass_reward: FiniteFloat = 1.0
-    """An answer passes if its reward is at least this: what pass@k of ``shardes evaluate`` counts."""
-
-
-class LogConfig(Section):
-    """What a run tells."""
-
-    samples_every: int = Field(default=10, ge=0)
-    """Iterations between those of which a few answers of the first member are written to samples.jsonl; 0
-    means never. Those of held-out evaluations always are."""
-    instruments_every: int = Field(default=10, ge=0)
-    """Iterations between those whose update is measured: its length, what of it was lost in rounding, how far
-    the weights are from the base model; 0 means never. It takes one to two updates more, and reads the base
-    model's file."""
-    kl_every: int = Field(default=0, ge=0)
-    """Iterations between estimates of how far the centre's answers have moved from the base model's, on
-    ``kl_prompts`` prompts; 0 means never."""
-    kl_prompts: int = Field(default=16, gt=0)
-    """How many prompts the base model answers for that, of the held-out problems, or else of the others."""
-    to: list[Literal["tensorboard", "wandb"]] = []
-    """Where metrics go besides metrics.jsonl. ``tensorboard``: event files in ``run.dir``. ``wandb``: Weights
-    & Biases, as its own settings and environment variables (``WANDB_MODE``, ``WANDB_PROJECT``) say. Each is
-    an extra to install."""
+    """Least reward of an answer that passes, for pass@k of ``shardes evaluate``."""
 
 
 class Config(Section):
-    """Everything a run is told."""
+    """Configuration of a run."""
 
     model: ModelConfig
     run: RunConfig
@@ -398,51 +387,3 @@ class Config(Section):
                 "answers to one prompt; set task.on_reward_error to exclude or to a number"
             )
         return value
-
-    @property
-    def alpha(self) -> float:
-        """The step size at the start, as a number."""
-        return self.es.sigma / 2 if self.es.alpha == "auto" else self.es.alpha
-
-    def resume_fingerprint(self, *, data_sha256: str) -> dict[str, Any]:
-        """The flattened keys that decide the result: what a resumed run must share with its journal.
-
-        Args:
-            data_sha256: A hash of the training rows as they were read: the same problems may come from
-                another file or format.
-        """
-        flat = _flatten(self.model_dump(mode="json"))
-        free = {
-            "model.path",
-            "model.trust_remote_code",
-            "rollout.gather",
-            "weights.master_device",
-            "es.min_valid_fraction",
-            "task.data",
-            "task.columns",
-            "task.heldout_data",
-            "task.heldout_fraction",
-            "task.split_seed",
-            "task.reward",
-            "task.reward_timeout_seconds",
-            "task.reward_workers",
-            "task.reward_memory_bytes",
-        }
-        if self.es.schedule == self.es.sigma_schedule == "constant":
-            free.add("es.iterations")
-        others = ("run.", "parallel.", "eval.", "log.")
-        kept = {k: v for k, v in flat.items() if k not in free and not k.startswith(others)}
-        if self.es.sigma_schedule == "constant":
-            kept["es.alpha"] = self.alpha
-        # Settled runs have a number; ``auto`` is left where there was memory for no more than one.
-        if not self.rollout.is_batched:
-            kept["rollout.members_per_forward"] = None
-        elif self.rollout.members_per_forward == "auto":
-            kept["rollout.members_per_forward"] = 1
-        kept["task.data sha256"] = data_sha256
-        return kept
-
-
-def _flatten(tree: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The keys of all sections by their dotted names."""
-    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}

@@ -47,9 +47,8 @@ class Strategy:
     def alpha(self, iteration: int) -> float:
         """The step size."""
         settings = self._settings
-        start = self.sigma(iteration) / 2 if settings.alpha == "auto" else settings.alpha
-        return start * factor(
-            settings.schedule,
+        return settings.alpha_at(self.sigma(iteration)) * factor(
+            settings.alpha_schedule,
             iteration=iteration,
             num_iterations=settings.iterations,
             warmup_iterations=settings.warmup_iterations,

@@ -1,1 +1,1 @@
-"""Evaluating centres, models and runs."""
+"""Evaluation of models and of centres of runs, and their divergence from the base model."""

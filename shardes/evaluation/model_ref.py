@@ -1,4 +1,4 @@
-"""Which weights ``--model DIR|RUN_DIR[@K]`` means. Nothing heavy is imported."""
+"""Models that ``--model DIR|RUN_DIR[@K]`` refers to. Nothing heavy is imported."""
 
 import json
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelRef:
-    """What is evaluated.
+    """A model to evaluate.
 
     Attributes:
-        config: How.
-        run_dir: The run whose weights they are; None for those of a model directory.
-        history: What its journal says.
-        iteration: How many of its updates are applied.
+        config: Configuration that it is evaluated with.
+        run_dir: The run that has the weights; None for those of a model directory.
+        history: Content of the run's journal.
+        iteration: Number of the run's updates that are applied.
     """
 
     config: Config
@@ -31,7 +31,7 @@ class ModelRef:
     iteration: int = 0
 
     def restore(self, session: "Session") -> None:
-        """Brings a session's model to the weights to evaluate; a collective of all ranks.
+        """Bring a session's model to the weights to evaluate; a collective of all ranks.
 
         Raises:
             UserError: The base model is not the run's.
@@ -50,7 +50,7 @@ class ModelRef:
 
 
 def resolve_model(model: str, *, config_path: Path | None, overrides: list[str]) -> ModelRef:
-    """What ``--model DIR|RUN_DIR[@K]`` and ``--config FILE`` mean.
+    """Return the model that ``--model DIR|RUN_DIR[@K]`` and ``--config FILE`` refer to.
 
     A run brings its model, its noise and its master weights with it, the file says what is asked and how; a
     run's own configuration is that file if none is given.

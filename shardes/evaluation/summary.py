@@ -1,4 +1,4 @@
-"""Evaluating a model as ``shardes evaluate_model`` does: every answer, and what the numbers are worth."""
+"""Evaluation of a model for ``shardes evaluate``: every answer, and means with confidence intervals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ NUM_RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and what it might be with other problems of the same kind.
+    """A mean, with the 95% confidence interval over problems of the same kind.
 
     Attributes:
-        mean: Over answers.
+        mean: The mean over answers; None if no answer counts.
         low: The 2.5th percentile of the means of resampled problems.
-        high: The 97.5th.
+        high: The 97.5th percentile.
     """
 
     mean: float | None
@@ -34,7 +34,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float | None], *, samples_per_problem: int) -> Estimate:
-    """The mean of the values that there are, and a 95% confidence interval.
+    """Return the mean of the values that are not None, and its 95% confidence interval.
 
     The interval is a percentile bootstrap over problems, not over answers: answers to one problem are alike.
     Its random numbers have a fixed seed, so equal values give equal intervals.
@@ -60,10 +60,10 @@ def estimate(values: Sequence[float | None], *, samples_per_problem: int) -> Est
 def summarise(
     evaluation: Evaluation, *, samples_per_problem: int, pass_reward: float | None, on_error: str | float
 ) -> dict[str, Any]:
-    """The numbers of one evaluation.
+    """Return the numbers of one evaluation, JSON-able and by name.
 
     Args:
-        evaluation: What the model answered.
+        evaluation: The model's answers and their rewards.
         samples_per_problem: Answers to each problem.
         pass_reward: An answer with at least this reward passes; None: nothing is said about passing.
         on_error: ``task.on_reward_error``.
@@ -103,12 +103,12 @@ def summarise(
 def evaluate_model(
     session: Session, task: Task, *, rewards: RewardRunner | None, heldout_sets: Mapping[str, Task]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Evaluates the centre on held-out problems, or on all if none are; a collective of all ranks.
+    """Evaluate the centre on held-out problems, or on all if none are; a collective of all ranks.
 
     Args:
         session: The model, at the weights to evaluate.
-        task: Whose held-out rows are answered; if it has none, its other rows.
-        rewards: Where rewards run; None: in this process.
+        task: The task whose held-out rows are answered; if it has none, its other rows.
+        rewards: Runner of rewards; None: in this process.
         heldout_sets: Further tasks by name, whose rows are answered as well.
 
     Returns:

@@ -1,1 +1,1 @@
-"""Looking at runs from outside: following, plotting, verifying."""
+"""Tools that look at runs from outside: watching, plotting, verifying."""

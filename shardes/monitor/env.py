@@ -1,4 +1,4 @@
-"""What a bug report should say of the machine: versions, devices, and what can be used, or why not."""
+"""A description of the machine for bug reports: versions, devices, and usable parts, or why they are not."""
 
 import contextlib
 import importlib.metadata
@@ -27,7 +27,7 @@ _VARIABLES = (
 
 
 def describe() -> dict[str, str]:
-    """What there is, by what it is called; imports everything that a run might."""
+    """Return the description by line; imports everything that a run might."""
     # Before anything is imported that sets some of its own.
     variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)}
     import torch
@@ -67,7 +67,7 @@ def _version(package: str) -> str | None:
 
 
 def _devices() -> list[str]:
-    """The accelerators, with their memory."""
+    """Return the accelerators' names, with their memory."""
     import torch
 
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -83,7 +83,7 @@ def _available(is_there: bool, reason: str) -> str:
 
 
 def _tried(attempt: Callable[[], object]) -> str:
-    """Whether something can be imported; what it prints meanwhile is kept from the user."""
+    """Return ``available`` if something can be imported, else why not; its output is dropped."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             attempt()

@@ -21,10 +21,10 @@ _COLUMNS = {
 
 
 def report(history: History) -> Iterator[str]:
-    """The lines of the table: what the run is, then one line an iteration, then what has begun.
+    """Yield the lines of the table: the run, one line an iteration, and the iteration that has begun.
 
     Args:
-        history: What a journal says; it has a header.
+        history: Content of a journal, with a header.
     """
     header = history.header
     assert header is not None, "an empty journal has nothing to tell"
@@ -46,7 +46,7 @@ def report(history: History) -> Iterator[str]:
 
 
 def _pending(history: History) -> Iterator[str]:
-    """What is known of the iteration that has not ended."""
+    """Yield what is known of the iteration that has not ended."""
     done = len(history.updates)
     yield f"{done} iterations are done"
     if "heldout_reward" in (metrics := heldout_metrics(history, done)):

@@ -1,4 +1,4 @@
-"""Pictures of runs: rewards, instruments and where the time went, read from metrics.jsonl.
+"""Pictures of runs: rewards, instruments and time by phase, read from metrics.jsonl.
 
 matplotlib is imported only when something is drawn, through its object-oriented interface: no backend is
 chosen for the process and no figure stays open.
@@ -51,7 +51,7 @@ _PHASE_COLOURS = {
 
 
 def read_metrics(run_dir: Path) -> dict[int, Point]:
-    """The rewards of a run by iteration, in order of iterations.
+    """Return the metrics of a run by iteration, in order of iterations.
 
     Lines of the same iteration are merged, the later one winning: a run that was stopped and resumed may
     report an iteration again. A torn last line belongs to a run that is being written and is ignored.
@@ -95,7 +95,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def _parse(line: bytes, *, where: str) -> tuple[int, Point]:
-    """One line as its iteration and its rewards."""
+    """Return a line's iteration and its numbers that are drawn."""
     wanted = (
         "wanted a JSON object with an integer 'iteration' and numbers as rewards; remove or repair the line"
     )
@@ -128,13 +128,13 @@ def _shortened(line: bytes) -> str:
 
 
 def _labels(run_dirs: Sequence[Path]) -> list[str]:
-    """The directories' names; the paths as given where two names are the same."""
+    """Return the directories' names; the paths as given where two names are the same."""
     names = [run_dir.resolve().name for run_dir in run_dirs]
     return names if len(set(names)) == len(names) else [str(run_dir) for run_dir in run_dirs]
 
 
 def plot_runs(run_dirs: list[Path], out: Path, *, reward_only: bool = False) -> None:
-    """Draws the rewards of one or several runs over iterations, and below them what else was measured.
+    """Draw the rewards of one or several runs over iterations, and below them time and instruments.
 
     Both are placed at the number of updates that the weights had seen: the members of iteration k are
     scattered around the weights that the held-out reward of line k was measured with.
@@ -142,7 +142,7 @@ def plot_runs(run_dirs: list[Path], out: Path, *, reward_only: bool = False) -> 
     Args:
         run_dirs: Run directories; each is named in the legend.
         out: A file that ends in .png or .svg; replaced if it exists.
-        reward_only: Whether the rewards are all.
+        reward_only: Whether nothing but the rewards is drawn.
 
     Raises:
         UserError: matplotlib is missing, a run cannot be read, or ``out`` cannot be written.
@@ -229,13 +229,13 @@ def _style(axes: Any, *, labelsize: float | None = None) -> None:
 
 
 def _panels(runs: Sequence[dict[int, Point]]) -> dict[str, tuple[str, ...]]:
-    """The panels of instruments for which one of the runs has something to draw."""
+    """Return the panels of instruments for which one of the runs has something to draw."""
     known = {name for points in runs for point in points.values() for name in point}
     return {title: names for title, names in _INSTRUMENTS.items() if known.intersection(names)}
 
 
 def _mean_seconds(points: dict[int, Point]) -> dict[str, float]:
-    """What an iteration takes on average, by phase; the time after the last one does not count."""
+    """Return the mean seconds of an iteration by phase; the time after the last one does not count."""
     timed = [point for point in points.values() if "seconds" in point]
     names = sorted({key for point in timed for key in point if key.startswith(_PHASES)})
     return {
@@ -245,7 +245,7 @@ def _mean_seconds(points: dict[int, Point]) -> dict[str, float]:
 
 
 def _draw_time(axes: Any, runs: Sequence[dict[int, Point]], *, labels: Sequence[str]) -> None:
-    """A bar for each run: where the time of an iteration goes."""
+    """Draw a bar for each run: the mean time of an iteration, by phase."""
     seconds = [_mean_seconds(points) for points in runs]
     # What nobody could see is not in the legend either.
     least = 0.005 * max(sum(each.values()) for each in seconds)
@@ -276,7 +276,7 @@ def _draw_time(axes: Any, runs: Sequence[dict[int, Point]], *, labels: Sequence[
 
 
 def _draw_instruments(axes: Any, runs: Sequence[dict[int, Point]], names: Sequence[str]) -> None:
-    """Some metrics of each run over iterations, where they were measured."""
+    """Draw metrics of each run over the iterations in which they were measured."""
     for index, points in enumerate(runs):
         for name, stroke in zip(names, ("-", "--"), strict=False):
             known = [(iteration, point[name]) for iteration, point in points.items() if name in point]
@@ -291,7 +291,7 @@ def _draw_instruments(axes: Any, runs: Sequence[dict[int, Point]], names: Sequen
 
 
 def _draw(axes: Any, points: dict[int, Point], *, colour: str, marker: str, band_alpha: float) -> None:
-    """One run's curves."""
+    """Draw one run's rewards."""
     nan = float("nan")
     # An iteration without rewards leaves a gap; the line after the last one has none and needs no gap.
     with_members = [iteration for iteration, point in points.items() if "reward_mean" in point]

@@ -1,4 +1,4 @@
-"""Whether a run directory is what it says: its journal is replayed, and all else compared with that."""
+"""Verification of a run directory: its journal is replayed, and all else compared with that."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ from shardes.utils.progress import progress
 
 @dataclass
 class Verification:
-    """What was found.
+    """Result of a verification.
 
     Attributes:
-        num_iterations: How many were replayed.
-        num_compared: Of how many weights the journal had a digest; the base model's are among them.
-        num_snapshots: How many snapshots were read.
-        export_iterations: After which numbers of updates the weights are the export's.
-        problems: What differs, the earliest iteration first.
+        num_iterations: Number of iterations that were replayed.
+        num_compared: Number of digests compared with the journal's, that of the base model among them.
+        num_snapshots: Number of snapshots that were read.
+        export_iterations: Numbers of updates after which the weights are the export's.
+        problems: A sentence for each difference, the earliest iteration first.
     """
 
     num_iterations: int
@@ -33,16 +33,16 @@ class Verification:
 
 
 def verify_run(session: Session, history: History, *, run_dir: Path, export: Path | None) -> Verification:
-    """Replays a journal over a session's base weights; a collective of all ranks.
+    """Replay a journal over a session's base weights; a collective of all ranks.
 
     Args:
-        session: With the base weights, which are the journal's.
-        history: What the journal says.
+        session: A session with the journal's base weights.
+        history: Content of the journal.
         run_dir: The directory of the run, for its metrics and snapshots.
         export: A model directory that must hold the weights of one of the iterations.
 
     Returns:
-        What was found, the same on every rank.
+        The result, the same on every rank.
     """
     result = Verification(len(history.updates))
     wanted = None
@@ -68,7 +68,7 @@ def verify_run(session: Session, history: History, *, run_dir: Path, export: Pat
 
 
 def _differences(found: Mapping[int, str], told: Mapping[int, str], *, source: str) -> list[str]:
-    """The first of the iterations of which something else is told; those after it follow from it."""
+    """Return a sentence about the first iteration that differs; those after it follow from it."""
     for iteration, digest in sorted(told.items()):
         if found.get(iteration, digest) != digest:
             return [
@@ -79,7 +79,7 @@ def _differences(found: Mapping[int, str], told: Mapping[int, str], *, source: s
 
 
 def _metrics_digests(session: Session, run_dir: Path) -> dict[int, str]:
-    """Digests by number of updates, as rank 0 reads them in metrics.jsonl."""
+    """Return the digests of metrics.jsonl, as rank 0 reads it, by number of updates."""
     told: dict[int, str] = {}
     for line in read_lines(run_dir / "metrics.jsonl"):
         if "weights_digest" in line:
@@ -90,7 +90,7 @@ def _metrics_digests(session: Session, run_dir: Path) -> dict[int, str]:
 
 
 def _check_snapshot(session: Session, path: Path, found: Mapping[int, str]) -> list[str]:
-    """What is wrong with a snapshot; the ranks share its files."""
+    """Return what is wrong with a snapshot; the ranks share its files."""
     world = session.mesh.world
     problems: list[str] = []
     try:
@@ -109,7 +109,7 @@ def _check_snapshot(session: Session, path: Path, found: Mapping[int, str]) -> l
 
 
 def _export_digest(session: Session, export: Path) -> tuple[str | None, list[str]]:
-    """The digest of the weights in a model directory, and what is wrong with them if there is none."""
+    """Return the digest of the weights in a model directory, or None and what is wrong with them."""
     part, problem = 0, None
     try:
         checkpoint = Checkpoint(export)

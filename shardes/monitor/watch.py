@@ -1,4 +1,4 @@
-"""Following a run that goes on somewhere, from its files alone; nothing heavy is imported.
+"""A view of a run that goes on somewhere, from its files alone; nothing heavy is imported.
 
 Journal and metrics only grow while a job has them, so that what was read once is not read again. A job that
 goes on after another cuts off what it does again; then all is read anew.
@@ -28,11 +28,11 @@ _JOURNAL_KEYS = ("type", "iteration", "member", "reward", "sets", "config")
 
 
 class _Grown:
-    """The whole lines of a file, as it grows.
+    """Whole lines of a file, as it grows.
 
     Args:
         path: The file.
-        keys: What is kept of each line; None: all.
+        keys: Keys that are kept of each line; None: all.
 
     Attributes:
         lines: Their objects.
@@ -46,7 +46,7 @@ class _Grown:
         self.lines: list[dict[str, Any]] = []
 
     def read(self) -> float | None:
-        """Takes in what is new; returns when the file was last written, None if there is none."""
+        """Read what is new; return when the file was last written, in seconds, or None if there is none."""
         for is_first_try in (True, False):
             try:
                 return self._read()
@@ -76,7 +76,7 @@ class _Grown:
 
 
 class RunView:
-    """What there is to say of a run, as often as one asks.
+    """View of a run, which can be brought up to date at any time.
 
     Args:
         run_dir: The run directory.
@@ -89,7 +89,7 @@ class RunView:
         self._written: float = 0.0
 
     def look(self) -> None:
-        """Takes in what was written since the last time.
+        """Read what was written since the last time.
 
         Raises:
             UserError: There is no run.
@@ -101,7 +101,7 @@ class RunView:
 
     @property
     def num_iterations(self) -> int | None:
-        """How many the run is to have, as it was last told; None as long as nobody knows."""
+        """Number of iterations of the run by its latest configuration; None if there is none yet."""
         try:
             # A run may have been given more of them than its journal's header knows.
             return load_run_config(self._run_dir, {}).es.iterations
@@ -110,12 +110,12 @@ class RunView:
 
     @property
     def num_lines(self) -> int:
-        """How many lines the metrics have."""
+        """Number of lines of the metrics."""
         return len(self._metrics.lines)
 
     @property
     def is_finished(self) -> bool:
-        """Whether the last line is that of the end, which has no members."""
+        """True if the last line is that of the end, which has no members."""
         lines = self._metrics.lines
         return bool(lines) and "num_members" not in lines[-1]
 
@@ -124,7 +124,7 @@ class RunView:
         return self._journal.lines[0] if self._journal.lines else {}
 
     def screen(self, *, now: float) -> str:
-        """The state of the run.
+        """Return the state of the run as text.
 
         Args:
             now: The time, in seconds since the epoch.
@@ -161,7 +161,7 @@ class RunView:
         return f", {duration(fmean(seconds))} each, about {duration(left)} left"
 
     def _members(self, iteration: int) -> Iterator[str]:
-        """How far the iteration is that goes on."""
+        """Yield the progress of the iteration that goes on."""
         known = 0
         for record in reversed(self._journal.lines):
             if record["type"] == "member" and record["iteration"] == iteration:
@@ -197,7 +197,7 @@ class RunView:
 
 
 def _time(done: list[dict[str, Any]]) -> Iterator[str]:
-    """Where the time of the last iterations went."""
+    """Yield lines about the last iterations: time by phase, and tokens."""
     timed = [line for line in done[-_NUM_TIMED:] if line.get("seconds")]
     if not timed:
         return
@@ -211,7 +211,7 @@ def _time(done: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _curve(values: list[float | None]) -> str:
-    """A row of bars; of more values than it is wide, the means of neighbours."""
+    """Return a row of bars; of more values than it is wide, the means of neighbours."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
@@ -228,16 +228,16 @@ def _number(value: float | None) -> str:
 
 
 def watch(run_dir: Path, *, once: bool, every_seconds: float, is_terminal: bool) -> Iterator[str]:
-    """What to print of a run, until it is finished.
+    """Yield pieces of text to print about a run, until it is finished.
 
     On a terminal each piece replaces the one before it; elsewhere there is a piece whenever an iteration has
     ended.
 
     Args:
         run_dir: The run directory.
-        once: Whether one piece is enough.
-        every_seconds: How often the run is looked at.
-        is_terminal: Whether what is printed goes to a terminal.
+        once: Whether to end after one piece.
+        every_seconds: Seconds between two looks at the run.
+        is_terminal: Whether the text goes to a terminal.
 
     Raises:
         UserError: There is no run.

@@ -1,1 +1,1 @@
-"""The run directory: journal, metrics, lock and resume."""
+"""The run directory: journal, snapshots, metrics, lock, resume and trackers."""

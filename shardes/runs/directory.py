@@ -23,8 +23,8 @@ class LineFile:
 
     Args:
         path: The file.
-        keep: Lines for which this is false are removed at the start: what a dead job wrote about work that
-            is done again. A torn or damaged line is removed with all that follows it.
+        keep: Returns whether a line stays. Others are removed at the start: a dead job wrote them about work
+            that is done again. A torn or damaged line is removed with all that follows it.
 
     Attributes:
         num_lines: Number of lines.
@@ -41,7 +41,7 @@ class LineFile:
         self._file = AppendFile(path)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Appends one object.
+        """Append one object.
 
         Raises:
             StorageError: It cannot be written.
@@ -50,12 +50,12 @@ class LineFile:
         self.num_lines += 1
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file up to a torn or damaged one; none if it does not exist."""
+    """Return the lines of a JSONL file up to a torn or damaged one; none if it does not exist."""
     lines: list[dict[str, Any]] = []
     for line in (path.read_bytes() if path.exists() else b"").split(b"\n")[:-1]:
         try:
@@ -71,12 +71,12 @@ class RunDirectory:
 
     Args:
         config: The run's configuration.
-        header: What the run is; compared with the journal's header if there is one.
+        header: Header of the run's journal; compared with the journal's own if there is one.
 
     Attributes:
         journal: The open journal.
-        metrics: One line an iteration.
-        samples: Some answers of evaluations and of members.
+        metrics: metrics.jsonl, one line an iteration.
+        samples: samples.jsonl, some answers of evaluations and of members.
 
     Raises:
         UserError: The directory is in use, damaged, cannot be written, or holds another run.
@@ -101,7 +101,7 @@ class RunDirectory:
             ) from None
 
     def _open(self, stack: ExitStack, config: Config, header: dict[str, Any]) -> None:
-        """Takes the lock, then opens or begins the files; ``stack`` closes them."""
+        """Take the lock, then open or begin the files; ``stack`` closes them."""
         self._lock = DirectoryLock(self.path / ".lock")
         stack.callback(self._lock.release)
         self.journal = stack.enter_context(Journal(self.path / "journal.jsonl"))
@@ -116,14 +116,14 @@ class RunDirectory:
         stack.callback(self.samples.close)
 
     def _is_recorded(self, sample: dict[str, Any]) -> bool:
-        """Whether the journal knows of the evaluation or the member that gave an answer."""
+        """Return whether the journal has the evaluation or the member that gave an answer."""
         iteration = sample["iteration"]
         if "member" in sample:
             return sample["member"] in self.history.members.get(iteration, {})
         return iteration in self.history.evaluations
 
     def record(self, record: dict[str, Any], *, durable: bool = False) -> None:
-        """Appends to the journal; see ``Journal.append``.
+        """Append to the journal; see ``Journal.append``.
 
         Raises:
             StorageError: It cannot be written, or another job has taken the directory over.
@@ -134,7 +134,7 @@ class RunDirectory:
 
     @property
     def history(self) -> History:
-        """What the journal says."""
+        """Content of the journal."""
         return self.journal.history
 
     def _begin_or_resume(self, config: Config, header: dict[str, Any]) -> None:
@@ -167,7 +167,7 @@ class RunDirectory:
             )
 
     def close(self) -> None:
-        """Closes the files and gives the directory free."""
+        """Close the files and release the directory."""
         self._stack.close()
 
     def __enter__(self) -> Self:
@@ -180,7 +180,7 @@ class RunDirectory:
 
 
 def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """One line for each key on which two headers differ."""
+    """Return one line for each key on which two headers differ."""
     old, new = _comparable(known), _comparable(wanted)
     return [
         f"  {key}: the run has {json.dumps(old.get(key))}, this configuration {json.dumps(new.get(key))}"
@@ -189,7 +189,7 @@ def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     ]
 
 
-# What a header has for readers: it is told in another way, or does not decide the run.
+# Keys of a header for readers: compared in another way, or of no influence on the run.
 _NOT_COMPARED = ("type", "settings", "shardes_version", "config", "parameters", "base_headers_sha256")
 
 
@@ -199,7 +199,7 @@ def _comparable(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_run_journal(run_dir: Path) -> tuple[dict[str, Any], History, int, int]:
-    """The header and all of a run's journal, how many of its bytes are whole lines, and how many it has.
+    """Return the header and all of a run's journal, its length in whole lines, and its length, both in bytes.
 
     Raises:
         UserError: There is none, or it is empty.
@@ -214,12 +214,14 @@ def read_run_journal(run_dir: Path) -> tuple[dict[str, Any], History, int, int]:
 
 
 def read_run(run_dir: Path, *, base: Path | None, backend: str) -> tuple[Config, dict[str, Any], History]:
-    """The configuration, for ranks of our own, and the journal of a run whose weights are wanted.
+    """Return configuration, header and journal of a run whose weights are to be restored.
+
+    The configuration is for the ranks of this job, whatever the run had.
 
     Args:
         run_dir: The run directory.
-        base: Where the base model is; None: where the run had it.
-        backend: What spreads the model over ranks.
+        base: The base model's directory; None: the run's ``model.path``.
+        backend: Value of ``parallel.backend``.
 
     Raises:
         UserError: The directory holds no run.

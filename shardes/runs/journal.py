@@ -3,10 +3,10 @@
 One JSON object a line, each with a checksum over itself and the line before it, so that a line that was
 changed, lost or moved is found. The records:
 
-- ``header``: what the run is: configuration, base model, noise version, parameter table.
-- ``member``: one member's reward, as soon as it is known.
-- ``probe``: what the base model answers to some prompts, to see how far the centre goes from it.
-- ``kl``: how far it has gone.
+- ``header``: configuration, base model, noise version and parameter table of the run.
+- ``member``: one member's reward, written as soon as it is known.
+- ``probe``: the base model's answers to some prompts, to measure the divergence from it.
+- ``kl``: the divergence of the centre from the base model.
 - ``evaluation``: the centre's held-out metrics, before the iteration's members.
 - ``update``: the coefficients of one iteration, on disk before the update is applied.
 - ``weights``: the digest of the weights after it.
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from shardes.config.old_keys import rename_in_header
 from shardes.errors import UserError
 from shardes.utils.files import AppendFile
 
@@ -27,7 +28,7 @@ JOURNAL_VERSION = 2
 
 @dataclass
 class History:
-    """What a journal says.
+    """Content of a journal.
 
     Attributes:
         header: The first record; None for an empty journal.
@@ -35,9 +36,9 @@ class History:
         members: Records by iteration and member.
         evaluations: Records by iteration.
         digests: Digests of the weights, by the number of updates that they had had.
-        instruments: What was measured of the update that led to them.
-        probe: What the base model answers to some prompts; None: it was not asked.
-        kls: How far the centre was from the base model on these, by iteration.
+        instruments: Measures of the update that led to these weights, by the same number.
+        probe: The base model's answers to the KL prompts; None: it was not asked.
+        kls: Divergence of the centre from the base model, in nats per token, by iteration.
     """
 
     header: dict[str, Any] | None = None
@@ -50,14 +51,14 @@ class History:
     kls: dict[int, float | None] = field(default_factory=dict)
 
     def iteration_of(self, wanted: str | None, *, key: str) -> int:
-        """How many updates a user means.
+        """Return the number of updates that a user means.
 
         Args:
             wanted: A number, ``best`` for the evaluation with the highest held-out reward, or None for all.
-            key: What the user gave it as, for messages.
+            key: The option that the user gave it by, for messages.
 
         Raises:
-            UserError: There are not as many, or nothing was evaluated.
+            UserError: There are fewer updates, or nothing was evaluated.
         """
         available = len(self.updates)
         if wanted is None:
@@ -74,7 +75,7 @@ class History:
         return int(wanted)
 
     def best_iteration(self) -> int | None:
-        """The evaluation with the highest held-out reward, the first of them if there are several."""
+        """Return the iteration with the highest held-out reward, the first one of several."""
         rewards = {
             iteration: record["reward"]
             for iteration, record in self.evaluations.items()
@@ -83,12 +84,12 @@ class History:
         return max(rewards, key=lambda iteration: (rewards[iteration], -iteration), default=None)
 
     def best_reward(self, *, before: int) -> float | None:
-        """The highest held-out reward of evaluations before an iteration; None if there is none."""
+        """Return the highest held-out reward of evaluations before an iteration; None if there is none."""
         rewards = (record.get("reward") for at, record in self.evaluations.items() if at < before)
         return max((reward for reward in rewards if reward is not None), default=None)
 
     def add(self, record: dict[str, Any]) -> None:
-        """Takes in one record.
+        """Take in one record.
 
         Raises:
             ValueError: The record does not follow from those before it.
@@ -126,7 +127,7 @@ class Journal:
         path: The file; created if it does not exist.
 
     Attributes:
-        history: What it says, records appended since included.
+        history: Its content, records appended since included.
         dropped_bytes: Length of a torn last line that was cut off, 0 if there was none.
 
     Raises:
@@ -139,7 +140,7 @@ class Journal:
         self._file = AppendFile(path, keep_bytes=good_bytes)
 
     def append(self, record: dict[str, Any], *, durable: bool = False) -> None:
-        """Writes a record; it survives the death of this process, and if durable that of the machine.
+        """Write a record; it survives the death of this process, and if durable that of the machine.
 
         Raises:
             StorageError: It cannot be written; the file is as it was before, and the journal of no more use.
@@ -159,7 +160,7 @@ class Journal:
 
 
 def recorded_setting(run_dir: Path, key: str) -> Any:
-    """What a run was begun with, from its journal's header; None if it has not begun or cannot be read."""
+    """Return a setting of a journal's header; None if the run has not begun, or cannot be read."""
     try:
         header = read_journal(run_dir / "journal.jsonl")[0].header
     except UserError:  # whoever opens the run says so
@@ -168,11 +169,11 @@ def recorded_setting(run_dir: Path, key: str) -> Any:
 
 
 def read_journal(path: Path) -> tuple[History, str, int, int]:
-    """Reads and checks a journal without changing it.
+    """Read and check a journal without changing it.
 
     Returns:
-        What it says, the checksum of its last good line, the number of bytes up to its end, and the number
-        of bytes of the file.
+        Its content, the checksum of its last good line, the number of bytes up to its end, and the number of
+        bytes of the file.
 
     Raises:
         UserError: A line other than an incomplete last one is damaged.
@@ -187,6 +188,8 @@ def read_journal(path: Path) -> tuple[History, str, int, int]:
             expected, _ = _seal(record, link)
             if expected != line:
                 raise ValueError("its checksum does not match")
+            if record.get("type") == "header":
+                rename_in_header(record)
             history.add(record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -204,7 +207,7 @@ def read_journal(path: Path) -> tuple[History, str, int, int]:
 
 
 def _seal(record: dict[str, Any], link: str) -> tuple[bytes, str]:
-    """The line of a record without its break, and its checksum, which covers that of the line before."""
+    """Return a record's line without its break, and its checksum, which covers that of the line before."""
     body = json.dumps(record, separators=(",", ":"), sort_keys=True, allow_nan=False)
     checksum = hashlib.blake2b(f"{link}{body}".encode(), digest_size=8).hexdigest()
     sealed = json.dumps({**record, "checksum": checksum}, separators=(",", ":"), sort_keys=True)

@@ -1,4 +1,4 @@
-"""One job at a time in a run directory, on one machine or on several that share it.
+"""A lock that lets one job at a time into a run directory, on one machine or on several that share it.
 
 The lock is the kernel's (``flock``), which it lifts when the holder dies. Some shared file systems keep such
 a lock to the machine it was taken on, so the file also says who holds it, and the holder signs it again every
@@ -34,7 +34,7 @@ _POLL_SECONDS = 0.1
 
 
 class DirectoryLock:
-    """Holds a run directory from when it is made until ``release``.
+    """A lock on a run directory, held from its construction until ``release``.
 
     Args:
         path: The lock file; created if it does not exist.
@@ -73,7 +73,7 @@ class DirectoryLock:
         self._signer.start()
 
     def check(self) -> None:
-        """Makes sure that nobody has taken the lock over.
+        """Make sure that nobody has taken the lock over.
 
         Raises:
             StorageError: Somebody has: this job was silent for too long.
@@ -86,7 +86,7 @@ class DirectoryLock:
             )
 
     def release(self) -> None:
-        """Gives the directory free."""
+        """Release the directory."""
         self._is_ended.set()
         self._signer.join()
         with suppress(OSError):
@@ -97,7 +97,7 @@ class DirectoryLock:
         os.close(self._descriptor)
 
     def _take_kernel_lock(self) -> bool:
-        """Whether the file system has such locks.
+        """Take the kernel's lock, and return whether the file system has such locks.
 
         Raises:
             UserError: It has, and another job holds this one.
@@ -115,7 +115,7 @@ class DirectoryLock:
                 return False
 
     def _outlive_owner(self, has_kernel_lock: bool) -> bool:
-        """Waits until the file's owner, if it names one, is known to be dead; whether that is certain.
+        """Wait until the file's owner, if it names one, is known to be dead; return whether that is certain.
 
         Raises:
             UserError: It lives.
@@ -160,7 +160,7 @@ class DirectoryLock:
         os.fsync(self._descriptor)
 
     def _is_mine(self) -> bool:
-        """Whether the file still names this job. A file that cannot be read now is not another's."""
+        """Return whether the file still names this job. A file that cannot be read now is not another's."""
         try:
             owner = self._read()
         except OSError:
@@ -184,7 +184,7 @@ class DirectoryLock:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """What the file says; nothing if it says nothing that can be read."""
+    """Return the owner that the file names; an empty mapping if nothing in it can be read."""
     try:
         owner = json.loads(text.strip("\0 \n") or "{}")
     except ValueError:
@@ -193,14 +193,14 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _described(owner: dict[str, Any]) -> str:
-    """A job, for people."""
+    """Describe a job to people."""
     if not {"host", "pid", "since"} <= owner.keys():
         return "another job"
     return f"process {owner['pid']} on host {owner['host']} (since {owner['since']})"
 
 
 def _machine() -> str:
-    """What tells this machine, since its last start, from all others; hosts may share a name."""
+    """Return an identifier of this machine since its last start; hosts may share a name."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -8,7 +8,7 @@ from shardes.runs.journal import History
 
 
 def iteration_metrics(history: History, iteration: int) -> dict[str, Any]:
-    """What an iteration's members earned, and the centre before them if it was evaluated."""
+    """Return the metrics of an iteration's members, and of the centre before them if it was evaluated."""
     members = [MemberResult.of_record(record) for record in history.members[iteration].values()]
     assert history.header is not None, "updates follow a header"
     on_error = history.header["settings"].get("task.on_reward_error", "exclude")
@@ -41,12 +41,12 @@ def iteration_metrics(history: History, iteration: int) -> dict[str, Any]:
 
 
 def num_trained(header: dict[str, Any]) -> int:
-    """How many weights a run trains."""
+    """Return the number of weights that a run trains."""
     return sum(math.prod(shape) for *_, shape in header["parameters"])
 
 
 def heldout_metrics(history: History, iteration: int) -> dict[str, Any]:
-    """What the centre was after ``iteration`` updates, on held-out problems and on the probe; if measured."""
+    """Return held-out rewards and KL of the centre after ``iteration`` updates, if measured."""
     metrics: dict[str, Any] = {}
     if iteration in history.kls:
         metrics["kl_to_base"] = history.kls[iteration]

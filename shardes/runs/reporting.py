@@ -1,4 +1,4 @@
-"""What a run says while it goes on: metrics.jsonl and its trackers, a line an iteration, a bar, callbacks."""
+"""Reports of a run while it goes on: metrics.jsonl, trackers, log lines, a progress bar and callbacks."""
 
 import logging
 import resource
@@ -14,28 +14,28 @@ import torch
 from tqdm import tqdm
 
 from shardes.config.schema import Config
-from shardes.runs.directory import RunDirectory
+from shardes.runs.directory import RunDirectory, read_lines
 from shardes.runs.metrics import heldout_metrics, iteration_metrics
-from shardes.runs.trackers import Tracker, open_trackers
+from shardes.runs.trackers import TrackedRun, Tracker, open_trackers
 from shardes.utils.progress import duration
 from shardes.utils.timers import PhaseTimer
 
-# How many of the last iterations the time that is left is judged by; evaluations come every few.
+# Number of last iterations from which the time that is left is estimated; evaluations come every few.
 _NUM_TIMED = 20
 
 logger = logging.getLogger(__name__)
 
 Callback = Callable[[dict[str, Any]], object]
-"""Gets metrics, as docs/metrics.md names them."""
+"""A function of metrics, as docs/metrics.md names them."""
 
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Who is told of a run as it goes on; called on rank 0.
+    """Functions that get a run's metrics as it goes on; called on rank 0.
 
     Attributes:
-        on_iteration: Get every line of metrics.jsonl, as soon as it is there, that of the end included.
-        on_evaluation: Get what the centre earned on held-out problems, as soon as that is known.
+        on_iteration: Functions that get every line of metrics.jsonl, that of the end included.
+        on_evaluation: Functions that get the centre's held-out rewards, as soon as these are known.
     """
 
     on_iteration: Sequence[Callback] = ()
@@ -43,14 +43,14 @@ class Callbacks:
 
 
 class Reporter:
-    """Tells of a run on rank 0, and does nothing on the others.
+    """Reporter of a run on rank 0; the others' do nothing.
 
     Args:
-        config: What the run is told.
+        config: Configuration of the run.
         is_main: Whether this is rank 0.
-        device: Whose memory is looked at.
-        timer: Where the time goes.
-        callbacks: Who else is told.
+        device: Device whose peak memory is reported.
+        timer: Timer of the phases of an iteration.
+        callbacks: Functions that get the metrics.
     """
 
     def __init__(
@@ -77,16 +77,23 @@ class Reporter:
         self._tokens_per_second = 0.0
 
     def open(self, run: RunDirectory) -> None:
-        """Takes a run directory over, on rank 0.
+        """Take a run directory over, on rank 0, and open its trackers.
 
         Raises:
-            UserError: One of ``log.to`` cannot be used.
+            UserError: One of ``log.report_to`` cannot be used.
         """
         self._run = run
-        self._trackers = open_trackers(self._config.log.to, run, config=self._config.model_dump(mode="json"))
+        if names := self._config.log.report_to:
+            tracked = TrackedRun(
+                run.path,
+                lines=read_lines(run.metrics.path),
+                first_untold=run.metrics.first_untold,
+                config=self._config.model_dump(mode="json"),
+            )
+            self._trackers = open_trackers(names, tracked)
 
     def catch_up(self) -> None:
-        """Writes lines that are missing: a job may die between its journal entry and its metrics line.
+        """Write lines that are missing: a job may die between its journal entry and its metrics line.
 
         Raises:
             StorageError: They cannot be written.
@@ -96,14 +103,14 @@ class Reporter:
                 self._write(iteration_metrics(self._run.history, iteration))
 
     def close(self) -> None:
-        """Ends the trackers."""
+        """Close the trackers."""
         for tracker in self._trackers:
             self._try(tracker, tracker.close)
         self._trackers = []
 
     @contextmanager
     def bar(self, first: int) -> Iterator[None]:
-        """Shows a bar while iterations from ``first`` on are done, if there is a terminal."""
+        """Show a bar while iterations from ``first`` on are done, if there is a terminal."""
         self._begun = time.monotonic()
         with tqdm(
             total=self._num_iterations,
@@ -114,12 +121,12 @@ class Reporter:
             yield
 
     def begin_members(self, num_members: int, *, num_known: int) -> None:
-        """Members begin to answer; some of them did so before the job was started anew."""
+        """Reset the bar's counts for an iteration; ``num_known`` members are known from an earlier job."""
         self._asked = time.monotonic()
         self._num_members, self._num_done, self._num_tokens = num_members, num_known, 0
 
     def end_member(self, num_tokens: int) -> None:
-        """One more is known."""
+        """Count one more member, which generated ``num_tokens`` tokens."""
         self._num_done, self._num_tokens = self._num_done + 1, self._num_tokens + num_tokens
         self._tokens_per_second = self._num_tokens / max(time.monotonic() - self._asked, 1e-9)
         self._bar.set_postfix_str(
@@ -127,12 +134,12 @@ class Reporter:
         )
 
     def end_evaluation(self, iteration: int) -> None:
-        """The centre has been evaluated."""
+        """Call back with the centre's held-out rewards."""
         if self._run is not None:
             self._call(self._callbacks.on_evaluation, self._line_of_centre(iteration))
 
     def end_iteration(self, iteration: int, *, gather: str | None) -> None:
-        """The weights have had the iteration's update: writes its line, and says so.
+        """Write and log the line of an iteration, whose update has been applied.
 
         Raises:
             StorageError: It cannot be written.
@@ -163,7 +170,7 @@ class Reporter:
         self._bar.update()
 
     def finish(self, *, weights_digest: str) -> None:
-        """All iterations are done: writes the last line.
+        """Write the last line, after all iterations.
 
         Raises:
             StorageError: It cannot be written.
@@ -189,13 +196,13 @@ class Reporter:
             self._try(tracker, lambda tracker=tracker: tracker.write(line))  # type: ignore[misc]
 
     def _try(self, tracker: Tracker, action: Callable[[], None]) -> None:
-        """A tracker's failure is a warning, and its last one."""
+        """Call a tracker; drop it with a warning if it fails."""
         try:
             action()
         except Exception as error:
             self._trackers = [each for each in self._trackers if each is not tracker]
             logger.warning(
-                "log.to: %s failed (%s: %s) and is told nothing more; metrics.jsonl has everything",
+                "log.report_to: %s failed (%s: %s) and is told nothing more; metrics.jsonl has everything",
                 tracker.name,
                 type(error).__name__,
                 error,
@@ -207,7 +214,7 @@ class Reporter:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory used so far: of the accelerator if there is one, else of the process."""
+    """Return the peak memory in bytes: of the accelerator if there is one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -218,7 +225,7 @@ def _shown(value: float | None) -> str:
 
 
 def _shown_heldout(line: dict[str, Any]) -> str:
-    """What the centre earned, if it was evaluated, with a comma behind it."""
+    """Return the centre's rewards, if it was evaluated, for the log, followed by a comma."""
     rewards = {"held-out": line["heldout_reward"]} if "heldout_reward" in line else {}
     rewards |= {f"on {name}": part["reward"] for name, part in line.get("heldout_sets", {}).items()}
     return "".join(f"{name} {_shown(reward)}, " for name, reward in rewards.items())

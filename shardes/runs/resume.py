@@ -1,96 +1,125 @@
-"""The weights of any iteration of a run: its newest good snapshot, and the journal from there."""
+"""Resuming of a run: its progress, and the weights of any of its iterations."""
 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
+from shardes.config.schema import Config
+from shardes.distributed.group import Mesh
 from shardes.errors import UserError
 from shardes.es.member import MemberResult
 from shardes.es.update import Update
 from shardes.models.checkpoint import Checkpoint
 from shardes.runs.journal import History
 from shardes.runs.snapshot import Snapshot, SnapshotError, find_snapshots, snapshot_path
-from shardes.session import Session
+from shardes.weights.master import Weights
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ResumeState:
-    """What a run's journal knows when the run goes on.
+    """Progress of a run, as its journal has it; rank 0 reads it and sends it to the others as JSON.
 
     Attributes:
-        updates: The records of all updates.
-        digests: The weights' digests by number of updates.
-        results: Members of the first iteration to do that have earned something already.
-        evaluation: The record of the centre's evaluation after all updates, if there is one.
-        best_reward: The best held-out reward before that.
-        kl_probe: The base model's answers, if they were recorded.
-        has_kl: Whether the divergence was estimated after all updates.
+        updates: Records of the updates, in order.
+        digests: Digests of the weights, by the number of updates that they had had.
+        results: Results of the first iteration's members, by member. Members without a reward are left out
+            and asked again: the user may have mended the reward function.
+        evaluation: Record of the held-out evaluation after all updates; None if there is none.
+        best_reward: The highest held-out reward of earlier evaluations; None if there is none.
+        kl_probe: Record of the base model's answers to the KL prompts; None if it was not asked.
+        has_kl: Whether the divergence after all updates is recorded.
     """
 
     updates: list[dict[str, Any]]
     digests: dict[int, str]
     results: dict[int, MemberResult]
-    evaluation: dict[str, Any] | None
-    best_reward: float | None
-    kl_probe: dict[str, Any] | None
-    has_kl: bool
+    evaluation: dict[str, Any] | None = None
+    best_reward: float | None = None
+    kl_probe: dict[str, Any] | None = None
+    has_kl: bool = False
 
     @property
     def first_iteration(self) -> int:
+        """The first iteration whose update is not decided."""
         return len(self.updates)
 
     @property
     def is_cut_off(self) -> bool:
+        """True if the job died between the last update and the record of the weights' digest after it."""
         return self.first_iteration > 0 and self.first_iteration not in self.digests
 
     @classmethod
-    def from_history(cls, history: History) -> "ResumeState":
+    def from_history(cls, history: History) -> Self:
+        """Return the progress that a journal has recorded."""
         first = len(history.updates)
-        # A member without a reward is asked again: the user may have mended the reward function.
-        pending = [r for r in history.members.get(first, {}).values() if r["reward"] is not None]
+        members = history.members.get(first, {})
         return cls(
             history.updates,
-            dict(history.digests),
-            {r["member"]: MemberResult.of_record(r) for r in pending},
-            history.evaluations.get(first),
-            history.best_reward(before=first),
-            history.probe,
-            first in history.kls,
+            history.digests,
+            {m: MemberResult.of_record(r) for m, r in members.items() if r["reward"] is not None},
+            evaluation=history.evaluations.get(first),
+            best_reward=history.best_reward(before=first),
+            kl_probe=history.probe,
+            has_kl=first in history.kls,
         )
 
     def to_json(self) -> dict[str, Any]:
-        return vars(self) | {
-            "digests": list(self.digests.items()),
-            "results": [r.record() for r in self.results.values()],
-        }
+        """Return an object that JSON keeps as it is, for ``from_json``."""
+        results = [result.record() for result in self.results.values()]
+        return vars(self) | {"digests": list(self.digests.items()), "results": results}
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "ResumeState":
-        results = [MemberResult.of_record(r) for r in record["results"]]
-        return cls(
-            **{**record, "digests": dict(record["digests"]), "results": {r.member: r for r in results}}
-        )
+    def from_json(cls, state: Mapping[str, Any]) -> Self:
+        """Return the progress of which ``to_json`` made an object."""
+        results = map(MemberResult.of_record, state["results"])
+        by_member = {result.member: result for result in results}
+        return cls(**{**state, "digests": dict(state["digests"]), "results": by_member})
+
+
+class RestorableSession(Protocol):
+    """The parts of a session that bring weights back."""
+
+    @property
+    def config(self) -> Config:
+        """Configuration of the run."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """All ranks, and those of this rank's replica."""
+
+    @property
+    def weights(self) -> Weights:
+        """The master shards of this rank."""
+
+    def replay(self, updates: list[dict[str, Any]]) -> None:
+        """Apply past updates to the weights."""
+
+    def digest(self) -> str:
+        """Return the digest of this rank's replica; a collective of all ranks."""
+
+    def combined(self, part: int) -> str:
+        """Return the digest of which every rank has a part; a collective of all ranks."""
 
 
 def restore_weights(
-    session: Session,
+    session: RestorableSession,
     updates: list[dict[str, Any]],
     *,
     digests: Mapping[int, str],
     run_dir: Path,
     sets_damaged_aside: bool = False,
 ) -> None:
-    """Makes the base weights of a session those after some updates, bit for bit; a collective of all ranks.
+    """Bring a session's base weights to those after some updates, bit for bit; a collective of all ranks.
 
     Args:
-        session: With its base weights.
+        session: A session with its base weights.
         updates: The journal's records of the updates.
-        digests: What the journal knows of the weights, by number of updates.
-        run_dir: Where snapshots are looked for.
+        digests: The journal's digests of the weights, by number of updates.
+        run_dir: The run directory, whose snapshots are used.
         sets_damaged_aside: Whether damaged snapshots are renamed, so that they no longer count as ones.
 
     Raises:
@@ -127,8 +156,8 @@ def restore_weights(
         )
 
 
-def _load(session: Session, path: Path, digest: str, *, last_update: Update) -> str | None:
-    """Reads a snapshot into the masters; returns what is wrong with it, the same on every rank."""
+def _load(session: RestorableSession, path: Path, digest: str, *, last_update: Update) -> str | None:
+    """Read a snapshot into the masters; return what is wrong with it, the same on every rank, or None."""
     problem = None
     try:
         snapshot = Snapshot(path)
@@ -146,7 +175,7 @@ def _load(session: Session, path: Path, digest: str, *, last_update: Update) -> 
 
 
 def _set_aside(path: Path) -> None:
-    """Renames a damaged snapshot; where that is not possible, it is in nobody's way."""
+    """Rename a damaged snapshot; where that is not possible, it is in nobody's way."""
     aside, number = path.with_name(f"{path.name}.damaged"), 1
     while aside.exists():
         number += 1

@@ -1,6 +1,6 @@
 """Snapshots: the masters after some iterations, so that not all of a long journal has to be replayed.
 
-With them is kept what the optimizer keeps for each weight, under the parameter's name and its own.
+The optimizer's states of each weight are kept with them, under the parameter's name and their own.
 
 A snapshot is a directory: one safetensors file of each rank's own elements, and ``manifest.json``, which
 says which elements of which parameter each file holds. Any number of ranks, any backend reads it by ranges.
@@ -42,12 +42,12 @@ class SnapshotError(Exception):
 
 
 def snapshot_path(run_dir: Path, iteration: int) -> Path:
-    """Where a run's snapshot is of the weights after so many updates."""
+    """Return the directory of a run's snapshot after ``iteration`` updates."""
     return run_dir / "snapshots" / f"iteration-{iteration:08d}"
 
 
 def find_snapshots(run_dir: Path) -> list[int]:
-    """The iterations of which a run has snapshots, good or damaged, the newest first."""
+    """Return the iterations of which a run has snapshots, good or damaged, the newest first."""
     directory = run_dir / "snapshots"
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     return sorted((int(match[1]) for name in names if (match := _NAME.fullmatch(name))), reverse=True)
@@ -59,14 +59,14 @@ def write_part(
     *,
     is_cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Writes one rank's elements, and brings them to the disk.
+    """Write one rank's elements, and flush them to the disk.
 
     A tensor on an accelerator passes through host memory a piece of 64 MiB at a time; there is no other copy.
 
     Args:
         path: The file.
         tensors: As ``Weights.owned_tensors`` gives them.
-        is_cancelled: Asked now and then; if true, the writing ends.
+        is_cancelled: Called for every piece; if it returns true, the writing ends.
 
     Returns:
         The file's entry in the manifest.
@@ -100,14 +100,14 @@ def write_part(
 def write_manifest(
     directory: Path, *, iteration: int, digest: str, states_digest: str, files: list[dict[str, Any]]
 ) -> None:
-    """Marks a snapshot whose files are on the disk as complete.
+    """Mark a snapshot whose files are on the disk as complete.
 
     Args:
-        directory: Where the files are.
+        directory: The directory of the files.
         iteration: Number of updates that the weights have had.
         digest: The digest of the weights.
-        states_digest: That of what the optimizer keeps.
-        files: What ``write_part`` returned.
+        states_digest: The digest of the optimizer's states.
+        files: The entries that ``write_part`` returned.
 
     Raises:
         OSError: It cannot be written.
@@ -131,9 +131,9 @@ class Snapshot(TensorReader):
 
     Attributes:
         iteration: Number of updates that the weights have had.
-        weights_digest: Their digest, as the manifest has it. Whether the files have it is for the reader to
-            see, who computes it anyway: sizes and headers are checked here, not every byte.
-        states_digest: Likewise of what the optimizer keeps.
+        weights_digest: Their digest, as the manifest has it. Readers compare the files' own, which they
+            compute anyway: sizes and headers are checked here, not every byte.
+        states_digest: Likewise of the optimizer's states.
 
     Raises:
         SnapshotError: It is not complete, or damaged.
@@ -160,7 +160,7 @@ class Snapshot(TensorReader):
         super().__init__({name: SpreadTensor(tuple(parts)) for name, parts in rows.items()})
 
     def _open(self, entry: dict[str, Any]) -> dict[str, "_Rows"]:
-        """The elements that one file holds, by parameter."""
+        """Return the elements that one file holds, by parameter."""
         path = self._directory / entry["name"]
         if path.parent != self._directory:
             raise SnapshotError(f"its {MANIFEST} names a file outside of it")
@@ -176,7 +176,7 @@ class Snapshot(TensorReader):
         }
 
     def damaged_files(self, *, part: int = 0, num_parts: int = 1) -> list[str]:
-        """The names of files whose bytes are not those that were written; reads all, or one part, of them."""
+        """Return the names of files whose bytes have changed; reads all, or one of ``num_parts`` parts."""
         return [entry["name"] for entry in self._files[part::num_parts] if not self._is_whole(entry)]
 
     def _is_whole(self, entry: dict[str, Any]) -> bool:
@@ -195,8 +195,9 @@ class _Rows:
     """Elements of one parameter that follow each other in a file.
 
     Attributes:
-        stored: Where they lie.
-        regions: Which they are: first element, length of a row, number of rows, and the stride between rows.
+        stored: The tensor of the file that holds them.
+        regions: Their places in the parameter: first element, length of a row, number of rows, and the stride
+            between rows.
     """
 
     stored: StoredTensor
@@ -208,19 +209,19 @@ class SpreadTensor:
     """A parameter whose elements are spread over files.
 
     Attributes:
-        parts: What each file holds of it.
+        parts: The elements that each file holds.
     """
 
     parts: tuple[_Rows, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As one row, of as many elements as there are."""
+        """Shape of the parameter, flattened to one row."""
         return (sum(part.stored.num_elements for part in self.parts),)
 
     @cached_property
     def _table(self) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Every row of every file, sorted: its first element, its length, its file, where it is there."""
+        """All rows of all files, sorted: first elements, lengths, files, and places in these."""
         columns = [
             np.stack([*_table_of(part.regions), np.full(_num_rows(part.regions), i)])
             for i, part in enumerate(self.parts)
@@ -230,7 +231,7 @@ class SpreadTensor:
         return starts.tolist(), lengths.tolist(), files.tolist(), locals_.tolist()
 
     def find(self, first: int, length: int) -> Iterator[tuple[StoredTensor, int, int]]:
-        """Where a range of elements lies: tensors of the files, each with a range of its own elements.
+        """Yield the tensors of files that hold a range of elements, each with first element and length there.
 
         Raises:
             SnapshotError: No file holds one of them.
@@ -254,7 +255,7 @@ def _num_rows(regions: tuple[tuple[int, ...], ...]) -> int:
 
 
 def _table_of(regions: tuple[tuple[int, ...], ...]) -> npt.NDArray[np.int64]:
-    """The rows of some regions that follow each other in a file: first elements, lengths, places there."""
+    """Return the rows of regions that follow each other in a file, int64: first elements, lengths, places."""
     tables, place = [np.empty((3, 0), dtype=np.int64)], 0
     for start, length, rows, stride in regions:
         index = np.arange(rows, dtype=np.int64)
@@ -273,7 +274,7 @@ def _new_hash(data: bytes = b"") -> "hashlib.blake2b":
 
 
 class _Hashing:
-    """Passes bytes on to a file, and hashes them on the way."""
+    """A stream that hashes the bytes which it writes to a file."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream

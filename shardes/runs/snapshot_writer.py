@@ -1,4 +1,4 @@
-"""Taking snapshots while training goes on."""
+"""Writing of snapshots while training goes on."""
 
 import contextlib
 import logging
@@ -22,7 +22,7 @@ _INCOMPLETE = ".incomplete"
 
 
 class SnapshotWriter:
-    """Takes a run's snapshots; every rank has one, and calls it alike.
+    """Writer of a run's snapshots; every rank has one, and all call it alike.
 
     The masters change only in updates, so between two of them a thread of each rank writes its own to a file,
     straight from where they are. The next update waits for what is not written by then. Only there do the
@@ -34,9 +34,9 @@ class SnapshotWriter:
     Args:
         run_dir: The run directory, seen by every rank of the first replica.
         every: Iterations between snapshots; 0: none.
-        keep: How many are kept.
+        keep: Number of snapshots that are kept.
         mesh: The ranks.
-        weights: What is written.
+        weights: The master shards that are written.
         is_sharded: Whether the ranks of a replica hold different elements.
     """
 
@@ -56,7 +56,7 @@ class SnapshotWriter:
         self._current: tuple[int, str, str] | None = None
 
     def open(self) -> None:
-        """Makes the directory, and removes what a dead job did not complete; a collective.
+        """Make the directory, and remove what a dead job did not complete; a collective.
 
         Raises:
             UserError: A rank that would have to write there does not see it.
@@ -88,16 +88,16 @@ class SnapshotWriter:
             )
 
     def is_due(self, iteration: int) -> bool:
-        """Whether the weights after so many updates are to be kept."""
+        """Return whether there is to be a snapshot after ``iteration`` updates."""
         return bool(self._every) and iteration % self._every == 0
 
     def begin(self, iteration: int, *, digest: str, states_digest: str) -> None:
-        """Starts to write the weights, which are not to change before ``finish``; a collective.
+        """Start to write the weights, which are not to change before ``finish``; a collective.
 
         Args:
-            iteration: How many updates they have had.
-            digest: Theirs.
-            states_digest: That of what the optimizer keeps.
+            iteration: Number of updates that the weights have had.
+            digest: The digest of the weights.
+            states_digest: The digest of the optimizer's states.
         """
         directory = self._incomplete(iteration)
         problem = None
@@ -116,7 +116,7 @@ class SnapshotWriter:
             self._writing = _Writing(directory / self._part, self._weights)
 
     def finish(self) -> None:
-        """Waits until the snapshot that was begun, if any, is written, and completes it; a collective."""
+        """Wait until the snapshot that was begun, if any, is written, and complete it; a collective."""
         if self._current is None:
             return
         (iteration, digest, states_digest), self._current = self._current, None
@@ -140,7 +140,7 @@ class SnapshotWriter:
             shutil.rmtree(directory, ignore_errors=True)
 
     def close(self) -> None:
-        """Gives up what is not complete; no collective."""
+        """Give up a snapshot that is not complete; no collective."""
         if self._writing is not None:
             self._writing.cancel()
             self._writing = None
@@ -151,20 +151,20 @@ class SnapshotWriter:
         return final.with_name(final.name + _INCOMPLETE)
 
     def _put_in_place(self, directory: Path, final: Path) -> None:
-        """Gives a complete snapshot its name; one of that name, left from a longer journal, makes room."""
+        """Give a complete snapshot its name; one of that name, left from a longer journal, makes room."""
         if final.exists():
             self._remove(final)
         directory.rename(final)
         sync_directory(final.parent)
 
     def _remove_old(self, iteration: int) -> None:
-        """Keeps the newest; those of iterations to come, which a longer journal left, do not count."""
+        """Remove all but the newest; those of later iterations, left from a longer journal, do not count."""
         past = [each for each in find_snapshots(self._run_dir) if each <= iteration]
         for each in past[self._keep :]:
             self._remove(snapshot_path(self._run_dir, each))
 
     def _remove(self, path: Path) -> None:
-        """Removes a snapshot; whenever that is interrupted, there is no half of one under its name."""
+        """Remove a snapshot; whenever that is interrupted, there is no half of one under its name."""
         doomed = path.with_name(f"{path.name}.old{_INCOMPLETE}")
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
@@ -201,12 +201,12 @@ class _Writing:
         self._thread.start()
 
     def report(self) -> dict[str, Any]:
-        """Waits for the end; returns the file's entry in the manifest, or the problem."""
+        """Wait for the end; return the file's entry in the manifest, or the problem."""
         self._thread.join()
         return self._report
 
     def cancel(self) -> None:
-        """Ends the writing soon, and waits for that."""
+        """End the writing soon, and wait for that."""
         self._is_cancelled.set()
         self._thread.join()
 
@@ -214,7 +214,7 @@ class _Writing:
 def _after_queued_work(
     device: torch.device,
 ) -> Callable[[], contextlib.AbstractContextManager[object]]:
-    """A context, for another thread, whose copies from the device see all that was computed by now."""
+    """Return a context in which another thread's copies from the device see all that was computed by now."""
     if device.type != "cuda":
         return contextlib.nullcontext
     torch.cuda.synchronize(device)

@@ -132,7 +132,7 @@ def test_what_the_user_says_otherwise_is_passed_on(tmp_path):
 
 UNUSABLE = [
     ("optimizer", {"type": "AdamW"}, "ES has a step of its own: set es.alpha"),
-    ("scheduler", {"type": "WarmupLR"}, "ES has a step of its own: set es.schedule"),
+    ("scheduler", {"type": "WarmupLR"}, "ES has a step of its own: set es.alpha_schedule"),
     ("zero_optimization.zero_hpz_partition_size", 2, "secondary copy"),
     ("zero_optimization.mics_shard_size", 2, "several copies of each shard"),
     ("zero_optimization.zero_quantized_weights", True, "quantised gathers"),

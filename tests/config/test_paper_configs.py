@@ -44,14 +44,18 @@ def test_the_settings_are_those_that_the_paper_reports(name):
     found = {
         "population": config.es.population,
         "sigma": config.es.sigma,
-        "alpha": config.alpha,
+        "alpha": config.es.alpha_at(config.es.sigma),
         "iterations": config.es.iterations,
         "max_new_tokens": config.rollout.max_new_tokens,
         "batch_size": config.task.batch_size,
     }
     reported = REPORTED[name]
     assert {key: found[key] for key in reported} == reported
-    assert (config.rollout.temperature, config.es.noise, config.es.schedule) == (0, "gaussian", "constant")
+    assert (config.rollout.temperature, config.es.noise, config.es.alpha_schedule) == (
+        0,
+        "gaussian",
+        "constant",
+    )
     assert "alpha" in reported or config.es.alpha == "auto"
     # Its own name is in its head's command, in its run's directory and in its model's.
     assert commands_of(PATHS[name])[-1][-1] == f"configs/paper/{name}.yaml"

@@ -2,6 +2,7 @@
 
 import pytest
 
+from shardes.config import fingerprint
 from shardes.config.loading import parse_config
 from shardes.config.schema import Config
 from tests.helpers.config_trees import with_key
@@ -33,7 +34,7 @@ FREE = [
     ("log.instruments_every", 3),
     ("log.kl_every", 3),
     ("log.kl_prompts", 3),
-    ("log.to", ["tensorboard"]),
+    ("log.report_to", ["tensorboard"]),
     ("es.iterations", 9),
     ("es.min_valid_fraction", 0.25),
     ("es.alpha", 5e-4),  # what auto stands for
@@ -62,7 +63,7 @@ BINDING = [
     ("es.population", 31),
     ("es.sigma", 2e-3),
     ("es.alpha", 6e-4),
-    ("es.schedule", "linear"),
+    ("es.alpha_schedule", "linear"),
     ("es.warmup_iterations", 2),
     ("es.antithetic", True),
     ("es.noise_reuse", 2),
@@ -107,7 +108,7 @@ def resume_fingerprint():
         tree["rollout"].setdefault("temperature", 0.5)  # what is drawn depends on more keys
         tree["es"] = NEEDED.get(needed_for, {}) | tree["es"]
         tree["es"].setdefault("noise", "low_rank")  # so does this
-        return parse_config(tree, source="test").resume_fingerprint(data_sha256=data_sha256)
+        return fingerprint.resume_fingerprint(parse_config(tree, source="test"), data_sha256=data_sha256)
 
     return of
 
@@ -131,6 +132,7 @@ def test_every_key_is_known_to_be_free_or_binding(resume_fingerprint):
         "task.reward",  # by the user's own care
         "task.label_words",  # of tasks that the minimal configuration does not name; see below
         "rollout.members_per_forward",  # where it is not 1; see below
+        "rollout.engine",  # there is no other; an engine of another name would bind
     }
     others = {"task.label_words", "task.data sha256", "rollout.members_per_forward"}
     assert set(resume_fingerprint()) == {key for key, _ in BINDING} | others
@@ -158,5 +160,5 @@ def test_data_bind_by_content_and_iterations_only_under_a_linear_schedule(resume
     assert resume_fingerprint("task.data", "another/place.csv") == resume_fingerprint()
     assert resume_fingerprint()["task.data sha256"] == "of the rows"
     assert resume_fingerprint(data_sha256="of others") != resume_fingerprint()
-    es = {"schedule": "linear", "iterations": 7}
+    es = {"alpha_schedule": "linear", "iterations": 7}
     assert resume_fingerprint("es", es) != resume_fingerprint("es", es | {"iterations": 8})

@@ -337,11 +337,11 @@ def test_another_dtype_is_that_of_the_files_and_comes_from_the_master(runs, tmp_
 
 def test_the_size_of_files_is_given_as_people_write_it(run, tmp_path, invoke):
     for size, wanted in (("100KB", 3), ("0.15MiB", 2), ("1000000", 1)):
-        result = invoke("export", run.config.run.dir, tmp_path / size, "--shard-size", size)
+        result = invoke("export", run.config.run.dir, tmp_path / size, "--max-shard-size", size)
         assert result.exit_code == 0, result.output
         assert len(list((tmp_path / size).glob("*.safetensors"))) == wanted, size
     for size in ("many", "0", "5 bananas", "-1GB"):
-        result = invoke("export", run.config.run.dir, tmp_path / "no", "--shard-size", size)
+        result = invoke("export", run.config.run.dir, tmp_path / "no", "--max-shard-size", size)
         assert result.exit_code == 2
         assert "wanted a number of bytes, or one with a unit" in result.output
 

@@ -64,7 +64,7 @@ class ReferenceES:
         sigma = es["sigma"]
         if es["final_sigma"] and t:
             sigma = es["final_sigma"] + (sigma - es["final_sigma"]) * shapes[es["sigma_schedule"]]
-        alpha = (sigma / 2 if es["alpha"] == "auto" else es["alpha"]) * shapes[es["schedule"]]
+        alpha = (sigma / 2 if es["alpha"] == "auto" else es["alpha"]) * shapes[es["alpha_schedule"]]
         alpha *= min(1, (t + 1) / (es["warmup_iterations"] + 1))
         population = es["population"]
         if isinstance(population, dict):

@@ -11,7 +11,7 @@ import pytest
 
 from shardes.errors import UserError
 from shardes.runs.reporting import Callbacks
-from shardes.runs.trackers import check_trackers, scalars
+from shardes.runs.trackers import TRACKERS, check_trackers, scalars
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import make_training_loop
@@ -89,10 +89,10 @@ def test_tensorboard_has_the_lines_of_the_metrics_each_once_however_the_run_went
         assert {(s, t): v for s, t, v in found} == pytest.approx(wanted, rel=1e-6)
 
     train(tmp_path, model)  # without it, and then with: it hears of what was before
-    assert_shown(train(tmp_path, model, log__to=["tensorboard"], es__iterations=4))
+    assert_shown(train(tmp_path, model, log__report_to=["tensorboard"], es__iterations=4))
     # Died in iteration 3, whose weights and those of the end were told already; and then goes further.
     cut_journal(tmp_path / "run", before=("update", 3))
-    lines = train(tmp_path, model, log__to=["tensorboard"], es__iterations=5)
+    lines = train(tmp_path, model, log__report_to=["tensorboard"], es__iterations=5)
     assert [line["iteration"] for line in lines] == [0, 1, 2, 3, 4, 5]
     assert_shown(lines)
 
@@ -131,9 +131,9 @@ def history_of(directory):
 def test_wandb_has_the_lines_of_the_metrics_each_once_however_the_run_went(tmp_path, model, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    first = train(tmp_path, model, log__to=["wandb"])
+    first = train(tmp_path, model, log__report_to=["wandb"])
     cut_journal(tmp_path / "run", before=("update", 2))
-    again = train(tmp_path, model, log__to=["wandb"], es__iterations=4)
+    again = train(tmp_path, model, log__report_to=["wandb"], es__iterations=4)
     wandb.teardown()  # ends the process that it has started
     rows = history_of(tmp_path / "run" / "wandb")
     # Steps that it had before the job died are not told again, and the end's keeps its place.
@@ -154,7 +154,7 @@ def test_a_tracker_that_fails_is_a_warning_and_no_end(tmp_path, model, monkeypat
             raise AssertionError("it was given up")
 
     monkeypatch.setattr("shardes.runs.reporting.open_trackers", lambda *_, **__: [Broken()])
-    lines = train(tmp_path, model, log__to=["wandb"])
+    lines = train(tmp_path, model, log__report_to=["wandb"])
     assert len(lines) == 4
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert sum("wandb failed (ConnectionError: no network)" in text for text in warnings) == 1
@@ -164,7 +164,7 @@ def test_a_missing_package_is_told_with_its_extra(monkeypatch):
     for spec in (None, importlib.machinery.ModuleSpec("wandb", None)):  # absent, or a mere directory
         monkeypatch.setattr("importlib.util.find_spec", lambda _, spec=spec: spec)
         with pytest.raises(
-            UserError, match=r"log\.to: wandb is not installed; pip install 'shardes\[wandb\]'"
+            UserError, match=r"log\.report_to: wandb is not installed; pip install 'shardes\[wandb\]'"
         ):
             check_trackers(["wandb"])
     check_trackers([])
@@ -178,7 +178,7 @@ def test_a_run_asks_for_the_package_before_anything_is_loaded(tmp_path, model, m
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tree(tmp_path, model=model, run_dir=tmp_path / "run")))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    result = call("train", "--config", path, "log.to=[tensorboard]")
+    result = call("train", "--config", path, "log.report_to=[tensorboard]")
     assert result.returncode == 2
     assert "pip install 'shardes[tensorboard]'" in result.stderr
     assert not (tmp_path / "run").exists()
@@ -191,8 +191,10 @@ def test_what_wandb_refuses_is_told_with_the_remedy(tmp_path, model, monkeypatch
         raise wandb.errors.UsageError("api_key not configured (no-tty)")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(UserError, match=r"log\.to: wandb cannot be used \(api_key.*WANDB_MODE=offline"):
-        train(tmp_path, model, log__to=["wandb"])
+    with pytest.raises(
+        UserError, match=r"log\.report_to: wandb cannot be used \(api_key.*WANDB_MODE=offline"
+    ):
+        train(tmp_path, model, log__report_to=["wandb"])
 
 
 def test_long_work_tells_now_and_then_how_far_it_is(monkeypatch, caplog):
@@ -245,3 +247,25 @@ def test_other_ranks_and_short_work_say_nothing(monkeypatch, caplog):
 )
 def test_durations_have_two_units(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_tracker_is_one_entry_of_the_registry(tmp_path, model, monkeypatch):
+    told = []
+
+    class Listing:
+        name = "listing"
+
+        def __init__(self, run):
+            told.append(len(run.lines))
+
+        def write(self, line):
+            told.append(line["iteration"])
+
+        def close(self):
+            told.append("closed")
+
+    with pytest.raises(UserError, match=r"log\.report_to: got listing; known are: tensorboard, wandb"):
+        train(tmp_path, model, log__report_to=["listing"])
+    monkeypatch.setitem(TRACKERS, "listing", Listing)
+    train(tmp_path, model, log__report_to=["listing"])
+    assert told == [0, 0, 1, 2, 3, "closed"]

@@ -74,7 +74,7 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(tmp_path):
     assert export(tmp_path / "run", tmp_path / "a") == export(tmp_path / "whole", tmp_path / "b")
     assert "es.iterations: got 3" in train(config, "es.iterations=3").stderr
     # A linear schedule depends on the number of iterations, so there it may not change.
-    linear = ["es.schedule=linear", f"run.dir={tmp_path / 'linear'}"]
+    linear = ["es.alpha_schedule=linear", f"run.dir={tmp_path / 'linear'}"]
     assert train(config, *linear, "es.iterations=2").returncode == 0
     refused = train(config, *linear, "es.iterations=4")
     assert refused.returncode == 2

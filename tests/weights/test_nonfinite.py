@@ -82,7 +82,9 @@ def test_a_member_whose_logits_are_not_finite_is_excluded_and_counted(configured
     assert coefficients[2] == 0
     rewards = [history.members[0][n]["reward"] for n in range(POPULATION)]
     shaped = shape(rewards, how="zscore")
-    assert coefficients == [float(np.float32(config.alpha / POPULATION * value)) for value in shaped]
+    assert coefficients == [
+        float(np.float32(config.es.alpha_at(config.es.sigma) / POPULATION * value)) for value in shaped
+    ]
     assert any(coefficients)
 
 

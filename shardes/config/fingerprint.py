@@ -1,0 +1,54 @@
+"""Keys that decide a run's result, which a resumed run must share with its journal."""
+
+from typing import Any
+
+from shardes.config.schema import Config
+
+# Sections and keys that a resumed run may change: by them results stay the same, or are compared otherwise.
+_FREE_SECTIONS = ("run.", "parallel.", "eval.", "log.")
+_FREE_KEYS = {
+    "model.path",
+    "model.trust_remote_code",
+    "rollout.gather",
+    "weights.master_device",
+    "es.min_valid_fraction",
+    "task.data",
+    "task.columns",
+    "task.heldout_data",
+    "task.heldout_fraction",
+    "task.split_seed",
+    "task.reward",
+    "task.reward_timeout_seconds",
+    "task.reward_workers",
+    "task.reward_memory_bytes",
+}
+
+
+def resume_fingerprint(config: Config, *, data_sha256: str) -> dict[str, Any]:
+    """Return the keys that decide the result, by dotted name, with JSON-able values.
+
+    Args:
+        config: The configuration, in which ``auto`` has been replaced where a run finds numbers for it.
+        data_sha256: A hash of the training rows as they were read: the same problems may come from another
+            file or format.
+    """
+    flat = {
+        f"{section}.{key}": value
+        for section, keys in config.model_dump(mode="json").items()
+        for key, value in keys.items()
+    }
+    es, rollout = config.es, config.rollout
+    kept = {k: v for k, v in flat.items() if k not in _FREE_KEYS and not k.startswith(_FREE_SECTIONS)}
+    if es.alpha_schedule == es.sigma_schedule == "constant":
+        del kept["es.iterations"]
+    if es.sigma_schedule == "constant":
+        kept["es.alpha"] = es.alpha_at(es.sigma)
+    # Settled runs have a number; ``auto`` is left where there was memory for no more than one.
+    if not rollout.is_batched:
+        kept["rollout.members_per_forward"] = None
+    elif rollout.members_per_forward == "auto":
+        kept["rollout.members_per_forward"] = 1
+    # Journals of versions that had one engine do not name it.
+    if rollout.engine == "transformers":
+        del kept["rollout.engine"]
+    return kept | {"task.data sha256": data_sha256}
