@@ -32,6 +32,7 @@ from shardes.tasks.base import Task, all_rewards
 from shardes.utils.progress import progress
 from shardes.utils.timers import PhaseTimer
 from shardes.weights.master import Weights
+from shardes.weights.master_digest import master_digest
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class Session:
         Raises:
             RuntimeError: Replicas hold different weights.
         """
-        return self.combined(self.weights.digest(is_rounded=is_rounded), compare=compare)
+        return self.combined(master_digest(self.weights, is_rounded=is_rounded), compare=compare)
 
     def summed(self, parts: list[float]) -> list[float]:
         """Numbers of which every rank of a replica has a part; a collective of these."""
@@ -144,7 +145,8 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
         )
         _check_shapes(weights)
         weights.load(checkpoint)
-        identity = _identity(weights, checkpoint, _combined(mesh, backend, weights.digest(), compare=True))
+        base_digest = _combined(mesh, backend, master_digest(weights), compare=True)
+        identity = _identity(weights, checkpoint, base_digest)
         logger.info(
             "%s on %d rank(s), %d replica(s), %s, %s; %d of %d parameters are trained",
             parallel.backend,

@@ -29,6 +29,7 @@ from shardes.session import Session, make_evaluator, make_scheduler
 from shardes.tasks.base import Row, Task
 from shardes.tasks.data import rows_sha256
 from shardes.tasks.sampler import draw_batch
+from shardes.weights.master_digest import optimizer_digest
 from shardes.weights.update_stats import UpdateStats, update_stats
 
 logger = logging.getLogger(__name__)
@@ -301,7 +302,7 @@ class TrainingLoop:
         self._record(record | {"digest": digest}, durable=is_due)
         if is_due:
             with self._timer("snapshot"):
-                states_digest = self._session.combined(self._weights.states_digest())
+                states_digest = self._session.combined(optimizer_digest(self._weights))
                 self._snapshots.begin(iteration, digest=digest, states_digest=states_digest)
 
     def _draw_problems(self, iteration: int) -> list[Row]:

@@ -18,6 +18,7 @@ from shardes.runs.journal import History
 from shardes.session import Session
 from shardes.utils.files import flush_to_disk, sync_directory, write_atomically
 from shardes.utils.progress import progress
+from shardes.weights.export_view import gather_centre, stored_as
 from shardes.weights.master import Weights
 
 MAX_FILE_BYTES = 5 * 2**30
@@ -104,17 +105,17 @@ def export_model(
     for file in files:
         if is_main:
             with (temporary / file.name).open("wb") as stream:
-                tensors = [each for shard in file.shards for each in session.weights.stored_as(shard)]
+                tensors = [each for shard in file.shards for each in stored_as(session.weights, shard)]
                 write_header(stream, [(name, dtype, shape) for name, shape in tensors])
                 # Files have the parameters in their order.
                 for shard in islice(shown, len(file.shards)):
-                    values = session.weights.gather_centre(shard, dtype=dtype)
+                    values = gather_centre(session.weights, shard, dtype=dtype)
                     assert values is not None, "rank 0 receives every gathered parameter"
                     write_values(stream, values)
                 flush_to_disk(stream)
         elif session.mesh.replica == 0:
             for shard in file.shards:
-                session.weights.gather_centre(shard, dtype=dtype)
+                gather_centre(session.weights, shard, dtype=dtype)
     if is_main:
         if len(files) > 1:
             _write_index(temporary, files, session.weights, itemsize=dtype.itemsize)
@@ -145,7 +146,7 @@ def _plan(shards: tuple[Shard, ...], itemsize: int, max_file_bytes: int) -> list
 
 def _write_index(directory: Path, files: list[_File], weights: Weights, *, itemsize: int) -> None:
     weight_map = {
-        name: file.name for file in files for shard in file.shards for name, _ in weights.stored_as(shard)
+        name: file.name for file in files for shard in file.shards for name, _ in stored_as(weights, shard)
     }
     num_elements = sum(shard.num_elements for file in files for shard in file.shards)
     index = {"metadata": {"total_size": num_elements * itemsize}, "weight_map": weight_map}

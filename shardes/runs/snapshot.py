@@ -65,7 +65,7 @@ def write_part(
 
     Args:
         path: The file.
-        tensors: As ``Weights.owned_tensors`` gives them.
+        tensors: As ``owned_tensors`` gives them.
         is_cancelled: Asked now and then; if true, the writing ends.
 
     Returns:

@@ -11,6 +11,7 @@ from shardes.noise import LowRank, Region
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import TrainingLoop
+from shardes.weights.export_view import gather_centre
 from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model, tree
@@ -38,7 +39,7 @@ def train(tmp_path, model, **changes):
     with open_session(config) as session:
         TrainingLoop(session, load_task(config.task)).train()
         shards = session.backend.shards
-        values = {shard.name: session.weights.gather_centre(shard).view(-1).clone() for shard in shards}
+        values = {shard.name: gather_centre(session.weights, shard).view(-1).clone() for shard in shards}
     lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
     return values, [line for line in lines if line["type"] == "update"]
 

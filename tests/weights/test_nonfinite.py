@@ -19,6 +19,7 @@ from shardes.runs.journal import read_journal
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import TrainingLoop
+from shardes.weights.snapshot_view import owned_tensors
 from shardes.weights.update_stats import UpdateStats
 from tests.helpers.models import make_config, tiny_model
 
@@ -164,7 +165,7 @@ def test_equal_rewards_skip_the_update_and_say_so(configured, tmp_path, caplog, 
 
 def test_a_skipped_update_touches_no_element(configured):
     with open_session(configured()) as session:
-        *_, master = next(iter(session.weights.owned_tensors()))
+        *_, master = next(iter(owned_tensors(session.weights)))
         master[0] = -0.0  # adding 0 to it would give 0.0
         before = session.digest()
         session.weights.update(Update(0, [0.0, -0.0]))
@@ -173,7 +174,7 @@ def test_a_skipped_update_touches_no_element(configured):
 
 def test_a_skipped_update_touches_no_element_when_it_is_to_be_measured(configured):
     with open_session(configured()) as session:
-        *_, master = next(iter(session.weights.owned_tensors()))
+        *_, master = next(iter(owned_tensors(session.weights)))
         master[0] = -0.0
         before = session.digest()
         session.weights.update(Update(0, [0.0, -0.0]), stats=UpdateStats(torch.device("cpu")))
@@ -221,13 +222,13 @@ def test_an_update_that_could_overflow_is_refused_before_anything_is_recorded(
 def test_could_overflow_is_a_bound(configured, kind):
     with open_session(configured(es__noise=kind.value)) as session:
         weights = session.weights
-        largest = max(master.abs().max().item() for *_, master in weights.owned_tensors())
+        largest = max(master.abs().max().item() for *_, master in owned_tensors(weights))
         room = (torch.finfo(torch.float32).max - largest) / kind.largest
         assert not weights.could_overflow(Update(0, [room * 0.49, -room * 0.49]))
         assert weights.could_overflow(Update(0, [room * 0.51, -room * 0.51]))
         assert weights.could_overflow(Update(0, [float("inf")]))
         assert weights.could_overflow(Update(0, [float("nan")]))
-        *_, master = next(iter(weights.owned_tensors()))
+        *_, master = next(iter(owned_tensors(weights)))
         for value in (float("nan"), float("inf"), float("-inf")):
             kept = master[1].item()
             master[1] = value
