@@ -21,7 +21,8 @@ from shardes.es.strategy import decay_of, optimizer_of
 from shardes.es.update import Update
 from shardes.models.build import load_tokenizer
 from shardes.models.checkpoint import Checkpoint
-from shardes.noise import NOISE_VERSION, Kind, LowRank, NoiseKind, matrix_shape
+from shardes.noise import NOISE_VERSION
+from shardes.noise.kinds.registry import make_kind
 from shardes.rewards.pool import InProcessRewards, RewardRunner
 from shardes.rewards.scorer import Scorer
 from shardes.rollout.evaluator import Evaluator
@@ -136,7 +137,7 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
         weights = Weights(
             backend,
             seed=config.es.seed,
-            kind=_kind(config),
+            kind=make_kind(config.es.noise, rank=config.es.rank),
             dtype=torch.float32 if config.weights.master == "float32" else backend.dtype,
             trainable=config.es.trainable,
             optimizer=optimizer_of(config.es),
@@ -212,23 +213,15 @@ def make_scheduler(session: Session, rollout: Evaluator) -> MemberScheduler:
     )
 
 
-def _kind(config: Config) -> Kind:
-    """Which noise."""
-    es = config.es
-    return LowRank(es.rank) if es.noise == "low_rank" else NoiseKind(es.noise)
-
-
 def _check_shapes(weights: Weights) -> None:
     """Refuses parameters that the noise has no rule for.
 
     Raises:
         UserError: There is one.
     """
-    if not isinstance(weights.kind, LowRank):
-        return
     for shard in weights.trained:
         try:
-            matrix_shape(shard.shape)
+            weights.kind.check_shape(shard.shape)
         except ValueError as error:
             raise UserError(
                 f"es.noise: {shard.name}: {error}; freeze it (es.trainable: ['.*', '!{shard.name}']), or "

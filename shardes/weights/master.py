@@ -19,7 +19,7 @@ from shardes.backends.shard import Shard, ShardSpan
 from shardes.es.optimizers import Decay, Optimizer, PlainStep
 from shardes.es.update import Perturbation, Update
 from shardes.models.checkpoint import Checkpoint
-from shardes.noise import Kind, NoiseKind, Region
+from shardes.noise import GAUSSIAN, NoiseKind, Region
 from shardes.utils.progress import progress
 from shardes.weights.buffers import ShardedBuffers, buffer_name
 from shardes.weights.digest import add_digest
@@ -81,7 +81,7 @@ class Weights:
         backend: Backend,
         *,
         seed: int,
-        kind: Kind = NoiseKind.GAUSSIAN,
+        kind: NoiseKind = GAUSSIAN,
         dtype: torch.dtype = torch.float32,
         trainable: Sequence[str] = (".*",),
         optimizer: Optimizer | None = None,

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from shardes.models.checkpoint import Checkpoint
-from shardes.noise import LowRank, Region
+from shardes.noise import Region
+from shardes.noise.kinds.registry import make_kind
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import TrainingLoop
@@ -47,7 +48,7 @@ def train(tmp_path, model, **changes):
 def noise_of(changes):
     """What the oracle calls a run's noise."""
     noise = changes.get("es__noise", "gaussian")
-    return LowRank(changes.get("es__rank", 1)) if noise == "low_rank" else noise
+    return make_kind(noise, rank=changes.get("es__rank", 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)

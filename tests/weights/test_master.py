@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from shardes.es.update import Perturbation, Update
 from shardes.models.checkpoint import Checkpoint
-from shardes.noise import Region, definition
+from shardes.noise import Region
+from shardes.noise.kinds.gaussian import normals
 from shardes.session import open_session
 from shardes.weights import digest_cpu
 from shardes.weights.digest import add_digest
@@ -63,7 +64,7 @@ def assert_same_bits(found, wanted):
 
 
 def eps(param_id, length, *, iteration, direction):
-    return definition.normals(
+    return normals(
         seed=SEED, iteration=iteration, direction=direction, param_id=param_id, start=0, length=length
     )
 

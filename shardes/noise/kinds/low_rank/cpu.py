@@ -1,19 +1,16 @@
-"""CPU kernels of the low-rank noise, compiled by numba: outer products in the order of definition.py.
+"""CPU kernels of the low-rank noise, compiled by numba: outer products in the definition's order.
 
 No fast-math: the compiler may use vector instructions but may not change a bit.
 """
 
 import functools
-import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numba as nb
 import numpy as np
 import torch
 
-from shardes.noise import cpu, cpu_math, definition
-from shardes.noise.cpu import PAIR, fill_normals, fill_rounding_bits, stored, words_of
+from shardes.noise.cpu import MIN_PER_THREAD, checksum, fill_rounding_bits, stored, words_of
 from shardes.noise.cpu_math import (
     FLOAT32,
     FORMATS,
@@ -27,20 +24,19 @@ from shardes.noise.cpu_math import (
     u64,
 )
 from shardes.noise.definition import BLOCK
-from shardes.noise.lowrank import Tile
+from shardes.noise.kinds.gaussian import cpu as gaussian_cpu
+from shardes.noise.kinds.gaussian.cpu import PAIR, fill_normals
+from shardes.noise.kinds.low_rank.tables import Tile
 from shardes.utils.threads import split_over_threads
 
-# Rows and columns whose sums are made together: of these, three terms at a time, registers are not too few.
+# Rows and columns whose sums are computed together; with three terms at a time they fit the registers.
 _ROWS, _STRIP = 4, 512
-_MIN_PER_THREAD = 1 << 15  # elements; see split_over_threads
-# See cpu.py: numba must know what its kernels are made of in other files.
-_OTHER_FILES = (cpu, cpu_math, definition)
-_SOURCES = zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in _OTHER_FILES))
+_SOURCES = checksum(gaussian_cpu.__file__)
 
 
 @functools.cache
 def _table_kernel() -> Callable[..., None]:
-    """The kernel that fills tables; compiled when first used, then kept on disk by numba."""
+    """Compile the kernel that fills tables at its first call; numba keeps it on disk."""
     sources = _SOURCES
 
     @nb.njit(nogil=True, cache=True, error_model="numpy")
@@ -68,7 +64,7 @@ def _table_kernel() -> Callable[..., None]:
 
 @functools.cache
 def _perturb_kernel(source_format: int, target_format: int) -> Callable[..., None]:
-    """As ``_table_kernel``, for a pair of formats."""
+    """Compile the kernel that perturbs, for a pair of formats."""
     sources = _SOURCES
 
     @nb.njit(nogil=True, cache=True, error_model="numpy")
@@ -93,7 +89,7 @@ def _perturb_kernel(source_format: int, target_format: int) -> Callable[..., Non
 
 @nb.njit(inline="always")
 def _add_products(totals, lefts, right, low, high):
-    """Adds the products of ``_ROWS`` rows with some columns to their sums, one term after the other."""
+    """Add the products of ``_ROWS`` rows with some columns to their sums, one term after the other."""
     terms, columns = right.shape[0], high - low
     sum0, sum1, sum2, sum3 = totals
     num_in_threes = terms - terms % 3
@@ -122,7 +118,7 @@ def _add_products(totals, lefts, right, low, high):
 
 @functools.cache
 def _accumulate_kernel(master_format: int) -> Callable[..., None]:
-    """As ``_table_kernel``, for a format."""
+    """Compile the kernel that accumulates, for a format."""
     sources = _SOURCES
 
     @nb.njit(nogil=True, cache=True, error_model="numpy")
@@ -174,7 +170,7 @@ def table(
     key: tuple[int, int],
     device: torch.device,
 ) -> torch.Tensor:
-    """Rows of a factor in some directions, each element times ``scale``.
+    """Compute rows of a factor in some directions, each element times ``scale``.
 
     Returns:
         float32 of shape [directions, rank, count].
@@ -193,7 +189,7 @@ def table(
         c1,
         c3,
         words_of(key),
-        at_least=max(_MIN_PER_THREAD // max(rank * count, 1), 1),
+        at_least=max(MIN_PER_THREAD // max(rank * count, 1), 1),
     )
     return out
 
@@ -207,7 +203,7 @@ def perturb(
     *,
     sigma: float,
 ) -> None:
-    """Perturbs a tile; the factors are of shape [rank, rows] and [rank, columns]."""
+    """Perturb a tile; the factors are of shape [rank, rows] and [rank, columns]."""
     split_over_threads(
         _perturb_kernel(FORMATS[source.dtype], FORMATS[target.dtype]),
         tile.rows,
@@ -218,7 +214,7 @@ def perturb(
         left.numpy(),
         right.numpy(),
         f32(sigma),
-        at_least=max(_MIN_PER_THREAD // tile.columns, 1),
+        at_least=max(MIN_PER_THREAD // tile.columns, 1),
     )
 
 
@@ -234,7 +230,7 @@ def accumulate(
     iteration: int,
     key: tuple[int, int],
 ) -> None:
-    """Updates a tile; the factors are of shape [terms, rows] and [terms, columns]."""
+    """Add a weighted sum of eps to a tile; the factors are of shape [terms, rows] and [terms, columns]."""
     split_over_threads(
         _accumulate_kernel(FORMATS[master.dtype]),
         -(-tile.rows // _ROWS),
@@ -246,5 +242,5 @@ def accumulate(
         (index, width),
         words_of((param_id << 8, iteration)),
         words_of(key),
-        at_least=max(_MIN_PER_THREAD // (_ROWS * tile.columns), 1),
+        at_least=max(MIN_PER_THREAD // (_ROWS * tile.columns), 1),
     )

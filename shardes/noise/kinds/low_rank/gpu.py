@@ -1,7 +1,7 @@
-"""GPU kernels of the low-rank noise, in Triton: outer products in the order of definition.py.
+"""GPU kernels of the low-rank noise, in Triton: outer products in the definition's order.
 
 A program handles a rectangle of a tile: a thread reads few factors for many elements. The factors come from
-the kernels of the normals (gpu.py).
+the kernels of standard normal noise.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from shardes.noise import gpu
-from shardes.noise.definition import BLOCK, LANES, MAX_ELEMENTS, NoiseKind, Stream
+from shardes.noise.definition import BLOCK, LANES, MAX_ELEMENTS, Stream
 from shardes.noise.gpu_math import as_float, perturbed, philox, round_randomly, tl, triton, widen
-from shardes.noise.lowrank import Tile
+from shardes.noise.kinds.gaussian.gpu import FILL as NORMALS
+from shardes.noise.kinds.low_rank.tables import Tile
 from shardes.noise.region import Region
 
 _LANES, _BLOCK = tl.constexpr(LANES), tl.constexpr(BLOCK)
@@ -25,7 +26,7 @@ _ROWS, _COLUMNS, _WARPS = 16, 128, 4
 
 @triton.jit
 def _products(left, right, row, column, rows, columns, terms, height: tl.constexpr, width: tl.constexpr):
-    """The sum of the terms' products at some rows and columns: float32 of shape [height, width]."""
+    """Compute the sum of the terms' products at some rows and columns: float32 of shape [height, width]."""
     total = tl.full([height, width], 0.0, tl.float32)
     for term in range(terms):
         above = tl.load(left + term * rows + row, mask=row < rows)
@@ -112,18 +113,18 @@ def table(
     key: tuple[int, int],
     device: torch.device,
 ) -> torch.Tensor:
-    """Rows of a factor in some directions, each element times ``scale``.
+    """Compute rows of a factor in some directions, each element times ``scale``.
 
     Returns:
         float32 of shape [directions, rank, count].
     """
-    # What is added to -0 is not changed, not even the sign of a zero.
+    # Adding to -0 keeps every bit, even the sign of a zero.
     nothing = torch.full((count * rank,), -0.0, device=device)
     out = torch.empty(len(direction_words), count * rank, device=device)
     region = Region(param_id, MAX_ELEMENTS, first * rank, count * rank)
     for row, word2 in zip(out, direction_words, strict=True):
         words = (param_id << 8, word2, iteration)
-        gpu.perturb(nothing, row, region, sigma=scale, kind=NoiseKind.GAUSSIAN, words=words, key=key)
+        gpu.perturb(nothing, row, region, sigma=scale, fill=NORMALS, words=words, key=key)
     return out.view(-1, count, rank).transpose(1, 2).contiguous()
 
 
@@ -136,7 +137,7 @@ def perturb(
     *,
     sigma: float,
 ) -> None:
-    """Perturbs a tile; the factors are of shape [rank, rows] and [rank, columns]."""
+    """Perturb a tile; the factors are of shape [rank, rows] and [rank, columns]."""
     sigma_bits = int(np.float32(sigma).view(np.uint32))
     _launch(_perturb, (source, target, left, right), tile, (sigma_bits,))
 
@@ -153,12 +154,12 @@ def accumulate(
     iteration: int,
     key: tuple[int, int],
 ) -> None:
-    """Updates a tile; the factors are of shape [terms, rows] and [terms, columns]."""
+    """Add a weighted sum of eps to a tile; the factors are of shape [terms, rows] and [terms, columns]."""
     _launch(_accumulate, (master, left, right), tile, (index, width, param_id << 8, iteration, *key))
 
 
 def _launch(function: Any, tensors: tuple[torch.Tensor, ...], tile: Tile, numbers: tuple[int, ...]) -> None:
-    """Runs a kernel over a tile; the last of the tensors is the right factor."""
+    """Run a kernel over a tile; the last of the tensors is the right factor."""
     with gpu.on_device(tensors[0].device):
         function[(-(-tile.rows // _ROWS), -(-tile.columns // _COLUMNS))](
             *tensors,
