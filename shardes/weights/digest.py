@@ -17,7 +17,7 @@ def add_digest(total: torch.Tensor, values: torch.Tensor, *, region: Region) -> 
     Args:
         total: int64 of one element, on the device of ``values``; its bits are the unsigned sum.
         values: float32, bfloat16 or float16, contiguous.
-        region: Where in the parameter the values lie.
+        region: Elements of the parameter that the values are.
 
     Raises:
         ValueError: ``values`` are not contiguous, or not as many as the region has elements.

@@ -1,6 +1,5 @@
 """What Triton's compiler is told, and makes of it."""
 
-import dataclasses
 import itertools
 import re
 import sys
@@ -65,7 +64,7 @@ def test_the_compiler_neither_fuses_nor_flushes_nor_approximates(tmp_path, monke
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     gpu, options, nothing = compiled().gpu, Recorder(), (torch.zeros(1), torch.zeros(1))
-    fill = dataclasses.asdict(compiled().gaussian_gpu.FILL)
+    fill = vars(compiled().gaussian_gpu.FILL)
     gpu.launch(options, fill["size"], fill["calls"], nothing, Region(0, 1, 0, 1), ())
     constants = fill | {name: options.pop(name) for name in ("size", "calls", "strided")}
     pointers = {"source": "*fp32", "target": "*fp16", "master": "*fp16", "table": "*i32", "delta": "*fp32"}
