@@ -7,31 +7,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shardes.noise.definition import NOISE_VERSION, data_order, sampling_uniforms
-    from shardes.noise.kinds.base import NoiseKind
-    from shardes.noise.kinds.gaussian import Gaussian
-    from shardes.noise.kinds.low_rank import LowRank, factors
-    from shardes.noise.kinds.low_rank.matrices import matrix_shape
-    from shardes.noise.kinds.rademacher import Rademacher
-    from shardes.noise.operations import GAUSSIAN, accumulate, add, perturb
-    from shardes.noise.region import Region
-
-__all__ = [
-    "GAUSSIAN",
-    "NOISE_VERSION",
-    "Gaussian",
-    "LowRank",
-    "NoiseKind",
-    "Rademacher",
-    "Region",
-    "accumulate",
-    "add",
-    "data_order",
-    "factors",
-    "matrix_shape",
-    "perturb",
-    "sampling_uniforms",
-]
+    from shardes.noise.definition import NOISE_VERSION as NOISE_VERSION
+    from shardes.noise.definition import data_order as data_order
+    from shardes.noise.definition import sampling_uniforms as sampling_uniforms
+    from shardes.noise.kinds.base import NoiseKind as NoiseKind
+    from shardes.noise.kinds.gaussian import Gaussian as Gaussian
+    from shardes.noise.kinds.low_rank import LowRank as LowRank
+    from shardes.noise.kinds.low_rank import factors as factors
+    from shardes.noise.kinds.low_rank.matrices import matrix_shape as matrix_shape
+    from shardes.noise.kinds.rademacher import Rademacher as Rademacher
+    from shardes.noise.operations import GAUSSIAN as GAUSSIAN
+    from shardes.noise.operations import accumulate as accumulate
+    from shardes.noise.operations import add as add
+    from shardes.noise.operations import perturb as perturb
+    from shardes.noise.region import Region as Region
 
 _PLACES = {
     "definition": ("NOISE_VERSION", "data_order", "sampling_uniforms"),

@@ -17,6 +17,7 @@ import numba as nb
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from shardes.noise import cpu_math, definition
 from shardes.noise.cpu_math import (
@@ -32,7 +33,7 @@ from shardes.noise.cpu_math import (
     u32,
     u64,
 )
-from shardes.noise.definition import BLOCK, LANES, Stream
+from shardes.noise.definition import BLOCK, LANES, NoiseKey, Stream, seed_key
 from shardes.noise.region import Region
 from shardes.utils.threads import split_over_threads
 
@@ -201,58 +202,46 @@ def add_kernel(master_format: int) -> Callable[..., None]:
 
 
 def perturb(
-    source: torch.Tensor,
-    target: torch.Tensor,
+    source: Tensor,
+    target: Tensor,
     region: Region,
     *,
-    sigma: float,
     fill: Fill,
-    words: tuple[int, int, int],
-    key: tuple[int, int],
+    sigma: float,
+    direction_word: int,
+    key: NoiseKey,
 ) -> None:
-    """Perturb as ``shardes.noise.perturb`` does; ``words`` are the counter words 1 to 3."""
-    kernel, size = perturb_kernel(fill, FORMATS[source.dtype], FORMATS[target.dtype]), fill.fill_size
-    _over_blocks(
-        kernel, region, size, stored(source), stored(target), f32(sigma), words_of(words), words_of(key)
-    )
+    """Perturb as ``shardes.noise.perturb`` does, with counter word 2 given."""
+    kernel = perturb_kernel(fill, FORMATS[source.dtype], FORMATS[target.dtype])
+    words = words_of((region.param_id << 8, direction_word, key.iteration))
+    tensors = stored(source), stored(target)
+    _over_blocks(kernel, region, fill.fill_size, *tensors, f32(sigma), words, words_of(seed_key(key.seed)))
 
 
 def accumulate(
-    master: torch.Tensor,
+    master: Tensor,
     region: Region,
     *,
-    coefficients: Sequence[float],
     fill: Fill,
-    word1: int,
+    coefficients: Sequence[float],
     direction_words: Sequence[int],
-    word3: int,
-    key: tuple[int, int],
+    key: NoiseKey,
 ) -> None:
-    """Accumulate as ``shardes.noise.accumulate`` does; the words are those of the counter."""
-    _over_blocks(
-        accumulate_kernel(fill, FORMATS[master.dtype]),
-        region,
-        fill.add_size,
-        stored(master),
-        np.asarray(coefficients, np.float32),
-        np.asarray(direction_words, np.uint32),
-        words_of((word1, word3)),
-        words_of(key),
-    )
+    """Accumulate as ``shardes.noise.accumulate`` does, with counter words 2 given."""
+    kernel, words = accumulate_kernel(fill, FORMATS[master.dtype]), np.asarray(direction_words, np.uint32)
+    terms = np.asarray(coefficients, np.float32), words
+    _over_blocks(kernel, region, fill.add_size, stored(master), *terms, *update_words(region.param_id, key))
 
 
-def add(
-    master: torch.Tensor,
-    delta: torch.Tensor,
-    region: Region,
-    *,
-    word1: int,
-    word3: int,
-    key: tuple[int, int],
-) -> None:
-    """Add to a narrow master as ``shardes.noise.add`` does; the words are those of the counter."""
-    kernel, words = add_kernel(FORMATS[master.dtype]), words_of((word1, word3))
-    _over_blocks(kernel, region, BLOCK, stored(master), stored(delta), words, words_of(key))
+def add(master: Tensor, delta: Tensor, region: Region, *, key: NoiseKey) -> None:
+    """Add to a narrow master as ``shardes.noise.add`` does."""
+    kernel, words = add_kernel(FORMATS[master.dtype]), update_words(region.param_id, key)
+    _over_blocks(kernel, region, BLOCK, stored(master), stored(delta), *words)
+
+
+def update_words(param_id: int, key: NoiseKey) -> tuple[tuple[np.uint32, ...], tuple[np.uint32, ...]]:
+    """Return the counter words 1 and 3 of an update, and the key words."""
+    return words_of((param_id << 8, key.iteration)), words_of(seed_key(key.seed))
 
 
 def words_of(numbers: Sequence[int]) -> tuple[np.uint32, ...]:

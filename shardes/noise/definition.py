@@ -6,6 +6,7 @@ can only be replayed under the definition it was written with. The kernels impor
 """
 
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +64,18 @@ class Stream(IntEnum):
     SAMPLING = 4
     LEFT = 5
     RIGHT = 6
+
+
+class NoiseKey(NamedTuple):
+    """Key of the noise of an iteration.
+
+    Attributes:
+        seed: The run's seed, below 2**64.
+        iteration: Iteration, below 2**32.
+    """
+
+    seed: int
+    iteration: int
 
 
 def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:

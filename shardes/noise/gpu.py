@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from shardes.noise.definition import BLOCK, LANES, Stream
+from shardes.noise.definition import BLOCK, LANES, NoiseKey, Stream, seed_key
 from shardes.noise.gpu_math import (
     philox,
     round_randomly,
@@ -254,57 +255,50 @@ def _add(
 
 
 def perturb(
-    source: torch.Tensor,
-    target: torch.Tensor,
+    source: Tensor,
+    target: Tensor,
     region: Region,
     *,
-    sigma: float,
     fill: Fill,
-    words: tuple[int, int, int],
-    key: tuple[int, int],
+    sigma: float,
+    direction_word: int,
+    key: NoiseKey,
 ) -> None:
-    """Perturb as ``shardes.noise.perturb`` does; ``words`` are the counter words 1 to 3."""
+    """Perturb as ``shardes.noise.perturb`` does, with counter word 2 given."""
     # As bits: every version of Triton, and its interpreter, passes an integer unchanged.
     sigma_bits = int(np.float32(sigma).view(np.uint32))
+    numbers = (sigma_bits, region.param_id << 8, direction_word, key.iteration, *seed_key(key.seed))
     functions = {"perturb_calls": fill.perturb_calls, "always_masked": fill.always_masked}
-    numbers = (sigma_bits, *words, *key)
     launch(_perturb, fill.size, fill.calls, (source, target), region, numbers, **functions)
 
 
 def accumulate(
-    master: torch.Tensor,
+    master: Tensor,
     region: Region,
     *,
-    coefficients: Sequence[float],
     fill: Fill,
-    word1: int,
+    coefficients: Sequence[float],
     direction_words: Sequence[int],
-    word3: int,
-    key: tuple[int, int],
+    key: NoiseKey,
 ) -> None:
-    """Accumulate as ``shardes.noise.accumulate`` does; the words are those of the counter."""
-    numbers = (
-        np.asarray(coefficients, np.float32).tobytes() + np.asarray(direction_words, np.uint32).tobytes()
-    )
+    """Accumulate as ``shardes.noise.accumulate`` does, with counter words 2 given."""
+    terms = np.asarray(coefficients, np.float32).tobytes() + np.asarray(direction_words, np.uint32).tobytes()
     with on_device(master.device):
         stream = torch.cuda.current_stream().cuda_stream if master.is_cuda else 0
-        table = _table(numbers, master.device, stream)
-    numbers_of_kernel = (len(direction_words), word1, word3, *key)
+        table = _table(terms, master.device, stream)
+    numbers = (len(direction_words), *update_words(region.param_id, key))
     function = {"accumulate_calls": fill.accumulate_calls}
-    launch(_accumulate, fill.size, fill.calls, (master, table), region, numbers_of_kernel, **function)
+    launch(_accumulate, fill.size, fill.calls, (master, table), region, numbers, **function)
 
 
-def add(
-    master: torch.Tensor,
-    delta: torch.Tensor,
-    region: Region,
-    *,
-    word1: int,
-    word3: int,
-    key: tuple[int, int],
-) -> None:
-    """Add to a narrow master as ``shardes.noise.add`` does; the words are those of the counter."""
-    launch(_add, BLOCK, CALLS, (master, delta), region, (word1, word3, *key))
+def add(master: Tensor, delta: Tensor, region: Region, *, key: NoiseKey) -> None:
+    """Add to a narrow master as ``shardes.noise.add`` does."""
+    launch(_add, BLOCK, CALLS, (master, delta), region, update_words(region.param_id, key))
+
+
+def update_words(param_id: int, key: NoiseKey) -> tuple[int, ...]:
+    """Return the counter words 1 and 3 of an update, and the key words."""
+    return param_id << 8, key.iteration, *seed_key(key.seed)
 
 
 @functools.lru_cache(maxsize=4)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from shardes.noise.definition import seed_key
+from shardes.noise.definition import NoiseKey
 from shardes.noise.kinds import base
 from shardes.noise.kinds.base import NoiseKind
 from shardes.noise.kinds.gaussian import Gaussian
@@ -51,9 +51,7 @@ def perturb(
         raise ValueError(f"source is on {source.device} and target on {target.device}; wanted one device")
     if region.num_elements == 0:
         return
-    kind.perturb(
-        source, target, region=region, sigma=sigma, seed=seed, iteration=iteration, direction=direction
-    )
+    kind.perturb(source, target, region, sigma=sigma, key=NoiseKey(seed, iteration), direction=direction)
 
 
 def accumulate(
@@ -91,14 +89,8 @@ def accumulate(
         raise ValueError(f"got {len(coefficients)} coefficients for {len(directions)} directions")
     if region.num_elements == 0:
         return
-    kind.accumulate(
-        master,
-        region=region,
-        coefficients=coefficients,
-        directions=directions,
-        seed=seed,
-        iteration=iteration,
-    )
+    key = NoiseKey(seed, iteration)
+    kind.accumulate(master, region, key=key, coefficients=coefficients, directions=directions)
 
 
 def add(master: torch.Tensor, delta: torch.Tensor, *, region: Region, seed: int, iteration: int) -> None:
@@ -130,7 +122,7 @@ def add(master: torch.Tensor, delta: torch.Tensor, *, region: Region, seed: int,
     if master.dtype == torch.float32:
         master.view(-1).add_(delta.view(-1))  # one IEEE addition an element, on any device
         return
-    device_kernels.add(master, delta, region, word1=region.param_id << 8, word3=iteration, key=seed_key(seed))
+    device_kernels.add(master, delta, region, key=NoiseKey(seed, iteration))
 
 
 def _check(name: str, tensor: torch.Tensor, region: Region) -> None:

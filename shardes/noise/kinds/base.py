@@ -9,9 +9,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from shardes.noise.definition import Stream, seed_key
+from shardes.noise.definition import NoiseKey, Stream
 from shardes.noise.region import Region
+
+Floats = Sequence[float]
+Ints = Sequence[int]
 
 
 def kernels(package: str, device: torch.device) -> ModuleType:
@@ -64,28 +68,13 @@ class NoiseKind(ABC):
 
     @abstractmethod
     def perturb(
-        self,
-        source: torch.Tensor,
-        target: torch.Tensor,
-        *,
-        region: Region,
-        sigma: float,
-        seed: int,
-        iteration: int,
-        direction: int,
+        self, source: Tensor, target: Tensor, region: Region, *, sigma: float, key: NoiseKey, direction: int
     ) -> None:
         """Write ``round(centre + sigma * eps)`` to ``target``; ``shardes.noise.perturb`` checks before."""
 
     @abstractmethod
     def accumulate(
-        self,
-        master: torch.Tensor,
-        *,
-        region: Region,
-        coefficients: Sequence[float],
-        directions: Sequence[int],
-        seed: int,
-        iteration: int,
+        self, master: Tensor, region: Region, *, key: NoiseKey, coefficients: Floats, directions: Ints
     ) -> None:
         """Add a weighted sum of eps to ``master``; ``shardes.noise.accumulate`` checks before."""
 
@@ -107,45 +96,19 @@ class ElementwiseNoise(NoiseKind):
         return kernels(type(self).__module__, device).FILL
 
     def perturb(
-        self,
-        source: torch.Tensor,
-        target: torch.Tensor,
-        *,
-        region: Region,
-        sigma: float,
-        seed: int,
-        iteration: int,
-        direction: int,
+        self, source: Tensor, target: Tensor, region: Region, *, sigma: float, key: NoiseKey, direction: int
     ) -> None:
         """Write ``round(centre + sigma * eps)`` to ``target``."""
-        kernels("shardes.noise", source.device).perturb(
-            source,
-            target,
-            region,
-            fill=self.fill(source.device),
-            sigma=sigma,
-            words=(region.param_id << 8, direction << 8 | self.stream, iteration),
-            key=seed_key(seed),
-        )
+        fill, word = self.fill(source.device), direction << 8 | self.stream
+        shared = kernels("shardes.noise", source.device)
+        shared.perturb(source, target, region, fill=fill, sigma=sigma, direction_word=word, key=key)
 
     def accumulate(
-        self,
-        master: torch.Tensor,
-        *,
-        region: Region,
-        coefficients: Sequence[float],
-        directions: Sequence[int],
-        seed: int,
-        iteration: int,
+        self, master: Tensor, region: Region, *, key: NoiseKey, coefficients: Floats, directions: Ints
     ) -> None:
         """Add a weighted sum of eps to ``master``."""
-        kernels("shardes.noise", master.device).accumulate(
-            master,
-            region,
-            fill=self.fill(master.device),
-            coefficients=coefficients,
-            word1=region.param_id << 8,
-            direction_words=[direction << 8 | self.stream for direction in directions],
-            word3=iteration,
-            key=seed_key(seed),
+        fill, words = self.fill(master.device), [direction << 8 | self.stream for direction in directions]
+        shared = kernels("shardes.noise", master.device)
+        shared.accumulate(
+            master, region, fill=fill, coefficients=coefficients, direction_words=words, key=key
         )

@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from shardes.noise.definition import Stream
+from shardes.noise.definition import NoiseKey, Stream
 from shardes.noise.kinds import base
+from shardes.noise.kinds.base import Floats, Ints
 from shardes.noise.kinds.gaussian import Gaussian, normals
 from shardes.noise.kinds.low_rank import tables
 from shardes.noise.kinds.low_rank.matrices import matrix_shape
+from shardes.noise.kinds.low_rank.tables import Factors
 from shardes.noise.region import Region
 
 _VECTORS = Gaussian()
@@ -96,53 +99,31 @@ class LowRank(base.NoiseKind):
         return eps
 
     def perturb(
-        self,
-        source: torch.Tensor,
-        target: torch.Tensor,
-        *,
-        region: Region,
-        sigma: float,
-        seed: int,
-        iteration: int,
-        direction: int,
+        self, source: Tensor, target: Tensor, region: Region, *, sigma: float, key: NoiseKey, direction: int
     ) -> None:
         """Write ``round(centre + sigma * eps)`` to ``target``."""
-        address = {"seed": seed, "iteration": iteration}
         if _is_matrix(region):
-            made = self._tables(source.device, region, directions=[direction], **address)
+            made = self.tables(source.device, region, key, [direction])
             tables.perturb(source, target, region=region, sigma=sigma, factors=made)
         else:
-            _VECTORS.perturb(source, target, region=region, sigma=sigma, direction=direction, **address)
+            _VECTORS.perturb(source, target, region, sigma=sigma, key=key, direction=direction)
 
     def accumulate(
-        self,
-        master: torch.Tensor,
-        *,
-        region: Region,
-        coefficients: Sequence[float],
-        directions: Sequence[int],
-        seed: int,
-        iteration: int,
+        self, master: Tensor, region: Region, *, key: NoiseKey, coefficients: Floats, directions: Ints
     ) -> None:
         """Add a weighted sum of eps to ``master``."""
-        steps: dict[str, Any] = {"directions": directions, "seed": seed, "iteration": iteration}
         if _is_matrix(region):
-            made = self._tables(master.device, region, **steps)
+            made = self.tables(master.device, region, key, directions)
             tables.accumulate(master, region=region, coefficients=coefficients, factors=made)
         else:
-            _VECTORS.accumulate(master, region=region, coefficients=coefficients, **steps)
+            _VECTORS.accumulate(master, region, key=key, coefficients=coefficients, directions=directions)
 
-    def _tables(self, device: torch.device, region: Region, **steps: Any) -> tables.Factors:
+    def tables(self, device: torch.device, region: Region, key: NoiseKey, directions: Ints) -> Factors:
+        """Return the tables of the factors of a region's parameter, which is a matrix."""
         assert region.shape is not None, "checked before"
-        return tables.Factors(
-            kernels=base.kernels(__name__, device),
-            device=device,
-            rank=self.rank,
-            scale=float(self.scale),
-            param_id=region.param_id,
-            width=region.shape[-1],
-            **steps,
-        )
+        kernels, width = base.kernels(__name__, device), region.shape[-1]
+        rank, scale = self.rank, float(self.scale)
+        return Factors(kernels, device, rank, scale, region.param_id, width, key, directions)
 
 
 def factors(
@@ -178,7 +159,7 @@ def factors(
         raise ValueError(f"a parameter of shape {list(shape)} has no factors")
     count, height, width = view
     region = Region(param_id, count * height * width, 0, 0, shape=tuple(shape))
-    made = kind._tables(device, region, seed=seed, iteration=iteration, directions=directions)
+    made = kind.tables(device, region, NoiseKey(seed, iteration), directions)
     # All rows of all matrices, and as many columns: one table for all, because no tensor is tiled.
     tile = tables.Tile(0, 0, count * height, 0, count * width, 0, 0)
     left, right = made.left(tile).mT, made.right(tile).mT

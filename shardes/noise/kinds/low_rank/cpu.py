@@ -10,7 +10,7 @@ import numba as nb
 import numpy as np
 import torch
 
-from shardes.noise.cpu import MIN_PER_THREAD, checksum, fill_rounding_bits, stored, words_of
+from shardes.noise.cpu import MIN_PER_THREAD, checksum, fill_rounding_bits, stored, update_words
 from shardes.noise.cpu_math import (
     FLOAT32,
     FORMATS,
@@ -23,7 +23,7 @@ from shardes.noise.cpu_math import (
     u32,
     u64,
 )
-from shardes.noise.definition import BLOCK
+from shardes.noise.definition import BLOCK, NoiseKey
 from shardes.noise.kinds.gaussian import cpu as gaussian_cpu
 from shardes.noise.kinds.gaussian.cpu import PAIR, fill_normals
 from shardes.noise.kinds.low_rank.tables import Tile
@@ -166,8 +166,7 @@ def table(
     scale: float,
     param_id: int,
     direction_words: Sequence[int],
-    iteration: int,
-    key: tuple[int, int],
+    key: NoiseKey,
     device: torch.device,
 ) -> torch.Tensor:
     """Compute rows of a factor in some directions, each element times ``scale``.
@@ -176,7 +175,7 @@ def table(
         float32 of shape [directions, rank, count].
     """
     out = torch.empty(len(direction_words), rank, count, device=device)
-    c1, c3 = words_of((param_id << 8, iteration))
+    (c1, c3), key_words = update_words(param_id, key)
     directions = np.asarray(direction_words, np.uint32)
     split_over_threads(
         _table_kernel(),
@@ -188,7 +187,7 @@ def table(
         directions,
         c1,
         c3,
-        words_of(key),
+        key_words,
         at_least=max(MIN_PER_THREAD // max(rank * count, 1), 1),
     )
     return out
@@ -227,8 +226,7 @@ def accumulate(
     index: int,
     width: int,
     param_id: int,
-    iteration: int,
-    key: tuple[int, int],
+    key: NoiseKey,
 ) -> None:
     """Add a weighted sum of eps to a tile; the factors are of shape [terms, rows] and [terms, columns]."""
     split_over_threads(
@@ -240,7 +238,6 @@ def accumulate(
         left.numpy(),
         right.numpy(),
         (index, width),
-        words_of((param_id << 8, iteration)),
-        words_of(key),
+        *update_words(param_id, key),
         at_least=max(MIN_PER_THREAD // (_ROWS * tile.columns), 1),
     )

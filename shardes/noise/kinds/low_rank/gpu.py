@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from shardes.noise import gpu
-from shardes.noise.definition import BLOCK, LANES, MAX_ELEMENTS, Stream
+from shardes.noise.definition import BLOCK, LANES, MAX_ELEMENTS, NoiseKey, Stream
 from shardes.noise.gpu_math import as_float, perturbed, philox, round_randomly, tl, triton, widen
 from shardes.noise.kinds.gaussian.gpu import FILL as NORMALS
 from shardes.noise.kinds.low_rank.tables import Tile
@@ -109,8 +109,7 @@ def table(
     scale: float,
     param_id: int,
     direction_words: Sequence[int],
-    iteration: int,
-    key: tuple[int, int],
+    key: NoiseKey,
     device: torch.device,
 ) -> torch.Tensor:
     """Compute rows of a factor in some directions, each element times ``scale``.
@@ -123,8 +122,7 @@ def table(
     out = torch.empty(len(direction_words), count * rank, device=device)
     region = Region(param_id, MAX_ELEMENTS, first * rank, count * rank)
     for row, word2 in zip(out, direction_words, strict=True):
-        words = (param_id << 8, word2, iteration)
-        gpu.perturb(nothing, row, region, sigma=scale, fill=NORMALS, words=words, key=key)
+        gpu.perturb(nothing, row, region, sigma=scale, fill=NORMALS, direction_word=word2, key=key)
     return out.view(-1, count, rank).transpose(1, 2).contiguous()
 
 
@@ -151,11 +149,10 @@ def accumulate(
     index: int,
     width: int,
     param_id: int,
-    iteration: int,
-    key: tuple[int, int],
+    key: NoiseKey,
 ) -> None:
     """Add a weighted sum of eps to a tile; the factors are of shape [terms, rows] and [terms, columns]."""
-    _launch(_accumulate, (master, left, right), tile, (index, width, param_id << 8, iteration, *key))
+    _launch(_accumulate, (master, left, right), tile, (index, width, *gpu.update_words(param_id, key)))
 
 
 def _launch(function: Any, tensors: tuple[torch.Tensor, ...], tile: Tile, numbers: tuple[int, ...]) -> None:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from shardes.noise.definition import Stream, seed_key
+from shardes.noise.definition import NoiseKey, Stream
 from shardes.noise.kinds.low_rank.matrices import matrix_shape
 from shardes.noise.region import Region
 
@@ -111,8 +111,7 @@ class Factors:
         scale: Factor of the elements of A.
         param_id: Index of the parameter in the name-sorted list.
         width: Columns of its matrices.
-        seed: The run's seed.
-        iteration: Iteration of the noise.
+        key: Key of the noise.
         directions: Directions within the iteration.
     """
 
@@ -122,8 +121,7 @@ class Factors:
     scale: float
     param_id: int
     width: int
-    seed: int
-    iteration: int
+    key: NoiseKey
     directions: Sequence[int]
 
     def left(self, tile: Tile) -> torch.Tensor:
@@ -143,8 +141,7 @@ class Factors:
             scale=scale,
             param_id=self.param_id,
             direction_words=[direction << 8 | stream for direction in self.directions],
-            iteration=self.iteration,
-            key=seed_key(self.seed),
+            key=self.key,
             device=self.device,
         )
         return table
@@ -186,6 +183,5 @@ def accumulate(
             index=tile.first_row * factors.width + tile.first_column,
             width=factors.width,
             param_id=factors.param_id,
-            iteration=factors.iteration,
-            key=seed_key(factors.seed),
+            key=factors.key,
         )
