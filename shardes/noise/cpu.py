@@ -7,7 +7,7 @@ changes a bit.
 
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
@@ -33,7 +33,7 @@ from shardes.noise.cpu_math import (
     u32,
     u64,
 )
-from shardes.noise.definition import BLOCK, LANES, NoiseKey, Stream, seed_key
+from shardes.noise.definition import BLOCK, LANES, Floats, Ints, NoiseKey, Stream, seed_key
 from shardes.noise.region import Region
 from shardes.utils.threads import split_over_threads
 
@@ -202,33 +202,20 @@ def add_kernel(master_format: int) -> Callable[..., None]:
 
 
 def perturb(
-    source: Tensor,
-    target: Tensor,
-    region: Region,
-    *,
-    fill: Fill,
-    sigma: float,
-    direction_word: int,
-    key: NoiseKey,
+    source: Tensor, target: Tensor, region: Region, *, fill: Fill, sigma: float, word2: int, key: NoiseKey
 ) -> None:
     """Perturb as ``shardes.noise.perturb`` does, with counter word 2 given."""
     kernel = perturb_kernel(fill, FORMATS[source.dtype], FORMATS[target.dtype])
-    words = words_of((region.param_id << 8, direction_word, key.iteration))
+    words = words_of((region.param_id << 8, word2, key.iteration))
     tensors = stored(source), stored(target)
     _over_blocks(kernel, region, fill.fill_size, *tensors, f32(sigma), words, words_of(seed_key(key.seed)))
 
 
 def accumulate(
-    master: Tensor,
-    region: Region,
-    *,
-    fill: Fill,
-    coefficients: Sequence[float],
-    direction_words: Sequence[int],
-    key: NoiseKey,
+    master: Tensor, region: Region, *, fill: Fill, coefficients: Floats, words2: Ints, key: NoiseKey
 ) -> None:
     """Accumulate as ``shardes.noise.accumulate`` does, with counter words 2 given."""
-    kernel, words = accumulate_kernel(fill, FORMATS[master.dtype]), np.asarray(direction_words, np.uint32)
+    kernel, words = accumulate_kernel(fill, FORMATS[master.dtype]), np.asarray(words2, np.uint32)
     terms = np.asarray(coefficients, np.float32), words
     _over_blocks(kernel, region, fill.add_size, stored(master), *terms, *update_words(region.param_id, key))
 
@@ -244,7 +231,7 @@ def update_words(param_id: int, key: NoiseKey) -> tuple[tuple[np.uint32, ...], t
     return words_of((param_id << 8, key.iteration)), words_of(seed_key(key.seed))
 
 
-def words_of(numbers: Sequence[int]) -> tuple[np.uint32, ...]:
+def words_of(numbers: Ints) -> tuple[np.uint32, ...]:
     """Return numbers as the uint32 words that kernels take."""
     return tuple(u32(number) for number in numbers)
 
@@ -263,7 +250,7 @@ def _over_blocks(kernel: Callable[..., None], region: Region, size: int, *argume
     )
 
 
-def stored(tensor: torch.Tensor) -> NDArray[np.uint32] | NDArray[np.uint16]:
+def stored(tensor: Tensor) -> NDArray[np.uint32] | NDArray[np.uint16]:
     """Return the storage of a contiguous CPU tensor as flat uint32 or uint16, without a copy."""
     width = torch.uint32 if tensor.dtype == torch.float32 else torch.uint16
     return tensor.detach().view(-1).view(width).numpy()

@@ -5,6 +5,7 @@ the same in words. Nothing here may change without a new ``NOISE_VERSION``: a jo
 can only be replayed under the definition it was written with. The kernels import the constants from here.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -12,6 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 NOISE_VERSION = 1
+
+Floats = Sequence[float]
+Ints = Sequence[int]
 
 # Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 PHILOX_ROUNDS = 10

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardes.noise.definition import BLOCK, LANES, NoiseKey, Stream, seed_key
-from shardes.noise.gpu_math import (
-    philox,
-    round_randomly,
-    tl,
-    triton,
-    widen,
-)
+from shardes.noise.definition import BLOCK, LANES, Floats, Ints, NoiseKey, Stream, seed_key
+from shardes.noise.gpu_math import philox, round_randomly, tl, triton, widen
 from shardes.noise.region import Region
 
 _LANES = tl.constexpr(LANES)
@@ -255,38 +249,25 @@ def _add(
 
 
 def perturb(
-    source: Tensor,
-    target: Tensor,
-    region: Region,
-    *,
-    fill: Fill,
-    sigma: float,
-    direction_word: int,
-    key: NoiseKey,
+    source: Tensor, target: Tensor, region: Region, *, fill: Fill, sigma: float, word2: int, key: NoiseKey
 ) -> None:
     """Perturb as ``shardes.noise.perturb`` does, with counter word 2 given."""
     # As bits: every version of Triton, and its interpreter, passes an integer unchanged.
     sigma_bits = int(np.float32(sigma).view(np.uint32))
-    numbers = (sigma_bits, region.param_id << 8, direction_word, key.iteration, *seed_key(key.seed))
+    numbers = (sigma_bits, region.param_id << 8, word2, key.iteration, *seed_key(key.seed))
     functions = {"perturb_calls": fill.perturb_calls, "always_masked": fill.always_masked}
     launch(_perturb, fill.size, fill.calls, (source, target), region, numbers, **functions)
 
 
 def accumulate(
-    master: Tensor,
-    region: Region,
-    *,
-    fill: Fill,
-    coefficients: Sequence[float],
-    direction_words: Sequence[int],
-    key: NoiseKey,
+    master: Tensor, region: Region, *, fill: Fill, coefficients: Floats, words2: Ints, key: NoiseKey
 ) -> None:
     """Accumulate as ``shardes.noise.accumulate`` does, with counter words 2 given."""
-    terms = np.asarray(coefficients, np.float32).tobytes() + np.asarray(direction_words, np.uint32).tobytes()
+    terms = np.asarray(coefficients, np.float32).tobytes() + np.asarray(words2, np.uint32).tobytes()
     with on_device(master.device):
         stream = torch.cuda.current_stream().cuda_stream if master.is_cuda else 0
         table = _table(terms, master.device, stream)
-    numbers = (len(direction_words), *update_words(region.param_id, key))
+    numbers = (len(words2), *update_words(region.param_id, key))
     function = {"accumulate_calls": fill.accumulate_calls}
     launch(_accumulate, fill.size, fill.calls, (master, table), region, numbers, **function)
 
@@ -302,7 +283,7 @@ def update_words(param_id: int, key: NoiseKey) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=4)
-def _table(numbers: bytes, device: torch.device, stream: int) -> torch.Tensor:
+def _table(numbers: bytes, device: torch.device, stream: int) -> Tensor:
     """Copy 32-bit numbers to a device; kept, because an update asks for the same ones for every parameter.
 
     The key has the stream that the copy was queued on: another one would not wait for it.
@@ -315,7 +296,7 @@ def launch(
     function: Any,
     size: int,
     calls: int,
-    tensors: tuple[torch.Tensor, torch.Tensor],
+    tensors: tuple[Tensor, Tensor],
     region: Region,
     numbers: tuple[int, ...],
     **constants: Any,

@@ -8,10 +8,17 @@ from collections.abc import Sequence
 
 import torch
 
+from shardes.noise.definition import NOISE_VERSION as NOISE_VERSION
 from shardes.noise.definition import NoiseKey
+from shardes.noise.definition import data_order as data_order
+from shardes.noise.definition import sampling_uniforms as sampling_uniforms
 from shardes.noise.kinds import base
 from shardes.noise.kinds.base import NoiseKind
 from shardes.noise.kinds.gaussian import Gaussian
+from shardes.noise.kinds.low_rank import LowRank as LowRank
+from shardes.noise.kinds.low_rank import factors as factors
+from shardes.noise.kinds.low_rank.matrices import matrix_shape as matrix_shape
+from shardes.noise.kinds.rademacher import Rademacher as Rademacher
 from shardes.noise.region import Region
 
 GAUSSIAN = Gaussian()

@@ -11,11 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shardes.noise.definition import NoiseKey, Stream
+from shardes.noise.definition import Floats, Ints, NoiseKey, Stream
 from shardes.noise.region import Region
-
-Floats = Sequence[float]
-Ints = Sequence[int]
 
 
 def kernels(package: str, device: torch.device) -> ModuleType:
@@ -101,7 +98,7 @@ class ElementwiseNoise(NoiseKind):
         """Write ``round(centre + sigma * eps)`` to ``target``."""
         fill, word = self.fill(source.device), direction << 8 | self.stream
         shared = kernels("shardes.noise", source.device)
-        shared.perturb(source, target, region, fill=fill, sigma=sigma, direction_word=word, key=key)
+        shared.perturb(source, target, region, fill=fill, sigma=sigma, word2=word, key=key)
 
     def accumulate(
         self, master: Tensor, region: Region, *, key: NoiseKey, coefficients: Floats, directions: Ints
@@ -109,6 +106,4 @@ class ElementwiseNoise(NoiseKind):
         """Add a weighted sum of eps to ``master``."""
         fill, words = self.fill(master.device), [direction << 8 | self.stream for direction in directions]
         shared = kernels("shardes.noise", master.device)
-        shared.accumulate(
-            master, region, fill=fill, coefficients=coefficients, direction_words=words, key=key
-        )
+        shared.accumulate(master, region, fill=fill, coefficients=coefficients, words2=words, key=key)

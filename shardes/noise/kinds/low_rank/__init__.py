@@ -4,7 +4,6 @@ Vectors have standard normal noise. This module has the definition in NumPy, and
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shardes.noise.definition import NoiseKey, Stream
+from shardes.noise.definition import Floats, Ints, NoiseKey, Stream
 from shardes.noise.kinds import base
-from shardes.noise.kinds.base import Floats, Ints
 from shardes.noise.kinds.gaussian import Gaussian, normals
 from shardes.noise.kinds.low_rank import tables
 from shardes.noise.kinds.low_rank.matrices import matrix_shape
@@ -54,7 +52,7 @@ class LowRank(base.NoiseKind):
         """Upper bound of the magnitude of eps."""
         return _VECTORS.largest**2 * math.sqrt(self.rank)
 
-    def check_shape(self, shape: Sequence[int]) -> None:
+    def check_shape(self, shape: Ints) -> None:
         """Check that a parameter has at most three dimensions.
 
         Raises:
@@ -63,7 +61,7 @@ class LowRank(base.NoiseKind):
         matrix_shape(shape)
 
     def element_factors(
-        self, *, param_id: int, shape: Sequence[int], start: int, length: int, **address: Any
+        self, *, param_id: int, shape: Ints, start: int, length: int, **address: Any
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Compute in NumPy the factors of elements [start, start + length) of some matrices.
 
@@ -87,7 +85,7 @@ class LowRank(base.NoiseKind):
         index = np.arange(start, start + length)
         return left[index // width], right[index // (height * width) * width + index % width]
 
-    def eps(self, *, shape: Sequence[int] | None = None, **address: Any) -> NDArray[np.float32]:
+    def eps(self, *, shape: Ints | None = None, **address: Any) -> NDArray[np.float32]:
         """Compute eps of consecutive elements in NumPy; ``shape`` is required."""
         assert shape is not None, "the noise of a matrix depends on its shape"
         if matrix_shape(shape) is None:
@@ -130,10 +128,10 @@ def factors(
     *,
     kind: LowRank,
     param_id: int,
-    shape: Sequence[int],
+    shape: Ints,
     seed: int,
     iteration: int,
-    directions: Sequence[int],
+    directions: Ints,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the factors of a whole parameter's noise: eps = left @ right^T, but for rounding.

@@ -4,11 +4,12 @@ No fast-math: the compiler may use vector instructions but may not change a bit.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numba as nb
 import numpy as np
 import torch
+from torch import Tensor
 
 from shardes.noise.cpu import MIN_PER_THREAD, checksum, fill_rounding_bits, stored, update_words
 from shardes.noise.cpu_math import (
@@ -23,7 +24,7 @@ from shardes.noise.cpu_math import (
     u32,
     u64,
 )
-from shardes.noise.definition import BLOCK, NoiseKey
+from shardes.noise.definition import BLOCK, Ints, NoiseKey
 from shardes.noise.kinds.gaussian import cpu as gaussian_cpu
 from shardes.noise.kinds.gaussian.cpu import PAIR, fill_normals
 from shardes.noise.kinds.low_rank.tables import Tile
@@ -165,21 +166,21 @@ def table(
     rank: int,
     scale: float,
     param_id: int,
-    direction_words: Sequence[int],
+    words2: Ints,
     key: NoiseKey,
     device: torch.device,
-) -> torch.Tensor:
+) -> Tensor:
     """Compute rows of a factor in some directions, each element times ``scale``.
 
     Returns:
         float32 of shape [directions, rank, count].
     """
-    out = torch.empty(len(direction_words), rank, count, device=device)
+    out = torch.empty(len(words2), rank, count, device=device)
     (c1, c3), key_words = update_words(param_id, key)
-    directions = np.asarray(direction_words, np.uint32)
+    directions = np.asarray(words2, np.uint32)
     split_over_threads(
         _table_kernel(),
-        len(direction_words),
+        len(words2),
         out.numpy(),
         first,
         rank,
@@ -193,15 +194,7 @@ def table(
     return out
 
 
-def perturb(
-    source: torch.Tensor,
-    target: torch.Tensor,
-    tile: Tile,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    *,
-    sigma: float,
-) -> None:
+def perturb(source: Tensor, target: Tensor, tile: Tile, left: Tensor, right: Tensor, *, sigma: float) -> None:
     """Perturb a tile; the factors are of shape [rank, rows] and [rank, columns]."""
     split_over_threads(
         _perturb_kernel(FORMATS[source.dtype], FORMATS[target.dtype]),
@@ -218,10 +211,10 @@ def perturb(
 
 
 def accumulate(
-    master: torch.Tensor,
+    master: Tensor,
     tile: Tile,
-    left: torch.Tensor,
-    right: torch.Tensor,
+    left: Tensor,
+    right: Tensor,
     *,
     index: int,
     width: int,

@@ -4,14 +4,14 @@ A program handles a rectangle of a tile: a thread reads few factors for many ele
 the kernels of standard normal noise.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from shardes.noise import gpu
-from shardes.noise.definition import BLOCK, LANES, MAX_ELEMENTS, NoiseKey, Stream
+from shardes.noise.definition import BLOCK, LANES, MAX_ELEMENTS, Ints, NoiseKey, Stream
 from shardes.noise.gpu_math import as_float, perturbed, philox, round_randomly, tl, triton, widen
 from shardes.noise.kinds.gaussian.gpu import FILL as NORMALS
 from shardes.noise.kinds.low_rank.tables import Tile
@@ -108,10 +108,10 @@ def table(
     rank: int,
     scale: float,
     param_id: int,
-    direction_words: Sequence[int],
+    words2: Ints,
     key: NoiseKey,
     device: torch.device,
-) -> torch.Tensor:
+) -> Tensor:
     """Compute rows of a factor in some directions, each element times ``scale``.
 
     Returns:
@@ -119,32 +119,24 @@ def table(
     """
     # Adding to -0 keeps every bit, even the sign of a zero.
     nothing = torch.full((count * rank,), -0.0, device=device)
-    out = torch.empty(len(direction_words), count * rank, device=device)
+    out = torch.empty(len(words2), count * rank, device=device)
     region = Region(param_id, MAX_ELEMENTS, first * rank, count * rank)
-    for row, word2 in zip(out, direction_words, strict=True):
-        gpu.perturb(nothing, row, region, sigma=scale, fill=NORMALS, direction_word=word2, key=key)
+    for row, word in zip(out, words2, strict=True):
+        gpu.perturb(nothing, row, region, sigma=scale, fill=NORMALS, word2=word, key=key)
     return out.view(-1, count, rank).transpose(1, 2).contiguous()
 
 
-def perturb(
-    source: torch.Tensor,
-    target: torch.Tensor,
-    tile: Tile,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    *,
-    sigma: float,
-) -> None:
+def perturb(source: Tensor, target: Tensor, tile: Tile, left: Tensor, right: Tensor, *, sigma: float) -> None:
     """Perturb a tile; the factors are of shape [rank, rows] and [rank, columns]."""
     sigma_bits = int(np.float32(sigma).view(np.uint32))
     _launch(_perturb, (source, target, left, right), tile, (sigma_bits,))
 
 
 def accumulate(
-    master: torch.Tensor,
+    master: Tensor,
     tile: Tile,
-    left: torch.Tensor,
-    right: torch.Tensor,
+    left: Tensor,
+    right: Tensor,
     *,
     index: int,
     width: int,
@@ -155,7 +147,7 @@ def accumulate(
     _launch(_accumulate, (master, left, right), tile, (index, width, *gpu.update_words(param_id, key)))
 
 
-def _launch(function: Any, tensors: tuple[torch.Tensor, ...], tile: Tile, numbers: tuple[int, ...]) -> None:
+def _launch(function: Any, tensors: tuple[Tensor, ...], tile: Tile, numbers: tuple[int, ...]) -> None:
     """Run a kernel over a tile; the last of the tensors is the right factor."""
     with gpu.on_device(tensors[0].device):
         function[(-(-tile.rows // _ROWS), -(-tile.columns // _COLUMNS))](

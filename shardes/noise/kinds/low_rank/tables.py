@@ -4,13 +4,14 @@ A region is cut into tiles, rectangles of one matrix each. A tile needs the rows
 rows of B for its own columns, and no others. Every element is computed by itself, so the cut changes no bit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from shardes.noise.definition import NoiseKey, Stream
+from shardes.noise.definition import Floats, Ints, NoiseKey, Stream
 from shardes.noise.kinds.low_rank.matrices import matrix_shape
 from shardes.noise.region import Region
 
@@ -122,25 +123,25 @@ class Factors:
     param_id: int
     width: int
     key: NoiseKey
-    directions: Sequence[int]
+    directions: Ints
 
-    def left(self, tile: Tile) -> torch.Tensor:
+    def left(self, tile: Tile) -> Tensor:
         """Return A / sqrt(rank) at a tile's rows: float32 of shape [directions, rank, rows]."""
         return self._table(Stream.LEFT, tile.first_row, tile.rows, scale=self.scale)
 
-    def right(self, tile: Tile) -> torch.Tensor:
+    def right(self, tile: Tile) -> Tensor:
         """Return B at a tile's columns: float32 of shape [directions, rank, columns]."""
         first = tile.matrix * self.width + tile.first_column
         return self._table(Stream.RIGHT, first, tile.columns, scale=1.0)
 
-    def _table(self, stream: Stream, first: int, count: int, *, scale: float) -> torch.Tensor:
-        table: torch.Tensor = self.kernels.table(
+    def _table(self, stream: Stream, first: int, count: int, *, scale: float) -> Tensor:
+        table: Tensor = self.kernels.table(
             first,
             count,
             rank=self.rank,
             scale=scale,
             param_id=self.param_id,
-            direction_words=[direction << 8 | stream for direction in self.directions],
+            words2=[direction << 8 | stream for direction in self.directions],
             key=self.key,
             device=self.device,
         )
@@ -148,8 +149,8 @@ class Factors:
 
 
 def perturb(
-    source: torch.Tensor,
-    target: torch.Tensor,
+    source: Tensor,
+    target: Tensor,
     *,
     region: Region,
     sigma: float,
@@ -162,13 +163,7 @@ def perturb(
         factors.kernels.perturb(source, target, tile, left.flatten(0, 1), right.flatten(0, 1), sigma=sigma)
 
 
-def accumulate(
-    master: torch.Tensor,
-    *,
-    region: Region,
-    coefficients: Sequence[float],
-    factors: Factors,
-) -> None:
+def accumulate(master: Tensor, *, region: Region, coefficients: Floats, factors: Factors) -> None:
     """Add a weighted sum of eps to a region of matrices."""
     side = max(MAX_TABLE // (factors.rank * max(len(coefficients), 1)), 1)
     scales = torch.tensor(coefficients, dtype=torch.float32, device=master.device).view(-1, 1, 1)
