@@ -20,11 +20,13 @@ from shardes.errors import UserError
 from shardes.es.strategy import decay_of, optimizer_of
 from shardes.es.update import Update
 from shardes.models.checkpoint import Checkpoint
-from shardes.noise import NOISE_VERSION, Kind, LowRank, NoiseKind, matrix_shape
+from shardes.noise import NOISE_VERSION
+from shardes.noise.kinds.registry import make_kind
 from shardes.runs.journal import JOURNAL_VERSION
 from shardes.utils.progress import progress
 from shardes.utils.timers import PhaseTimer
 from shardes.weights.master import Weights
+from shardes.weights.master_digest import master_digest
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,7 @@ class Session:
         Raises:
             RuntimeError: Replicas hold different weights.
         """
-        return self.combined(self.weights.digest(is_rounded=is_rounded), compare=compare)
+        return self.combined(master_digest(self.weights, is_rounded=is_rounded), compare=compare)
 
     def summed(self, parts: list[float]) -> list[float]:
         """Numbers of which every rank of a replica has a part; a collective of these."""
@@ -121,7 +123,7 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
         weights = Weights(
             backend,
             seed=config.es.seed,
-            kind=_kind(config),
+            kind=make_kind(config.es.noise, rank=config.es.rank),
             dtype=torch.float32 if config.weights.master == "float32" else backend.dtype,
             trainable=config.es.trainable,
             optimizer=optimizer_of(config.es),
@@ -130,7 +132,8 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
         )
         _check_shapes(weights)
         weights.load(checkpoint)
-        identity = _identity(weights, checkpoint, _combined(mesh, backend, weights.digest(), compare=True))
+        base_digest = _combined(mesh, backend, master_digest(weights), compare=True)
+        identity = _identity(weights, checkpoint, base_digest)
         logger.info(
             "%s on %d rank(s), %d replica(s), %s, %s; %d of %d parameters are trained",
             parallel.backend,
@@ -144,23 +147,15 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
         yield Session(config, mesh, backend, weights, identity, PhaseTimer(), stop)
 
 
-def _kind(config: Config) -> Kind:
-    """Which noise."""
-    es = config.es
-    return LowRank(es.rank) if es.noise == "low_rank" else NoiseKind(es.noise)
-
-
 def _check_shapes(weights: Weights) -> None:
     """Refuses parameters that the noise has no rule for.
 
     Raises:
         UserError: There is one.
     """
-    if not isinstance(weights.kind, LowRank):
-        return
     for shard in weights.trained:
         try:
-            matrix_shape(shard.shape)
+            weights.kind.check_shape(shard.shape)
         except ValueError as error:
             raise UserError(
                 f"es.noise: {shard.name}: {error}; freeze it (es.trainable: ['.*', '!{shard.name}']), or "

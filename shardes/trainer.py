@@ -25,6 +25,7 @@ from shardes.runs.snapshot_writer import SnapshotWriter
 from shardes.session import Session
 from shardes.tasks.base import Task
 from shardes.tasks.data import rows_sha256
+from shardes.weights.master_digest import optimizer_digest
 from shardes.weights.update_stats import UpdateStats, update_stats
 
 logger = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ class TrainingLoop:
         self._recorder.record(record | {"digest": digest}, durable=is_due)
         if is_due:
             with self._timer("snapshot"):
-                states_digest = self._session.combined(self._weights.states_digest())
+                states_digest = self._session.combined(optimizer_digest(self._weights))
                 self._snapshots.begin(iteration, digest=digest, states_digest=states_digest)
 
     def _finish(self) -> None:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from shardes import noise
-from shardes.noise import NoiseKind, Region
+from shardes.noise import GAUSSIAN, NoiseKind, Rademacher, Region
 
 # Moments of the normal law by order, and the variance of one element's power.
 _MOMENTS = {1: (0.0, 1.0), 2: (1.0, 2.0), 3: (0.0, 15.0), 4: (3.0, 96.0), 6: (15.0, 10170.0)}
@@ -66,7 +66,7 @@ def moments_and_tails(num_elements: int) -> list[Row]:
     """Powers and counts beyond some sizes, over ``num_elements`` normals."""
     sums, counts = dict.fromkeys(_MOMENTS, 0.0), dict.fromkeys(_TAILS, 0)
     for start, length in _parts(num_elements):
-        values = sample(NoiseKind.GAUSSIAN, start, length).astype(np.float64)
+        values = sample(GAUSSIAN, start, length).astype(np.float64)
         for order in sums:
             sums[order] += float((values**order).sum())
         for tail in counts:
@@ -88,7 +88,7 @@ def kolmogorov_smirnov(num_elements: int) -> float:
 
     In the ideal case it exceeds 1.63 with a probability of 1%, and 1.95 with 0.1%.
     """
-    ordered = np.concatenate([sample(NoiseKind.GAUSSIAN, *part) for part in _parts(num_elements)])
+    ordered = np.concatenate([sample(GAUSSIAN, *part) for part in _parts(num_elements)])
     ordered.sort()
     largest = 0.0
     for start, length in _parts(num_elements):
@@ -135,9 +135,7 @@ def correlations(kind: NoiseKind, num_elements: int) -> list[Row]:
 
 def signs(num_elements: int) -> list[Row]:
     """The balance of Rademacher noise."""
-    total = sum(
-        float(sample(NoiseKind.RADEMACHER, *part).sum(dtype=np.float64)) for part in _parts(num_elements)
-    )
+    total = sum(float(sample(Rademacher(), *part).sum(dtype=np.float64)) for part in _parts(num_elements))
     return [Row("mean of signs", total / num_elements, 0.0, total / math.sqrt(num_elements))]
 
 
@@ -153,8 +151,8 @@ def signs(num_elements: int) -> list[Row]:
 def main(*, elements: int, pairs: int) -> None:
     """Print all statistics as a Markdown table."""
     groups = {
-        "gaussian": [*moments_and_tails(elements), *correlations(NoiseKind.GAUSSIAN, pairs)],
-        "rademacher": [*signs(elements), *correlations(NoiseKind.RADEMACHER, pairs)],
+        "gaussian": [*moments_and_tails(elements), *correlations(GAUSSIAN, pairs)],
+        "rademacher": [*signs(elements), *correlations(Rademacher(), pairs)],
     }
     click.echo("| noise | statistic | found | ideal | standard deviations |\n|---|---|---|---|---|")
     for kind, row in itertools.chain.from_iterable(((k, r) for r in rows) for k, rows in groups.items()):

@@ -130,7 +130,7 @@ def perturb_and_subtract() -> Any:
         added: tuple[int, int, float] | None = None
 
         def _add(self, iteration: int, direction: int, sigma: float) -> None:
-            for _, region, working, _ in self._on_device():
+            for _, region, working, _ in self.on_device():
                 noise.perturb(
                     working,
                     working,
@@ -141,7 +141,7 @@ def perturb_and_subtract() -> Any:
                     direction=direction,
                     kind=self.kind,
                 )
-            self._backend.commit()
+            self.backend.commit()
 
         def _restore(self) -> None:
             if self.added is not None:
@@ -155,15 +155,15 @@ def perturb_and_subtract() -> Any:
             self._add(*self.added)
 
         def centre(self) -> None:
-            if self._base is not None and self.last_update is None and self.added is None:
+            if self.base is not None and self.last_update is None and self.added is None:
                 super().centre()  # the model has just been read
             self._restore()
 
         @torch.no_grad()
         def update(self, update: Update, **stats: Any) -> None:
             self._restore()
-            for _, region, working, master in self._on_device():
-                working.copy_((working.float() + self._gradient(region, update)).to(working.dtype))
+            for _, region, working, master in self.on_device():
+                working.copy_((working.float() + self.gradient(region, update)).to(working.dtype))
                 master.copy_(working)
             self.last_update = update
 

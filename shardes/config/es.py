@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from shardes.config.section import Section
+from shardes.noise.kinds.registry import KindName
 
 
 class EsConfig(Section):
@@ -20,7 +21,7 @@ class EsConfig(Section):
     antithetic: bool = False
     """Have members come in pairs that look in opposite directions. A pair has one direction, so the update
     computes half the noise. The population must be even."""
-    noise: Literal["gaussian", "rademacher", "low_rank"] = "gaussian"
+    noise: KindName = "gaussian"
     """``gaussian``: standard normal, as in the paper. ``rademacher``: +1 or -1, much cheaper to compute.
     ``low_rank``: of a matrix the product of two normal matrices of ``rank`` columns, of a vector standard
     normal; many members can then be evaluated in one forward (``rollout.members_per_forward``)."""

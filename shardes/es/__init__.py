@@ -1,1 +1,1 @@
-"""The algorithm's parts: weights, fitness, digest."""
+"""The algorithm, without communication or files: strategy, shaping, schedules, optimizers."""

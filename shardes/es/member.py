@@ -1,4 +1,4 @@
-"""What members earned, and what a failed reward counts."""
+"""Results of members, and the rules for failed rewards."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,20 +10,20 @@ from shardes.errors import UserError
 
 @dataclass(frozen=True)
 class MemberResult:
-    """What a member earned.
+    """Rewards and counts of one member of the population.
 
     Attributes:
-        member: Which.
-        reward: The mean over its answers that count; None if none does, or if its logits were not finite.
-        num_failures: Answers whose reward failed.
-        num_tokens: Tokens generated.
-        num_scored: Answers that count in the mean.
-        least: The least reward of an answer; None if none counts.
-        components: By name, the mean of each component over the answers that it applies to.
-        is_finite: Whether its logits were; answers that others chose mean nothing.
-        by_problem: The mean over its answers to each problem that count; None if none does.
-        problems: Which of the iteration's problems these are, in order; None: all.
-        samples: A few answers of the first member, for people to read; not journaled.
+        member: Index of the member in the iteration.
+        reward: Mean reward over its answers that count; None if none does, or if its logits were not finite.
+        num_failures: Number of answers whose reward failed.
+        num_tokens: Number of generated tokens.
+        num_scored: Number of answers that count in the mean.
+        least: Smallest reward of an answer; None if none counts.
+        components: Mean of each reward component by name, over the answers that it applies to.
+        is_finite: Whether its logits were finite; if not, its answers mean nothing.
+        by_problem: Mean reward over its answers to each problem that count; None if none does.
+        problems: Indices of these problems among the iteration's, in order; None: all problems.
+        samples: A few answers of the first member for people to read; not journaled.
     """
 
     member: int
@@ -40,22 +40,22 @@ class MemberResult:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
-        """That of a journal's record."""
+        """Read a result from a journal's record."""
         return cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
 
     def record(self) -> dict[str, Any]:
-        """What the journal keeps of it."""
+        """Return the journal's record of it."""
         return {key: value for key, value in vars(self).items() if key != "samples"}
 
 
 def member_rewards(results: Sequence[MemberResult], *, on_error: str | float) -> list[float | None]:
-    """The reward of each member, by the rule for failed rewards.
+    """Compute the reward of each member by the rule for failed rewards.
 
-    With ``worst``, every failed reward counts as the least that any answer of any of the members earned: a
-    function of what all members earned, whatever the order in which that became known.
+    With ``worst``, every failed reward counts as the smallest reward of any answer of any member: a
+    function of all members' results, whatever the order in which they arrive.
 
     Args:
-        results: All members of an iteration.
+        results: Results of all members of an iteration.
         on_error: ``task.on_reward_error``; numbers and ``exclude`` are part of the results already.
     """
     least = min((result.least for result in results if result.least is not None), default=None)
@@ -73,7 +73,7 @@ def member_rewards(results: Sequence[MemberResult], *, on_error: str | float) ->
 def apply_reward_error_policy(
     rewards: Sequence[float | None], has_failed: Sequence[bool], *, on_error: str | float
 ) -> list[float | None]:
-    """The rewards of the answers of one evaluation, by the rule for failed rewards."""
+    """Compute the rewards of the answers of one evaluation by the rule for failed rewards."""
     least = min((reward for reward in rewards if reward is not None), default=None)
     if on_error != "worst":
         return list(rewards)
@@ -81,13 +81,13 @@ def apply_reward_error_policy(
 
 
 def mean_reward(rewards: Sequence[float | None]) -> float | None:
-    """The mean over answers that count, exact in any order; None if none does."""
+    """Compute the mean of the rewards that are not None, exact in any order; None if there is none."""
     counted = [reward for reward in rewards if reward is not None]
     return math.fsum(counted) / len(counted) if counted else None
 
 
 def mean_and_deviation(rewards: Sequence[float]) -> tuple[float, float]:
-    """Mean and population standard deviation, exactly 0 for equal rewards; there must be at least one."""
+    """Compute mean and population standard deviation of one or more rewards; 0 exactly if all are equal."""
     if min(rewards) == max(rewards):
         return rewards[0], 0.0  # the mean of equal numbers may differ from them in the last place
     mean = math.fsum(rewards) / len(rewards)

@@ -1,8 +1,8 @@
-"""What becomes of the ES gradient: plain steps, momentum, Adam.
+"""Optimizers that turn the ES gradient into steps: plain steps, momentum, Adam.
 
-All of it is elementwise, so every shard does its own, and written as single float32 operations in a fixed
-order, each rounded once: no fused multiply-add, no division by a number, which some devices turn into another
-operation. So a replay gives the same bits, and no sharding changes one.
+Every operation is elementwise, so each shard computes its own part, and is a single float32 operation in a
+fixed order, rounded once: no fused multiply-add, no division by a number, which some devices turn into
+another operation. A replay therefore gives the same bits, whatever the sharding.
 """
 
 from abc import ABC, abstractmethod
@@ -15,76 +15,76 @@ import torch
 
 
 class Optimizer(ABC):
-    """Turns gradients into steps.
+    """Rule that turns gradients into steps.
 
     Attributes:
-        state_names: What it keeps for each weight, a float32 tensor each, zero at first.
-        steps_are_gradients: Whether a step is the gradient itself, so that nothing has to be kept.
+        state_names: Names of its states, each one float32 number a weight, zero at first.
+        steps_are_gradients: Whether a step is the gradient itself, so that there is no state.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
     steps_are_gradients: ClassVar[bool] = False
 
     def gradient_scale(self, alpha: float) -> float:
-        """What the gradient's coefficients are multiplied by at a step size."""
+        """Return the factor of the gradient's coefficients at step size ``alpha``."""
         return alpha
 
     @abstractmethod
     def step(
         self, gradient: torch.Tensor, states: Sequence[torch.Tensor], *, alpha: float, number: int
     ) -> torch.Tensor:
-        """What is added to some weights.
+        """Compute the step that is added to some weights: float32, like ``gradient``.
 
         Args:
-            gradient: float32; may be written over.
-            states: In the order of ``state_names``, for the same weights; changed in place.
-            alpha: The step size.
-            number: How many steps there were before.
+            gradient: Gradient of the weights, float32; may be overwritten.
+            states: States of the same weights in the order of ``state_names``; changed in place.
+            alpha: Step size.
+            number: Number of steps before this one.
         """
 
     @abstractmethod
     def last_step(self, states: Sequence[torch.Tensor], *, alpha: float, number: int) -> torch.Tensor | None:
-        """The step that led to some states; None if they do not tell.
+        """Compute the step that led to some states; None if they do not determine it.
 
         Args:
-            states: They are not written.
-            alpha: The step size of that step.
-            number: How many steps there were before it.
+            states: States after the step; not written.
+            alpha: Step size of the step.
+            number: Number of steps before it.
         """
 
     @abstractmethod
     def largest_step(self, gradient: float, states: Sequence[float], *, alpha: float) -> float:
-        """What no step exceeds in magnitude, if the gradient and the states do not exceed these."""
+        """Return an upper bound of a step's magnitude, given bounds of the gradient's and the states'."""
 
 
 class PlainStep(Optimizer):
-    """The step is the gradient (Qiu et al. 2025, Algorithm 1)."""
+    """Plain steps: the step is the gradient (Qiu et al. 2025, Algorithm 1)."""
 
     steps_are_gradients = True
 
     def step(
         self, gradient: torch.Tensor, states: Sequence[torch.Tensor], *, alpha: float, number: int
     ) -> torch.Tensor:
-        """As in the base class."""
+        """Return the gradient."""
         return gradient
 
     def last_step(self, states: Sequence[torch.Tensor], *, alpha: float, number: int) -> torch.Tensor | None:
-        """Nothing is kept."""
+        """Return None: there are no states."""
         return None
 
     def largest_step(self, gradient: float, states: Sequence[float], *, alpha: float) -> float:
-        """The gradient's."""
+        """Return the gradient's bound."""
         return gradient
 
 
 @dataclass(frozen=True)
 class Momentum(Optimizer):
-    """``m <- momentum * m + gradient``, and the step is m (heavy ball: Polyak 1964, Sutskever et al. 2013).
+    """Heavy-ball momentum (Polyak 1964, Sutskever et al. 2013): the step is ``m <- momentum * m + gradient``.
 
     The step size is in the gradient, so a schedule changes what is added to m, and not m.
 
     Attributes:
-        momentum: What is left of m after a step; below 1.
+        momentum: Factor of m in every step; below 1.
     """
 
     momentum: float
@@ -93,16 +93,16 @@ class Momentum(Optimizer):
     def step(
         self, gradient: torch.Tensor, states: Sequence[torch.Tensor], *, alpha: float, number: int
     ) -> torch.Tensor:
-        """As in the base class."""
-        (kept,) = states
-        return kept.mul_(self.momentum).add_(gradient)
+        """Update m and return it."""
+        (momentum,) = states
+        return momentum.mul_(self.momentum).add_(gradient)
 
     def last_step(self, states: Sequence[torch.Tensor], *, alpha: float, number: int) -> torch.Tensor | None:
-        """The state itself."""
+        """Return m, which was the step."""
         return states[0]
 
     def largest_step(self, gradient: float, states: Sequence[float], *, alpha: float) -> float:
-        """All in one direction."""
+        """Return the bound for a gradient in m's direction."""
         return self.momentum * states[0] + gradient
 
 
@@ -114,8 +114,8 @@ class Adam(Optimizer):
     gradient.
 
     Attributes:
-        betas: What is left of the two moments after a step.
-        epsilon: Added to the root of the second.
+        betas: Decay factors of the first and the second moment.
+        epsilon: Number added to the root of the second moment.
     """
 
     betas: tuple[float, float]
@@ -123,20 +123,20 @@ class Adam(Optimizer):
     state_names: ClassVar[tuple[str, ...]] = ("first_moment", "second_moment")
 
     def gradient_scale(self, alpha: float) -> float:
-        """None."""
+        """Return 1: alpha is a factor of the step."""
         return 1.0
 
     def step(
         self, gradient: torch.Tensor, states: Sequence[torch.Tensor], *, alpha: float, number: int
     ) -> torch.Tensor:
-        """As in the base class."""
+        """Update the moments and compute the step from them."""
         first, second = states
         first.mul_(self.betas[0]).add_(gradient * (1 - self.betas[0]))
         second.mul_(self.betas[1]).add_(gradient.square_().mul_(1 - self.betas[1]))
         return self._step(first, second, alpha=alpha, number=number)
 
     def last_step(self, states: Sequence[torch.Tensor], *, alpha: float, number: int) -> torch.Tensor | None:
-        """Computed again."""
+        """Compute the step from the moments again."""
         first, second = states
         return self._step(first, second, alpha=alpha, number=number)
 
@@ -146,18 +146,18 @@ class Adam(Optimizer):
         return (first * rescale[0]).div_(root).mul_(alpha)
 
     def largest_step(self, gradient: float, states: Sequence[float], *, alpha: float) -> float:
-        """By the inequality of Cauchy and Schwarz over the moments' sums, whatever the gradients were."""
+        """Return the bound from the Cauchy-Schwarz inequality over the moments' sums, for any gradients."""
         first, second = self.betas
         return alpha / ((1 - second) * (1 - first**2 / second)) ** 0.5
 
 
 @dataclass(frozen=True)
 class Decay:
-    """A pull on the weights in every update, apart from the gradient (Loshchilov and Hutter 2019).
+    """Weight decay, decoupled from the gradient (Loshchilov and Hutter 2019).
 
     Attributes:
-        rate: ``alpha * rate`` of the distance is taken away.
-        is_anchored: Whether the pull is towards the base model, and not towards 0.
+        rate: Rate of the decay: an update removes ``alpha * rate`` of the distance.
+        is_anchored: Whether weights decay towards the base model; otherwise towards 0.
     """
 
     rate: float

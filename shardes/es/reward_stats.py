@@ -1,4 +1,4 @@
-"""What an iteration's rewards say about the signal that it learns from."""
+"""Statistics of an iteration's rewards that measure the signal it learns from."""
 
 import math
 from collections import Counter
@@ -15,7 +15,7 @@ _ROUNDING = 1e-12
 def reward_stats(
     table: RewardTable, *, rewards: Sequence[float | None], shaped: Sequence[float]
 ) -> dict[str, float | None]:
-    """Numbers that tell a signal from noise; None where one is not defined.
+    """Compute statistics that tell a signal from noise; None where one is not defined.
 
     Members without a reward count in none of them.
 
@@ -32,9 +32,9 @@ def reward_stats(
       None if all Z are 0.
 
     Args:
-        table: For each member its rewards by the prompts' ids; None: an answer that does not count.
-        rewards: The reward of each member, from which Z was made; None: excluded.
-        shaped: Z, as long.
+        table: Rewards of each member by prompt id; None for an answer that does not count.
+        rewards: Reward of each member, from which Z was computed; None for an excluded member.
+        shaped: Shaped reward Z of each member.
     """
     counted = [row for row, reward in zip(table, rewards, strict=True) if reward is not None]
     square = math.fsum(value * value for value in shaped)

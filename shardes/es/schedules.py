@@ -1,4 +1,4 @@
-"""How step size and noise scale change over a run: pure functions of the iteration."""
+"""Schedules of step size and noise scale: pure functions of the iteration."""
 
 import math
 from typing import Literal, assert_never
@@ -7,7 +7,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 
 def factor(schedule: Schedule, *, iteration: int, num_iterations: int, warmup_iterations: int = 0) -> float:
-    """What the value at the start is multiplied by at iteration t of T.
+    """Return the factor of the initial value at iteration t of T.
 
     - ``constant``: 1;
     - ``linear``: ``1 - t / T``, which is 0 after the last iteration;
@@ -18,10 +18,10 @@ def factor(schedule: Schedule, *, iteration: int, num_iterations: int, warmup_it
     neither the first iteration has a step of 0 nor the first after the warm-up one like the last of it.
 
     Args:
-        schedule: Which of these.
-        iteration: t, from 0.
-        num_iterations: T, more than t.
-        warmup_iterations: W.
+        schedule: Name of the schedule.
+        iteration: Iteration t, from 0.
+        num_iterations: Number of iterations T, more than t.
+        warmup_iterations: Number of warm-up iterations W.
     """
     match schedule:
         case "constant":
@@ -38,16 +38,16 @@ def factor(schedule: Schedule, *, iteration: int, num_iterations: int, warmup_it
 
 
 def between(start: float, final: float, *, schedule: Schedule, iteration: int, num_iterations: int) -> float:
-    """``final + (start - final) * factor``: a value that goes from one number to another, without warm-up.
+    """Return ``final + (start - final) * factor``: a scheduled value without warm-up.
 
     ``final`` is reached after the last iteration; under ``constant`` the value stays at ``start``.
 
     Args:
-        start: The value at iteration 0.
-        final: The value that it goes towards; may be the larger.
-        schedule: See ``factor``.
-        iteration: From 0.
-        num_iterations: More than ``iteration``.
+        start: Value at iteration 0.
+        final: Value after the last iteration; may be the larger.
+        schedule: Name of the schedule, see ``factor``.
+        iteration: Iteration, from 0.
+        num_iterations: Number of iterations, more than ``iteration``.
     """
     if iteration == 0 or schedule == "constant":
         return start  # exactly; the sum below may miss it in the last place

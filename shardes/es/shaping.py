@@ -1,4 +1,4 @@
-"""Fitness shaping: from what members earned to the weights of their directions in the update."""
+"""Fitness shaping: from members' rewards to the weights of their directions in the update."""
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -8,7 +8,7 @@ from shardes.es.member import mean_and_deviation
 
 Shaping = Literal["zscore", "centered_rank", "none", "per_prompt"]
 
-# What each member earned for each of its prompts, by the prompts' ids; None: an answer that does not count.
+# Reward of each member for each of its prompts, by prompt id; None for an answer that does not count.
 RewardTable = Sequence[Mapping[Hashable, float | None]]
 
 # Added to standard deviations, so that equal rewards divide by something.
@@ -22,7 +22,7 @@ def shape(
     clip: float | None = None,
     table: RewardTable | None = None,
 ) -> list[float]:
-    """The shaped rewards ``Z_n``; a member without a reward gets 0 and changes nothing for the others.
+    """Compute the shaped rewards ``Z_n``; a member without a reward gets 0 and does not affect the others.
 
     With R the rewards of the members that have one, and r the table's, m members having seen prompt q:
 
@@ -37,9 +37,9 @@ def shape(
     Standard deviations are those of the population. Sums are exact: no order of members or prompts matters.
 
     Args:
-        rewards: Of each member, the mean over its answers; None if it was excluded.
-        how: Which of these.
-        clip: The largest magnitude of a shaped reward; larger ones become it. None: no limit.
+        rewards: Mean reward of each member; None if it was excluded.
+        how: Name of the shaping.
+        clip: Limit of a shaped reward's magnitude; None: no limit.
         table: One row per member, for ``per_prompt``; members may have seen different prompts.
 
     Raises:

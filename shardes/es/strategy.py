@@ -1,4 +1,4 @@
-"""The strategy: how many members look where in an iteration, and how their rewards become an update."""
+"""Strategy: the directions of an iteration's members, and the update from their rewards."""
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -14,11 +14,11 @@ from shardes.es.update import Perturbation, Update
 
 
 class Strategy:
-    """Pure functions of the iteration and of what members earned: every rank computes the same.
+    """The algorithm as pure functions of the iteration and of members' results; equal on every rank.
 
     Args:
-        settings: The algorithm.
-        num_elements: How many weights are trained.
+        settings: Section ``es`` of the configuration.
+        num_elements: Number of trained weights.
     """
 
     def __init__(self, settings: EsConfig, *, num_elements: int) -> None:
@@ -27,14 +27,14 @@ class Strategy:
         self._num_elements = num_elements
 
     def num_members(self, iteration: int) -> int:
-        """Members of an iteration."""
+        """Return the number of members of an iteration."""
         population = self._settings.population
         if isinstance(population, int):
             return population
         return population[max(first for first in population if first <= iteration)]
 
     def sigma(self, iteration: int) -> float:
-        """The scale of the noise."""
+        """Return the scale of the noise."""
         settings = self._settings
         return between(
             settings.sigma,
@@ -45,7 +45,7 @@ class Strategy:
         )
 
     def alpha(self, iteration: int) -> float:
-        """The step size."""
+        """Return the step size."""
         settings = self._settings
         return settings.alpha_at(self.sigma(iteration)) * factor(
             settings.alpha_schedule,
@@ -55,18 +55,18 @@ class Strategy:
         )
 
     def perturbation(self, member: int, *, iteration: int) -> Perturbation:
-        """Where a member looks; those of an antithetic pair, 2n and 2n + 1, look in opposite directions."""
+        """Return a member's direction and signed sigma; antithetic pairs 2n, 2n + 1 differ in the sign."""
         sigma, noise_iteration = self.sigma(iteration), self._noise_iteration(iteration)
         if not self._settings.antithetic:
             return Perturbation(noise_iteration, member, sigma)
         return Perturbation(noise_iteration, member // 2, -sigma if member % 2 else sigma)
 
     def _noise_iteration(self, iteration: int) -> int:
-        """The first of the iterations that have the same directions."""
+        """Return the first of the iterations that share this iteration's directions."""
         return iteration - iteration % self._settings.noise_reuse
 
     def problems_of(self, member: int, *, num_problems: int) -> list[int] | None:
-        """Which of the iteration's problems a member answers; None: all of them.
+        """Return the indices of the problems that a member answers; None: all of the iteration's.
 
         Members take turns in the order of the batch, so that every problem is answered about equally often;
         the two of an antithetic pair answer the same.
@@ -78,26 +78,26 @@ class Strategy:
         return [(turn * count + place) % num_problems for place in range(count)]
 
     def shaped(self, rewards: Sequence[float | None], results: Sequence[MemberResult]) -> list[float]:
-        """The shaped rewards of all members of an iteration, in order.
+        """Compute the shaped rewards of all members of an iteration, in order.
 
         Args:
-            rewards: By the rule for failed rewards; None for members that are excluded.
-            results: What else is known of them.
+            rewards: Rewards by the rule for failed rewards; None for excluded members.
+            results: Results of the same members.
         """
         settings = self._settings
         table = reward_table(results) if settings.shaping == "per_prompt" else None
         return shape(rewards, how=settings.shaping, clip=settings.clip_shaped, table=table)
 
     def update(self, shaped: Sequence[float], *, iteration: int) -> Update:
-        """What the weights are moved by: ``alpha / N * Z_n`` for each direction.
+        """Compute the update's coefficients: ``alpha / N * Z_n`` for each direction.
 
         The noise of an antithetic pair's second member is the negative of the first's, so the difference of
         their shaped rewards counts for the direction. The factor alpha is left to the optimizer where it does
         not belong to the gradient.
 
         Args:
-            shaped: Of all members, in order.
-            iteration: Which.
+            shaped: Shaped rewards of all members, in order.
+            iteration: Iteration of the members.
         """
         alpha = self.alpha(iteration)
         scale = self._optimizer.gradient_scale(alpha) / len(shaped)
@@ -113,7 +113,7 @@ class Strategy:
         )
 
     def _clipped(self, coefficients: list[float]) -> list[float]:
-        """Shortened to ``max_update_norm``.
+        """Return the coefficients, scaled down if the update is longer than ``max_update_norm``.
 
         The noise has independent elements of variance 1, so ``sqrt(d * sum c_n^2)`` is the root of the mean
         square of the length of ``sum c_n eps_n``, and from d = 10^5 on, lengths differ from it by less than a
@@ -129,7 +129,7 @@ class Strategy:
 
 
 def reward_table(results: Sequence[MemberResult]) -> RewardTable:
-    """What each member earned for each of the iteration's problems."""
+    """Return the reward of each member for each problem that it answered."""
     tables: list[Mapping[Hashable, float | None]] = []
     for result in results:
         problems = range(len(result.by_problem)) if result.problems is None else result.problems
@@ -138,7 +138,7 @@ def reward_table(results: Sequence[MemberResult]) -> RewardTable:
 
 
 def optimizer_of(settings: EsConfig) -> Optimizer:
-    """What ``es.optimizer`` means."""
+    """Return the optimizer that ``es.optimizer`` names."""
     if settings.optimizer == "momentum":
         return Momentum(settings.momentum)
     if settings.optimizer == "adam":
@@ -148,7 +148,7 @@ def optimizer_of(settings: EsConfig) -> Optimizer:
 
 
 def decay_of(settings: EsConfig) -> Decay | None:
-    """What ``es.weight_decay`` means; None if there is none."""
+    """Return the decay that ``es.weight_decay`` asks for; None if it is 0."""
     if settings.weight_decay == 0:
         return None
     return Decay(settings.weight_decay, is_anchored=settings.decay_towards == "base")

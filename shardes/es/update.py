@@ -1,4 +1,4 @@
-"""One iteration's move of the weights: what the journal keeps of it, and all that a replay needs."""
+"""Updates and perturbations of the weights: all that a replay needs, and no tensors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class Update:
-    """An iteration's coefficients, and what an optimizer makes of them.
+    """Coefficients of an iteration's directions, and the optimizer's step size.
 
     Attributes:
-        iteration: Which.
-        coefficients: One for each direction, float32 values: the gradient is their sum times the directions'
-            noise.
-        alpha: The step size, for what is not part of the coefficients: Adam's step, and decay.
-        noise_iteration: Whose noise it is; None: the iteration's own.
+        iteration: Iteration of the update.
+        coefficients: Coefficient of each direction, float32 values: the gradient is the sum over directions
+            of coefficient times noise.
+        alpha: Step size for what the coefficients do not contain: Adam's step, and decay.
+        noise_iteration: Iteration whose noise the directions have; None: ``iteration``.
     """
 
     iteration: int
@@ -24,30 +24,30 @@ class Update:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
-        """That of a journal's record."""
+        """Read an update from a journal's record."""
         return cls(
             record["iteration"], record["coefficients"], record["alpha"], record.get("noise_iteration")
         )
 
     def record(self) -> dict[str, Any]:
-        """What the journal keeps."""
+        """Return the journal's record of it."""
         kept = {"iteration": self.iteration, "coefficients": list(self.coefficients), "alpha": self.alpha}
         return kept if self.noise_iteration is None else kept | {"noise_iteration": self.noise_iteration}
 
     @property
     def noise_of(self) -> int:
-        """Whose noise it is."""
+        """Iteration whose noise the directions have."""
         return self.iteration if self.noise_iteration is None else self.noise_iteration
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """Where a member looks: the centre plus sigma times a direction's noise.
+    """A member's distance from the centre: sigma times a direction's noise.
 
     Attributes:
-        iteration: Whose noise.
-        direction: Which.
-        sigma: The noise's scale; negative for the second member of an antithetic pair.
+        iteration: Iteration whose noise it is.
+        direction: Index of the direction within the iteration.
+        sigma: Scale of the noise; negative for the second member of an antithetic pair.
     """
 
     iteration: int

@@ -1,4 +1,4 @@
-"""The weights of a run as a model directory, from its journal."""
+"""Export of a run's weights as a model directory, from its journal."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,11 @@ from shardes.utils.files import cannot_write
 
 @dataclass(frozen=True)
 class Exported:
-    """What was exported.
+    """Facts about an export.
 
     Attributes:
-        iteration: After how many updates the weights are.
-        dtype: Theirs.
+        iteration: Number of updates that the weights have had.
+        dtype: Dtype of the weights.
         is_main: Whether this is rank 0, which wrote them.
     """
 
@@ -37,16 +37,16 @@ def export_run(
     dtype: str | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Exported:
-    """Replays a run's journal over its base model and exports the weights; a collective of all ranks.
+    """Replay a run's journal over its base model and export the weights; a collective of all ranks.
 
     Args:
         run_dir: The run directory.
-        out: A directory that does not exist, or is empty.
-        iteration: After how many updates, or ``best`` by held-out reward; None: all.
-        base: Where the base model is; None: where the run had it.
-        backend: What spreads the model over ranks.
-        dtype: Of the exported weights; None: in which the model was trained.
-        max_file_bytes: Files are no larger, unless one parameter is.
+        out: Directory to write; it must not exist, or be empty.
+        iteration: Number of updates, or ``best`` by held-out reward; None: all updates.
+        base: Directory of the base model; None: the run's ``model.path``.
+        backend: Backend that shards the model over ranks.
+        dtype: Dtype of the exported weights; None: the dtype that the model was trained in.
+        max_file_bytes: Largest size of a file, unless one parameter is larger.
 
     Raises:
         UserError: There is no such run or iteration, ``out`` is taken, or the base model is another.

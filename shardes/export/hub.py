@@ -1,4 +1,4 @@
-"""Putting an exported model on the Hugging Face hub, with the hub's own client."""
+"""Upload of an exported model to the Hugging Face hub, with the hub's own client."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,17 +8,17 @@ from shardes.errors import UserError
 
 
 class HubRepository:
-    """A repository that a model goes to; made at once, so that a mistake shows before the long work.
+    """A repository on the hub, created at once so that a mistake shows before the long work.
 
     Args:
         name: ``ORGANISATION/MODEL``, or ``MODEL`` for one's own account.
-        is_public: Whether everybody sees a new one; one that exists stays what it is.
+        is_public: Whether a new repository is public; an existing one keeps its visibility.
 
     Attributes:
-        url: Where it is.
+        url: Address of the repository.
 
     Raises:
-        UserError: It cannot be made or written to.
+        UserError: The repository cannot be created or written to.
     """
 
     def __init__(self, name: str, *, is_public: bool) -> None:
@@ -31,7 +31,7 @@ class HubRepository:
         self.url: str = str(made)
 
     def push(self, directory: Path, *, message: str) -> None:
-        """Uploads all files of a directory as one commit.
+        """Upload all files of a directory as one commit.
 
         Raises:
             UserError: They cannot be uploaded; the directory is as it was.

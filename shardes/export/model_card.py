@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, how it was made, and what it earned."""
+"""The README.md of an exported model: its origin, settings and held-out rewards."""
 
 import json
 import re
@@ -24,17 +24,17 @@ def model_card(
     settings: Mapping[str, Any],
     history: History | None,
 ) -> str:
-    """The card as Markdown with the hub's metadata.
+    """Write the card as Markdown with the hub's metadata.
 
     Args:
-        base: The base model's directory.
-        base_digest: Of its weights.
-        task: What was trained on.
-        iteration: How many updates the weights have had.
-        dtype: Of the exported weights.
-        digest: Of the master weights.
-        settings: What the run was told.
-        history: What its journal says; None if there is no run to tell of.
+        base: Directory of the base model.
+        base_digest: Digest of the base model's weights.
+        task: Name of the task that was trained on.
+        iteration: Number of updates that the weights have had.
+        dtype: Dtype of the exported weights.
+        digest: Digest of the master weights.
+        settings: Configuration of the run.
+        history: Contents of the run's journal; None if there is no run.
     """
     method = (
         "Evolution strategies perturb all weights with noise, let each perturbed model answer, and move the "
@@ -64,7 +64,7 @@ def model_card(
 
 
 def _hub_name(base: Path) -> str | None:
-    """The model's name on the hub, as the hub's cache remembers it; None for a directory of another name.
+    """Return the model's name on the hub from the path in the hub's cache; None for another directory.
 
     A wrong one would have the hub call the model a child of somebody else's.
     """
@@ -75,7 +75,7 @@ def _hub_name(base: Path) -> str | None:
 
 
 def _evaluation(history: History | None, iteration: int) -> Iterator[str]:
-    """What these weights earned on held-out problems, and how that came about."""
+    """Yield the card's sections on held-out rewards: over the run, and of further held-out sets."""
     found = {} if history is None else history.evaluations
     known = {at: record for at, record in sorted(found.items()) if at <= iteration and "reward" in record}
     if known:
@@ -103,7 +103,7 @@ def _row(at: int, record: Mapping[str, Any]) -> str:
 
 
 def _thinned(known: Mapping[int, Mapping[str, Any]]) -> list[int]:
-    """Some of the evaluations, evenly."""
+    """Return some of the evaluations' iterations, evenly spaced, with the best."""
     every = list(known)
     if len(every) <= _MOST_ROWS:
         return every

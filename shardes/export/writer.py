@@ -1,4 +1,4 @@
-"""Writing a model in Hugging Face format, one parameter at a time."""
+"""Writing of a model in Hugging Face format, one parameter at a time."""
 
 import json
 import shutil
@@ -18,6 +18,7 @@ from shardes.runs.journal import History
 from shardes.session import Session
 from shardes.utils.files import flush_to_disk, sync_directory, write_atomically
 from shardes.utils.progress import progress
+from shardes.weights.export_view import gather_centre, stored_as
 from shardes.weights.master import Weights
 
 MAX_FILE_BYTES = 5 * 2**30
@@ -38,14 +39,14 @@ _COMPANIONS = (
 
 @dataclass(frozen=True)
 class _File:
-    """One safetensors file: which parameters, and how many bytes each takes."""
+    """Name of a safetensors file, and the parameters that it holds."""
 
     name: str
     shards: tuple[Shard, ...]
 
 
 def check_destination(out: Path) -> None:
-    """Refuses to write where something is.
+    """Check that ``out`` can be written.
 
     Raises:
         UserError: ``out`` exists and is not an empty directory.
@@ -64,20 +65,20 @@ def export_model(
     dtype: torch.dtype | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Writes the centre as a Hugging Face directory; a collective of all ranks, rank 0 writes.
+    """Write the centre as a Hugging Face directory; a collective of all ranks, rank 0 writes.
 
     Parameters are gathered one at a time, tied ones once, and stored under the names, and in the pieces, that
     the base model's files have. Everything goes to a temporary directory, which is renamed at the end, so
     ``out`` either does not exist or is complete.
 
     Args:
-        session: The model; its weights after ``iteration`` updates.
-        out: A directory that does not exist or is empty.
-        iteration: For the model card.
-        settings: The same; what the run was told.
-        history: The same; what its journal says. Rank 0's counts.
-        dtype: What the master is rounded to; None: the model's dtype, in which it was evaluated.
-        max_file_bytes: Files are no larger, unless one parameter is.
+        session: Session whose weights have had ``iteration`` updates.
+        out: Directory to write; it must not exist, or be empty.
+        iteration: Number of updates, for the model card.
+        settings: Configuration of the run, for the model card.
+        history: Contents of the run's journal, for the model card; rank 0's is used.
+        dtype: Dtype that the master is rounded to; None: the model's, in which it was evaluated.
+        max_file_bytes: Largest size of a file, unless one parameter is larger.
     """
     is_main, dtype = session.mesh.world.is_main, dtype or session.backend.dtype
     digest = session.digest()
@@ -104,17 +105,17 @@ def export_model(
     for file in files:
         if is_main:
             with (temporary / file.name).open("wb") as stream:
-                tensors = [each for shard in file.shards for each in session.weights.stored_as(shard)]
+                tensors = [each for shard in file.shards for each in stored_as(session.weights, shard)]
                 write_header(stream, [(name, dtype, shape) for name, shape in tensors])
                 # Files have the parameters in their order.
                 for shard in islice(shown, len(file.shards)):
-                    values = session.weights.gather_centre(shard, dtype=dtype)
+                    values = gather_centre(session.weights, shard, dtype=dtype)
                     assert values is not None, "rank 0 receives every gathered parameter"
                     write_values(stream, values)
                 flush_to_disk(stream)
         elif session.mesh.replica == 0:
             for shard in file.shards:
-                session.weights.gather_centre(shard, dtype=dtype)
+                gather_centre(session.weights, shard, dtype=dtype)
     if is_main:
         if len(files) > 1:
             _write_index(temporary, files, session.weights, itemsize=dtype.itemsize)
@@ -145,7 +146,7 @@ def _plan(shards: tuple[Shard, ...], itemsize: int, max_file_bytes: int) -> list
 
 def _write_index(directory: Path, files: list[_File], weights: Weights, *, itemsize: int) -> None:
     weight_map = {
-        name: file.name for file in files for shard in file.shards for name, _ in weights.stored_as(shard)
+        name: file.name for file in files for shard in file.shards for name, _ in stored_as(weights, shard)
     }
     num_elements = sum(shard.num_elements for file in files for shard in file.shards)
     index = {"metadata": {"total_size": num_elements * itemsize}, "weight_map": weight_map}

@@ -13,7 +13,7 @@ from shardes.errors import UserError
 
 
 def load_model_config(path: Path, *, trust_remote_code: bool) -> Any:
-    """The architecture of a model directory, or of a ``config.json`` by itself.
+    """Load the architecture of a model directory, or of a ``config.json`` by itself.
 
     Raises:
         UserError: No usable config.json.
@@ -31,7 +31,7 @@ def load_model_config(path: Path, *, trust_remote_code: bool) -> Any:
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
-    """The tokenizer of a model directory, padding on the left.
+    """Load the tokenizer of a model directory, padding on the left.
 
     Raises:
         UserError: No usable tokenizer.
@@ -47,14 +47,14 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
 
 
 def load_generation_config(path: Path, model_config: Any) -> GenerationConfig:
-    """How the model wants to be generated with: which tokens end an answer, above all."""
+    """Load the model's generation config, which names the tokens that end an answer."""
     if (path / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(path)
     return GenerationConfig.from_model_config(model_config)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The model's end-of-sequence tokens, from its generation config or else the tokenizer."""
+    """Return the model's end-of-sequence tokens, from its generation config or else the tokenizer."""
     ends = model.generation_config.eos_token_id
     if ends is None:
         ends = tokenizer.eos_token_id
@@ -64,27 +64,27 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def max_positions(model: Any) -> int | None:
-    """Tokens of a prompt and its answer that the model was made for; None if it does not say."""
+    """Return the model's maximum number of tokens, prompt and answer together; None if it has none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def last_positions(count: int, *, width: int, device: torch.device) -> int | torch.Tensor:
-    """The ``logits_to_keep`` with which a model computes the logits of the last positions only.
+    """Return the ``logits_to_keep`` with which a model computes the logits of the last positions only.
 
-    Of positions that are named one by one, transformers makes a copy. A number of them makes a slice, which
-    lies in pieces in memory. Weights that want no gradients are then multiplied with each piece by itself,
-    for which torch copies them on CPUs.
+    transformers copies positions that are given as a tensor. A number gives a slice, which is not contiguous;
+    torch then multiplies each piece by weights without gradients separately, and on CPUs copies the weights
+    every time.
 
     Args:
-        count: How many.
-        width: Of how many that go through the model.
-        device: The model's.
+        count: Number of last positions.
+        width: Number of positions that go through the model.
+        device: Device of the model.
     """
     return count if count == width else torch.arange(width - count, width, device=device)
 
 
 def largest_layer(model: PreTrainedModel) -> int:
-    """Elements of the largest block, embedding or head."""
+    """Return the number of elements of the largest block, embedding or head."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = [layer for several in lists for layer in several]
     layers += [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -92,14 +92,14 @@ def largest_layer(model: PreTrainedModel) -> int:
 
 
 def largest_parameter(model: PreTrainedModel) -> int:
-    """Elements of the largest parameter, but for a tied embedding."""
+    """Return the number of elements of the largest parameter, not counting a tied embedding."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     held = [id(parameter) for module in ends if module is not None for parameter in module.parameters()]
     return max(p.numel() for p in model.parameters() if held.count(id(p)) < 2)
 
 
 def build_skeleton(model_config: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """A model whose parameters are on the meta device and whose buffers are real.
+    """Build a model whose parameters are on the meta device and whose buffers are real.
 
     Buffers such as the rotary frequencies are computed by the constructors, so they cannot be on meta.
     """
@@ -112,7 +112,7 @@ def build_skeleton(model_config: Any, *, dtype: torch.dtype, trust_remote_code: 
 
 
 def fill_parameters(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Makes each named parameter (and every module it is tied to) hold the given storage."""
+    """Set each named parameter, in every module that it is tied to, to the given storage."""
     replaced: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         replaced[id(parameter)] = nn.Parameter(tensors[name], requires_grad=False)
@@ -123,13 +123,13 @@ def fill_parameters(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def parameter_aliases(model: nn.Module) -> set[str]:
-    """Names under which a tied weight appears besides its first."""
+    """Return the names of tied weights besides the first of each."""
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return every - {name for name, _ in model.named_parameters()}
 
 
 def parameter_ids(names: list[str]) -> dict[str, int]:
-    """The index of each name in the sorted list: the noise's parameter ids."""
+    """Return the index of each name in the sorted list, which is the noise's parameter id."""
     return {name: index for index, name in enumerate(sorted(names))}
 
 

@@ -29,7 +29,14 @@ _READ_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies."""
+    """Place of one tensor in a file.
+
+    Attributes:
+        path: File.
+        offset: First byte in the file.
+        dtype: Dtype in the file.
+        shape: Shape of the tensor.
+    """
 
     path: Path
     offset: int
@@ -42,17 +49,17 @@ class StoredTensor:
         return torch.Size(self.shape).numel()
 
     def find(self, first: int, length: int) -> Iterator[tuple["StoredTensor", int, int]]:
-        """Where a range of elements lies: tensors of the files, each with a range of its own elements."""
+        """Yield the stored tensors of a range of elements, each with first element and length in it."""
         yield self, first, length
 
 
 @dataclass(frozen=True)
 class JoinedTensor:
-    """Tensors of the files whose elements, one tensor after the other, are one parameter's.
+    """A parameter that consists of several tensors of the files, one after the other.
 
     Attributes:
-        pieces: The tensors.
-        shape: The parameter's shape, whose number of elements is that of all pieces.
+        pieces: Tensors of the files.
+        shape: Shape of the parameter; it has as many elements as all pieces.
     """
 
     pieces: tuple[StoredTensor, ...]
@@ -60,11 +67,11 @@ class JoinedTensor:
 
     @cached_property
     def _starts(self) -> list[int]:
-        """Where each piece starts in the parameter, and where the last one ends."""
+        """Index of each piece's first element in the parameter, and the index after the last piece."""
         return list(accumulate((piece.num_elements for piece in self.pieces), initial=0))
 
     def find(self, first: int, length: int) -> Iterator[tuple[StoredTensor, int, int]]:
-        """Where a range of elements lies: tensors of the files, each with a range of its own elements."""
+        """Yield the stored tensors of a range of elements, each with first element and length in it."""
         starts = self._starts
         for i in range(bisect_right(starts, first) - 1, len(self.pieces)):
             low, high = max(first, starts[i]), min(first + length, starts[i + 1])
@@ -75,25 +82,25 @@ class JoinedTensor:
 
 
 class Found(Protocol):
-    """A parameter that can be found in files."""
+    """A parameter whose elements are stored in files."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole parameter."""
+        """Shape of the whole parameter."""
 
     def find(self, first: int, length: int) -> Iterator[tuple[StoredTensor, int, int]]:
-        """Where a range of elements lies: tensors of the files, each with a range of its own elements."""
+        """Yield the stored tensors of a range of elements, each with first element and length in it."""
 
 
 class TensorReader:
-    """Reads ranges of parameters' elements, and no other bytes.
+    """Reader of ranges of parameters' elements; it reads no other bytes.
 
     Args:
-        tensors: Where each parameter lies, by name.
+        tensors: Parameters by name.
 
     Attributes:
-        tensors: The same.
-        bytes_read: How many bytes of weights this process has read.
+        tensors: Parameters by name.
+        bytes_read: Number of bytes of weights that this process has read.
     """
 
     def __init__(self, tensors: Mapping[str, Found]) -> None:
@@ -101,7 +108,7 @@ class TensorReader:
         self.bytes_read = 0
 
     def read(self, name: str, *, region: Region, out: torch.Tensor) -> None:
-        """Fills ``out`` (flat, any float dtype) with a region's elements of a tensor, reading no others."""
+        """Fill ``out`` (flat, any float dtype) with a region's elements of a tensor, reading no others."""
         filled = 0
         with ExitStack() as files:
             opened: dict[Path, int] = {}
@@ -132,7 +139,7 @@ class Checkpoint(TensorReader):
         directory: A directory with ``*.safetensors`` files.
 
     Attributes:
-        tensors: Where each tensor lies, by name; after ``join``, each parameter.
+        tensors: Stored tensors by name; after ``join``, parameters by name.
         header_sha256: Hash of all headers: names, shapes, dtypes and offsets.
 
     Raises:
@@ -150,11 +157,11 @@ class Checkpoint(TensorReader):
         self.header_sha256 = digest.hexdigest()
 
     def join(self, pieces: Mapping[str, Sequence[str]], *, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Names parameters instead of the files' tensors; twice is as good as once.
+        """Replace the files' tensors by the model's parameters; a second call changes nothing.
 
         Args:
-            pieces: The tensors whose elements, one after the other, are a parameter's.
-            shapes: The parameters' shapes.
+            pieces: Names of the tensors that make up each parameter, one after the other.
+            shapes: Shape of each parameter.
 
         Raises:
             UserError: The tensors do not add up to a parameter.
@@ -184,14 +191,14 @@ class Checkpoint(TensorReader):
         self.tensors, self._pieces = joined, names
 
     def pieces_of(self, name: str) -> list[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of the files' tensors whose elements, one after the other, are a parameter's."""
+        """Return names and shapes of the files' tensors that make up a parameter, in its order."""
         return self._pieces.get(name) or [(name, self.tensors[name].shape)]
 
     def check_matches(self, shapes: dict[str, tuple[int, ...]], *, aliases: set[str]) -> None:
-        """Refuses a checkpoint whose tensors are not the model's parameters.
+        """Check that the checkpoint's tensors are the model's parameters.
 
         Args:
-            shapes: The model's parameters, each tied weight once.
+            shapes: Shapes of the model's parameters by name, each tied weight once.
             aliases: Further names of tied weights, which a file may hold as well.
 
         Raises:
@@ -218,11 +225,11 @@ class Checkpoint(TensorReader):
 def stored_tensors(
     path: Path, *, on_header: Callable[[bytes], object] = lambda header: None
 ) -> dict[str, StoredTensor]:
-    """What a safetensors file holds, by name.
+    """Read the header of a safetensors file and return its tensors by name.
 
     Args:
-        path: The file.
-        on_header: Called with its header.
+        path: Safetensors file.
+        on_header: Function that is called with the header's bytes.
 
     Raises:
         UserError: The file is damaged or cut short, or holds a dtype that is no float.
@@ -283,10 +290,10 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _indexed_files(index: Path) -> list[str]:
-    """The file names in an index.
+    """Return the file names in an index.
 
     Raises:
-        UserError: It is no index.
+        UserError: The file is not an index.
     """
     try:
         names = list(json.loads(index.read_bytes())["weight_map"].values())
@@ -298,7 +305,7 @@ def _indexed_files(index: Path) -> list[str]:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether an entry of a header has the parts of one."""
+    """Return whether an entry of a header has a dtype, a shape and two offsets."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     numbers = [entry.get("shape"), entry.get("data_offsets")]

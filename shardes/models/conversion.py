@@ -1,10 +1,9 @@
-"""Which tensors of the files a model's parameters are made of.
+"""Mapping from a model's parameters to the tensors of its files.
 
-transformers names and shapes some parameters otherwise than the files that are published: it renames, and it
-joins tensors, above all the experts of a mixture, each of which is a tensor of its own in the files but a
-slice of one parameter in the model. Its own rules are applied here, to names alone. What comes out can be
-read by ranges as long as a parameter's elements are those of whole tensors, one after the other; anything
-else is refused.
+transformers names and shapes some parameters differently from the published files: it renames tensors, and
+it joins them, above all the experts of a mixture, each of which is a tensor of its own in the files but a
+slice of one parameter in the model. Its own rules are applied here, to names alone. A parameter can be read
+by ranges as long as its elements are those of whole tensors, one after the other; anything else is refused.
 """
 
 import re
@@ -22,10 +21,10 @@ _REMEDY = (
 
 
 class Conversion:
-    """How transformers converts a checkpoint of one architecture.
+    """Conversion rules of transformers for checkpoints of one architecture.
 
     Args:
-        model: The model; its parameters may be on meta.
+        model: Model of the architecture; its parameters may be on the meta device.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -43,7 +42,7 @@ class Conversion:
         self._ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
 
     def join(self, stored: Iterable[str]) -> dict[str, list[str]]:
-        """The file tensors of each parameter, in the order of its elements.
+        """Return the file tensors of each parameter, in the order of its elements.
 
         Names that fit no parameter stand for themselves, unless transformers is told to ignore them.
 
@@ -62,7 +61,7 @@ class Conversion:
         return {target: self._order(target, by_pattern) for target, by_pattern in parts.items()}
 
     def _target(self, name: str) -> tuple[str, str | None]:
-        """The parameter that a file tensor belongs to, and the pattern that joins it to others."""
+        """Return the parameter that a file tensor belongs to, and the pattern that joins it to others."""
         from transformers.core_model_loading import rename_source_key
 
         target, pattern = rename_source_key(

@@ -1,4 +1,4 @@
-"""Writing safetensors files piece by piece, so that no tensor needs to be held whole, nor all at a time."""
+"""Writing safetensors files piece by piece, without holding all tensors, or one whole, in memory."""
 
 import json
 import math
@@ -12,18 +12,18 @@ _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F1
 
 
 class Sink(Protocol):
-    """What takes bytes: a file, or something before one."""
+    """A file, or a writer in front of one."""
 
     def write(self, data: bytes | memoryview, /) -> object:
-        """Takes them all."""
+        """Write all of ``data``."""
 
 
 def write_header(stream: Sink, tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> None:
-    """Begins a file; the values of its tensors must follow in the same order.
+    """Write the header of a file; the values of its tensors must follow in the same order.
 
     Args:
-        stream: Where to.
-        tensors: Name, dtype and shape of each.
+        stream: File to write to.
+        tensors: Name, dtype and shape of each tensor.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -37,5 +37,5 @@ def write_header(stream: Sink, tensors: Sequence[tuple[str, torch.dtype, Sequenc
 
 
 def write_values(stream: Sink, values: torch.Tensor) -> None:
-    """Writes a tensor's values, or some that come next of a larger one's."""
+    """Write the values of a tensor, or the next part of a larger tensor's."""
     stream.write(values.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)

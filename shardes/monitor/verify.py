@@ -11,6 +11,7 @@ from shardes.runs.journal import History
 from shardes.runs.snapshot import Snapshot, SnapshotError, find_snapshots, snapshot_path
 from shardes.session import Session
 from shardes.utils.progress import progress
+from shardes.weights.master_digest import checkpoint_digest
 
 
 @dataclass
@@ -113,7 +114,7 @@ def _export_digest(session: Session, export: Path) -> tuple[str | None, list[str
     part, problem = 0, None
     try:
         checkpoint = Checkpoint(export)
-        part = session.weights.digest_of(checkpoint)
+        part = checkpoint_digest(session.weights, checkpoint)
     except (UserError, OSError) as error:
         problem = str(error).removeprefix("model.path: ")
     problems = sorted({each for each in session.mesh.world.gather_json(problem) if each is not None})

@@ -1,19 +1,23 @@
-"""CPU kernels of the noise, compiled by numba: the bits of definition.py at the speed of the vector unit.
+"""CPU kernels of elementwise noise, compiled by numba: the definition's bits at the vector unit's speed.
 
-Every kernel walks over the blocks that a region's rows touch, fills a block-sized scratch with noise, and
-combines the owned part of it with the tensors. Neither vector width nor the number of threads changes a bit.
+Every kernel walks over the blocks that a region's rows touch, has the kind of noise fill a block-sized
+scratch, and combines the owned part of it with the tensors. Neither vector width nor the number of threads
+changes a bit.
 """
 
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numba as nb
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from shardes.noise import cpu_math, definition
 from shardes.noise.cpu_math import (
@@ -21,9 +25,7 @@ from shardes.noise.cpu_math import (
     FORMATS,
     as_bits,
     as_float,
-    eight_normals,
     f32,
-    four_normals,
     load,
     philox,
     store,
@@ -31,94 +33,73 @@ from shardes.noise.cpu_math import (
     u32,
     u64,
 )
-from shardes.noise.definition import BLOCK, LANES, SIGN_BLOCK, NoiseKind, Stream
+from shardes.noise.definition import BLOCK, LANES, Floats, Ints, NoiseKey, Stream, seed_key
 from shardes.noise.region import Region
 from shardes.utils.threads import split_over_threads
 
-# Elements of normals that a kernel makes in a step: a pair of blocks to perturb with, a block to add up.
-PAIR = 2 * BLOCK
-_MIN_PER_THREAD = 1 << 15  # elements; see split_over_threads
-# numba keeps compiled kernels by the date of this file and by the values in their closures. What they are
-# made of in other files has to be among these. A compiled function must not, for numba takes it for another
-# one in every process, and compiles for seconds each time.
-_OTHER_FILES = (cpu_math, definition)
-_SOURCES = zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in _OTHER_FILES))
+# Elements that are worth a thread; see split_over_threads.
+MIN_PER_THREAD = 1 << 15
 
 
-@nb.njit(inline="always")
-def fill_normals(eps, first_call, scale, c1, c2, c3, k0, k1):
-    """eps[:128] = scale * the normals of a pair of blocks."""
-    for lane in range(LANES):
-        call = u32(u32(first_call) + u32(lane))
-        first, second = eight_normals(call, c2, u32(call + u32(LANES)), c2, c1, c3, k0, k1)
-        a, b, c, d = first
-        e, f, g, h = second
-        eps[lane], eps[LANES + lane] = scale * a, scale * b
-        eps[2 * LANES + lane], eps[3 * LANES + lane] = scale * c, scale * d
-        eps[4 * LANES + lane], eps[5 * LANES + lane] = scale * e, scale * f
-        eps[6 * LANES + lane], eps[7 * LANES + lane] = scale * g, scale * h
+def checksum(*files: str | None) -> int:
+    """Compute the CRC-32 of source files and of those that every kernel is made of.
+
+    numba keeps compiled kernels by the date of the file that they are in and by the values in their closures.
+    The code that they have from other files has to be among these values, and this number stands for it. A
+    compiled function must not be, for numba takes it for another one in every process and compiles again.
+    """
+    every = (*files, __file__, cpu_math.__file__, definition.__file__)
+    return zlib.crc32(b"".join(Path(str(file)).read_bytes() for file in every))
 
 
-@nb.njit(inline="always")
-def _add_normals(total, first_call, coefficients, c1, directions, c3, k0, k1):
-    """Adds the normals of a block in all directions, each times its coefficient, to total[:64]."""
-    num_paired = directions.size - directions.size % 2
-    for n in range(0, num_paired, 2):
-        # Read here, not in the loop below: what is read there might, for all the compiler knows, be written.
-        scale0, scale1 = coefficients[n], coefficients[n + 1]
-        word20, word21 = directions[n], directions[n + 1]
-        for lane in range(LANES):
-            call = u32(u32(first_call) + u32(lane))
-            first, second = eight_normals(call, word20, call, word21, c1, c3, k0, k1)
-            a, b, c, d = first
-            e, f, g, h = second
-            total[lane] = (total[lane] + scale0 * a) + scale1 * e
-            total[LANES + lane] = (total[LANES + lane] + scale0 * b) + scale1 * f
-            total[2 * LANES + lane] = (total[2 * LANES + lane] + scale0 * c) + scale1 * g
-            total[3 * LANES + lane] = (total[3 * LANES + lane] + scale0 * d) + scale1 * h
-    for n in range(num_paired, directions.size):
-        scale0, word20 = coefficients[n], directions[n]
-        for lane in range(LANES):
-            call = u32(u32(first_call) + u32(lane))
-            a, b, c, d = four_normals(call, c1, word20, c3, k0, k1)
-            total[lane] += scale0 * a
-            total[LANES + lane] += scale0 * b
-            total[2 * LANES + lane] += scale0 * c
-            total[3 * LANES + lane] += scale0 * d
+@dataclass(frozen=True)
+class Fill:
+    """Compiled functions with which a kind of noise computes whole blocks.
+
+    Attributes:
+        fill: ``fill(eps, first_call, scale, c1, c2, c3, k0, k1)`` writes scale times the noise to
+            ``eps[:fill_size]``. ``first_call`` is the first Philox call, c1 to c3 are counter words, k0 and
+            k1 the key.
+        fill_size: Elements that ``fill`` writes.
+        add: ``add(total, first_call, coefficients, c1, directions, c3, k0, k1)`` adds the noise of every
+            direction times its coefficient to ``total[:add_size]``, in order; ``directions`` are counter
+            words.
+        add_size: Elements that ``add`` changes.
+        elements_per_call: Elements that one Philox call serves.
+        sources: ``checksum`` of the files that the functions are written in.
+    """
+
+    fill: Callable[..., None]
+    fill_size: int
+    add: Callable[..., None]
+    add_size: int
+    elements_per_call: int
+    sources: int
 
 
-@nb.njit(inline="always")
-def _fill_signs(eps, first_call, scale, c1, c2, c3, k0, k1):
-    """eps[:2048] = scale * the signs of a block."""
-    eps[:] = f32(0)
-    _add_signs_of_one(eps, first_call, scale, c1, c2, c3, k0, k1)
+def _fill_block(eps, first_call, scale, c1, c2, c3, k0, k1):
+    """Stand for ``Fill.fill`` until ``_compiled`` puts it in."""
 
 
-@nb.njit(inline="always")
-def _add_signs(total, first_call, coefficients, c1, directions, c3, k0, k1):
-    """Adds the signs of a block in all directions, each times its coefficient, to total[:2048]."""
-    for n in range(directions.size):
-        _add_signs_of_one(total, first_call, coefficients[n], c1, directions[n], c3, k0, k1)
+def _add_block(total, first_call, coefficients, c1, directions, c3, k0, k1):
+    """Stand for ``Fill.add`` until ``_compiled`` puts it in."""
 
 
-@nb.njit(inline="always")
-def _add_signs_of_one(total, first_call, scale, c1, c2, c3, k0, k1):
-    words = np.empty((4, LANES), np.uint32)
-    for lane in range(LANES):
-        a, b, c, d = philox(u32(u32(first_call) + u32(lane)), c1, c2, c3, k0, k1)
-        words[0, lane], words[1, lane], words[2, lane], words[3, lane] = a, b, c, d
-    # Four bits of four words in a step: the compiler checks once a step that the arrays do not overlap.
-    for first_bit in range(0, 32, 4):
-        for lane in range(LANES):
-            for word in range(4):
-                for bit in range(4):
-                    sign = u32(words[word, lane] << u32(31 - first_bit - bit)) & u32(0x80000000)
-                    total[(word * 32 + first_bit + bit) * LANES + lane] += as_float(as_bits(scale) ^ sign)
+def _compiled(kernel: Any, **functions: Callable[..., None]) -> Callable[..., None]:
+    """Compile a kernel with these functions in place of the globals of the same names.
+
+    They are globals because numba must not see them in the closure, see ``checksum``.
+    """
+    bound = FunctionType(
+        kernel.__code__, kernel.__globals__ | functions, kernel.__name__, None, kernel.__closure__
+    )
+    compiled: Callable[..., None] = nb.njit(nogil=True, cache=True, error_model="numpy")(bound)
+    return compiled
 
 
 @nb.njit(inline="always")
 def fill_rounding_bits(bits, block, c1, c3, k0, k1):
-    """bits[:64] = the random bits with which a block is rounded."""
+    """Write the random bits with which a block is rounded to bits[:64]."""
     first_call = u64(block) * u64(LANES)
     word1 = u32(c1 | u32(first_call >> u64(32)))
     for lane in range(LANES):
@@ -130,11 +111,11 @@ def fill_rounding_bits(bits, block, c1, c3, k0, k1):
 
 @nb.njit(inline="always")
 def _place(step, size, per_row, start, stride, length):
-    """What a step handles: where its block starts, and the stretch of it that the row owns, perhaps empty.
+    """Locate a step's block, and the elements of it that the row owns, perhaps none.
 
     Returns:
-        The block's first element, the stretch counted from there, and what to add to an index counted from
-        there to get the one within the tensor.
+        The block's first element; begin and end of the owned elements, counted from there; and the number to
+        add to an index counted from there to get the index within the tensor.
     """
     row, block_in_row = step // per_row, step % per_row
     row_start = start + row * stride
@@ -145,11 +126,10 @@ def _place(step, size, per_row, start, stride, length):
 
 
 @functools.cache
-def _perturb_kernel(kind: NoiseKind, source_format: int, target_format: int) -> Callable[..., None]:
-    """The kernel for one kind and pair of formats; compiled when first used, then kept on disk by numba."""
-    is_gaussian, (size, per_call), sources = kind is NoiseKind.GAUSSIAN, _FILLS[kind], _SOURCES
+def perturb_kernel(fill: Fill, source_format: int, target_format: int) -> Callable[..., None]:
+    """Compile the kernel for a kind and a pair of formats at its first call; numba keeps it on disk."""
+    size, per_call, sources = fill.fill_size, fill.elements_per_call, fill.sources
 
-    @nb.njit(nogil=True, cache=True, error_model="numpy")
     def perturb(first, last, geometry, source, target, sigma, words, key):
         _ = sources
         eps = np.empty(size, np.float32)
@@ -158,25 +138,21 @@ def _perturb_kernel(kind: NoiseKind, source_format: int, target_format: int) -> 
             block_start, begin, end, offset = _place(step, size, per_row, start, stride, length)
             first_call = u64(block_start // per_call)
             word1 = u32(c1 | u32(first_call >> u64(32)))
-            if is_gaussian:
-                fill_normals(eps, first_call, sigma, word1, c2, c3, k0, k1)
-            else:
-                _fill_signs(eps, first_call, sigma, word1, c2, c3, k0, k1)
+            _fill_block(eps, first_call, sigma, word1, c2, c3, k0, k1)
             here, there = source[begin + offset : end + offset], target[begin + offset : end + offset]
             owned = eps[begin:end]
             for j in range(here.size):
                 centre = load(store(load(here[j], source_format), target_format), target_format)
                 there[j] = store(centre + owned[j], target_format)
 
-    return perturb
+    return _compiled(perturb, _fill_block=fill.fill)
 
 
 @functools.cache
-def _accumulate_kernel(kind: NoiseKind, master_format: int) -> Callable[..., None]:
-    """As ``_perturb_kernel``."""
-    is_gaussian, (size, per_call), sources = kind is NoiseKind.GAUSSIAN, _SUMS[kind], _SOURCES
+def accumulate_kernel(fill: Fill, master_format: int) -> Callable[..., None]:
+    """Compile the kernel for a kind and a format at its first call; numba keeps it on disk."""
+    size, per_call, sources = fill.add_size, fill.elements_per_call, fill.sources
 
-    @nb.njit(nogil=True, cache=True, error_model="numpy")
     def accumulate(first, last, geometry, master, coefficients, directions, words, key):
         _ = sources
         total, bits = np.empty(size, np.float32), np.empty(size, np.uint32)
@@ -186,10 +162,7 @@ def _accumulate_kernel(kind: NoiseKind, master_format: int) -> Callable[..., Non
             first_call = u64(block_start // per_call)
             word1 = u32(c1 | u32(first_call >> u64(32)))
             total[:] = f32(0)
-            if is_gaussian:
-                _add_normals(total, first_call, coefficients, word1, directions, c3, k0, k1)
-            else:
-                _add_signs(total, first_call, coefficients, word1, directions, c3, k0, k1)
+            _add_block(total, first_call, coefficients, word1, directions, c3, k0, k1)
             here, owned = master[begin + offset : end + offset], total[begin:end]
             if master_format == FLOAT32:
                 for j in range(here.size):
@@ -203,13 +176,13 @@ def _accumulate_kernel(kind: NoiseKind, master_format: int) -> Callable[..., Non
                     moved = load(here[j], master_format) + owned[j]
                     here[j] = store_randomly(moved, drawn[j], master_format)
 
-    return accumulate
+    return _compiled(accumulate, _add_block=fill.add)
 
 
 @functools.cache
-def _add_kernel(master_format: int) -> Callable[..., None]:
-    """As ``_perturb_kernel``, for a narrow master."""
-    sources = _SOURCES
+def add_kernel(master_format: int) -> Callable[..., None]:
+    """Compile the kernel for a bfloat16 or float16 master at its first call; numba keeps it on disk."""
+    sources = checksum()
 
     @nb.njit(nogil=True, cache=True, error_model="numpy")
     def add(first, last, geometry, master, delta, words, key):
@@ -228,73 +201,43 @@ def _add_kernel(master_format: int) -> Callable[..., None]:
     return add
 
 
-# How many elements of a kind are made at a time, and how many of them a call of Philox serves.
-_FILLS = {NoiseKind.GAUSSIAN: (PAIR, 4), NoiseKind.RADEMACHER: (SIGN_BLOCK, 128)}
-_SUMS = {NoiseKind.GAUSSIAN: (BLOCK, 4), NoiseKind.RADEMACHER: (SIGN_BLOCK, 128)}
-
-
 def perturb(
-    source: torch.Tensor,
-    target: torch.Tensor,
-    region: Region,
-    *,
-    sigma: float,
-    kind: NoiseKind,
-    words: tuple[int, int, int],
-    key: tuple[int, int],
+    source: Tensor, target: Tensor, region: Region, *, fill: Fill, sigma: float, word2: int, key: NoiseKey
 ) -> None:
-    """As ``shardes.noise.perturb``; ``words`` are the counter words 1 to 3."""
-    kernel, size = _perturb_kernel(kind, FORMATS[source.dtype], FORMATS[target.dtype]), _FILLS[kind][0]
-    _over_blocks(
-        kernel, region, size, stored(source), stored(target), f32(sigma), words_of(words), words_of(key)
-    )
+    """Perturb as ``shardes.noise.perturb`` does, with counter word 2 given."""
+    kernel = perturb_kernel(fill, FORMATS[source.dtype], FORMATS[target.dtype])
+    words = words_of((region.param_id << 8, word2, key.iteration))
+    tensors = stored(source), stored(target)
+    _over_blocks(kernel, region, fill.fill_size, *tensors, f32(sigma), words, words_of(seed_key(key.seed)))
 
 
 def accumulate(
-    master: torch.Tensor,
-    region: Region,
-    *,
-    coefficients: Sequence[float],
-    kind: NoiseKind,
-    word1: int,
-    direction_words: Sequence[int],
-    word3: int,
-    key: tuple[int, int],
+    master: Tensor, region: Region, *, fill: Fill, coefficients: Floats, words2: Ints, key: NoiseKey
 ) -> None:
-    """As ``shardes.noise.accumulate``; the words are those of the counter."""
-    _over_blocks(
-        _accumulate_kernel(kind, FORMATS[master.dtype]),
-        region,
-        _SUMS[kind][0],
-        stored(master),
-        np.asarray(coefficients, np.float32),
-        np.asarray(direction_words, np.uint32),
-        words_of((word1, word3)),
-        words_of(key),
-    )
+    """Accumulate as ``shardes.noise.accumulate`` does, with counter words 2 given."""
+    kernel, words = accumulate_kernel(fill, FORMATS[master.dtype]), np.asarray(words2, np.uint32)
+    terms = np.asarray(coefficients, np.float32), words
+    _over_blocks(kernel, region, fill.add_size, stored(master), *terms, *update_words(region.param_id, key))
 
 
-def add(
-    master: torch.Tensor,
-    delta: torch.Tensor,
-    region: Region,
-    *,
-    word1: int,
-    word3: int,
-    key: tuple[int, int],
-) -> None:
-    """As ``shardes.noise.add``, for a bfloat16 or float16 master; the words are those of the counter."""
-    kernel, words = _add_kernel(FORMATS[master.dtype]), words_of((word1, word3))
-    _over_blocks(kernel, region, BLOCK, stored(master), stored(delta), words, words_of(key))
+def add(master: Tensor, delta: Tensor, region: Region, *, key: NoiseKey) -> None:
+    """Add to a narrow master as ``shardes.noise.add`` does."""
+    kernel, words = add_kernel(FORMATS[master.dtype]), update_words(region.param_id, key)
+    _over_blocks(kernel, region, BLOCK, stored(master), stored(delta), *words)
 
 
-def words_of(numbers: Sequence[int]) -> tuple[np.uint32, ...]:
-    """Numbers as the words that kernels take."""
+def update_words(param_id: int, key: NoiseKey) -> tuple[tuple[np.uint32, ...], tuple[np.uint32, ...]]:
+    """Return the counter words 1 and 3 of an update, and the key words."""
+    return words_of((param_id << 8, key.iteration)), words_of(seed_key(key.seed))
+
+
+def words_of(numbers: Ints) -> tuple[np.uint32, ...]:
+    """Return numbers as the uint32 words that kernels take."""
     return tuple(u32(number) for number in numbers)
 
 
 def _over_blocks(kernel: Callable[..., None], region: Region, size: int, *arguments: Any) -> None:
-    """Runs a kernel over the blocks of ``size`` elements that each row may touch, on several threads."""
+    """Run a kernel over the blocks of ``size`` elements that each row may touch, on several threads."""
     start, stride, length = region.start, region.stride, region.length
     # With one row it is known; rows that start anywhere may touch one block more than they fill.
     per_row = (start % size + length - 1 if region.rows == 1 else length + size - 2) // size + 1
@@ -303,11 +246,11 @@ def _over_blocks(kernel: Callable[..., None], region: Region, size: int, *argume
         region.rows * per_row,
         (per_row, start, stride, length),
         *arguments,
-        at_least=max(_MIN_PER_THREAD // size, 1),
+        at_least=max(MIN_PER_THREAD // size, 1),
     )
 
 
-def stored(tensor: torch.Tensor) -> NDArray[np.uint32] | NDArray[np.uint16]:
-    """The storage of a contiguous CPU tensor as flat unsigned integers of its element size; no copy."""
+def stored(tensor: Tensor) -> NDArray[np.uint32] | NDArray[np.uint16]:
+    """Return the storage of a contiguous CPU tensor as flat uint32 or uint16, without a copy."""
     width = torch.uint32 if tensor.dtype == torch.float32 else torch.uint16
     return tensor.detach().view(-1).view(width).numpy()

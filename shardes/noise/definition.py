@@ -1,19 +1,21 @@
-"""The definition of the noise, in NumPy: the oracle that every kernel is compared with, bit for bit.
+"""Shared definitions of all kinds of noise, in NumPy: counters, Philox, Box-Muller, rounding.
 
-docs/noise.md states the same in words. Nothing here may change without a new ``NOISE_VERSION``: a journal
+Kernels are compared with this and with the kinds' definitions (``kinds``), bit for bit. docs/noise.md states
+the same in words. Nothing here may change without a new ``NOISE_VERSION``: a journal
 can only be replayed under the definition it was written with. The kernels import the constants from here.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import IntEnum, StrEnum
-from functools import partial
+from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 NOISE_VERSION = 1
+
+Floats = Sequence[float]
+Ints = Sequence[int]
 
 # Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 PHILOX_ROUNDS = 10
@@ -57,7 +59,7 @@ DIGEST_INDEX_FACTOR, DIGEST_PARAM_FACTOR = 0x9E3779B97F4A7C15, 0x5E2D58D8B3BCDF1
 
 
 class Stream(IntEnum):
-    """What a counter is used for; streams never share a counter."""
+    """Use of a counter; streams never share a counter."""
 
     GAUSSIAN = 0
     DATA_ORDER = 1
@@ -68,77 +70,24 @@ class Stream(IntEnum):
     RIGHT = 6
 
 
-class NoiseKind(StrEnum):
-    """The distribution of eps: standard normal, or +1 and -1 with equal probability."""
-
-    GAUSSIAN = "gaussian"
-    RADEMACHER = "rademacher"
-
-    @property
-    def stream(self) -> Stream:
-        """Whose counters it uses."""
-        return Stream[self.name]
-
-    @property
-    def largest(self) -> float:
-        """What no eps exceeds in magnitude."""
-        return {NoiseKind.GAUSSIAN: 6.67, NoiseKind.RADEMACHER: 1.0}[self]
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """Noise of low rank: of a matrix ``A B^T / sqrt(rank)``, A and B standard normal; of a vector normal.
+class NoiseKey(NamedTuple):
+    """Key of the noise of an iteration.
 
     Attributes:
-        rank: Columns of A and of B.
-
-    Raises:
-        ValueError: A rank below 1.
+        seed: The run's seed, below 2**64.
+        iteration: Iteration, below 2**32.
     """
 
-    rank: int = 1
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"the rank is {self.rank}; wanted at least 1")
-
-    @property
-    def scale(self) -> np.float32:
-        """What the elements of A are multiplied by."""
-        return np.float32(1 / math.sqrt(self.rank))
-
-    @property
-    def largest(self) -> float:
-        """What no eps exceeds in magnitude."""
-        return NoiseKind.GAUSSIAN.largest**2 * math.sqrt(self.rank)
-
-
-Kind = NoiseKind | LowRank
-
-
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int, int] | None:
-    """How noise of low rank takes a parameter: as how many matrices, of how many rows and columns.
-
-    Returns:
-        Three numbers whose product is the parameter's size: [m, n] is one matrix, [e, m, n] are e of them
-        (experts), each with factors of its own. None for a vector or a number, whose noise has full rank.
-
-    Raises:
-        ValueError: More than three dimensions.
-    """
-    if len(shape) > 3:
-        raise ValueError(f"low-rank noise has no rule for a parameter of shape {list(shape)}")
-    if len(shape) < 2:
-        return None
-    return (1, shape[0], shape[1]) if len(shape) == 2 else (shape[0], shape[1], shape[2])
+    seed: int
+    iteration: int
 
 
 def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]:
-    """Philox4x32-10.
+    """Compute Philox4x32-10.
 
     Args:
-        counter: uint32 of shape [4, n], the counters c0..c3.
-        key: The two 32-bit key words.
+        counter: Counters c0 to c3, uint32 of shape [4, n].
+        key: Two 32-bit key words.
 
     Returns:
         uint32 of shape [4, n].
@@ -157,14 +106,14 @@ def philox(counter: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint
 
 
 def seed_key(seed: int) -> tuple[int, int]:
-    """The Philox key of a run's 64-bit seed: low word, high word."""
+    """Return the Philox key of a run's 64-bit seed: low word, high word."""
     return seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
 
 
 def counter_words(
     call: NDArray[np.uint64], *, iteration: int, direction: int, param_id: int, stream: Stream
 ) -> NDArray[np.uint32]:
-    """The 128-bit counters of ``call`` (each below 2**40), as uint32 of shape [4, n]."""
+    """Return the 128-bit counters of ``call`` (each below 2**40), as uint32 of shape [4, n]."""
     counter = np.empty((4, call.size), np.uint32)
     counter[0] = call.astype(np.uint32)
     counter[1] = (call >> np.uint64(32)).astype(np.uint32) | np.uint32(param_id << 8)
@@ -176,7 +125,7 @@ def counter_words(
 def box_muller(
     radius_bits: NDArray[np.uint32], angle_bits: NDArray[np.uint32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Two standard normals from two 32-bit words (Box and Muller 1958), float32 throughout."""
+    """Compute two standard normals from two 32-bit words (Box and Muller 1958), float32 throughout."""
     radius = np.sqrt(minus_two_log(radius_uniform(radius_bits)))
     quadrant, turns = angle_uniform(angle_bits)
     cosine, sine = cos_sin_turns(quadrant, turns)
@@ -184,20 +133,20 @@ def box_muller(
 
 
 def radius_uniform(bits: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """float32 in [2**-32, 1]: the top 31 bits, rounded to float32, plus half a step."""
+    """Return float32 in [2**-32, 1]: the top 31 bits, rounded to float32, plus half a step."""
     top = (bits >> np.uint32(1)).astype(np.int32).astype(np.float32)
     return top * np.float32(2.0**-31) + np.float32(2.0**-32)
 
 
 def angle_uniform(bits: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    """The nearest quadrant (0..3) and what is left of the angle, in turns, float32 in [-1/8, 1/8]."""
+    """Return the nearest quadrant (0 to 3) and the rest of the angle in turns, float32 in [-1/8, 1/8]."""
     quadrant = (bits + np.uint32(0x20000000)) >> np.uint32(30)
     rest = (bits - (quadrant << np.uint32(30))).view(np.int32)
     return quadrant, rest.astype(np.float32) * np.float32(2.0**-32)
 
 
 def minus_two_log(u: NDArray[np.float32]) -> NDArray[np.float32]:
-    """-2 log u for u in [2**-32, 1]: u = m 2**e with m in [sqrt(1/2), sqrt(2)), and a polynomial in m - 1."""
+    """Compute -2 log u for u in [2**-32, 1]: u = m 2**e, m in [sqrt(1/2), sqrt(2)), polynomial in m - 1."""
     bits = u.view(np.int32)
     exponent = (bits - np.int32(SQRT_HALF_BITS)) >> np.int32(23)
     z = (bits - (exponent << np.int32(23))).view(np.float32) - np.float32(1)
@@ -215,7 +164,7 @@ def minus_two_log(u: NDArray[np.float32]) -> NDArray[np.float32]:
 def cos_sin_turns(
     quadrant: NDArray[np.uint32], turns: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cosine and sine of 2 pi (quadrant/4 + turns)."""
+    """Compute cosine and sine of 2 pi (quadrant/4 + turns)."""
     square = turns * turns
     tail = np.full_like(turns, SIN_TURNS[-1])
     for coefficient in SIN_TURNS[-2::-1]:
@@ -236,7 +185,7 @@ def cos_sin_turns(
 def element_words(
     *, seed: int, iteration: int, direction: int, param_id: int, stream: Stream, start: int, length: int
 ) -> NDArray[np.uint32]:
-    """The four words of every call of the blocks that a stretch of elements touches.
+    """Compute the four words of every call of the blocks that a range of elements touches.
 
     Returns:
         uint32 of shape [4, blocks, LANES].
@@ -248,144 +197,8 @@ def element_words(
     return philox(counter, seed_key(seed)).reshape(4, num_blocks, LANES)
 
 
-def normals(
-    *,
-    seed: int,
-    iteration: int,
-    direction: int,
-    param_id: int,
-    start: int,
-    length: int,
-    stream: Stream = Stream.GAUSSIAN,
-) -> NDArray[np.float32]:
-    """eps: the standard normals of elements [start, start + length) of one parameter.
-
-    Args:
-        seed: The run's seed, below 2**64.
-        iteration: Below 2**32.
-        direction: Index of the direction within the iteration, below 2**24.
-        param_id: Index of the parameter in the name-sorted list, below 2**24.
-        start: Row-major index of the first element in the whole parameter.
-        length: Number of elements.
-        stream: Whose counters; of a factor, elements are those of the factor.
-
-    Returns:
-        float32 of shape [length].
-    """
-    words = element_words(
-        seed=seed,
-        iteration=iteration,
-        direction=direction,
-        param_id=param_id,
-        stream=stream,
-        start=start,
-        length=length,
-    )
-    quarters = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
-    return np.stack(quarters, axis=1).reshape(-1)[start % BLOCK :][:length]
-
-
-def signs(
-    *, seed: int, iteration: int, direction: int, param_id: int, start: int, length: int
-) -> NDArray[np.float32]:
-    """Rademacher noise: +1 or -1 with equal probability, one bit an element; arguments as in ``normals``.
-
-    Returns:
-        float32 of shape [length].
-    """
-    first_block = start // SIGN_BLOCK
-    num_blocks = -(-(start + length) // SIGN_BLOCK) - first_block
-    call = np.arange(num_blocks * LANES, dtype=np.uint64) + np.uint64(first_block * LANES)
-    counter = counter_words(
-        call, iteration=iteration, direction=direction, param_id=param_id, stream=Stream.RADEMACHER
-    )
-    words = philox(counter, seed_key(seed)).reshape(4, num_blocks, LANES)
-    bits = words[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
-    in_order = bits.transpose(1, 0, 3, 2).reshape(-1)  # block, word, bit, lane
-    offset = start - first_block * SIGN_BLOCK
-    return (np.float32(1) - np.float32(2) * in_order.astype(np.float32))[offset : offset + length]
-
-
-def factors(
-    *,
-    seed: int,
-    iteration: int,
-    direction: int,
-    param_id: int,
-    shape: Sequence[int],
-    kind: LowRank,
-    start: int,
-    length: int,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What the low-rank noise of elements [start, start + length) of some matrices is made of.
-
-    Args:
-        seed: As in ``normals``.
-        iteration: As in ``normals``.
-        direction: As in ``normals``.
-        param_id: As in ``normals``.
-        shape: The parameter's, of two or three dimensions.
-        kind: The rank.
-        start: Row-major index of the first element in the whole parameter.
-        length: Number of elements.
-
-    Returns:
-        The row of A that each element's row has, divided by sqrt(rank), and the row of B that its column has:
-        both float32 of shape [length, rank].
-    """
-    view = matrix_shape(shape)
-    assert view is not None, "a vector has no factors"
-    count, height, width = view
-    whole = partial(normals, seed=seed, iteration=iteration, direction=direction, param_id=param_id, start=0)
-    left = whole(length=count * height * kind.rank, stream=Stream.LEFT).reshape(-1, kind.rank) * kind.scale
-    right = whole(length=count * width * kind.rank, stream=Stream.RIGHT).reshape(-1, kind.rank)
-    index = np.arange(start, start + length)
-    return left[index // width], right[index // (height * width) * width + index % width]
-
-
-def low_rank(
-    *,
-    seed: int,
-    iteration: int,
-    direction: int,
-    param_id: int,
-    shape: Sequence[int],
-    kind: LowRank,
-    start: int,
-    length: int,
-) -> NDArray[np.float32]:
-    """Low-rank eps; arguments as in ``factors``.
-
-    Returns:
-        float32 of shape [length].
-    """
-    if matrix_shape(shape) is None:
-        return normals(
-            seed=seed,
-            iteration=iteration,
-            direction=direction,
-            param_id=param_id,
-            start=start,
-            length=length,
-        )
-    left, right = factors(
-        seed=seed,
-        iteration=iteration,
-        direction=direction,
-        param_id=param_id,
-        shape=shape,
-        kind=kind,
-        start=start,
-        length=length,
-    )
-    eps = np.zeros(length, np.float32)
-    for k in range(kind.rank):
-        eps = eps + left[:, k] * right[:, k]
-    return eps
-
-
 def rounding_bits(*, seed: int, iteration: int, param_id: int, start: int, length: int) -> NDArray[np.uint32]:
-    """The 16 random bits with which an update rounds each element; arguments as in ``normals``.
+    """Compute the 16 random bits with which an update rounds each element; arguments as for normals.
 
     Returns:
         uint32 of shape [length], each below 2**16.
@@ -403,13 +216,13 @@ def rounding_bits(*, seed: int, iteration: int, param_id: int, start: int, lengt
 
 
 def round_to_bfloat16(values: NDArray[np.float32], bits: NDArray[np.uint32]) -> NDArray[np.uint16]:
-    """Stochastic rounding: up with a probability of the distance to the lower neighbour.
+    """Round stochastically: up with a probability of the distance to the lower neighbour.
 
     A finite value stays finite. The payload of a NaN is not defined.
 
     Args:
-        values: float32.
-        bits: Random, below 2**16, of the same shape.
+        values: Values to round, float32.
+        bits: Random bits, uint32 below 2**16, of the same shape.
 
     Returns:
         The bits of bfloat16, as uint16 of the same shape.
@@ -423,7 +236,7 @@ def round_to_bfloat16(values: NDArray[np.float32], bits: NDArray[np.uint32]) -> 
 
 
 def round_to_float16(values: NDArray[np.float32], bits: NDArray[np.uint32]) -> NDArray[np.uint16]:
-    """As ``round_to_bfloat16``; below 2**-14, where float16 has steps of 2**-24, to within 2**-40."""
+    """Round as ``round_to_bfloat16``; below 2**-14, where float16 has steps of 2**-24, to within 2**-40."""
     pattern = values.view(np.uint32)
     magnitude = pattern & np.uint32(0x7FFFFFFF)
     # 13 bits of the significand go; the exponent's bias falls from 127 to 15.
@@ -439,7 +252,7 @@ def round_to_float16(values: NDArray[np.float32], bits: NDArray[np.uint32]) -> N
 
 
 def data_order(size: int, *, seed: int, iteration: int, count: int) -> NDArray[np.int64]:
-    """``count`` different indices below ``size``, in random order: a pure function of its arguments.
+    """Return ``count`` different indices below ``size`` in random order, a pure function of the arguments.
 
     Each index gets a 64-bit random key, and the ``count`` smallest keys win (ties by index).
     """
@@ -455,14 +268,14 @@ def data_order(size: int, *, seed: int, iteration: int, count: int) -> NDArray[n
 def sampling_uniforms(
     *, seed: int, iteration: int, prompt: int, sample: int, count: int
 ) -> NDArray[np.float32]:
-    """The random numbers that draw the tokens of one answer: a pure function of its arguments.
+    """Return the random numbers that draw the tokens of one answer, a pure function of the arguments.
 
     Args:
         seed: The run's seed, below 2**64.
-        iteration: Below 2**32.
-        prompt: Place in the batch of problems, below 2**24.
-        sample: Place among the answers to one prompt, below 2**24.
-        count: Number of positions.
+        iteration: Iteration, below 2**32.
+        prompt: Index in the batch of problems, below 2**24.
+        sample: Index among the answers to one prompt, below 2**24.
+        count: Number of token positions.
 
     Returns:
         float32 in [0, 1), multiples of 2**-24, of shape [count].

@@ -1,4 +1,4 @@
-"""GPU kernels of the noise, in Triton: the bits of definition.py, in one pass over the tensor.
+"""GPU kernels of elementwise noise, in Triton: the definition's bits, in one pass over the tensor.
 
 A thread takes a Philox call, computes the call's noise and handles the call's elements. These lie LANES
 apart, so sixteen neighbouring threads read and write sixteen neighbouring elements, and no data moves between
@@ -12,41 +12,56 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from shardes.noise.definition import BLOCK, LANES, SIGN_BLOCK, NoiseKind, Stream
-from shardes.noise.gpu_math import (
-    as_bits,
-    as_float,
-    four_normals,
-    perturbed,
-    philox,
-    round_randomly,
-    tl,
-    triton,
-    widen,
-)
+from shardes.noise.definition import BLOCK, LANES, Floats, Ints, NoiseKey, Stream, seed_key
+from shardes.noise.gpu_math import philox, round_randomly, tl, triton, widen
 from shardes.noise.region import Region
 
-_LANES, _BLOCK, _SIGN_BLOCK = tl.constexpr(LANES), tl.constexpr(BLOCK), tl.constexpr(SIGN_BLOCK)
+_LANES = tl.constexpr(LANES)
 _ROUNDING = tl.constexpr(int(Stream.ROUNDING))
 
-# Calls of a program, and its warps. Normals: two calls a thread, which are two independent chains for the
-# schedulers to choose from, in 40 registers, of which a multiprocessor has enough for 48 warps. Signs: one
-# call a thread, because the sums of its 128 elements stay in registers during an update.
-_CALLS, _SIGN_CALLS, _WARPS = 256, 128, 4
+# Warps of a program, and the calls of one that handles four elements a call: two calls a thread, which are
+# two independent chains for the schedulers to choose from, in 40 registers, of which a multiprocessor has
+# enough for 48 warps.
+_WARPS = 4
+CALLS = 256
 
 # Slots of one launch over several rows; with those that the last program has too many, below 2**32.
 _MAX_SLOTS = 2**31
 
 
+@dataclass(frozen=True)
+class Fill:
+    """Triton functions with which a kind of noise handles the Philox calls of a program.
+
+    Attributes:
+        perturb_calls: ``(source, target, sigma_bits, call, c1, c2, c3, k0, k1, low, high, bordered)``
+            perturbs the elements of each call. ``source`` and ``target`` point to the first of them; if
+            ``bordered``, only those ``within`` the bounds low and high are in the region, else all are.
+        accumulate_calls: ``(master, table, num_directions, call, c1, c3, k0, k1, low, high)`` adds the noise
+            of every direction times its coefficient; the table has the coefficients, then the counter words.
+        size: Elements of a block, which is LANES calls.
+        calls: Calls of a program.
+        always_masked: Whether programs without a border are not worth code of their own.
+    """
+
+    perturb_calls: Any
+    accumulate_calls: Any
+    size: int
+    calls: int
+    always_masked: bool
+
+
 def kernel(function: Callable[..., None]) -> Any:
-    """``triton.jit`` for a kernel that is not to be compiled again when an argument changes.
+    """Apply ``triton.jit`` to a kernel that is not to be compiled again when an argument changes.
 
     By default Triton compiles anew for integers that are 1, and for integers and addresses that are multiples
     of 16. Integers also need a type in the kernel's signature, or those of more than 31 bits get another.
@@ -68,7 +83,7 @@ def place(
     calls: tl.constexpr,
     strided: tl.constexpr,
 ):
-    """Which calls a program makes, and where their elements lie.
+    """Compute the calls that a program makes, and where their elements lie.
 
     Each row touches up to ``blocks_per_row`` blocks of ``size`` elements. These slots are numbered row by
     row; a program makes the LANES calls of each of ``calls / LANES`` of them.
@@ -108,49 +123,8 @@ def place(
 
 @triton.jit
 def within(offset, low, high):
-    """Whether what lies ``offset`` after a call's first element is in the region."""
+    """Return whether what lies ``offset`` after a call's first element is in the region."""
     return (low <= offset) & (offset < high)
-
-
-@triton.jit
-def _signed(scale_bits, word):
-    """``scale * sign`` for the 32 signs in each word, in order: float32 of shape [32, calls]."""
-    bit = tl.arange(0, 32)[:, None]
-    return as_float(scale_bits ^ ((word[None, :] << (31 - bit)) & 0x80000000))
-
-
-# Perturb.
-
-
-@triton.jit
-def _perturb_normals(source, target, sigma, call, c1, c2, c3, k0, k1, low, high, bordered: tl.constexpr):
-    """Perturbs the four elements of each call; ``source`` and ``target`` point to the first of them."""
-    dtype = target.dtype.element_ty
-    mask0 = within(0, low, high) if bordered else None
-    mask1 = within(_LANES, low, high) if bordered else None
-    mask2 = within(2 * _LANES, low, high) if bordered else None
-    mask3 = within(3 * _LANES, low, high) if bordered else None
-    # All loads come first: the long computation hides their latency.
-    source0 = tl.load(source, mask=mask0)
-    source1 = tl.load(source + _LANES, mask=mask1)
-    source2 = tl.load(source + 2 * _LANES, mask=mask2)
-    source3 = tl.load(source + 3 * _LANES, mask=mask3)
-    eps0, eps1, eps2, eps3 = four_normals(call, c1, c2, c3, k0, k1)
-    tl.store(target, perturbed(source0, sigma * eps0, dtype), mask=mask0)
-    tl.store(target + _LANES, perturbed(source1, sigma * eps1, dtype), mask=mask1)
-    tl.store(target + 2 * _LANES, perturbed(source2, sigma * eps2, dtype), mask=mask2)
-    tl.store(target + 3 * _LANES, perturbed(source3, sigma * eps3, dtype), mask=mask3)
-
-
-@triton.jit
-def _perturb_word(source, target, sigma_bits, random_word, low, high, which: tl.constexpr):
-    """Perturbs the 32 elements that the ``which``-th word of each call has the signs of."""
-    dtype = target.dtype.element_ty
-    offset = (which * 32 + tl.arange(0, 32))[:, None] * _LANES
-    mask = within(offset, low[None, :], high[None, :])
-    values = tl.load(source[None, :] + offset, mask=mask)
-    step = _signed(sigma_bits, random_word)
-    tl.store(target[None, :] + offset, perturbed(values, step, dtype), mask=mask)
 
 
 @kernel
@@ -172,6 +146,8 @@ def _perturb(
     size: tl.constexpr,
     calls: tl.constexpr,
     strided: tl.constexpr,
+    always_masked: tl.constexpr,
+    perturb_calls: tl.constexpr,
 ):
     # Under the interpreter an argument has whatever type its value fits.
     sigma_bits = sigma_bits.to(tl.uint32)
@@ -182,28 +158,18 @@ def _perturb(
     )
     source = source + base + inner
     target = target + base + inner
-    sigma = as_float(sigma_bits)
-    if size == _SIGN_BLOCK:
-        word0, word1, word2, word3 = philox(call, c1, c2, c3, k0, k1)
-        _perturb_word(source, target, sigma_bits, word0, low, high, 0)
-        _perturb_word(source, target, sigma_bits, word1, low, high, 1)
-        _perturb_word(source, target, sigma_bits, word2, low, high, 2)
-        _perturb_word(source, target, sigma_bits, word3, low, high, 3)
-    elif strided:
-        _perturb_normals(source, target, sigma, call, c1, c2, c3, k0, k1, low, high, True)
+    if strided or always_masked:
+        perturb_calls(source, target, sigma_bits, call, c1, c2, c3, k0, k1, low, high, True)
     elif (base >= 0) & (base + calls // _LANES * size <= length):
         # Few programs have a border; the masks would cost all of them a tenth of their instructions.
-        _perturb_normals(source, target, sigma, call, c1, c2, c3, k0, k1, low, high, False)
+        perturb_calls(source, target, sigma_bits, call, c1, c2, c3, k0, k1, low, high, False)
     else:
-        _perturb_normals(source, target, sigma, call, c1, c2, c3, k0, k1, low, high, True)
-
-
-# Update.
+        perturb_calls(source, target, sigma_bits, call, c1, c2, c3, k0, k1, low, high, True)
 
 
 @triton.jit
-def _move(master, total, random_word, mask):
-    """Adds ``total`` to the elements pointed to; a narrow format is rounded by the word's top 16 bits."""
+def move(master, total, random_word, mask):
+    """Add ``total`` to the elements pointed to; a narrow format is rounded by the word's top 16 bits."""
     dtype = master.dtype.element_ty
     moved = widen(tl.load(master, mask=mask)) + total
     if dtype == tl.float32:
@@ -213,71 +179,15 @@ def _move(master, total, random_word, mask):
 
 
 @triton.jit
-def _move_four(master, total0, total1, total2, total3, call, c1, c3, k0, k1, low, high):
-    """As ``_move``, for the four elements of each call of a block of normals."""
+def move_four(master, total0, total1, total2, total3, call, c1, c3, k0, k1, low, high):
+    """Add to the four elements of each call of a block of normals; see ``move``."""
     word0, word1, word2, word3 = call, call, call, call  # for float32, which needs none
     if master.dtype.element_ty != tl.float32:
         word0, word1, word2, word3 = philox(call, c1, tl.full([1], _ROUNDING, tl.uint32), c3, k0, k1)
-    _move(master, total0, word0, within(0, low, high))
-    _move(master + _LANES, total1, word1, within(_LANES, low, high))
-    _move(master + 2 * _LANES, total2, word2, within(2 * _LANES, low, high))
-    _move(master + 3 * _LANES, total3, word3, within(3 * _LANES, low, high))
-
-
-@triton.jit
-def _accumulate_normals(master, table, num_directions, call, c1, c3, k0, k1, low, high):
-    """Updates the four elements of each call; ``master`` points to the first of them."""
-    total0 = tl.full(call.shape, 0.0, tl.float32)
-    total1 = total0
-    total2 = total0
-    total3 = total0
-    for n in range(num_directions):
-        coefficient = as_float(tl.load(table + n))
-        c2 = as_bits(tl.load(table + num_directions + n))
-        eps0, eps1, eps2, eps3 = four_normals(call, c1, c2, c3, k0, k1)
-        total0 += coefficient * eps0
-        total1 += coefficient * eps1
-        total2 += coefficient * eps2
-        total3 += coefficient * eps3
-    _move_four(master, total0, total1, total2, total3, call, c1, c3, k0, k1, low, high)
-
-
-@triton.jit
-def _move_word(master, total, call, c1, c3, k0, k1, low, high, which: tl.constexpr):
-    """As ``_move``, for the 32 elements that the ``which``-th word of each call has the signs of."""
-    step = (which * 32 + tl.arange(0, 32))[:, None]
-    random_word = as_bits(total)  # for float32, which needs none
-    if master.dtype.element_ty != tl.float32:
-        # Rounding goes by the blocks of the normals: four steps share a call, and take one word each.
-        block = (call // _LANES * (_SIGN_BLOCK // _BLOCK))[None, :] + (step // 4).to(tl.uint32)
-        rounding_call = block * _LANES + (call % _LANES)[None, :]
-        c2 = tl.full([1, 1], _ROUNDING, tl.uint32)
-        word0, word1, word2, word3 = philox(rounding_call, c1, c2, c3, k0, k1)
-        one_of_first_two = tl.where(step % 4 == 0, word0, word1)
-        random_word = tl.where(step % 4 < 2, one_of_first_two, tl.where(step % 4 == 2, word2, word3))
-    offset = step * _LANES
-    _move(master[None, :] + offset, total, random_word, within(offset, low[None, :], high[None, :]))
-
-
-@triton.jit
-def _accumulate_signs(master, table, num_directions, call, c1, c3, k0, k1, low, high):
-    """Updates the 128 elements of each call; ``master`` points to the first of them."""
-    total0 = tl.full([32, call.shape[0]], 0.0, tl.float32)
-    total1 = total0
-    total2 = total0
-    total3 = total0
-    for n in range(num_directions):
-        coefficient_bits = as_bits(tl.load(table + n))
-        c2 = as_bits(tl.load(table + num_directions + n))
-        word0, word1, word2, word3 = philox(call, c1, c2, c3, k0, k1)
-        total0 += _signed(coefficient_bits, word0)
-        total1 += _signed(coefficient_bits, word1)
-        total2 += _signed(coefficient_bits, word2)
-        total3 += _signed(coefficient_bits, word3)
-    _move_word(master, total0, call, c1, c3, k0, k1, low, high, 0)
-    _move_word(master, total1, call, c1, c3, k0, k1, low, high, 1)
-    _move_word(master, total2, call, c1, c3, k0, k1, low, high, 2)
-    _move_word(master, total3, call, c1, c3, k0, k1, low, high, 3)
+    move(master, total0, word0, within(0, low, high))
+    move(master + _LANES, total1, word1, within(_LANES, low, high))
+    move(master + 2 * _LANES, total2, word2, within(2 * _LANES, low, high))
+    move(master + 3 * _LANES, total3, word3, within(3 * _LANES, low, high))
 
 
 @kernel
@@ -298,16 +208,14 @@ def _accumulate(
     size: tl.constexpr,
     calls: tl.constexpr,
     strided: tl.constexpr,
+    accumulate_calls: tl.constexpr,
 ):
     c1, c3, k0, k1 = c1.to(tl.uint32), c3.to(tl.uint32), k0.to(tl.uint32), k1.to(tl.uint32)
     call, base, inner, low, high = place(
         start, stride, length, first_row, end_row, blocks_per_row, size, calls, strided
     )
     master = master + base + inner
-    if size == _SIGN_BLOCK:
-        _accumulate_signs(master, table, num_directions, call, c1, c3, k0, k1, low, high)
-    else:
-        _accumulate_normals(master, table, num_directions, call, c1, c3, k0, k1, low, high)
+    accumulate_calls(master, table, num_directions, call, c1, c3, k0, k1, low, high)
 
 
 @kernel
@@ -337,67 +245,46 @@ def _add(
     delta1 = tl.load(delta + _LANES, mask=within(_LANES, low, high))
     delta2 = tl.load(delta + 2 * _LANES, mask=within(2 * _LANES, low, high))
     delta3 = tl.load(delta + 3 * _LANES, mask=within(3 * _LANES, low, high))
-    _move_four(master, delta0, delta1, delta2, delta3, call, c1, c3, k0, k1, low, high)
-
-
-# The elements of a block of each kind of noise, and the calls of a program.
-_SIZES = {NoiseKind.GAUSSIAN: (BLOCK, _CALLS), NoiseKind.RADEMACHER: (SIGN_BLOCK, _SIGN_CALLS)}
+    move_four(master, delta0, delta1, delta2, delta3, call, c1, c3, k0, k1, low, high)
 
 
 def perturb(
-    source: torch.Tensor,
-    target: torch.Tensor,
-    region: Region,
-    *,
-    sigma: float,
-    kind: NoiseKind,
-    words: tuple[int, int, int],
-    key: tuple[int, int],
+    source: Tensor, target: Tensor, region: Region, *, fill: Fill, sigma: float, word2: int, key: NoiseKey
 ) -> None:
-    """As ``shardes.noise.perturb``; ``words`` are the counter words 1 to 3."""
+    """Perturb as ``shardes.noise.perturb`` does, with counter word 2 given."""
     # As bits: every version of Triton, and its interpreter, passes an integer unchanged.
     sigma_bits = int(np.float32(sigma).view(np.uint32))
-    launch(_perturb, *_SIZES[kind], (source, target), region, (sigma_bits, *words, *key))
+    numbers = (sigma_bits, region.param_id << 8, word2, key.iteration, *seed_key(key.seed))
+    functions = {"perturb_calls": fill.perturb_calls, "always_masked": fill.always_masked}
+    launch(_perturb, fill.size, fill.calls, (source, target), region, numbers, **functions)
 
 
 def accumulate(
-    master: torch.Tensor,
-    region: Region,
-    *,
-    coefficients: Sequence[float],
-    kind: NoiseKind,
-    word1: int,
-    direction_words: Sequence[int],
-    word3: int,
-    key: tuple[int, int],
+    master: Tensor, region: Region, *, fill: Fill, coefficients: Floats, words2: Ints, key: NoiseKey
 ) -> None:
-    """As ``shardes.noise.accumulate``; the words are those of the counter."""
-    numbers = (
-        np.asarray(coefficients, np.float32).tobytes() + np.asarray(direction_words, np.uint32).tobytes()
-    )
+    """Accumulate as ``shardes.noise.accumulate`` does, with counter words 2 given."""
+    terms = np.asarray(coefficients, np.float32).tobytes() + np.asarray(words2, np.uint32).tobytes()
     with on_device(master.device):
         stream = torch.cuda.current_stream().cuda_stream if master.is_cuda else 0
-        table = _table(numbers, master.device, stream)
-    numbers_of_kernel = (len(direction_words), word1, word3, *key)
-    launch(_accumulate, *_SIZES[kind], (master, table), region, numbers_of_kernel)
+        table = _table(terms, master.device, stream)
+    numbers = (len(words2), *update_words(region.param_id, key))
+    function = {"accumulate_calls": fill.accumulate_calls}
+    launch(_accumulate, fill.size, fill.calls, (master, table), region, numbers, **function)
 
 
-def add(
-    master: torch.Tensor,
-    delta: torch.Tensor,
-    region: Region,
-    *,
-    word1: int,
-    word3: int,
-    key: tuple[int, int],
-) -> None:
-    """As ``shardes.noise.add``, for a bfloat16 or float16 master; the words are those of the counter."""
-    launch(_add, *_SIZES[NoiseKind.GAUSSIAN], (master, delta), region, (word1, word3, *key))
+def add(master: Tensor, delta: Tensor, region: Region, *, key: NoiseKey) -> None:
+    """Add to a narrow master as ``shardes.noise.add`` does."""
+    launch(_add, BLOCK, CALLS, (master, delta), region, update_words(region.param_id, key))
+
+
+def update_words(param_id: int, key: NoiseKey) -> tuple[int, ...]:
+    """Return the counter words 1 and 3 of an update, and the key words."""
+    return param_id << 8, key.iteration, *seed_key(key.seed)
 
 
 @functools.lru_cache(maxsize=4)
-def _table(numbers: bytes, device: torch.device, stream: int) -> torch.Tensor:
-    """32-bit numbers on a device; kept, because an update asks for the same ones for every parameter.
+def _table(numbers: bytes, device: torch.device, stream: int) -> Tensor:
+    """Copy 32-bit numbers to a device; kept, because an update asks for the same ones for every parameter.
 
     The key has the stream that the copy was queued on: another one would not wait for it.
     """
@@ -409,11 +296,22 @@ def launch(
     function: Any,
     size: int,
     calls: int,
-    tensors: tuple[torch.Tensor, torch.Tensor],
+    tensors: tuple[Tensor, Tensor],
     region: Region,
     numbers: tuple[int, ...],
+    **constants: Any,
 ) -> None:
-    """Runs a kernel over the blocks of ``size`` elements that a region's rows touch; see ``place``."""
+    """Run a kernel over the blocks of ``size`` elements that a region's rows touch; see ``place``.
+
+    Args:
+        function: Kernel.
+        size: Elements of a block.
+        calls: Calls of a program.
+        tensors: First arguments of the kernel, on one device.
+        region: Elements that the tensors hold.
+        numbers: Arguments after those of ``place``.
+        **constants: Further compile-time constants.
+    """
     rows, length, stride = region.rows, region.length, region.stride
     if rows == 1 or stride == length:
         rows, length, stride = 1, region.num_elements, 0
@@ -438,6 +336,7 @@ def launch(
                 size=size,
                 calls=calls,
                 strided=rows > 1,
+                **constants,
                 num_warps=_WARPS,
                 num_stages=1,
                 enable_fp_fusion=False,
@@ -445,5 +344,5 @@ def launch(
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a CUDA device the current one, for that is where Triton launches."""
+    """Make a CUDA device the current one, where Triton launches; nothing for other devices."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

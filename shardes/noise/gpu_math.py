@@ -45,19 +45,19 @@ _C0, _C1, _C2, _C3 = (tl.constexpr(c) for c in COS_TURNS)
 
 @triton.jit
 def as_float(bits):
-    """32 bits as a float32."""
+    """Return the float32 that 32 bits are."""
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def as_bits(value):
-    """A float32 as its 32 bits."""
+    """Return the 32 bits of a float32."""
     return value.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10: four words."""
+    """Compute the four words of a call of Philox4x32-10."""
     for _ in tl.static_range(_ROUNDS):
         # One 64-bit product is one instruction; its halves taken apart (tl.umulhi) would be two.
         product0 = c0.to(tl.uint64) * _M0
@@ -73,7 +73,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def radius(bits):
-    """The radius of a random word."""
+    """Compute the Box-Muller radius of a random word."""
     # The definition's steps with three exact scalings folded away: u times 2**31, the exponent times 2**23
     # (where it lies in a float32, so that it need not be shifted down), and the log's factor -2.
     scaled_u = (bits >> 1).to(tl.int32, bitcast=True).to(tl.float32) + 0.5
@@ -94,7 +94,7 @@ def radius(bits):
 
 @triton.jit
 def cos_sin(bits):
-    """Cosine and sine of a random word's angle."""
+    """Compute cosine and sine of a random word's angle."""
     # The low 30 bits, read as signed, are the angle from the nearest quarter turn; here times 4, exactly.
     turns = (bits << 2).to(tl.int32, bitcast=True).to(tl.float32) * 2.0**-34
     square = turns * turns
@@ -110,7 +110,7 @@ def cos_sin(bits):
 
 @triton.jit
 def four_normals(call, c1, c2, c3, k0, k1):
-    """The normals of each call, one for each quarter of a block."""
+    """Compute the normals of each call, one for each quarter of a block."""
     a, b, c, d = philox(call, c1, c2, c3, k0, k1)
     radius0 = radius(a)
     radius1 = radius(c)
@@ -121,7 +121,7 @@ def four_normals(call, c1, c2, c3, k0, k1):
 
 @triton.jit
 def widen(values):
-    """The float32 values of stored elements."""
+    """Return the float32 values of stored elements."""
     if values.dtype == tl.bfloat16:
         values = as_float(values.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
     return values.to(tl.float32)
@@ -129,14 +129,14 @@ def widen(values):
 
 @triton.jit
 def _to_bfloat16(values):
-    """The bits of bfloat16 nearest to float32 values, ties to even; of a NaN, any bits."""
+    """Return the bits of bfloat16 nearest to float32 values, ties to even; any bits for a NaN."""
     pattern = as_bits(values)
     return (pattern + 0x7FFF + ((pattern >> 16) & 1)) >> 16
 
 
 @triton.jit
 def perturbed(source, step, dtype: tl.constexpr):
-    """``source`` rounded to the format ``dtype``, plus ``step``, rounded to it again."""
+    """Return ``source`` rounded to the format ``dtype``, plus ``step``, rounded to it again."""
     x = widen(source)
     if dtype == tl.bfloat16:
         centre = x
@@ -153,7 +153,7 @@ def perturbed(source, step, dtype: tl.constexpr):
 
 @triton.jit
 def round_randomly(values, bits, dtype: tl.constexpr):
-    """float32 rounded stochastically with 16 random bits each, as definition.py has it; not to float32."""
+    """Round float32 stochastically with 16 random bits each, as definition.py does; not to float32."""
     pattern = as_bits(values)
     magnitude = pattern & 0x7FFFFFFF
     if dtype == tl.bfloat16:

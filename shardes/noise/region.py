@@ -1,4 +1,4 @@
-"""Which elements of which parameter a flat tensor holds."""
+"""The elements of a parameter that a flat tensor holds."""
 
 import math
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ class Region:
     Attributes:
         param_id: The parameter's index in the name-sorted list.
         param_size: Number of elements of the whole parameter.
-        start: Row-major index, in the whole parameter, of the first element.
-        length: Elements in a row.
+        start: Row-major index of the first element in the whole parameter.
+        length: Number of elements in a row.
         rows: Number of rows.
-        stride: From the start of a row to the start of the next; not used with one row.
-        shape: The whole parameter's; only noise of low rank needs it.
+        stride: Elements from the start of a row to the start of the next; not used with one row.
+        shape: Shape of the whole parameter; only noise of low rank needs it.
 
     Raises:
-        ValueError: The region is not inside the parameter, its rows overlap, the shape is another size's, or
-            a number is too large for the noise's counter.
+        ValueError: The region is not inside the parameter, its rows overlap, the shape has another size, or a
+            number is too large for the noise's counter.
     """
 
     param_id: int

@@ -1,11 +1,11 @@
-"""How wide the vectors of compiled kernels are."""
+"""Width of the vectors in compiled kernels."""
 
 import numba
 from numba.core.codegen import get_host_cpu_features
 
 
 def use_widest_vectors() -> None:
-    """Has numba compile for the widest vectors of this processor; called before anything is compiled.
+    """Set numba to compile for the widest vectors of this processor; call it before anything is compiled.
 
     On Intel's processors LLVM leaves half of AVX-512 unused, because the first of them lowered their clock
     for it. Noise is nothing but arithmetic, and is made almost twice as fast with all of it

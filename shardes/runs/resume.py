@@ -15,6 +15,8 @@ from shardes.models.checkpoint import Checkpoint
 from shardes.runs.journal import History
 from shardes.runs.snapshot import Snapshot, SnapshotError, find_snapshots, snapshot_path
 from shardes.weights.master import Weights
+from shardes.weights.master_digest import optimizer_digest
+from shardes.weights.snapshot_view import load_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -161,13 +163,13 @@ def _load(session: RestorableSession, path: Path, digest: str, *, last_update: U
     problem = None
     try:
         snapshot = Snapshot(path)
-        session.weights.load_snapshot(snapshot, last_update=last_update)
+        load_snapshot(session.weights, snapshot, last_update=last_update)
     except (SnapshotError, OSError, KeyError) as error:
         problem = str(error)
     problems = [each for each in session.mesh.world.gather_json(problem) if each is not None]
     if problems:
         return problems[0]
-    found, states = session.digest(), session.combined(session.weights.states_digest())
+    found, states = session.digest(), session.combined(optimizer_digest(session.weights))
     if found != digest:
         return f"its weights have the digest {found}; wanted {digest}"
     wanted = snapshot.states_digest

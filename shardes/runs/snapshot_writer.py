@@ -15,6 +15,7 @@ from shardes.errors import UserError
 from shardes.runs.snapshot import find_snapshots, snapshot_path, write_manifest, write_part
 from shardes.utils.files import sync_directory
 from shardes.weights.master import Weights
+from shardes.weights.snapshot_view import owned_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ class _Writing:
     def __init__(self, path: Path, weights: Weights) -> None:
         self._report: dict[str, Any] = {}
         self._is_cancelled = threading.Event()
-        tensors = list(weights.owned_tensors())
+        tensors = list(owned_tensors(weights))
         on_device = _after_queued_work(tensors[0][2].device) if tensors else contextlib.nullcontext
 
         def write() -> None:

@@ -1,4 +1,4 @@
-"""Writing files so that whatever dies, a reader finds the old text or the new one."""
+"""Writing files so that after a crash a reader finds the old text or the new one."""
 
 import os
 from contextlib import suppress
@@ -9,7 +9,7 @@ from shardes.errors import StorageError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file, so that a reader sees the old text or the new one whatever happens.
+    """Replace a file, so that a reader sees the old text or the new one whatever happens.
 
     Raises:
         OSError: It cannot be written; the old text is still there.
@@ -28,13 +28,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def flush_to_disk(file: IO[Any]) -> None:
-    """Makes what was written survive the death of the machine."""
+    """Flush a file to disk, so that it survives a crash of the machine."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:
-    """Makes the names in a directory, new and renamed ones, survive the death of the machine."""
+    """Flush a directory to disk, so that new and renamed files survive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -43,11 +43,11 @@ def sync_directory(path: Path) -> None:
 
 
 class AppendFile:
-    """A file that grows by whole pieces: of one that does not fit on the disk, nothing remains.
+    """A file that grows by whole pieces; nothing remains of one that does not fit on the disk.
 
     Args:
         path: The file; created if it does not exist.
-        keep_bytes: What follows so many bytes is cut off at the start; None: nothing is.
+        keep_bytes: Size to truncate the file to when it is opened; None: it is not truncated.
     """
 
     def __init__(self, path: Path, *, keep_bytes: int | None = None) -> None:
@@ -60,7 +60,7 @@ class AppendFile:
         sync_directory(path.parent)
 
     def append(self, data: bytes, *, durable: bool = False) -> None:
-        """Writes a piece; it survives the death of this process, and if durable that of the machine.
+        """Write a piece that survives a crash of this process, and if ``durable`` of the machine.
 
         Raises:
             StorageError: It cannot be written.
@@ -79,12 +79,12 @@ class AppendFile:
         self._num_bytes += len(data)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
 
 def cannot_write(path: Path, error: OSError) -> StorageError:
-    """The message for a file that cannot be written."""
+    """Return the error for a file that cannot be written."""
     return StorageError(
         f"{path} cannot be written: {error.strerror or error}. What was recorded before is whole; mend the "
         "cause (make room, say) and start the same command again, and it goes on from there"

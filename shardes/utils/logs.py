@@ -1,4 +1,4 @@
-"""Logging: every line names its rank; ranks other than 0 speak up only when something is wrong."""
+"""Logging: every line names its rank; ranks other than 0 log warnings only."""
 
 import logging
 import os
@@ -8,14 +8,14 @@ from tqdm import tqdm
 
 
 class _AboveTheBar(logging.Handler):
-    """Writes records to standard error without breaking a progress bar."""
+    """Handler that writes records to standard error without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 def configure_logging() -> None:
-    """Sets up the root logger for this rank."""
+    """Set up the root logger for this rank."""
     rank = int(os.environ.get("RANK", "0"))
     handler = _AboveTheBar()
     handler.setFormatter(logging.Formatter(f"%(asctime)s [rank {rank}] %(message)s", datefmt="%H:%M:%S"))
@@ -26,6 +26,6 @@ def configure_logging() -> None:
 
 
 def tell_user(text: str) -> None:
-    """Prints a message on standard error, above a progress bar if there is one."""
+    """Print a message on standard error, above a progress bar if there is one."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""How far something long has come: a bar on a terminal, a line of the log now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, and now and then a log line elsewhere."""
 
 import logging
 import os
@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-# Where there is no terminal, how often a line of the log says how far it is; shorter work has none.
+# Interval of log lines where there is no terminal; shorter work has none.
 _SECONDS_BETWEEN_LINES = 10.0
-# What takes less is over before anybody reads a bar.
+# Shorter work is over before anybody reads a bar.
 _SECONDS_BEFORE_BAR = 1.0
 
 logger = logging.getLogger(__name__)
@@ -20,13 +20,13 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], *, what: str, total: int, unit: str) -> Iterator[T]:
-    """Passes items on, and shows on rank 0 how many have been dealt with.
+    """Yield the items, and show on rank 0 how many have been processed.
 
     Args:
-        items: What is worked on, one after the other.
-        what: What is done with them, such as ``"loading weights"``.
-        total: How many there are.
-        unit: What one of them is, in the plural.
+        items: Items to process, one after the other.
+        what: Description of the work, such as ``"loading weights"``.
+        total: Number of items.
+        unit: Noun for the items, in the plural.
     """
     if os.environ.get("RANK", "0") != "0":
         yield from items
@@ -46,7 +46,7 @@ def progress(items: Iterable[T], *, what: str, total: int, unit: str) -> Iterato
 
 
 def duration(seconds: float) -> str:
-    """A time for people, in its two largest units: ``"0.9 s"``, ``"42 s"``, ``"7 min"``, ``"3 h 20 min"``."""
+    """Format a time in its two largest units: ``"0.9 s"``, ``"42 s"``, ``"7 min"``, ``"3 h 20 min"``."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 99.5:

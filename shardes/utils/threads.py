@@ -12,18 +12,18 @@ import torch
 def split_over_threads(
     kernel: Callable[..., Any], num_parts: int, *arguments: Any, at_least: int
 ) -> list[Any]:
-    """Calls ``kernel(first, last, *arguments)`` on stretches of ``range(num_parts)``, in parallel.
+    """Call ``kernel(first, last, *arguments)`` on stretches of ``range(num_parts)``, in parallel.
 
     As many threads are used as torch would use. The kernel must release the interpreter's lock.
 
     Args:
-        kernel: Handles the parts from ``first`` up to ``last``.
+        kernel: Function that processes the parts from ``first`` up to, without, ``last``.
         num_parts: Number of parts.
-        *arguments: Passed on.
-        at_least: Fewer parts are not worth a thread (a hand-over takes about 30 microseconds).
+        *arguments: Further arguments of the kernel.
+        at_least: Least number of parts worth a thread (a hand-over takes about 30 microseconds).
 
     Returns:
-        What the calls returned, in order.
+        Return values of the calls, in order.
     """
     num_threads = min(torch.get_num_threads(), num_parts // at_least)
     if num_threads < 2:

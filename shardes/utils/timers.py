@@ -1,4 +1,4 @@
-"""Where the time goes, by named spans."""
+"""Wall-clock time by named phases."""
 
 import time
 from collections import defaultdict
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 
 class PhaseTimer:
-    """Adds up seconds by name: ``with timer("update"): ...``.
+    """Sum of seconds by phase: ``with timer("update"): ...``.
 
-    Times are the host's: work queued on an accelerator counts in the span that waits for it.
+    Times are the host's: work queued on an accelerator counts in the phase that waits for it.
     """
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Measures what happens inside."""
+        """Measure the time inside the context and add it to phase ``name``."""
         start = time.perf_counter()
         try:
             yield
@@ -25,7 +25,7 @@ class PhaseTimer:
             self._seconds[name] += time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
-        """The seconds by name since the last call."""
+        """Return the seconds by phase since the last call."""
         seconds = {name: round(value, 6) for name, value in sorted(self._seconds.items())}
         self._seconds.clear()
         return seconds

@@ -1,8 +1,8 @@
-"""Numbers as people read them."""
+"""Numbers formatted for people."""
 
 
 def shown_bytes(num_bytes: float) -> str:
-    """In the largest unit that makes it 1 or more; up to 10 TiB in GiB, as memory is spoken of."""
+    """Format bytes in the largest unit that gives 1 or more; memory up to 10 TiB in GiB."""
     if num_bytes < 1024:
         return f"{num_bytes:.0f} B"
     if num_bytes < 1024**2:
@@ -15,12 +15,12 @@ def shown_bytes(num_bytes: float) -> str:
 
 
 def shown_seconds(seconds: float) -> str:
-    """In seconds, minutes or hours."""
+    """Format a time in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def shown_count(number: int) -> str:
-    """In billions from 100 million on."""
+    """Format a count, in billions from 100 million on."""
     return f"{number / 1e9:.4g} billion" if number >= 10**8 else f"{number:,}"

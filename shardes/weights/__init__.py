@@ -1,1 +1,1 @@
-"""Master weights of a rank's shards, and operations on them."""
+"""Master weights of a rank's shards, and functions over them."""

@@ -1,4 +1,4 @@
-"""Tensors laid out like a rank's shards: the masters, and what an optimizer keeps."""
+"""Tensors laid out like a rank's shards: the masters and the optimizer's states."""
 
 from collections.abc import Sequence
 
@@ -7,17 +7,22 @@ import torch
 from shardes.backends.shard import Shard, ShardSpan
 
 
-class ShardedBuffers:
-    """One flat tensor for each shard, on the shard's device, or in pinned host memory.
+def buffer_name(shard: Shard, state: str | None) -> str:
+    """Return the name in snapshots of a shard's master, or of its optimizer state ``state``."""
+    return shard.name if state is None else f"{shard.name}#{state}"
 
-    Those in host memory pass through the device in parts.
+
+class ShardedBuffers:
+    """One flat tensor for each shard, on the shard's device or in pinned host memory.
+
+    Tensors in host memory pass through the device in parts.
 
     Args:
-        shards: What they are laid out like.
-        dtype: Theirs.
-        device: Where they are computed with.
-        on_host: Whether they are kept in host memory although the device is another.
-        part_elements: The most elements of a part, if they pass in parts.
+        shards: Shards whose layout the tensors have.
+        dtype: Dtype of the tensors.
+        device: Device that computes with them.
+        on_host: Whether they are kept in pinned host memory although ``device`` is another.
+        part_elements: Most elements of a part that passes through the device; None: they do not pass.
     """
 
     def __init__(
@@ -41,17 +46,17 @@ class ShardedBuffers:
         self._passing = torch.empty(part_elements, dtype=dtype, device=device) if part_elements else None
 
     def view(self, shard: Shard, span: ShardSpan) -> torch.Tensor:
-        """A run's elements where they are kept."""
+        """Return the view of a span's elements in the memory where they are kept."""
         return span.of(self.tensors[shard.name])
 
     def on_device(self, shard: Shard, span: ShardSpan) -> torch.Tensor:
-        """A run's elements on the device: themselves, or a copy that lasts until the next call."""
+        """Return a span's elements on the device: a view, or a copy that lasts until the next call."""
         view = self.view(shard, span)
         if self._passing is None:
             return view
         return self._passing[: span.num_elements].copy_(view, non_blocking=True)
 
     def write_back(self, shard: Shard, span: ShardSpan) -> None:
-        """Keeps what became of the copy that ``on_device`` gave, if it is one."""
+        """Copy a span's elements that ``on_device`` returned back to host memory, if they are a copy."""
         if self._passing is not None:
             self.view(shard, span).copy_(self._passing[: span.num_elements], non_blocking=True)

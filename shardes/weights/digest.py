@@ -12,15 +12,15 @@ from shardes.noise.region import Region
 
 
 def add_digest(total: torch.Tensor, values: torch.Tensor, *, region: Region) -> None:
-    """Adds the digest of some elements to ``total``, modulo 2**64.
+    """Add the digest of some elements to ``total``, modulo 2**64.
 
     Args:
         total: int64 of one element, on the device of ``values``; its bits are the unsigned sum.
         values: float32, bfloat16 or float16, contiguous.
-        region: Which elements they are.
+        region: Elements of the parameter that the values are.
 
     Raises:
-        ValueError: As many values as the region has elements were wanted, contiguous.
+        ValueError: ``values`` are not contiguous, or not as many as the region has elements.
     """
     if not values.is_contiguous() or values.numel() != region.num_elements:
         raise ValueError(f"wanted {region.num_elements} contiguous values; got {values.numel()}")
@@ -30,7 +30,7 @@ def add_digest(total: torch.Tensor, values: torch.Tensor, *, region: Region) -> 
 
 
 def _kernels(device: torch.device) -> ModuleType:
-    """The module whose kernel runs on a device; imported when first used."""
+    """Import the module whose kernel runs on a device."""
     if device.type == "cuda":
         from shardes.weights import digest_gpu
 

@@ -45,7 +45,7 @@ def _digest(first, last, per_row, start, stride, length, bits, param):
 
 
 def add_digest(total: torch.Tensor, values: torch.Tensor, region: Region) -> None:
-    """As ``shardes.weights.digest.add_digest``."""
+    """Add the digest of some elements to ``total``; see ``shardes.weights.digest.add_digest``."""
     per_row = -(-region.length // _PART)
     sums = split_over_threads(
         _digest,

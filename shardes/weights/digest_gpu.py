@@ -31,7 +31,7 @@ def _mix(value):
 
 @triton.jit
 def _terms(values, index, param, mask):
-    """The terms of the sum for the elements that ``values`` points to."""
+    """Return the terms of the sum for the elements that ``values`` points to: uint64."""
     stored = tl.load(values, mask=mask)
     if values.dtype.element_ty == tl.float32:
         bits = stored.to(tl.uint32, bitcast=True).to(tl.uint64)
@@ -76,5 +76,5 @@ def _digest(
 
 
 def add_digest(total: torch.Tensor, values: torch.Tensor, region: Region) -> None:
-    """As ``shardes.weights.digest.add_digest``."""
+    """Add the digest of some elements to ``total``; see ``shardes.weights.digest.add_digest``."""
     launch(_digest, BLOCK, _CALLS, (values, total), region, (region.param_id,))

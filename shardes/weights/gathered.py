@@ -1,4 +1,4 @@
-"""A whole model on one rank, perturbed without any other rank."""
+"""A whole model on one rank, perturbed without communication."""
 
 import torch
 
@@ -10,28 +10,28 @@ from shardes.weights.master import Weights
 
 
 class GatheredWeights:
-    """The backend's whole model, and beside it the centre that it is perturbed from.
+    """The backend's whole model, and a whole copy of the centre that it is perturbed from.
 
-    The centre is gathered once, however many members are then made of it. It is in the model's dtype, which
-    loses nothing: a member is the *rounded* master plus noise in any case, so the bits are those that
+    The centre is gathered once, however many members are then computed from it. It has the model's dtype,
+    which loses nothing: a member is the *rounded* master plus noise in any case, so the bits are those that
     ``Weights.perturb`` writes into shards.
 
-    It takes, besides this rank's shards, two copies of the trained parameters and one of the frozen ones.
+    Memory, besides this rank's shards: two copies of the trained parameters and one of the frozen ones.
 
     Args:
-        backend: Where the shards live.
-        weights: Their master.
+        backend: Engine that holds the shards.
+        weights: Masters of the shards.
     """
 
     def __init__(self, backend: Backend, weights: Weights) -> None:
         self._backend = backend
         self._weights = weights
         self._centre: dict[str, torch.Tensor] = {}
-        self._whole: dict[str, torch.Tensor] = {}
+        self._parameters: dict[str, torch.Tensor] = {}
         self._version: int | None = None
 
     def reserve(self) -> None:
-        """Allocates both copies; no collective."""
+        """Allocate both copies; no collective."""
         self._backend.reserve()
         for shard in self._weights.trained:
             if shard.name not in self._centre:
@@ -40,31 +40,31 @@ class GatheredWeights:
                 )
 
     def release(self) -> None:
-        """Frees the centre and lets go of the whole model, which is the backend's to free."""
-        self._centre, self._whole = {}, {}
+        """Free the centre, and drop the references to the whole model, which the backend frees."""
+        self._centre, self._parameters = {}, {}
         self._version = None
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Gathers the centre, if the weights have changed since the last time; a collective."""
+        """Gather the centre if the weights have changed since the last call; a collective."""
         if self._version == self._weights.version:
             return
         self.reserve()
         self._weights.centre()
         self.model = self._backend.gathered()
         parameters = dict(self.model.named_parameters())
-        self._whole = {name: parameters[name].detach().view(-1) for name in self._centre}
+        self._parameters = {name: parameters[name].detach().view(-1) for name in self._centre}
         for name, centre in self._centre.items():
-            centre.copy_(self._whole[name])
+            centre.copy_(self._parameters[name])
         self._version = self._weights.version
 
     @torch.no_grad()
     def perturb(self, perturbation: Perturbation) -> None:
-        """Makes the model the centre plus its sigma times its direction's noise."""
+        """Set the model to the centre plus the perturbation's sigma times its direction's noise."""
         for shard in self._weights.trained:
             noise.perturb(
                 self._centre[shard.name],
-                self._whole[shard.name],
+                self._parameters[shard.name],
                 region=Region(shard.param_id, shard.num_elements, 0, shard.num_elements, shape=shard.shape),
                 sigma=perturbation.sigma,
                 seed=self._weights.seed,
@@ -75,6 +75,6 @@ class GatheredWeights:
 
     @torch.no_grad()
     def centre(self) -> None:
-        """Makes the model the centre."""
+        """Set the model to the centre."""
         for name, centre in self._centre.items():
-            self._whole[name].copy_(centre)
+            self._parameters[name].copy_(centre)

@@ -1,4 +1,4 @@
-"""Which parameters are trained."""
+"""Selection of the parameters that are trained."""
 
 import difflib
 import re
@@ -10,10 +10,10 @@ from shardes.errors import UserError
 def select_trainable(
     names: Collection[str], patterns: Sequence[str], *, aliases: Collection[str] = ()
 ) -> frozenset[str]:
-    """The names that ``es.trainable`` selects.
+    """Return the names that ``es.trainable`` selects.
 
     Args:
-        names: The model's parameters, each tied weight once.
+        names: Names of the model's parameters, each tied weight once.
         patterns: Regular expressions for whole names; the last that matches a name decides, and one with a
             ``!`` before it freezes.
         aliases: Further names of tied weights, to explain why one of them does not match.
@@ -40,7 +40,7 @@ def select_trainable(
 
 
 def _hint(pattern: str, names: Collection[str], aliases: Collection[str]) -> str:
-    """What the user may have meant."""
+    """Return a hint at the names that the user may have meant."""
     wanted = pattern.removeprefix("!")
     tied = sorted(alias for alias in aliases if re.fullmatch(wanted, alias))
     if tied:
@@ -50,8 +50,8 @@ def _hint(pattern: str, names: Collection[str], aliases: Collection[str]) -> str
         return f"a pattern must match the whole name, for example {inside[0]}: try {'.*' + wanted + '.*'!r}"
     plain = wanted.replace("\\", "").replace(".*", "")
 
-    def shared(name: str) -> int:
+    def length_in_common(name: str) -> int:
         return difflib.SequenceMatcher(None, plain, name, autojunk=False).find_longest_match().size
 
-    near = sorted(names, key=lambda name: (-shared(name), name))[:3]
+    near = sorted(names, key=lambda name: (-length_in_common(name), name))[:3]
     return f"names near it: {', '.join(near)}"

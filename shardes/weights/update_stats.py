@@ -1,21 +1,21 @@
-"""How large an update is, how much of it arrived, and how far the weights have gone."""
+"""Norms and cosines of an update, and the distance of the weights from the base model."""
 
 import math
 from collections.abc import Sequence
 
 import torch
 
-# The sums that shards add up, in this order.
+# Sums over all elements of all shards, in this order.
 _SUMS = ("step^2", "arrived^2", "step*arrived", "last^2", "step*last", "distance^2")
 # Sums over shards differ in their last bits between shardings; metrics do not.
 _DIGITS = 6
 
 
 class UpdateStats:
-    """Sums over the weights that an update moves; no device waits for another.
+    """Sums over the weights that an update changes, kept on the device so that the host does not wait.
 
     Args:
-        device: Where the weights are.
+        device: Device of the weights.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,14 +30,14 @@ class UpdateStats:
         last_step: torch.Tensor | None,
         base: torch.Tensor,
     ) -> None:
-        """Takes in some weights.
+        """Add some weights to the sums; all tensors are flat and of equal length.
 
         Args:
-            step: What was to be added to them, float32.
-            before: The masters before it.
-            after: The masters after it.
-            last_step: The step before this one; None if there was none.
-            base: The masters of the base model.
+            step: Step that the optimizer asked for, float32.
+            before: Masters before the step.
+            after: Masters after the step.
+            last_step: Step of the update before, float32; None if there was none.
+            base: The base model's weights in the master's dtype.
         """
         wanted, arrived = step.double(), after.double() - before.double()
         last = torch.zeros_like(wanted) if last_step is None else last_step.double()
@@ -46,18 +46,18 @@ class UpdateStats:
         self._sums += torch.stack([torch.dot(a, b) for a, b in (*pairs, (distance, distance))])
 
     def sums(self) -> list[float]:
-        """Those of this rank's weights, to be added up over ranks."""
+        """Return the sums of this rank's weights, to be added up over ranks."""
         return self._sums.tolist()
 
 
 def update_stats(sums: Sequence[float]) -> dict[str, float | None]:
-    """The metrics of an update, from the sums over all weights; to six digits.
+    """Compute the metrics of an update, to six digits, from ``UpdateStats.sums`` added up over ranks.
 
     Returns:
         By name:
 
         - ``update_norm``: the length of the step.
-        - ``update_norm_ratio``: the length of what arrived in the masters over that of the step.
+        - ``update_norm_ratio``: the length of the change of the masters over that of the step.
         - ``update_cosine``: the cosine between the two; below 1 only by rounding.
         - ``update_cosine_to_last``: the cosine between the step and the one before it.
         - ``base_distance``: the distance of the masters from the base model.

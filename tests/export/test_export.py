@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shardes.cli import cli
 from shardes.errors import UserError
 from shardes.es.update import Perturbation
+from shardes.export import writer
 from shardes.export.model_card import model_card
 from shardes.export.writer import check_destination, export_model
 from shardes.models.checkpoint import Checkpoint
@@ -27,6 +28,7 @@ from shardes.runs.journal import History
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import make_training_loop
+from shardes.weights.snapshot_view import owned_tensors
 from tests.helpers.models import make_config, tiny_model
 
 PROMPTS = ["3+7=", "1+2+3=", "77-5="]
@@ -234,16 +236,16 @@ def test_a_place_that_is_taken_is_refused(run, tmp_path, invoke):
 def test_an_export_is_complete_or_absent(run, tmp_path, monkeypatch):
     out = tmp_path / "export"
     out.mkdir()  # empty: allowed
-    gather, calls = run.weights.gather_centre, []
+    gather, calls = writer.gather_centre, []
 
-    def failing(shard, **keywords):
+    def failing(weights, shard, **keywords):
         calls.append(shard)
         if len(calls) == 4:
             raise OSError("no space left")
-        return gather(shard, **keywords)
+        return gather(weights, shard, **keywords)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(run.weights, "gather_centre", failing)
+        patch.setattr(writer, "gather_centre", failing)
         export_model(run, out, settings=SETTINGS, iteration=3, max_file_bytes=1)
     assert not any(out.iterdir())
     export_model(run, out, settings=SETTINGS, iteration=3)  # over what the dead one left
@@ -326,7 +328,7 @@ def test_another_dtype_is_that_of_the_files_and_comes_from_the_master(runs, tmp_
     assert result.output.endswith(f"3 iterations, {dtype}\n")
     stored = {name: tensor for name, (_, tensor) in stored_tensors(tmp_path / "out").items()}
     wanted = getattr(torch, dtype)
-    masters = {shard.name: master.view(shard.shape) for _, shard, master in session.weights.owned_tensors()}
+    masters = {shard.name: master.view(shard.shape) for _, shard, master in owned_tensors(session.weights)}
     assert stored.keys() == masters.keys()
     for name, master in masters.items():
         assert same_bits(stored[name], master.to(wanted))

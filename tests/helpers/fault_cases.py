@@ -52,6 +52,7 @@ def set_fault(kind, call):
     from shardes.rollout.evaluator import Evaluator
     from shardes.rollout.prompts import PromptBatch
     from shardes.weights.master import Weights
+    from shardes.weights.snapshot_view import owned_tensors
 
     if kind == "corrupt":
         original, calls = Weights.update, iter(range(1_000_000))
@@ -59,7 +60,7 @@ def set_fault(kind, call):
         def update(self, *arguments, **keywords):
             original(self, *arguments, **keywords)
             if next(calls) == call:
-                *_, master = next(iter(self.owned_tensors()))
+                *_, master = next(iter(owned_tensors(self)))
                 master.view(-1)[3] += torch.finfo(master.dtype).eps * master.view(-1)[3].abs() + 1e-6
 
         Weights.update = update

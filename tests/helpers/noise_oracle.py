@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
-from shardes.noise import LowRank, definition
+from shardes.noise import GAUSSIAN, LowRank, Rademacher, definition, matrix_shape
 
+ELEMENTWISE = [GAUSSIAN, Rademacher()]
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -22,27 +23,23 @@ def _over_rows(function, region, **address):
     return np.concatenate(rows) if rows else function(param_id=0, start=0, length=0, **address)
 
 
-def noise_at(region, *, kind="gaussian", **address):
+def noise_at(region, *, kind=GAUSSIAN, **address):
     """eps at a region's elements; float32."""
-    if isinstance(kind, LowRank):
-        return _over_rows(definition.low_rank, region, shape=region.shape, kind=kind, **address)
-    return _over_rows(
-        {"gaussian": definition.normals, "rademacher": definition.signs}[kind], region, **address
-    )
+    return _over_rows(kind.eps, region, shape=region.shape, **address)
 
 
-def perturbed(source, target_dtype, *, region, sigma, kind="gaussian", **address):
+def perturbed(source, target_dtype, *, region, sigma, kind=GAUSSIAN, **address):
     step = torch.from_numpy(np.float32(sigma) * noise_at(region, kind=kind, **address))
     return (source.to(target_dtype).float() + step).to(target_dtype)
 
 
-def accumulated(master, *, region, coefficients, directions, kind="gaussian", seed, iteration):
+def accumulated(master, *, region, coefficients, directions, kind=GAUSSIAN, seed, iteration):
     total = np.zeros(region.num_elements, np.float32)
     for direction, coefficient in zip(directions, coefficients, strict=True):
-        if isinstance(kind, LowRank) and definition.matrix_shape(region.shape) is not None:
+        if isinstance(kind, LowRank) and matrix_shape(region.shape) is not None:
             address = {"shape": region.shape, "seed": seed, "iteration": iteration, "direction": direction}
-            left = _over_rows(lambda **a: definition.factors(**a)[0], region, kind=kind, **address)
-            right = _over_rows(lambda **a: definition.factors(**a)[1], region, kind=kind, **address)
+            left = _over_rows(lambda **a: kind.element_factors(**a)[0], region, **address)
+            right = _over_rows(lambda **a: kind.element_factors(**a)[1], region, **address)
             for k in range(kind.rank):
                 total = total + (left[:, k] * np.float32(coefficient)) * right[:, k]
             continue

@@ -49,7 +49,7 @@ def measure(config, world):
         rollout, mesh=mesh, timeout_seconds=60, stop=session.stop, timer=session.timer
     )
     strategy = Strategy(config.es, num_elements=0)
-    kept = [weights._masters, *weights._state_buffers()]
+    kept = [weights.masters, *weights.state_buffers()]
     held = [shard.local for shard in backend.shards]
     # What all ranks of a machine gather through would outweigh models as small as these.
     ignored = [] if mesh.shard.memory is None else [mesh.shard.memory._slots]

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shardes.noise import LowRank, Region, data_order
+from shardes.noise import Region, data_order
+from shardes.noise.kinds.registry import make_kind
 from tests.helpers.noise_oracle import accumulated, added, noise_at
 
 f32 = np.float32
@@ -27,7 +28,7 @@ class ReferenceES:
             batch_size,
             max_new_tokens,
         )
-        self.kind = LowRank(es["rank"]) if es["noise"] == "low_rank" else es["noise"]
+        self.kind = make_kind(es["noise"], rank=es["rank"])
         self.es, self.parameters = es, dict(sorted(self.model.named_parameters()))
         self.base = {name: p.detach().flatten().clone() for name, p in self.parameters.items()}
         self.masters = {name: values.clone() for name, values in self.base.items()}

@@ -16,6 +16,7 @@ from shardes.models.checkpoint import Checkpoint
 from shardes.models.conversion import Conversion
 from shardes.session import open_session
 from shardes.weights.master import Weights
+from shardes.weights.master_digest import checkpoint_digest
 from tests.helpers.models import ARCHITECTURES, make_config, tiny_model
 
 ALONE = Group(0, 1, torch.device("cpu"))
@@ -103,6 +104,6 @@ def test_an_export_of_a_converted_model_has_the_tensors_of_the_base_and_loads(ar
         # What reads published checkpoints expects the names and shapes that these have.
         base, made = Checkpoint(model), Checkpoint(tmp_path / "export")
         assert {k: t.shape for k, t in made.tensors.items()} == {k: t.shape for k, t in base.tensors.items()}
-        assert session.combined(session.weights.digest_of(made)) == session.digest(is_rounded=True)
+        assert session.combined(checkpoint_digest(session.weights, made)) == session.digest(is_rounded=True)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32).eval()
     assert torch.equal(found(IDS).logits, wanted)

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from numba.core.codegen import get_host_cpu_features
 
 from shardes import noise
-from shardes.noise import NOISE_VERSION, NoiseKind, Region, cpu, cpu_math, definition
+from shardes.noise import NOISE_VERSION, Region, cpu, cpu_math, definition
 from shardes.noise.cpu_math import u32
-from tests.helpers.noise_oracle import FORMATS, accumulated, added, perturbed, same_bits
+from shardes.noise.kinds.gaussian import normals
+from shardes.noise.kinds.rademacher import signs
+from tests.helpers.noise_oracle import ELEMENTWISE, FORMATS, accumulated, added, perturbed, same_bits
 from tests.helpers.ranks import run_command
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "noise.md"
@@ -42,7 +44,7 @@ ADDRESS = {"seed": 2**40 + 5, "iteration": 3}
 
 def eps(start, length, **changes):
     address = {**ADDRESS, "direction": 2, "param_id": 7} | changes
-    return definition.normals(start=start, length=length, **address)
+    return normals(start=start, length=length, **address)
 
 
 def test_philox_gives_the_vectors_published_by_its_authors():
@@ -65,10 +67,10 @@ def test_philox_gives_the_vectors_published_by_its_authors():
 def test_the_definition_has_not_drifted(case):
     assert GOLDEN["noise_version"] == NOISE_VERSION
     address = {k: v for k, v in case.items() if k != "bits"}
-    assert [f"{bits:08x}" for bits in definition.normals(**address).view(np.uint32)] == case["bits"]
+    assert [f"{bits:08x}" for bits in normals(**address).view(np.uint32)] == case["bits"]
 
 
-@pytest.mark.parametrize("kind", NoiseKind)
+@pytest.mark.parametrize("kind", ELEMENTWISE)
 @pytest.mark.parametrize(("source_dtype", "target_dtype"), list(itertools.product(FORMATS, FORMATS)))
 def test_perturb_equals_the_oracle(source_dtype, target_dtype, kind):
     for region in REGIONS:
@@ -81,7 +83,7 @@ def test_perturb_equals_the_oracle(source_dtype, target_dtype, kind):
         assert same_bits(source, before)
 
 
-@pytest.mark.parametrize("kind", NoiseKind)
+@pytest.mark.parametrize("kind", ELEMENTWISE)
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_accumulate_equals_the_oracle(dtype, kind):
     for region in REGIONS:
@@ -105,7 +107,7 @@ def test_add_equals_the_oracle(dtype):
         assert same_bits(delta, before)
 
 
-@pytest.mark.parametrize("kind", NoiseKind)
+@pytest.mark.parametrize("kind", ELEMENTWISE)
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_adding_a_float32_sum_is_accumulating(dtype, kind):
     steps = {"directions": [0, 5, 2], "coefficients": [0.5, -0.25, 1e-3], "kind": kind}
@@ -128,7 +130,7 @@ def test_adding_a_float32_sum_is_accumulating(dtype, kind):
     length=st.integers(0, 200),
     rows=st.integers(0, 4),
     gap=st.integers(0, 2000),
-    kind=st.sampled_from(NoiseKind),
+    kind=st.sampled_from(ELEMENTWISE),
 )
 def test_any_address_gives_the_oracles_bits(
     seed, iteration, direction, param_id, start, length, rows, gap, kind
@@ -167,7 +169,7 @@ def test_threads_do_not_change_a_bit():
         for num_threads in (1, 2, 3):
             torch.set_num_threads(num_threads)
             results.append([])
-            for values, region, kind in itertools.product((source, rows), regions, NoiseKind):
+            for values, region, kind in itertools.product((source, rows), regions, ELEMENTWISE):
                 if values.numel() != region.num_elements:
                     continue
                 address = {"seed": 1, "iteration": 0, "region": region, "kind": kind}
@@ -185,9 +187,9 @@ def test_threads_do_not_change_a_bit():
 
 def test_every_part_of_the_address_changes_the_noise():
     base = {"seed": 1, "iteration": 1, "direction": 1, "param_id": 1}
-    reference = definition.normals(start=0, length=4096, **base)
+    reference = normals(start=0, length=4096, **base)
     for other in (*({**base, k: 2} for k in base), {**base, "seed": 1 + 2**32}):
-        correlation = np.corrcoef(reference, definition.normals(start=0, length=4096, **other))[0, 1]
+        correlation = np.corrcoef(reference, normals(start=0, length=4096, **other))[0, 1]
         assert abs(correlation) < 0.06  # four standard deviations
 
 
@@ -242,7 +244,7 @@ def test_tails_reach_beyond_six_sigma_and_the_extreme_uniforms_are_finite():
 def test_a_radius_of_zero_is_positive_zero():
     # u rounds to 1 in one call of 2**25; this address is such a one.
     address = {"seed": 0, "iteration": 0, "direction": 0, "param_id": 0}
-    wanted = definition.normals(start=99850920, length=1, **address)
+    wanted = normals(start=99850920, length=1, **address)
     assert wanted[0] == 0
     centre, target = torch.tensor([-0.0]), torch.empty(1)
     region = Region(address.pop("param_id"), SIZE, 99850920, 1)
@@ -281,7 +283,7 @@ def test_the_rounding_bits_and_the_signs_of_the_documentation():
     address = {"seed": 1, "iteration": 2, "param_id": 4}
     bits = definition.rounding_bits(start=60, length=4, **address)
     assert bits.tolist() == [0x12B2, 0xF775, 0xAE9F, 0x5E5C]
-    found = definition.signs(direction=3, start=510, length=8, **address)
+    found = signs(direction=3, start=510, length=8, **address)
     assert found.tolist() == [-1, -1, 1, 1, 1, 1, 1, 1]
 
 
@@ -315,7 +317,7 @@ def test_many_small_updates_of_a_narrow_master_add_up(dtype):
     master, exact = torch.ones(size, dtype=dtype), torch.ones(size, dtype=torch.float64)
     region = Region(1, size, 0, size)
     for iteration in range(100):
-        eps = definition.normals(seed=3, iteration=iteration, direction=0, param_id=1, start=0, length=size)
+        eps = normals(seed=3, iteration=iteration, direction=0, param_id=1, start=0, length=size)
         exact += coefficient * torch.from_numpy(eps)
         noise.accumulate(
             master, region=region, coefficients=[coefficient], directions=[0], seed=3, iteration=iteration
@@ -331,7 +333,7 @@ def test_many_small_updates_of_a_narrow_master_add_up(dtype):
 
 
 def test_signs_are_balanced_and_bits_are_not_shared_between_elements():
-    sample = definition.signs(seed=1, iteration=0, direction=0, param_id=0, start=0, length=2**20)
+    sample = signs(seed=1, iteration=0, direction=0, param_id=0, start=0, length=2**20)
     assert set(sample.tolist()) == {-1.0, 1.0}
     assert abs(sample.mean()) < 4 / 2**10
     for lag in (1, 15, 16, 17, 512, 2048):
@@ -404,7 +406,7 @@ def test_what_is_added_is_float32_on_the_masters_device():
 
 def test_no_kernel_is_compiled_again_for_another_member_iteration_or_shape():
     address = {"seed": 2**63, "iteration": 2**32 - 1}
-    for kind in NoiseKind:
+    for kind in ELEMENTWISE:
         regions = [Region(0, SIZE, 0, 64), Region(9, SIZE, 2**33 + 1, 1), Region(3, SIZE, 5, 7, 300, 11)]
         for region, direction in itertools.product(regions, (0, 2**24 - 1)):
             master = torch.zeros(region.num_elements + 1)[1:]
@@ -417,8 +419,9 @@ def test_no_kernel_is_compiled_again_for_another_member_iteration_or_shape():
             }
             noise.accumulate(master, region=region, kind=kind, **steps, **address)
             noise.add(master.half(), master, region=region, **address)
-        kernels = [cpu._perturb_kernel(kind, 0, 0), cpu._accumulate_kernel(kind, 0)]
-        kernels.append(cpu._add_kernel(cpu.FORMATS[torch.float16]))
+        fill = kind.fill(torch.device("cpu"))
+        kernels = [cpu.perturb_kernel(fill, 0, 0), cpu.accumulate_kernel(fill, 0)]
+        kernels.append(cpu.add_kernel(cpu.FORMATS[torch.float16]))
         assert [len(kernel.signatures) for kernel in kernels] == [1, 1, 1]
 
 
@@ -426,13 +429,14 @@ def test_another_process_finds_the_kernels_compiled():
     code = (
         "import torch\n"
         "from shardes import noise\n"
-        "from shardes.noise import NoiseKind, Region, cpu\n"
+        "from shardes.noise import GAUSSIAN, Rademacher, Region, cpu\n"
         "master, region = torch.zeros(9), Region(0, 9, 0, 9)\n"
-        "for kind in NoiseKind:\n"
+        "for kind in (GAUSSIAN, Rademacher()):\n"
         "    address = {'region': region, 'seed': 1, 'iteration': 0, 'kind': kind}\n"
         "    noise.perturb(master, master, sigma=1.0, direction=0, **address)\n"
         "    noise.accumulate(master, coefficients=[1.0], directions=[0], **address)\n"
-        "    for kernel in (cpu._perturb_kernel(kind, 0, 0), cpu._accumulate_kernel(kind, 0)):\n"
+        "    fill = kind.fill(master.device)\n"
+        "    for kernel in (cpu.perturb_kernel(fill, 0, 0), cpu.accumulate_kernel(fill, 0)):\n"
         "        print(kernel.stats.cache_misses)\n"
     )
     assert cpu.FORMATS[torch.float32] == 0

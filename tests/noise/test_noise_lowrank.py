@@ -1,11 +1,9 @@
 """Low-rank noise: golden vectors, the kernels against the oracle bit for bit, and what is refused."""
 
-import functools
 import importlib
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardes import noise
-from shardes.noise import LowRank, NoiseKind, Region, definition
+from shardes.noise import GAUSSIAN, LowRank, Region, definition
+from shardes.noise.kinds.gaussian import normals
+from shardes.noise.kinds.low_rank import tables
 from tests.helpers.noise_oracle import FORMATS, accumulated, perturbed, same_bits
+from tests.noise.gpu.checks import interpreted, use_for_cpu
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_noise.json").read_text())["low_rank"]
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "noise.md"
 ADDRESS = {"seed": 2**40 + 5, "iteration": 3}
 UPDATE = {"directions": [0, 5, 2, 9, 2**24 - 1], "coefficients": [0.5, -0.25, 1e-3, 0.0, 0.7]}
 HAS_CUDA = torch.cuda.is_available()
-GPU_MODULES = ["shardes.noise.gpu_math", "shardes.noise.gpu", "shardes.noise.gpu_lowrank"]
 
 
 def region_of(shape, start=0, length=None, *, rows=1, stride=0, param_id=7):
@@ -58,32 +58,12 @@ REGIONS = [
 ]
 
 
-@functools.cache
-def interpreted():
-    """The GPU kernels for Triton's interpreter; no other test sees them."""
-    pytest.importorskip("triton")
-    held = {name: sys.modules.pop(name, None) for name in GPU_MODULES}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        try:
-            return {name.rpartition(".")[2]: importlib.import_module(name) for name in GPU_MODULES}
-        finally:
-            for name, module in held.items():
-                sys.modules.pop(name, None)
-                vars(noise).pop(name.rpartition(".")[2], None)
-                if module is not None:
-                    sys.modules[name] = module
-                    setattr(noise, name.rpartition(".")[2], module)
-
-
 @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if HAS_CUDA else "interpreter"])
 def device(request, monkeypatch):
     """Has the noise use the kernels for GPUs; gives the device of the tensors."""
     if request.param == "interpreter":
-        modules = interpreted()
-        monkeypatch.setattr(
-            noise, "_kernels", lambda _, low_rank=False: modules["gpu_lowrank" if low_rank else "gpu"]
-        )
+        pytest.importorskip("triton")
+        use_for_cpu(monkeypatch, interpreted())
         from triton.runtime.interpreter import InterpretedFunction
 
         # A launch readies triton.language for the interpreter; each call of a function would do so once more.
@@ -145,7 +125,7 @@ def test_any_address_and_cut_gives_the_oracles_bits(seed, iteration, param_id, s
 
 
 def test_tiles_that_are_cut_for_memory_give_the_same_bits(monkeypatch):
-    monkeypatch.setattr(noise.lowrank, "MAX_TABLE", 45)
+    monkeypatch.setattr(tables, "MAX_TABLE", 45)
     for region in REGIONS:
         if region.num_elements < 3000:
             check(CPU, region, kind=LowRank(2))
@@ -175,7 +155,7 @@ def test_the_compiler_neither_fuses_nor_flushes(name, tmp_path, monkeypatch):
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(importlib.import_module("shardes.noise.gpu_lowrank"), name)
+    kernel = getattr(importlib.import_module("shardes.noise.kinds.low_rank.gpu"), name)
     pointers = dict.fromkeys(("left", "right", "source"), "*fp32") | dict.fromkeys(
         ("target", "master"), "*bf16"
     )
@@ -192,7 +172,7 @@ def test_the_compiler_neither_fuses_nor_flushes(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", GOLDEN, ids=str)
 def test_the_definition_has_not_drifted(case):
     address = {key: value for key, value in case.items() if key not in ("bits", "rank")}
-    found = definition.low_rank(kind=LowRank(case["rank"]), **address)
+    found = LowRank(case["rank"]).eps(**address)
     assert [f"{bits:08x}" for bits in found.view(np.uint32)] == case["bits"]
 
 
@@ -202,25 +182,25 @@ def test_the_documentation_shows_a_golden_case():
 
 def test_a_vector_has_the_noise_of_full_rank():
     address = {"start": 5, "length": 50, "direction": 1, "param_id": 2, **ADDRESS}
-    found = definition.low_rank(shape=(99,), kind=LowRank(4), **address)
-    assert np.array_equal(found, definition.normals(**address))
+    found = LowRank(4).eps(shape=(99,), **address)
+    assert np.array_equal(found, normals(**address))
 
 
 @pytest.mark.parametrize("shape", [(9, 14), (3, 4, 5)])
 @pytest.mark.parametrize("rank", [1, 4])
 def test_the_factors_are_those_of_the_noise(shape, rank):
-    address = {"param_id": 3, "kind": LowRank(rank), "shape": shape, **ADDRESS}
-    left, right = noise.factors(device=CPU, directions=[8, 2, 8], **address)
+    kind, address = LowRank(rank), {"param_id": 3, "shape": shape, **ADDRESS}
+    left, right = noise.factors(kind=kind, device=CPU, directions=[8, 2, 8], **address)
     for place, direction in enumerate([8, 2, 8]):
-        eps = definition.low_rank(start=0, length=math.prod(shape), direction=direction, **address)
+        eps = kind.eps(start=0, length=math.prod(shape), direction=direction, **address)
         product = (left[place].double() @ right[place].double().mT).flatten()
         np.testing.assert_allclose(product, eps, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 16])
 def test_elements_have_mean_zero_and_variance_one_and_the_matrix_its_rank(rank):
-    address = {"param_id": 0, "shape": (300, 300), "kind": LowRank(rank), "seed": 4, "iteration": 0}
-    samples = [definition.low_rank(direction=n, start=0, length=90_000, **address) for n in range(40)]
+    address = {"param_id": 0, "shape": (300, 300), "seed": 4, "iteration": 0}
+    samples = [LowRank(rank).eps(direction=n, start=0, length=90_000, **address) for n in range(40)]
     matrix = samples[0].reshape(300, 300).astype(np.float64)
     singular = np.linalg.svd(matrix, compute_uv=False)
     assert (singular > singular[0] * 1e-5).sum() == rank
@@ -234,7 +214,7 @@ def test_elements_have_mean_zero_and_variance_one_and_the_matrix_its_rank(rank):
 def test_the_two_factors_and_other_noise_are_independent():
     address = {"param_id": 1, "direction": 2, "start": 0, "length": 4096, **ADDRESS}
     streams = (definition.Stream.GAUSSIAN, definition.Stream.LEFT, definition.Stream.RIGHT)
-    samples = [definition.normals(stream=stream, **address) for stream in streams]
+    samples = [normals(stream=stream, **address) for stream in streams]
     assert np.abs(np.corrcoef(samples) - np.eye(3)).max() < 0.06  # four standard deviations
 
 
@@ -242,7 +222,7 @@ def test_what_no_eps_exceeds_is_reached_by_no_product_of_the_largest_normals():
     for rank in (1, 2, 7):
         extreme = np.float32(6.6604371)
         assert rank * np.float32(extreme * LowRank(rank).scale) * extreme < LowRank(rank).largest
-    assert NoiseKind.GAUSSIAN.largest < LowRank(1).largest
+    assert GAUSSIAN.largest < LowRank(1).largest
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from shardes.noise import NoiseKind
+from shardes.noise import GAUSSIAN, Rademacher
+from tests.helpers.noise_oracle import ELEMENTWISE
 from tests.helpers.ranks import ROOT
 
 
@@ -31,10 +32,10 @@ def test_a_hundred_million_normals_are_normal(statistics):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", NoiseKind)
+@pytest.mark.parametrize("kind", ELEMENTWISE)
 def test_nothing_correlates_with_its_neighbours(statistics, kind):
     assert worst(statistics.correlations(kind, 2_000_000)) < 5
-    if kind == NoiseKind.RADEMACHER:
+    if kind == Rademacher():
         assert worst(statistics.signs(10**7)) < 5
 
 
@@ -57,9 +58,9 @@ def test_the_instruments_see_defects(statistics, monkeypatch):
     for defect, instrument in [
         (clipped, lambda: statistics.moments_and_tails(2_000_000)),
         (scaled, lambda: statistics.moments_and_tails(2_000_000)),
-        (forgetting_the_parameter, lambda: statistics.correlations(NoiseKind.GAUSSIAN, 10_000)),
-        (forgetting_the_parameter, lambda: statistics.correlations(NoiseKind.RADEMACHER, 10_000)),
-        (sharing_a_radius, lambda: statistics.correlations(NoiseKind.GAUSSIAN, 10_000)),
+        (forgetting_the_parameter, lambda: statistics.correlations(GAUSSIAN, 10_000)),
+        (forgetting_the_parameter, lambda: statistics.correlations(Rademacher(), 10_000)),
+        (sharing_a_radius, lambda: statistics.correlations(GAUSSIAN, 10_000)),
     ]:
         monkeypatch.setattr(statistics, "sample", defect)
         assert worst(instrument()) > 5

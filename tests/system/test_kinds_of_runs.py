@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from shardes.models.checkpoint import Checkpoint
-from shardes.noise import LowRank, Region
+from shardes.noise import Region
+from shardes.noise.kinds.registry import make_kind
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import make_training_loop
+from shardes.weights.export_view import gather_centre
 from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model, tree
@@ -38,7 +40,7 @@ def train(tmp_path, model, **changes):
     with open_session(config) as session:
         make_training_loop(session, load_task(config.task)).train()
         shards = session.backend.shards
-        values = {shard.name: session.weights.gather_centre(shard).view(-1).clone() for shard in shards}
+        values = {shard.name: gather_centre(session.weights, shard).view(-1).clone() for shard in shards}
     lines = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
     return values, [line for line in lines if line["type"] == "update"]
 
@@ -46,7 +48,7 @@ def train(tmp_path, model, **changes):
 def noise_of(changes):
     """What the oracle calls a run's noise."""
     noise = changes.get("es__noise", "gaussian")
-    return LowRank(changes.get("es__rank", 1)) if noise == "low_rank" else noise
+    return make_kind(noise, rank=changes.get("es__rank", 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,6 +11,7 @@ from shardes.rollout.batching import compose
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import make_training_loop
+from shardes.weights.export_view import gather_centre
 from tests.helpers.decoding import PAD, decoded
 from tests.helpers.models import make_config, tiny_model
 from tests.helpers.noise_oracle import same_bits
@@ -68,7 +69,7 @@ def trained(config):
     with open_session(config) as session:
         make_training_loop(session, load_task(config.task)).train()
         return {
-            shard.name: session.weights.gather_centre(shard).flatten().clone()
+            shard.name: gather_centre(session.weights, shard).flatten().clone()
             for shard in session.backend.shards
         }
 

@@ -15,6 +15,7 @@ from shardes.runs.snapshot import find_snapshots, snapshot_path
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import make_training_loop
+from shardes.weights.export_view import gather_centre
 from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model, tree
@@ -55,7 +56,7 @@ def train(root, model, *, name="run", **changes):
     with open_session(config) as session:
         make_training_loop(session, load_task(config.task)).train()
         return {
-            shard.name: session.weights.gather_centre(shard).flatten().clone()
+            shard.name: gather_centre(session.weights, shard).flatten().clone()
             for shard in session.backend.shards
         }
 

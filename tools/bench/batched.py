@@ -113,7 +113,7 @@ def measure(tree: dict[str, Any]) -> Row:
 def measure_update(num_directions: int) -> Row:
     """Seconds of a matrix's update: of full rank, of rank 1, of its matrix product alone, and by torch."""
     from shardes import noise
-    from shardes.noise import Kind, LowRank, NoiseKind, Region
+    from shardes.noise import GAUSSIAN, LowRank, NoiseKind, Region
 
     torch.set_num_threads(1)
     shape = (640, 1760)
@@ -123,7 +123,7 @@ def measure_update(num_directions: int) -> Row:
     left, right = torch.randn(shape[0], num_directions), torch.randn(num_directions, shape[1])
     generator = torch.Generator().manual_seed(0)
 
-    def of_kind(kind: Kind) -> Callable[[int, torch.Tensor], object]:
+    def of_kind(kind: NoiseKind) -> Callable[[int, torch.Tensor], object]:
         def update(number: int, master: torch.Tensor) -> None:
             noise.accumulate(
                 master.view(-1),
@@ -142,7 +142,7 @@ def measure_update(num_directions: int) -> Row:
             master.add_(torch.randn(shape, generator=generator).mul_(1e-3))
 
     sides = {
-        "full": of_kind(NoiseKind.GAUSSIAN),
+        "full": of_kind(GAUSSIAN),
         "rank 1": of_kind(LowRank(1)),
         "product": lambda number, master: master.addmm_(left, right),
         "torch": by_torch,

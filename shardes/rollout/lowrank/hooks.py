@@ -25,7 +25,7 @@ from shardes.backends.shard import Shard
 from shardes.backends.split_linear import LinearPart
 from shardes.errors import UserError
 from shardes.es.update import Perturbation
-from shardes.noise import LowRank, NoiseKind, Region, matrix_shape
+from shardes.noise import GAUSSIAN, LowRank, Region, matrix_shape
 from shardes.weights.master import Weights
 
 Names = dict[str, str]
@@ -172,7 +172,7 @@ class LowRankHooks:
                 seed=self._seed,
                 iteration=member.iteration,
                 direction=member.direction,
-                kind=NoiseKind.GAUSSIAN,
+                kind=GAUSSIAN,
             )
         return out
 

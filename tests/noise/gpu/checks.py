@@ -12,11 +12,19 @@ import torch
 from shardes import noise
 from shardes.noise import Region
 from shardes.noise.definition import MAX_ELEMENTS, MAX_PARAM_ID, SIGN_BLOCK
+from shardes.noise.kinds import base
 from shardes.weights.digest import add_digest
 from tests.helpers.noise_oracle import accumulated, added, perturbed, same_bits
 
 HAS_CUDA = torch.cuda.is_available()
-MODULES = ["shardes.noise.gpu_math", "shardes.noise.gpu", "shardes.weights.digest_gpu"]
+MODULES = {
+    "gpu_math": "shardes.noise.gpu_math",
+    "gpu": "shardes.noise.gpu",
+    "gaussian_gpu": "shardes.noise.kinds.gaussian.gpu",
+    "rademacher_gpu": "shardes.noise.kinds.rademacher.gpu",
+    "low_rank_gpu": "shardes.noise.kinds.low_rank.gpu",
+    "digest_gpu": "shardes.weights.digest_gpu",
+}
 
 SIZE = MAX_ELEMENTS
 ADDRESS = {"seed": 2**63 + 2**31 + 5, "iteration": 2**31 + 3}
@@ -59,11 +67,11 @@ MARGIN = 2 * SIGN_BLOCK + 1
 
 def import_apart(*, interpret):
     """The kernels' modules imported anew, for the interpreter or the compiler; no other test sees them."""
-    held = {name: sys.modules.pop(name, None) for name in MODULES}
+    held = {name: sys.modules.pop(name, None) for name in MODULES.values()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1" if interpret else "0")
         try:
-            return SimpleNamespace(**{n.rpartition(".")[2]: importlib.import_module(n) for n in MODULES})
+            return SimpleNamespace(**{key: importlib.import_module(name) for key, name in MODULES.items()})
         finally:
             for name, module in held.items():
                 package, _, attribute = name.rpartition(".")
@@ -76,6 +84,12 @@ def import_apart(*, interpret):
 
 interpreted = functools.cache(functools.partial(import_apart, interpret=True))
 compiled = functools.cache(functools.partial(import_apart, interpret=False))
+
+
+def use_for_cpu(monkeypatch, modules):
+    """Have the noise on a CPU use these modules' kernels."""
+    by_name = {name: getattr(modules, key) for key, name in MODULES.items()}
+    monkeypatch.setattr(base, "kernels", lambda package, device: by_name[f"{package}.gpu"])
 
 
 class Framed:

@@ -3,6 +3,7 @@
 On any other the same tests run under Triton's interpreter, on CPU tensors.
 """
 
+import dataclasses
 import importlib
 from types import SimpleNamespace
 
@@ -11,10 +12,7 @@ import pytest
 import torch
 
 import shardes.weights
-from shardes import noise
-from shardes.noise import NoiseKind
-from shardes.noise.definition import BLOCK, SIGN_BLOCK
-from tests.noise.gpu.checks import HAS_CUDA, interpreted
+from tests.noise.gpu.checks import HAS_CUDA, interpreted, use_for_cpu
 
 
 @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if HAS_CUDA else "interpreter"])
@@ -26,18 +24,18 @@ def kernels(request, monkeypatch):
     from triton.runtime.interpreter import InterpretedFunction
 
     modules = interpreted()
-    monkeypatch.setattr(noise, "_kernels", lambda device: modules.gpu)
+    use_for_cpu(monkeypatch, modules)
     monkeypatch.setattr(shardes.weights, "digest_cpu", modules.digest_gpu, raising=False)
     # A launch readies triton.language for the interpreter; each call of a function would do so once more, in
     # three milliseconds.
     monkeypatch.setattr(InterpretedFunction, "__call__", lambda self, *a, **k: self.rewrite()(*a, **k))
     with np.errstate(all="ignore"):
-        yield SimpleNamespace(device=torch.device("cpu"), gpu=modules.gpu)
+        yield SimpleNamespace(device=torch.device("cpu"), **vars(modules))
 
 
 @pytest.fixture
 def large_programs(kernels, monkeypatch):
     """Programs of more calls where a program takes long, whatever its size: under the interpreter."""
     if kernels.device.type == "cpu":
-        sizes = {NoiseKind.GAUSSIAN: (BLOCK, 4096), NoiseKind.RADEMACHER: (SIGN_BLOCK, 512)}
-        monkeypatch.setattr(kernels.gpu, "_SIZES", sizes)
+        for module, calls in ((kernels.gaussian_gpu, 4096), (kernels.rademacher_gpu, 512)):
+            monkeypatch.setattr(module, "FILL", dataclasses.replace(module.FILL, calls=calls))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shardes.errors import UserError
-from shardes.noise import NoiseKind, Region
+from shardes.noise import Region
 from shardes.noise.definition import BLOCK, LANES, MAX_ELEMENTS
 from tests.noise.gpu.checks import ADDRESS, SIZE, UPDATE, check_accumulate, compiled, import_apart
 
@@ -64,8 +64,9 @@ def test_the_compiler_neither_fuses_nor_flushes_nor_approximates(tmp_path, monke
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     gpu, options, nothing = compiled().gpu, Recorder(), (torch.zeros(1), torch.zeros(1))
-    gpu.launch(options, *gpu._SIZES[NoiseKind.GAUSSIAN], nothing, Region(0, 1, 0, 1), ())
-    constants = {name: options.pop(name) for name in ("size", "calls", "strided")}
+    fill = vars(compiled().gaussian_gpu.FILL)
+    gpu.launch(options, fill["size"], fill["calls"], nothing, Region(0, 1, 0, 1), ())
+    constants = fill | {name: options.pop(name) for name in ("size", "calls", "strided")}
     pointers = {"source": "*fp32", "target": "*fp16", "master": "*fp16", "table": "*i32", "delta": "*fp32"}
     for kernel in (gpu._perturb, gpu._accumulate, gpu._add):
         types = {p.name: p.annotation_type or pointers.get(p.name, "constexpr") for p in kernel.params}

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from shardes import noise
-from shardes.noise import NoiseKind, Region
+from shardes.noise import Region
 from shardes.noise.definition import MAX_PARAM_ID
 from shardes.weights.digest import add_digest
-from tests.helpers.noise_oracle import accumulated, perturbed, same_bits
+from tests.helpers.noise_oracle import ELEMENTWISE, accumulated, perturbed, same_bits
 from tests.noise.gpu.checks import (
     ADDRESS,
     HAS_CUDA,
@@ -28,7 +28,7 @@ pytest.importorskip("triton")
 def use_all(device, region, values, *, sigma=0.01, iteration=0, directions=(0, 1), dtype=torch.bfloat16):
     target, narrow, master = torch.empty_like(values, dtype=dtype), values.to(dtype), values.clone()
     total = torch.zeros(1, dtype=torch.int64, device=device)
-    for kind in NoiseKind:
+    for kind in ELEMENTWISE:
         address = {"seed": iteration * 2**40, "iteration": iteration, "region": region, "kind": kind}
         noise.perturb(values, target, sigma=sigma, direction=directions[-1], **address)
         for moved in (narrow, master):
@@ -78,7 +78,7 @@ def test_the_kernels_neither_wait_for_the_device_nor_take_memory_of_it():
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.set_sync_debug_mode("error" if check else "default")
         try:
-            for kind in NoiseKind:
+            for kind in ELEMENTWISE:
                 address = {"seed": 1, "iteration": 2 + check, "region": region, "kind": kind}
                 noise.perturb(values, target, sigma=0.01, direction=0, **address)
                 noise.accumulate(narrow, coefficients=[0.1 + check], directions=[0], **address)
@@ -91,7 +91,7 @@ def test_the_kernels_neither_wait_for_the_device_nor_take_memory_of_it():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", NoiseKind)
+@pytest.mark.parametrize("kind", ELEMENTWISE)
 def test_more_than_two_to_the_31_elements(kind):
     size, tail = 2**31 + 2**20 + 77, 5000
     if torch.cuda.mem_get_info()[0] < 6 * size:

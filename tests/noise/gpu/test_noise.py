@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardes import noise
-from shardes.noise import NoiseKind, Region, definition
+from shardes.noise import Region, definition
 from shardes.noise.definition import BLOCK, LANES, MAX_PARAM_ID, Stream
-from tests.helpers.noise_oracle import FORMATS, accumulated, perturbed, same_bits
+from tests.helpers.noise_oracle import ELEMENTWISE, FORMATS, accumulated, perturbed, same_bits
 from tests.noise.gpu.checks import (
     ADDRESS,
     EMPTY_REGIONS,
@@ -29,7 +29,7 @@ from tests.noise.gpu.checks import (
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("kind", NoiseKind)
+@pytest.mark.parametrize("kind", ELEMENTWISE)
 @pytest.mark.parametrize(("source_dtype", "target_dtype"), list(itertools.product(FORMATS, FORMATS)))
 def test_perturb_equals_the_oracle(kernels, source_dtype, target_dtype, kind):
     for region in FEW_REGIONS:
@@ -39,7 +39,7 @@ def test_perturb_equals_the_oracle(kernels, source_dtype, target_dtype, kind):
         )
 
 
-@pytest.mark.parametrize("kind", NoiseKind)
+@pytest.mark.parametrize("kind", ELEMENTWISE)
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_accumulate_equals_the_oracle(kernels, dtype, kind):
     for region in FEW_REGIONS:
@@ -53,7 +53,7 @@ def test_add_equals_the_oracle(kernels, dtype):
         check_add(kernels, values_for(region, dtype), delta, region=region, **ADDRESS)
 
 
-@pytest.mark.parametrize("kind", NoiseKind)
+@pytest.mark.parametrize("kind", ELEMENTWISE)
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_adding_a_float32_sum_is_accumulating(kernels, dtype, kind):
     for region in FEW_REGIONS:
@@ -65,7 +65,7 @@ def test_adding_a_float32_sum_is_accumulating(kernels, dtype, kind):
         assert same_bits(master.result(), wanted), region
 
 
-@pytest.mark.parametrize("kind", NoiseKind)
+@pytest.mark.parametrize("kind", ELEMENTWISE)
 def test_every_region_gives_the_oracles_bits(kernels, kind):
     steps = {"directions": [3], "coefficients": [0.3]}
     for region in REGIONS:
@@ -77,7 +77,7 @@ def test_every_region_gives_the_oracles_bits(kernels, kind):
 
 
 @pytest.mark.usefixtures("large_programs")
-@pytest.mark.parametrize("kind", NoiseKind)
+@pytest.mark.parametrize("kind", ELEMENTWISE)
 @pytest.mark.parametrize(
     "region", [Region(3, SIZE, 77, 100_001), Region(3, SIZE, 2**33 + 900, 333, rows=300, stride=2**20 + 1)]
 )
@@ -101,7 +101,7 @@ def test_a_large_region_gives_the_oracles_bits(kernels, region, kind):
     length=st.integers(0, 200),
     rows=st.integers(0, 4),
     gap=st.integers(0, 2000),
-    kind=st.sampled_from(NoiseKind),
+    kind=st.sampled_from(ELEMENTWISE),
     formats=st.tuples(st.sampled_from(FORMATS), st.sampled_from(FORMATS)),
 )
 def test_any_address_gives_the_oracles_bits(
@@ -130,7 +130,7 @@ def test_nothing_to_do_and_nothing_to_add(kernels):
         check_accumulate(kernels, nothing, region=region, **UPDATE, **ADDRESS)
     # Without a direction the sum is +0, which makes -0 +0 and leaves the rest.
     region = Region(7, SIZE, 5, 70)
-    for dtype, kind in itertools.product(FORMATS, NoiseKind):
+    for dtype, kind in itertools.product(FORMATS, ELEMENTWISE):
         values = torch.cat([torch.tensor([-0.0]), torch.linspace(-3, 3, 69)]).to(dtype)
         check_accumulate(kernels, values, region=region, kind=kind, directions=[], coefficients=[], **ADDRESS)
 
@@ -138,7 +138,7 @@ def test_nothing_to_do_and_nothing_to_add(kernels):
 def test_the_order_of_the_sum_is_the_order_given(kernels):
     # 2**24 + x - 2**24 keeps whole numbers only: another order gives other bits.
     region = Region(7, SIZE, 0, 200)
-    for kind, directions in itertools.product(NoiseKind, ([1, 2, 1], [2, 1, 1], [1, 1, 2])):
+    for kind, directions in itertools.product(ELEMENTWISE, ([1, 2, 1], [2, 1, 1], [1, 1, 2])):
         scales = {1: [2.0**24, -(2.0**24)], 2: [1.7]}
         coefficients = [scales[direction].pop(0) for direction in directions]
         check_accumulate(

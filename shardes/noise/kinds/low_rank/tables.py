@@ -1,17 +1,18 @@
-"""Low-rank noise on any region of a parameter, from factors that are filled once a call.
+"""Low-rank noise on any region of a parameter, from tables of the factors that are filled once a call.
 
-A region is taken apart into tiles, rectangles of one matrix each. A tile's noise takes the rows of A that it
-has, the rows of B that its columns have, and no others. Every element is computed by itself, so the cut into
-tiles changes no bit.
+A region is cut into tiles, rectangles of one matrix each. A tile needs the rows of A for its own rows, the
+rows of B for its own columns, and no others. Every element is computed by itself, so the cut changes no bit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from shardes.noise.definition import LowRank, Stream, matrix_shape, seed_key
+from shardes.noise.definition import Floats, Ints, NoiseKey, Stream
+from shardes.noise.kinds.low_rank.matrices import matrix_shape
 from shardes.noise.region import Region
 
 # Numbers of a table of factors: 32 MiB of float32.
@@ -20,16 +21,16 @@ MAX_TABLE = 1 << 23
 
 @dataclass(frozen=True)
 class Tile:
-    """A rectangle of one matrix, and where a flat tensor has it.
+    """A rectangle of one matrix, and its place in a flat tensor.
 
     Attributes:
-        matrix: Which matrix of the parameter.
-        first_row: Of the rectangle, counted over the rows of all matrices.
-        rows: How many.
-        first_column: Of the rectangle.
-        columns: How many.
-        offset: The place of its first element in the tensor.
-        pitch: Elements of the tensor from the start of one row to that of the next.
+        matrix: Index of the matrix in the parameter.
+        first_row: First row of the rectangle, counted over the rows of all matrices.
+        rows: Number of rows.
+        first_column: First column of the rectangle.
+        columns: Number of columns.
+        offset: Index of its first element in the tensor.
+        pitch: Elements of the tensor from the start of one row to the start of the next.
     """
 
     matrix: int
@@ -41,7 +42,7 @@ class Tile:
     pitch: int
 
     def cut(self, side: int) -> Iterator["Tile"]:
-        """The tile in pieces of at most so many rows and columns."""
+        """Yield the tile in pieces of at most ``side`` rows and columns."""
         for row in range(0, self.rows, side):
             for column in range(0, self.columns, side):
                 yield replace(
@@ -55,10 +56,10 @@ class Tile:
 
 
 def tiles(region: Region) -> Iterator[Tile]:
-    """The rectangles of which a region of matrices consists.
+    """Yield the rectangles of which a region of matrices consists.
 
     Raises:
-        ValueError: The region's parameter is no matrix.
+        ValueError: The region's parameter is not a matrix.
     """
     view = None if region.shape is None else matrix_shape(region.shape)
     if view is None:
@@ -78,7 +79,7 @@ def tiles(region: Region) -> Iterator[Tile]:
 
 
 def _of_stretch(start: int, length: int, *, offset: int, height: int, width: int) -> Iterator[Tile]:
-    """Consecutive elements: the end of a row, whole rows, and the beginning of one."""
+    """Yield the tiles of consecutive elements: the end of a row, whole rows, the beginning of one."""
     if start % width:
         head = min(width - start % width, length)
         yield Tile(start // (height * width), start // width, 1, start % width, head, offset, width)
@@ -91,7 +92,7 @@ def _of_stretch(start: int, length: int, *, offset: int, height: int, width: int
 
 
 def _by_matrix(tile: Tile, height: int) -> Iterator[Tile]:
-    """Parts a tile where one matrix ends and the next begins."""
+    """Yield a tile cut where one matrix ends and the next begins."""
     row, end = tile.first_row, tile.first_row + tile.rows
     while row < end:
         rows = min(height - row % height, end - row)
@@ -102,90 +103,80 @@ def _by_matrix(tile: Tile, height: int) -> Iterator[Tile]:
 
 @dataclass(frozen=True)
 class Factors:
-    """Makes the tables of some directions.
+    """Tables of the factors of a parameter's noise in some directions.
 
     Attributes:
-        kernels: Those of the device.
-        device: Where tables are wanted.
-        kind: The rank.
-        param_id: Of the parameter.
+        kernels: Module of the device's kernels.
+        device: Device of the tables.
+        rank: Columns of A and of B.
+        scale: Factor of the elements of A.
+        param_id: Index of the parameter in the name-sorted list.
         width: Columns of its matrices.
-        seed: The run's.
-        iteration: Whose.
-        directions: Which.
+        key: Key of the noise.
+        directions: Directions within the iteration.
     """
 
     kernels: ModuleType
     device: torch.device
-    kind: LowRank
+    rank: int
+    scale: float
     param_id: int
     width: int
-    seed: int
-    iteration: int
-    directions: Sequence[int]
+    key: NoiseKey
+    directions: Ints
 
-    def left(self, tile: Tile) -> torch.Tensor:
-        """A / sqrt(rank) at a tile's rows: float32 of shape [directions, rank, rows]."""
-        return self._table(Stream.LEFT, tile.first_row, tile.rows, scale=float(self.kind.scale))
+    def left(self, tile: Tile) -> Tensor:
+        """Return A / sqrt(rank) at a tile's rows: float32 of shape [directions, rank, rows]."""
+        return self._table(Stream.LEFT, tile.first_row, tile.rows, scale=self.scale)
 
-    def right(self, tile: Tile) -> torch.Tensor:
-        """B at a tile's columns: float32 of shape [directions, rank, columns]."""
+    def right(self, tile: Tile) -> Tensor:
+        """Return B at a tile's columns: float32 of shape [directions, rank, columns]."""
         first = tile.matrix * self.width + tile.first_column
         return self._table(Stream.RIGHT, first, tile.columns, scale=1.0)
 
-    def _table(self, stream: Stream, first: int, count: int, *, scale: float) -> torch.Tensor:
-        table: torch.Tensor = self.kernels.table(
+    def _table(self, stream: Stream, first: int, count: int, *, scale: float) -> Tensor:
+        table: Tensor = self.kernels.table(
             first,
             count,
-            rank=self.kind.rank,
+            rank=self.rank,
             scale=scale,
             param_id=self.param_id,
-            direction_words=[direction << 8 | stream for direction in self.directions],
-            iteration=self.iteration,
-            key=seed_key(self.seed),
+            words2=[direction << 8 | stream for direction in self.directions],
+            key=self.key,
             device=self.device,
         )
         return table
 
 
 def perturb(
-    kernels: ModuleType,
-    source: torch.Tensor,
-    target: torch.Tensor,
+    source: Tensor,
+    target: Tensor,
     *,
     region: Region,
     sigma: float,
     factors: Factors,
 ) -> None:
-    """As ``shardes.noise.perturb``, for matrices and one direction."""
-    side = max(MAX_TABLE // factors.kind.rank, 1)
+    """Write ``round(centre + sigma * eps)`` of a region of matrices to ``target``."""
+    side = max(MAX_TABLE // factors.rank, 1)
     for tile in (part for whole in tiles(region) for part in whole.cut(side)):
         left, right = factors.left(tile), factors.right(tile)
-        kernels.perturb(source, target, tile, left.flatten(0, 1), right.flatten(0, 1), sigma=sigma)
+        factors.kernels.perturb(source, target, tile, left.flatten(0, 1), right.flatten(0, 1), sigma=sigma)
 
 
-def accumulate(
-    kernels: ModuleType,
-    master: torch.Tensor,
-    *,
-    region: Region,
-    coefficients: Sequence[float],
-    factors: Factors,
-) -> None:
-    """As ``shardes.noise.accumulate``, for matrices."""
-    side = max(MAX_TABLE // (factors.kind.rank * max(len(coefficients), 1)), 1)
+def accumulate(master: Tensor, *, region: Region, coefficients: Floats, factors: Factors) -> None:
+    """Add a weighted sum of eps to a region of matrices."""
+    side = max(MAX_TABLE // (factors.rank * max(len(coefficients), 1)), 1)
     scales = torch.tensor(coefficients, dtype=torch.float32, device=master.device).view(-1, 1, 1)
     for tile in (part for whole in tiles(region) for part in whole.cut(side)):
         left, right = factors.left(tile).mul_(scales), factors.right(tile)
-        kernels.accumulate(
+        factors.kernels.accumulate(
             master,
             tile,
             left.flatten(0, 1),
             right.flatten(0, 1),
-            # Of the parameter's element that the tile has first, and of the one below it.
+            # Index in the parameter of the tile's first element, and the distance to the one below it.
             index=tile.first_row * factors.width + tile.first_column,
             width=factors.width,
             param_id=factors.param_id,
-            iteration=factors.iteration,
-            key=seed_key(factors.seed),
+            key=factors.key,
         )

@@ -1,19 +1,20 @@
-"""GPU kernels of the low-rank noise, in Triton: outer products in the order of definition.py.
+"""GPU kernels of the low-rank noise, in Triton: outer products in the definition's order.
 
 A program handles a rectangle of a tile: a thread reads few factors for many elements. The factors come from
-the kernels of the normals (gpu.py).
+the kernels of standard normal noise.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from shardes.noise import gpu
-from shardes.noise.definition import BLOCK, LANES, MAX_ELEMENTS, NoiseKind, Stream
+from shardes.noise.definition import BLOCK, LANES, MAX_ELEMENTS, Ints, NoiseKey, Stream
 from shardes.noise.gpu_math import as_float, perturbed, philox, round_randomly, tl, triton, widen
-from shardes.noise.lowrank import Tile
+from shardes.noise.kinds.gaussian.gpu import FILL as NORMALS
+from shardes.noise.kinds.low_rank.tables import Tile
 from shardes.noise.region import Region
 
 _LANES, _BLOCK = tl.constexpr(LANES), tl.constexpr(BLOCK)
@@ -25,7 +26,7 @@ _ROWS, _COLUMNS, _WARPS = 16, 128, 4
 
 @triton.jit
 def _products(left, right, row, column, rows, columns, terms, height: tl.constexpr, width: tl.constexpr):
-    """The sum of the terms' products at some rows and columns: float32 of shape [height, width]."""
+    """Compute the sum of the terms' products at some rows and columns: float32 of shape [height, width]."""
     total = tl.full([height, width], 0.0, tl.float32)
     for term in range(terms):
         above = tl.load(left + term * rows + row, mask=row < rows)
@@ -107,58 +108,47 @@ def table(
     rank: int,
     scale: float,
     param_id: int,
-    direction_words: Sequence[int],
-    iteration: int,
-    key: tuple[int, int],
+    words2: Ints,
+    key: NoiseKey,
     device: torch.device,
-) -> torch.Tensor:
-    """Rows of a factor in some directions, each element times ``scale``.
+) -> Tensor:
+    """Compute rows of a factor in some directions, each element times ``scale``.
 
     Returns:
         float32 of shape [directions, rank, count].
     """
-    # What is added to -0 is not changed, not even the sign of a zero.
+    # Adding to -0 keeps every bit, even the sign of a zero.
     nothing = torch.full((count * rank,), -0.0, device=device)
-    out = torch.empty(len(direction_words), count * rank, device=device)
+    out = torch.empty(len(words2), count * rank, device=device)
     region = Region(param_id, MAX_ELEMENTS, first * rank, count * rank)
-    for row, word2 in zip(out, direction_words, strict=True):
-        words = (param_id << 8, word2, iteration)
-        gpu.perturb(nothing, row, region, sigma=scale, kind=NoiseKind.GAUSSIAN, words=words, key=key)
+    for row, word in zip(out, words2, strict=True):
+        gpu.perturb(nothing, row, region, sigma=scale, fill=NORMALS, word2=word, key=key)
     return out.view(-1, count, rank).transpose(1, 2).contiguous()
 
 
-def perturb(
-    source: torch.Tensor,
-    target: torch.Tensor,
-    tile: Tile,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    *,
-    sigma: float,
-) -> None:
-    """Perturbs a tile; the factors are of shape [rank, rows] and [rank, columns]."""
+def perturb(source: Tensor, target: Tensor, tile: Tile, left: Tensor, right: Tensor, *, sigma: float) -> None:
+    """Perturb a tile; the factors are of shape [rank, rows] and [rank, columns]."""
     sigma_bits = int(np.float32(sigma).view(np.uint32))
     _launch(_perturb, (source, target, left, right), tile, (sigma_bits,))
 
 
 def accumulate(
-    master: torch.Tensor,
+    master: Tensor,
     tile: Tile,
-    left: torch.Tensor,
-    right: torch.Tensor,
+    left: Tensor,
+    right: Tensor,
     *,
     index: int,
     width: int,
     param_id: int,
-    iteration: int,
-    key: tuple[int, int],
+    key: NoiseKey,
 ) -> None:
-    """Updates a tile; the factors are of shape [terms, rows] and [terms, columns]."""
-    _launch(_accumulate, (master, left, right), tile, (index, width, param_id << 8, iteration, *key))
+    """Add a weighted sum of eps to a tile; the factors are of shape [terms, rows] and [terms, columns]."""
+    _launch(_accumulate, (master, left, right), tile, (index, width, *gpu.update_words(param_id, key)))
 
 
-def _launch(function: Any, tensors: tuple[torch.Tensor, ...], tile: Tile, numbers: tuple[int, ...]) -> None:
-    """Runs a kernel over a tile; the last of the tensors is the right factor."""
+def _launch(function: Any, tensors: tuple[Tensor, ...], tile: Tile, numbers: tuple[int, ...]) -> None:
+    """Run a kernel over a tile; the last of the tensors is the right factor."""
     with gpu.on_device(tensors[0].device):
         function[(-(-tile.rows // _ROWS), -(-tile.columns // _COLUMNS))](
             *tensors,

@@ -1,19 +1,17 @@
-"""CPU kernels of the low-rank noise, compiled by numba: outer products in the order of definition.py.
+"""CPU kernels of the low-rank noise, compiled by numba: outer products in the definition's order.
 
 No fast-math: the compiler may use vector instructions but may not change a bit.
 """
 
 import functools
-import zlib
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import numba as nb
 import numpy as np
 import torch
+from torch import Tensor
 
-from shardes.noise import cpu, cpu_math, definition
-from shardes.noise.cpu import PAIR, fill_normals, fill_rounding_bits, stored, words_of
+from shardes.noise.cpu import MIN_PER_THREAD, checksum, fill_rounding_bits, stored, update_words
 from shardes.noise.cpu_math import (
     FLOAT32,
     FORMATS,
@@ -26,21 +24,20 @@ from shardes.noise.cpu_math import (
     u32,
     u64,
 )
-from shardes.noise.definition import BLOCK
-from shardes.noise.lowrank import Tile
+from shardes.noise.definition import BLOCK, Ints, NoiseKey
+from shardes.noise.kinds.gaussian import cpu as gaussian_cpu
+from shardes.noise.kinds.gaussian.cpu import PAIR, fill_normals
+from shardes.noise.kinds.low_rank.tables import Tile
 from shardes.utils.threads import split_over_threads
 
-# Rows and columns whose sums are made together: of these, three terms at a time, registers are not too few.
+# Rows and columns whose sums are computed together; with three terms at a time they fit the registers.
 _ROWS, _STRIP = 4, 512
-_MIN_PER_THREAD = 1 << 15  # elements; see split_over_threads
-# See cpu.py: numba must know what its kernels are made of in other files.
-_OTHER_FILES = (cpu, cpu_math, definition)
-_SOURCES = zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in _OTHER_FILES))
+_SOURCES = checksum(gaussian_cpu.__file__)
 
 
 @functools.cache
 def _table_kernel() -> Callable[..., None]:
-    """The kernel that fills tables; compiled when first used, then kept on disk by numba."""
+    """Compile the kernel that fills tables at its first call; numba keeps it on disk."""
     sources = _SOURCES
 
     @nb.njit(nogil=True, cache=True, error_model="numpy")
@@ -68,7 +65,7 @@ def _table_kernel() -> Callable[..., None]:
 
 @functools.cache
 def _perturb_kernel(source_format: int, target_format: int) -> Callable[..., None]:
-    """As ``_table_kernel``, for a pair of formats."""
+    """Compile the kernel that perturbs, for a pair of formats."""
     sources = _SOURCES
 
     @nb.njit(nogil=True, cache=True, error_model="numpy")
@@ -93,7 +90,7 @@ def _perturb_kernel(source_format: int, target_format: int) -> Callable[..., Non
 
 @nb.njit(inline="always")
 def _add_products(totals, lefts, right, low, high):
-    """Adds the products of ``_ROWS`` rows with some columns to their sums, one term after the other."""
+    """Add the products of ``_ROWS`` rows with some columns to their sums, one term after the other."""
     terms, columns = right.shape[0], high - low
     sum0, sum1, sum2, sum3 = totals
     num_in_threes = terms - terms % 3
@@ -122,7 +119,7 @@ def _add_products(totals, lefts, right, low, high):
 
 @functools.cache
 def _accumulate_kernel(master_format: int) -> Callable[..., None]:
-    """As ``_table_kernel``, for a format."""
+    """Compile the kernel that accumulates, for a format."""
     sources = _SOURCES
 
     @nb.njit(nogil=True, cache=True, error_model="numpy")
@@ -169,22 +166,21 @@ def table(
     rank: int,
     scale: float,
     param_id: int,
-    direction_words: Sequence[int],
-    iteration: int,
-    key: tuple[int, int],
+    words2: Ints,
+    key: NoiseKey,
     device: torch.device,
-) -> torch.Tensor:
-    """Rows of a factor in some directions, each element times ``scale``.
+) -> Tensor:
+    """Compute rows of a factor in some directions, each element times ``scale``.
 
     Returns:
         float32 of shape [directions, rank, count].
     """
-    out = torch.empty(len(direction_words), rank, count, device=device)
-    c1, c3 = words_of((param_id << 8, iteration))
-    directions = np.asarray(direction_words, np.uint32)
+    out = torch.empty(len(words2), rank, count, device=device)
+    (c1, c3), key_words = update_words(param_id, key)
+    directions = np.asarray(words2, np.uint32)
     split_over_threads(
         _table_kernel(),
-        len(direction_words),
+        len(words2),
         out.numpy(),
         first,
         rank,
@@ -192,22 +188,14 @@ def table(
         directions,
         c1,
         c3,
-        words_of(key),
-        at_least=max(_MIN_PER_THREAD // max(rank * count, 1), 1),
+        key_words,
+        at_least=max(MIN_PER_THREAD // max(rank * count, 1), 1),
     )
     return out
 
 
-def perturb(
-    source: torch.Tensor,
-    target: torch.Tensor,
-    tile: Tile,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    *,
-    sigma: float,
-) -> None:
-    """Perturbs a tile; the factors are of shape [rank, rows] and [rank, columns]."""
+def perturb(source: Tensor, target: Tensor, tile: Tile, left: Tensor, right: Tensor, *, sigma: float) -> None:
+    """Perturb a tile; the factors are of shape [rank, rows] and [rank, columns]."""
     split_over_threads(
         _perturb_kernel(FORMATS[source.dtype], FORMATS[target.dtype]),
         tile.rows,
@@ -218,23 +206,22 @@ def perturb(
         left.numpy(),
         right.numpy(),
         f32(sigma),
-        at_least=max(_MIN_PER_THREAD // tile.columns, 1),
+        at_least=max(MIN_PER_THREAD // tile.columns, 1),
     )
 
 
 def accumulate(
-    master: torch.Tensor,
+    master: Tensor,
     tile: Tile,
-    left: torch.Tensor,
-    right: torch.Tensor,
+    left: Tensor,
+    right: Tensor,
     *,
     index: int,
     width: int,
     param_id: int,
-    iteration: int,
-    key: tuple[int, int],
+    key: NoiseKey,
 ) -> None:
-    """Updates a tile; the factors are of shape [terms, rows] and [terms, columns]."""
+    """Add a weighted sum of eps to a tile; the factors are of shape [terms, rows] and [terms, columns]."""
     split_over_threads(
         _accumulate_kernel(FORMATS[master.dtype]),
         -(-tile.rows // _ROWS),
@@ -244,7 +231,6 @@ def accumulate(
         left.numpy(),
         right.numpy(),
         (index, width),
-        words_of((param_id << 8, iteration)),
-        words_of(key),
-        at_least=max(_MIN_PER_THREAD // (_ROWS * tile.columns), 1),
+        *update_words(param_id, key),
+        at_least=max(MIN_PER_THREAD // (_ROWS * tile.columns), 1),
     )

@@ -1,0 +1,66 @@
+"""Standard normal noise: its definition in NumPy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardes.noise.definition import BLOCK, Stream, box_muller, element_words
+from shardes.noise.kinds.base import ElementwiseNoise
+
+
+def normals(
+    *,
+    seed: int,
+    iteration: int,
+    direction: int,
+    param_id: int,
+    start: int,
+    length: int,
+    stream: Stream = Stream.GAUSSIAN,
+) -> NDArray[np.float32]:
+    """Compute the standard normals of elements [start, start + length) of one parameter.
+
+    Args:
+        seed: The run's seed, below 2**64.
+        iteration: Iteration, below 2**32.
+        direction: Index of the direction within the iteration, below 2**24.
+        param_id: Index of the parameter in the name-sorted list, below 2**24.
+        start: Row-major index of the first element in the whole parameter.
+        length: Number of elements.
+        stream: Counters to draw from; for a factor of low-rank noise, elements are the factor's.
+
+    Returns:
+        float32 of shape [length].
+    """
+    words = element_words(
+        seed=seed,
+        iteration=iteration,
+        direction=direction,
+        param_id=param_id,
+        stream=stream,
+        start=start,
+        length=length,
+    )
+    quarters = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
+    return np.stack(quarters, axis=1).reshape(-1)[start % BLOCK :][:length]
+
+
+@dataclass(frozen=True)
+class Gaussian(ElementwiseNoise):
+    """Standard normal noise."""
+
+    name = "gaussian"
+    stream = Stream.GAUSSIAN
+    largest = 6.67
+
+    def eps(self, *, shape: Sequence[int] | None = None, **address: Any) -> NDArray[np.float32]:
+        """Compute eps of consecutive elements in NumPy."""
+        return normals(**address)
+
+
+def make(*, rank: int) -> Gaussian:
+    """Return the kind; it has no rank."""
+    return Gaussian()
