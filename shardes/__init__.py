@@ -7,11 +7,13 @@ answers mistakes without them.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from shardes.utils.version import VERSION
+
 if TYPE_CHECKING:
     from shardes.api import TrainConfig, Trainer, TrainResult
     from shardes.errors import StorageError, UserError
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = ["StorageError", "TrainConfig", "TrainResult", "Trainer", "UserError", "__version__"]
 

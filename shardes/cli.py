@@ -13,7 +13,6 @@ from annotated_types import Gt
 from click.core import ParameterSource
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from shardes import __version__
 from shardes.config.loading import load_config
 from shardes.config.old_keys import warn_once
 from shardes.config.schema import check_model_directory
@@ -24,6 +23,7 @@ from shardes.rewards.pool import make_reward_runner
 from shardes.runs.directory import read_run, read_run_journal
 from shardes.runs.trackers import check_trackers
 from shardes.tasks.loading import load_tasks
+from shardes.utils.version import VERSION
 
 if TYPE_CHECKING:
     pass
@@ -52,7 +52,7 @@ class _Size(click.ParamType):
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="shardes")
+@click.version_option(VERSION, prog_name="shardes")
 def cli() -> None:
     """Evolution strategies fine-tuning for language models sharded over many devices."""
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from shardes import __version__
 from shardes.backends import Backend, make_backend
 from shardes.config.schema import Config
 from shardes.distributed.group import Mesh, make_mesh, process_group
@@ -22,9 +21,9 @@ from shardes.es.update import Update
 from shardes.models.checkpoint import Checkpoint
 from shardes.noise import NOISE_VERSION
 from shardes.noise.kinds.registry import make_kind
-from shardes.runs.journal import JOURNAL_VERSION
 from shardes.utils.progress import progress
 from shardes.utils.timers import PhaseTimer
+from shardes.utils.version import VERSION
 from shardes.weights.master import Weights
 from shardes.weights.master_digest import master_digest
 
@@ -184,9 +183,8 @@ def _combined(mesh: Mesh, backend: Backend, digest: int, *, compare: bool) -> st
 def _identity(weights: Weights, checkpoint: Checkpoint, base_digest: str) -> dict[str, Any]:
     table = [[shard.param_id, shard.name, list(shard.shape)] for shard in weights.trained]
     return {
-        "journal_version": JOURNAL_VERSION,
         "noise_version": NOISE_VERSION,
-        "shardes_version": __version__,
+        "shardes_version": VERSION,
         "base_headers_sha256": checkpoint.header_sha256,
         "base_weights_digest": base_digest,
         "parameters_sha256": hashlib.sha256(json.dumps(table).encode()).hexdigest(),

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shardes import __version__
 from shardes.runs.journal import History
+from shardes.utils.version import VERSION
 
 # More evaluations than this are thinned out; the first, the last and the best stay.
 _MOST_ROWS = 12
@@ -48,7 +48,7 @@ def model_card(
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{known}"
         "tags:\n- evolution-strategies\n- shardes\n---",
         f"# {name}, fine-tuned with evolution strategies",
-        f"The weights after {iteration} iterations on the task `{task}`, made with shardes {__version__}. "
+        f"The weights after {iteration} iterations on the task `{task}`, made with shardes {VERSION}. "
         f"{method}",
         f"- base model: `{name}`, weights digest `{base_digest}`\n"
         f"- these weights: dtype {dtype}, digest of the master `{digest}`",

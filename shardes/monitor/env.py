@@ -8,8 +8,8 @@ import platform
 import sys
 from collections.abc import Callable
 
-from shardes import __version__
 from shardes.errors import UserError
+from shardes.utils.version import VERSION
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "triton", "numba", "numpy", "safetensors")
 # What the optional features need, as in pyproject.toml.
@@ -34,7 +34,7 @@ def describe() -> dict[str, str]:
     import torch.distributed as dist
 
     found = {
-        "shardes": __version__,
+        "shardes": VERSION,
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
     }

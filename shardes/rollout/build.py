@@ -1,5 +1,6 @@
 """Putting together what evaluates members: the engine, the evaluator over it, and the scheduler."""
 
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from shardes.models.build import load_tokenizer, max_positions
 from shardes.rewards.pool import InProcessRewards, RewardRunner
 from shardes.rewards.scorer import Scorer
 from shardes.rollout.autotune import resolve_auto
-from shardes.rollout.engines.registry import make_engine
+from shardes.rollout.engines.base import Engine
+from shardes.rollout.engines.registry import ENGINES
 from shardes.rollout.evaluator import Evaluator
 from shardes.rollout.iteration import IterationSpec
 from shardes.rollout.scheduler import MemberScheduler
@@ -96,7 +98,9 @@ def make_evaluator(
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     common: dict[str, Any] = {"tokenizer": tokenizer, "mesh": session.mesh, "settings": settings}
     common |= {"seed": config.es.seed, "timer": session.timer}
-    engine = make_engine(settings.engine, backend=session.backend, weights=session.weights, **common)
+    module, _, class_name = ENGINES[settings.engine].partition(":")
+    engine_class = getattr(importlib.import_module(module), class_name)
+    engine: Engine = engine_class(backend=session.backend, weights=session.weights, **common)
     longest = max_positions(session.backend.sharded_model)
     return Evaluator(engine, scorer=scorer, max_positions=longest, **common), scorer, scorers
 

@@ -7,7 +7,7 @@ from shardes.config.schema import Config
 from shardes.distributed.group import Group
 from shardes.errors import UserError
 from shardes.runs.directory import RunDirectory
-from shardes.runs.journal import History
+from shardes.runs.journal import JOURNAL_VERSION, History
 from shardes.runs.resume import ResumeState
 from shardes.utils.timers import PhaseTimer
 
@@ -56,7 +56,8 @@ class RunRecorder:
         if self._world.is_main:
             try:
                 config = self._config.model_dump(mode="json")
-                header = {"type": "header", **self._identity, "settings": self.settings, "config": config}
+                header = {"type": "header", "journal_version": JOURNAL_VERSION, **self._identity}
+                header |= {"settings": self.settings, "config": config}
                 self.directory = RunDirectory(self._config, header=header)
                 on_open(self.directory)
                 state = ResumeState.from_history(self.directory.history).to_json()

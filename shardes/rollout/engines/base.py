@@ -39,6 +39,9 @@ EngineOutput = Completions | list[torch.Tensor]
 class Engine(ABC):
     """Answers prompts with the members, or with the centre, that are loaded.
 
+    An engine is made with the keyword arguments ``backend``, ``weights``, ``mesh``, ``tokenizer``,
+    ``settings`` (the section ``rollout``), ``seed`` and ``timer``, and is named in ``engines/registry.py``.
+
     ``begin`` comes first, then any number of loads, each followed by any number of micro-batches.
 
     Attributes:
