@@ -6,7 +6,8 @@ have to start quickly.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 Row = Mapping[str, Any]
 """One problem, as read from a data file: its columns by name."""
@@ -68,27 +69,44 @@ class Choices:
     gold: int
 
 
+class Generator(Protocol):
+    """Maker of distinct problems: a pure function of its arguments."""
+
+    def __call__(self, num_problems: int, /, *, seed: int) -> list[dict[str, Any]]:
+        """Return ``num_problems`` rows."""
+
+
 @dataclass(frozen=True)
 class TaskDefinition:
-    """A kind of task, whatever its data: what the registry of built-in tasks holds.
+    """Kind of task, without data: what a module of ``shardes/tasks/builtin`` declares.
 
     Attributes:
+        name: The name that ``task.name`` selects it by; no other task has it.
         make_prompt: Turns a row into a prompt.
-        check_row: Raises ``UserError`` for a row that it cannot use; its second argument names the row's
-            place in messages, such as ``task.data: file.jsonl line 3``.
-        rewards: The components of a generation task; empty for a likelihood task.
-        choices: What may follow a row's prompt, for a likelihood task; None for a generation task.
-        metric: What a likelihood task is rewarded with, unless ``task.metric`` says otherwise.
+        check_row: Raises ``UserError`` for a row that the task cannot use; its second argument names the
+            row's place in messages, such as ``task.data: file.jsonl line 3``.
+        rewards: Components of a generation task, with distinct names; empty for a likelihood task.
+        choices: Turns a row into the completions to compare, for a likelihood task; None for a generation
+            task.
+        metric: Reward of a likelihood task, unless ``task.metric`` says otherwise.
         row_key: Names a row's problem: rows with the same key are never parted by ``task.heldout_fraction``.
             None: a problem is all the columns of its row.
+        with_label_words: For a task with classes: returns the definition with one word for each class. None
+            as argument means the task's own words, and raises ``ValueError`` where it has none.
+        generate: Makes problems for ``shardes make-data``, which tells them apart by ``row_key``.
+        convert: Turns the directory ``shardes make-data --source`` into rows.
     """
 
+    name: str
     make_prompt: Callable[[Row], Prompt]
     check_row: Callable[[Row, str], None]
     rewards: tuple[Component, ...] = ()
     choices: Callable[[Row], Choices] | None = None
     metric: Metric = "cross_entropy"
     row_key: Callable[[Row], str] | None = None
+    with_label_words: "Callable[[Sequence[str] | None], TaskDefinition] | None" = None
+    generate: Generator | None = None
+    convert: Callable[[Path], list[dict[str, Any]]] | None = None
 
 
 def all_rewards(tasks: Sequence["Task"]) -> list[Component]:

@@ -7,13 +7,12 @@ from shardes.config.schema import Config, ProblemSetConfig, TaskConfig
 from shardes.errors import UserError
 from shardes.tasks.base import Prompt, Row, Task, TaskDefinition
 from shardes.tasks.data import read_rows, split_rows
-from shardes.tasks.matching import prompt_column
 from shardes.tasks.registry import REWARDS, definition_of
 from shardes.tasks.rewards import components
-from shardes.tasks.templates import check_prompt, prompt_maker
+from shardes.tasks.templates import check_prompt, prompt_column, prompt_maker
 
 # Rewards of the user's own judge answers to the rows' own prompts, which are checked for every task.
-_OWN = TaskDefinition(prompt_column, check_row=lambda row, where: None)
+_OWN = TaskDefinition("rewards", prompt_column, check_row=lambda row, where: None)
 
 
 def load_tasks(config: Config) -> tuple[Task, dict[str, Task]]:

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     import jinja2
 
 
+def prompt_column(row: Row) -> Any:
+    """Return the row's own prompt, unchecked; ``check_prompt`` refuses what is none."""
+    return row.get("prompt")
+
+
 def prompt_maker(
     make_prompt: Callable[[Row], Prompt], *, template: str | None, system: str | None, key: str
 ) -> Callable[[Row], Prompt]:

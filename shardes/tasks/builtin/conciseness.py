@@ -39,4 +39,6 @@ def check_row(row: Row, where: str) -> None:
     text_column(row, "answer", where, wanted="the shortest right answer as text")
 
 
-TASK = TaskDefinition(make_prompt, check_row, rewards=(Component("length", length_reward),))
+TASK = TaskDefinition("conciseness", make_prompt, check_row, rewards=(Component("length", length_reward),))
+TASKS = (TASK,)
+REWARDS = {"length": length_reward}

@@ -251,6 +251,7 @@ def split_problems(rows: Sequence[Row], *, shares: Sequence[float], seed: int) -
 
 
 CHAT = TaskDefinition(
+    "countdown",
     chat_prompt,
     check_row,
     rewards=(
@@ -258,8 +259,10 @@ CHAT = TaskDefinition(
         Component("format", chat_format_reward, weight=FORMAT_WEIGHT),
     ),
     row_key=problem_key,
+    generate=generate_problems,
 )
 SHORT = TaskDefinition(
+    "countdown_short",
     short_prompt,
     check_row,
     rewards=(
@@ -268,3 +271,9 @@ SHORT = TaskDefinition(
     ),
     row_key=problem_key,
 )
+TASKS = (CHAT, SHORT)
+REWARDS = {
+    "countdown.answer": answer_reward,
+    "countdown.format": chat_format_reward,
+    "countdown.short_format": short_format_reward,
+}

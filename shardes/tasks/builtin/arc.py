@@ -5,6 +5,7 @@ lists of rows of digits. Components: ``solved``, ``cells`` (the share of right c
 right size) and ``format``.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,27 @@ def rows_of_puzzle(puzzle: Any, *, name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def rows_of_directory(directory: Path) -> list[dict[str, Any]]:
+    """Return the rows of a directory of ARC puzzles, one ``*.json`` file each, in the order of their names.
+
+    Raises:
+        UserError: There is no such directory, it has no puzzles, or one of them cannot be used.
+    """
+    paths = sorted(directory.glob("*.json"))
+    if not paths:
+        raise UserError(f"--source: {directory} has no *.json files; give a directory of ARC puzzles")
+    rows = []
+    for path in paths:
+        try:
+            puzzle = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--source: {path} cannot be read as JSON ({error})") from None
+        rows += rows_of_puzzle(puzzle, name=str(path))
+    return rows
+
+
 TASK = TaskDefinition(
+    "arc",
     make_prompt,
     check_row,
     rewards=(
@@ -112,4 +133,7 @@ TASK = TaskDefinition(
         Component("cells", cells_reward, weight=0.5),
         Component("format", format_reward, weight=0.1),
     ),
+    convert=rows_of_directory,
 )
+TASKS = (TASK,)
+REWARDS = {"arc.solved": solved_reward, "arc.cells": cells_reward, "arc.format": format_reward}

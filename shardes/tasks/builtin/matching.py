@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from shardes.tasks.answers import is_think_answer
-from shardes.tasks.base import Component, Prompt, Row, TaskDefinition
+from shardes.tasks.base import Component, Prompt, RewardFunction, Row, TaskDefinition
 from shardes.tasks.rows import text_column, wrong
+from shardes.tasks.templates import prompt_column
 
 
 def exact_match_reward(
@@ -53,11 +54,6 @@ def think_answer_reward(
     return [float(is_think_answer(text)) for text in completions]
 
 
-def prompt_column(row: Row) -> Any:
-    """The row's own prompt; what is no prompt is refused where rows are read."""
-    return row.get("prompt")
-
-
 def check_answer(row: Row, where: str) -> None:
     """Refuses a row without a reference.
 
@@ -81,6 +77,12 @@ def check_pattern(row: Row, where: str) -> None:
 
 
 EXACT_MATCH = TaskDefinition(
-    prompt_column, check_answer, rewards=(Component("exact_match", exact_match_reward),)
+    "exact_match", prompt_column, check_answer, rewards=(Component("exact_match", exact_match_reward),)
 )
-REGEX = TaskDefinition(prompt_column, check_pattern, rewards=(Component("regex", regex_reward),))
+REGEX = TaskDefinition("regex", prompt_column, check_pattern, rewards=(Component("regex", regex_reward),))
+TASKS = (EXACT_MATCH, REGEX)
+REWARDS: dict[str, RewardFunction] = {
+    "exact_match": exact_match_reward,
+    "regex": regex_reward,
+    "think_answer": think_answer_reward,
+}

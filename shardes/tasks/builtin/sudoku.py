@@ -179,6 +179,7 @@ def _candidates(grid: Grid, i: int, j: int) -> list[int]:
 
 
 TASK = TaskDefinition(
+    "sudoku",
     make_prompt,
     check_row,
     rewards=(
@@ -187,4 +188,7 @@ TASK = TaskDefinition(
         Component("format", format_reward, weight=0.1),
     ),
     row_key=puzzle_key,
+    generate=generate_puzzles,
 )
+TASKS = (TASK,)
+REWARDS = {"sudoku.solved": solved_reward, "sudoku.units": units_reward, "sudoku.format": format_reward}

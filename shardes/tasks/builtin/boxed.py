@@ -164,5 +164,7 @@ def _has_math_verify() -> bool:
     return importlib.util.find_spec("math_verify") is not None
 
 
-GSM8K = TaskDefinition(_gsm8k_prompt, check_gsm8k_row, rewards=(Component("answer", number_reward),))
-MATH = TaskDefinition(_math_prompt, check_math_row, rewards=(Component("answer", expression_reward),))
+GSM8K = TaskDefinition("gsm8k", _gsm8k_prompt, check_gsm8k_row, rewards=(Component("answer", number_reward),))
+MATH = TaskDefinition("math", _math_prompt, check_math_row, rewards=(Component("answer", expression_reward),))
+TASKS = (GSM8K, MATH)
+REWARDS = {"boxed": boxed_reward, "boxed.expression": expression_reward, "boxed.number": number_reward}

@@ -90,8 +90,12 @@ def problem_key(row: Row) -> str:
 
 
 TASK = TaskDefinition(
+    "arithmetic",
     make_prompt,
     check_row,
     rewards=(Component("answer", answer_reward), Component("format", format_reward, weight=0.1)),
     row_key=problem_key,
+    generate=generate_problems,
 )
+TASKS = (TASK,)
+REWARDS = {"arithmetic.answer": answer_reward, "arithmetic.format": format_reward}
