@@ -116,14 +116,13 @@ def _work(connection: socket.socket, memory_bytes: int) -> NoReturn:
 def _serve(connection: socket.socket) -> None:
     """Imports the rewards, says how that went, and judges answers for as long as there are any."""
     try:
-        judge = RewardCaller(_receive(connection))
+        caller = RewardCaller(_receive(connection))
     except ValueError as error:
         _send(connection, {"error": str(error)})
         return
     _send(connection, {"error": None})
     while True:
-        which, answers = _receive(connection)
-        _send(connection, [vars(verdicts) for verdicts in judge.judge(which, answers)])
+        _send(connection, vars(caller.judge(*_receive(connection))))
 
 
 def _receive(connection: socket.socket) -> Any:

@@ -21,7 +21,7 @@ from typing import Any, Protocol, Self, TypeVar
 from shardes.config.schema import TaskConfig
 from shardes.errors import UserError
 from shardes.rewards.fork_server import HEADER
-from shardes.rewards.worker import MAX_REWARD, RewardBatch, RewardCaller, Verdicts, reference_of
+from shardes.rewards.worker import MAX_REWARD, RewardBatch, RewardCaller, RewardOutput, reference_of
 from shardes.tasks.base import Component, Task, all_rewards
 
 # How long the import of a reward may take.
@@ -46,7 +46,7 @@ class RewardRunner(Protocol):
 
     def submit(
         self, components: Sequence[Component], batches: Sequence[RewardBatch]
-    ) -> "list[Future[list[Verdicts]]]":
+    ) -> "list[Future[RewardOutput]]":
         """Has batches of answers judged, each by itself; a result is one verdict for each component."""
 
 
@@ -63,18 +63,18 @@ class InProcessRewards:
     def __init__(self, components: Sequence[Component]) -> None:
         self._components = list(components)
         try:
-            self._judge = RewardCaller(components)
+            self._caller = RewardCaller(components)
         except ValueError as error:
             raise UserError(f"task.reward: {error}") from None
 
     def submit(
         self, components: Sequence[Component], batches: Sequence[RewardBatch]
-    ) -> "list[Future[list[Verdicts]]]":
+    ) -> "list[Future[RewardOutput]]":
         """Judges answers before it returns."""
-        which = [self._components.index(component) for component in components]
-        futures: list[Future[list[Verdicts]]] = [Future() for _ in batches]
-        for future, answers in zip(futures, batches, strict=True):
-            future.set_result(self._judge.judge(which, answers))
+        indices = [self._components.index(component) for component in components]
+        futures: list[Future[RewardOutput]] = [Future() for _ in batches]
+        for future, batch in zip(futures, batches, strict=True):
+            future.set_result(self._caller.judge(indices, batch))
         return futures
 
     def __enter__(self) -> Self:
@@ -214,14 +214,14 @@ class RewardProcessPool:
 
     def submit(
         self, components: Sequence[Component], batches: Sequence[RewardBatch]
-    ) -> "list[Future[list[Verdicts]]]":
+    ) -> "list[Future[RewardOutput]]":
         """Has answers judged by worker processes."""
-        which = [self._components.index(component) for component in components]
-        futures: list[Future[list[Verdicts]]] = [Future() for _ in batches]
+        indices = [self._components.index(component) for component in components]
+        futures: list[Future[RewardOutput]] = [Future() for _ in batches]
 
         def judge() -> None:
-            for future, answers in zip(futures, batches, strict=True):
-                self._background(self._judge_into(future, which, answers))
+            for future, batch in zip(futures, batches, strict=True):
+                self._background(self._judge_into(future, indices, batch))
 
         self._inbox.put(judge)
         return futures
@@ -273,64 +273,68 @@ class RewardProcessPool:
             worker.writer.close()
 
     async def _judge_into(
-        self, future: "Future[list[Verdicts]]", which: list[int], answers: RewardBatch
+        self, future: "Future[RewardOutput]", indices: list[int], batch: RewardBatch
     ) -> None:
         try:
-            future.set_result(await self._judge(which, answers))
+            future.set_result(await self._judge(indices, batch))
         except asyncio.CancelledError:
             future.cancel()
             raise
         except Exception as error:
             future.set_exception(error)
 
-    async def _judge(self, which: list[int], answers: RewardBatch) -> list[Verdicts]:
+    async def _judge(self, indices: list[int], batch: RewardBatch) -> RewardOutput:
         """The verdict of each component, whatever happens."""
         half = self._timeout_seconds / 2
-        alone: list[asyncio.Task[list[Verdicts] | str]] = []
+        alone: list[asyncio.Task[RewardOutput | str]] = []
         timers: list[asyncio.TimerHandle] = []
 
         def judge_alone() -> None:
-            if not alone and len(answers) > 1:
-                alone.extend(self._background(self._ask(which, one, limit=half)) for one in answers.alone())
+            if not alone and len(batch) > 1:
+                alone.extend(self._background(self._ask(indices, one, limit=half)) for one in batch.alone())
                 self._loop.call_soon(self._grow)  # once they wait: whoever is busy may be for long
 
         def begin() -> None:
             timers.append(self._loop.call_later(half, judge_alone))
 
         try:
-            found = await self._ask(which, answers, limit=self._timeout_seconds, begin=begin)
-            if isinstance(found, list):
+            found = await self._ask(indices, batch, limit=self._timeout_seconds, begin=begin)
+            if isinstance(found, RewardOutput):
                 return found
             judge_alone()
             if not alone:
-                return _or_failed(found, len(which), len(answers))
-            parts = [_or_failed(part, len(which), 1) for part in await asyncio.gather(*alone)]
-            joined = [Verdicts.joined(column) for column in zip(*parts, strict=True)]
-            for verdicts in joined:
-                verdicts.first_failure = verdicts.first_failure or found
-            return joined
+                return RewardOutput.failed(self._names(indices), len(batch), found)
+            parts = [
+                RewardOutput.failed(self._names(indices), 1, part) if isinstance(part, str) else part
+                for part in await asyncio.gather(*alone)
+            ]
+            joined = RewardOutput.concatenated(parts)
+            return replace(joined, first_failure=joined.first_failure or found)
         finally:
             for timer in timers:
                 timer.cancel()
             for task in alone:
                 task.cancel()
 
+    def _names(self, indices: Sequence[int]) -> list[str]:
+        return [self._components[i].name for i in indices]
+
     async def _ask(
         self,
-        which: list[int],
-        answers: RewardBatch,
+        indices: list[int],
+        batch: RewardBatch,
         *,
         limit: float,
         begin: Callable[[], None] = lambda: None,
-    ) -> list[Verdicts] | str:
+    ) -> RewardOutput | str:
         """What a worker says, or why it says nothing; ``begin`` is called when it gets to work."""
         for _ in range(2):
             worker = await self._acquire()
             begin()
             try:
                 async with asyncio.timeout(limit):
-                    reply = await worker.ask((which, answers))
-                found = _read_reply(reply, len(which), len(answers))
+                    reply = await worker.ask((indices, batch))
+                found = _read_reply(reply, self._names(indices), len(batch))
             except TimeoutError:
                 self._discard(worker)
                 return (
@@ -454,30 +458,22 @@ class RewardProcessPool:
         self._idle.clear()
 
 
-def _read_reply(reply: Any, num_components: int, num_answers: int) -> list[Verdicts]:
-    """A worker's reply, which a reward may have forged.
+def _read_reply(reply: Any, names: Sequence[str], num_completions: int) -> RewardOutput:
+    """Check a worker's reply, which a reward may have forged, and return what it says.
 
     Raises:
         ValueError, TypeError, KeyError: It is not what a worker sends.
     """
-    found = [
-        Verdicts(list(part["values"]), list(map(bool, part["has_failed"])), part["first_failure"])
-        for part in reply
-    ]
-    values = list(itertools.chain.from_iterable(verdicts.values for verdicts in found))
-    if len(found) != num_components or any(
-        len(part.values) != num_answers or len(part.has_failed) != num_answers for part in found
-    ):
+    components = {name: list(reply["components"][name]) for name in names}
+    output = RewardOutput(components, list(map(bool, reply["has_failed"])), reply["first_failure"])
+    if {len(column) for column in (*components.values(), output.has_failed)} != {num_completions}:
         raise ValueError("a reply of the wrong size")
+    values = itertools.chain.from_iterable(components.values())
     if not all(value is None or (isinstance(value, float) and abs(value) < MAX_REWARD) for value in values):
         raise ValueError("a reply that is not made of numbers")
-    return found
-
-
-def _or_failed(found: list[Verdicts] | str, num_components: int, num_answers: int) -> list[Verdicts]:
-    if isinstance(found, str):
-        return [Verdicts.failed(num_answers, found) for _ in range(num_components)]
-    return found
+    if not isinstance(output.first_failure, str | None):
+        raise TypeError("a reply whose message is no text")
+    return output
 
 
 def _ending(code: int) -> str:

@@ -254,6 +254,6 @@ def test_an_expression_that_never_ends_costs_the_time_limit_and_no_other_answer(
     (component,) = TASKS["math"].rewards
     with RewardProcessPool([component], timeout_seconds=10, max_workers=4, memory_bytes=None) as rewards:
         (future,) = rewards.submit([component], [answers])
-        (verdicts,) = future.result(120)
-    assert verdicts.values == [1.0, None, 1.0, 0.0]
-    assert verdicts.has_failed == [False, True, False, False]
+        output = future.result(120)
+    assert output.components[component.name] == [1.0, None, 1.0, 0.0]
+    assert output.has_failed == [False, True, False, False]
