@@ -1,4 +1,4 @@
-"""Where rewards run: processes that may hang, crash or fill their memory without harm to the run.
+"""Rewards, run in processes that may hang, crash or fill their memory without harm to the run.
 
 The training process starts a template process before anything else (``template.py``), from which worker
 processes are forked; a pool hands them answers and takes back numbers, and kills and replaces the ones that

@@ -1,4 +1,4 @@
-"""The process from which worker processes are forked, and what a worker does.
+"""Fork server of the reward processes, and the loop of a worker.
 
 The template is started as a fresh interpreter before the training process has threads, an accelerator or a
 process group, so nothing of these reaches a worker, and a new worker takes milliseconds. It runs nothing but
@@ -28,7 +28,7 @@ HEADER = struct.Struct("!Q")
 
 
 def main(descriptor: int, memory_bytes: int, parent: int) -> None:
-    """Serves the pool until it goes away.
+    """Serve the pool until it goes away.
 
     Args:
         descriptor: Of the socket to the pool.
@@ -51,13 +51,13 @@ def main(descriptor: int, memory_bytes: int, parent: int) -> None:
 
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:
-    """Ends the template on a signal, the first time."""
+    """End the fork server on a signal, the first time."""
     signal.signal(number, signal.SIG_IGN)
     sys.exit()
 
 
 def _obey(control: socket.socket, workers: set[int], memory_bytes: int, parent: int) -> None:
-    """Does as commanded until nobody is there to command; ``workers`` has those alive."""
+    """Obey commands until the pool goes away; ``workers`` holds the process ids of those alive."""
     while os.getppid() == parent:
         message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
         if not message:
@@ -78,7 +78,7 @@ def _obey(control: socket.socket, workers: set[int], memory_bytes: int, parent: 
 
 
 def _end(pid: int) -> int:
-    """Kills a worker's process group; returns the exit code, or minus the signal, that it had ended with."""
+    """Kill a worker's process group; return the exit code, or minus the signal, that it had ended with."""
     # Not waited for yet, a dead worker keeps its id: no other process can have it.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
@@ -88,12 +88,12 @@ def _end(pid: int) -> int:
 
 
 def _end_with_parent(number: signal.Signals) -> None:
-    """Has this process sent a signal when the one that started it dies."""
+    """Have this process sent a signal when its parent dies."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def _work(connection: socket.socket, memory_bytes: int) -> NoReturn:
-    """A worker's whole life."""
+    """Run a worker from its fork to its exit."""
     status = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -114,7 +114,7 @@ def _work(connection: socket.socket, memory_bytes: int) -> NoReturn:
 
 
 def _serve(connection: socket.socket) -> None:
-    """Imports the rewards, says how that went, and judges answers for as long as there are any."""
+    """Import the rewards, report an error or none, and judge batches until the pool goes away."""
     try:
         caller = RewardCaller(_receive(connection))
     except ValueError as error:
@@ -126,7 +126,7 @@ def _serve(connection: socket.socket) -> None:
 
 
 def _receive(connection: socket.socket) -> Any:
-    """The pool's next message. The training process made it, so it may be unpickled."""
+    """Receive the pool's next message. The training process made it, so it may be unpickled."""
     (length,) = HEADER.unpack(_read(connection, HEADER.size))
     return pickle.loads(_read(connection, length))
 

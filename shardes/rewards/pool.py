@@ -1,4 +1,4 @@
-"""Worker processes that judge answers; those that hang or die are replaced."""
+"""Pool of worker processes that judge answers; those that hang or die are replaced."""
 
 import asyncio
 import collections
@@ -42,16 +42,16 @@ T = TypeVar("T")
 
 
 class RewardRunner(Protocol):
-    """Where rewards run."""
+    """Runner of reward functions, in this process or in others."""
 
     def submit(
         self, components: Sequence[Component], batches: Sequence[RewardBatch]
     ) -> "list[Future[RewardOutput]]":
-        """Has batches of answers judged, each by itself; a result is one verdict for each component."""
+        """Have batches judged, each by itself; a result has every component but no weighted sum."""
 
 
 class InProcessRewards:
-    """Rewards that run in this process, at once; nothing stops one that hangs.
+    """Reward runner in this process; nothing stops a reward that hangs.
 
     Args:
         components: All that will ever be asked about.
@@ -70,7 +70,7 @@ class InProcessRewards:
     def submit(
         self, components: Sequence[Component], batches: Sequence[RewardBatch]
     ) -> "list[Future[RewardOutput]]":
-        """Judges answers before it returns."""
+        """Judge batches before it returns."""
         indices = [self._components.index(component) for component in components]
         futures: list[Future[RewardOutput]] = [Future() for _ in batches]
         for future, batch in zip(futures, batches, strict=True):
@@ -87,7 +87,7 @@ class InProcessRewards:
 
 
 def make_reward_runner(config: TaskConfig, tasks: Sequence[Task]) -> "InProcessRewards | RewardProcessPool":
-    """Where the rewards of some tasks run, as the configuration has it.
+    """Make the runner of some tasks' rewards, as the configuration has it.
 
     Raises:
         UserError: A function does not exist, or importing it fails.
@@ -104,7 +104,7 @@ def make_reward_runner(config: TaskConfig, tasks: Sequence[Task]) -> "InProcessR
 
 
 class _ForkServer:
-    """The template process, seen from the pool."""
+    """Handle of the fork server, for the pool."""
 
     def __init__(self, memory_bytes: int | None) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -119,14 +119,14 @@ class _ForkServer:
             )
 
     def fork(self) -> tuple[int, socket.socket]:
-        """A new worker: its process id, and the socket to it."""
+        """Fork a worker; return its process id, and the socket to it."""
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self._control, [b"f"], [theirs.fileno()])
             return self._reply(), ours
 
     def kill(self, pid: int) -> int:
-        """Ends a worker; returns the exit code, or minus the signal, that it ended with."""
+        """End a worker; return the exit code, or minus the signal, that it ended with."""
         self._control.send(f"k{pid}".encode())
         return self._reply()
 
@@ -137,7 +137,7 @@ class _ForkServer:
         return int(reply)
 
     def close(self) -> None:
-        """Ends it, and every worker with it."""
+        """End the fork server, and every worker with it."""
         self._control.close()
         try:
             self._process.wait(timeout=10)
@@ -153,7 +153,7 @@ class _Worker:
     writer: asyncio.StreamWriter
 
     async def ask(self, message: Any) -> Any:
-        """Sends a message and reads the reply to it."""
+        """Send a message and read the reply to it."""
         payload = pickle.dumps(message)
         self.writer.write(HEADER.pack(len(payload)) + payload)
         await self.writer.drain()
@@ -164,7 +164,7 @@ class _Worker:
 
 
 class RewardProcessPool:
-    """Rewards that run in worker processes of their own.
+    """Reward runner in worker processes.
 
     A call judges some answers together. If it has not ended after half of the time limit, or if it failed,
     its answers are also judged one by one in other workers, for at most the other half; these results count
@@ -215,7 +215,7 @@ class RewardProcessPool:
     def submit(
         self, components: Sequence[Component], batches: Sequence[RewardBatch]
     ) -> "list[Future[RewardOutput]]":
-        """Has answers judged by worker processes."""
+        """Have batches judged by worker processes."""
         indices = [self._components.index(component) for component in components]
         futures: list[Future[RewardOutput]] = [Future() for _ in batches]
 
@@ -227,7 +227,7 @@ class RewardProcessPool:
         return futures
 
     def _forward(self) -> None:
-        """Passes on to the loop what callers leave in the inbox.
+        """Pass on to the event loop what callers put into the inbox.
 
         Waking the loop lets go of the interpreter's lock and may wait for it for long; this thread has the
         time, a caller that generates does not.
@@ -236,7 +236,7 @@ class RewardProcessPool:
             self._loop.call_soon_threadsafe(callback)
 
     def close(self) -> None:
-        """Ends all processes."""
+        """End all processes."""
         if self._loop.is_closed():
             return
         self._inbox.put(None)
@@ -284,7 +284,7 @@ class RewardProcessPool:
             future.set_exception(error)
 
     async def _judge(self, indices: list[int], batch: RewardBatch) -> RewardOutput:
-        """The verdict of each component, whatever happens."""
+        """Judge a batch, whatever its rewards do to a worker."""
         half = self._timeout_seconds / 2
         alone: list[asyncio.Task[RewardOutput | str]] = []
         timers: list[asyncio.TimerHandle] = []
@@ -327,7 +327,7 @@ class RewardProcessPool:
         limit: float,
         begin: Callable[[], None] = lambda: None,
     ) -> RewardOutput | str:
-        """What a worker says, or why it says nothing; ``begin`` is called when it gets to work."""
+        """Return a worker's output, or why there is none; ``begin`` is called when the worker starts."""
         for _ in range(2):
             worker = await self._acquire()
             begin()
@@ -359,7 +359,7 @@ class RewardProcessPool:
         return "the process that starts reward processes was killed"
 
     async def _acquire(self) -> _Worker:
-        """A worker that nobody else has; whoever waits too long causes there to be more."""
+        """Take an idle worker, or wait for one; a long wait starts further workers."""
         if self._idle:
             return self._idle.pop()
         place: asyncio.Future[_Worker] = self._loop.create_future()
@@ -376,7 +376,7 @@ class RewardProcessPool:
             raise
 
     def _release(self, worker: _Worker) -> None:
-        """Gives a worker to whoever has waited longest."""
+        """Give a worker to whoever has waited longest."""
         while self._waiting:
             place = self._waiting.popleft()
             if not place.done():
@@ -385,7 +385,7 @@ class RewardProcessPool:
         self._idle.append(worker)
 
     def _grow(self) -> None:
-        """Starts a worker for everyone who waits, as far as there may be more."""
+        """Start a worker for everyone who waits, up to the limit."""
         num_wanted = sum(not place.done() for place in self._waiting) - self._num_starting
         for _ in range(min(num_wanted, self._max_workers - self._num_workers)):
             self._background(self._add_worker(self._new_worker()))
@@ -402,7 +402,7 @@ class RewardProcessPool:
             self._waiting.clear()
 
     def _new_worker(self) -> Coroutine[Any, Any, None]:
-        """Starts a worker and has it import the rewards; counted from now on, not from when that begins."""
+        """Start a worker that imports the rewards; it counts from this call, not from when that begins."""
         self._num_workers += 1
         self._num_starting += 1
         return self._start_worker()
@@ -432,7 +432,7 @@ class RewardProcessPool:
         self._release(worker)
 
     async def _fork(self) -> _Worker:
-        """A new worker; if the template is gone, of a new one."""
+        """Fork a worker; if the fork server is gone, start another first."""
         try:
             pid, connection = self._template.fork()
         except OSError:
@@ -442,7 +442,7 @@ class RewardProcessPool:
         return _Worker(pid, *await asyncio.open_unix_connection(sock=connection))
 
     def _discard(self, worker: _Worker) -> int | None:
-        """Kills a worker, and replaces it if somebody waits; returns how it had ended, if that is known."""
+        """Kill a worker, replace it if somebody waits, and return its exit code (see ``kill``) if known."""
         self._num_workers -= 1
         worker.writer.close()
         code = None
@@ -477,5 +477,5 @@ def _read_reply(reply: Any, names: Sequence[str], num_completions: int) -> Rewar
 
 
 def _ending(code: int) -> str:
-    """How a process ended, from its exit code or minus its signal."""
+    """Describe how a process ended, from its exit code or minus its signal."""
     return f"signal {-code}" if code < 0 else f"exit status {code}"

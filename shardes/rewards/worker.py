@@ -1,4 +1,4 @@
-"""Calling reward functions whose failures are data; light enough to be imported in any process."""
+"""Calls of reward functions, whose failures are data; light enough to be imported in any process."""
 
 import asyncio
 import importlib
@@ -22,7 +22,7 @@ _RESERVED = {"prompt", "prompts", "completions", "completion_ids"}
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """Answers that are judged together.
+    """Completions that are judged together.
 
     Attributes:
         prompts: What was asked.
@@ -44,7 +44,7 @@ class RewardBatch:
         completions: Sequence[str],
         token_ids: Sequence[list[int]],
     ) -> Self:
-        """The answers to some rows."""
+        """Make the batch of the completions for some rows."""
         keys = sorted({key for row in rows for key in row} - _RESERVED)
         columns = {key: [row.get(key) for row in rows] for key in keys}
         return cls(list(prompts), list(completions), list(token_ids), columns)
@@ -53,7 +53,7 @@ class RewardBatch:
         return len(self.completions)
 
     def alone(self) -> Iterator[Self]:
-        """Each answer by itself."""
+        """Yield each completion as a batch of its own."""
         for i in range(len(self)):
             yield type(self)(
                 [self.prompts[i]],
@@ -133,7 +133,7 @@ def _first_failure(parts: Sequence[RewardOutput]) -> str | None:
 
 
 class RewardCaller:
-    """Calls the functions of some components.
+    """Caller of the reward functions of some components.
 
     Args:
         components: Which; functions that are given as references are imported.
@@ -195,7 +195,7 @@ class RewardCaller:
         ]
 
     def _call(self, i: int, batch: RewardBatch) -> Any:
-        """What the function returns, or the exception that it raises."""
+        """Return what the function returns, or the exception that it raises."""
         component = self._components[i]
         completions: list[Any] = list(batch.completions)
         if component.takes_messages:
@@ -212,7 +212,7 @@ class RewardCaller:
 
 @dataclass(frozen=True)
 class _Signature:
-    """What a function wants to be called with.
+    """Arguments that a reward function takes.
 
     Attributes:
         names: Of its parameters.
@@ -224,7 +224,7 @@ class _Signature:
 
     @classmethod
     def of(cls, function: RewardFunction) -> Self:
-        """That of a function; one that cannot be looked into takes everything."""
+        """Inspect a function; one that cannot be inspected takes everything."""
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):
@@ -235,7 +235,7 @@ class _Signature:
     def bind(
         self, prompts: list[Prompt], completions: list[Any], batch: RewardBatch
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Positional arguments and those by name."""
+        """Return the positional arguments and those by name."""
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
         if "completions" in self.names:  # by name, so that a function need not take the prompts
@@ -284,7 +284,7 @@ def _checked(returned: Any, label: str, batch: RewardBatch) -> RewardOutput | st
 
 
 def _number(given: Any) -> float | None:
-    """A value as a float, also if it is numpy's or a tensor of one element; None if it is no usable one."""
+    """Convert a value, also numpy's or a tensor of one element, to a float; None if it is no usable one."""
     if isinstance(given, str | bytes):
         return None
     try:
@@ -303,7 +303,7 @@ def _shown(value: Any) -> str:
 
 
 def _described(error: BaseException, label: str) -> str:
-    """An exception, with the line that raised it."""
+    """Describe an exception, with the line that raised it."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -312,7 +312,7 @@ def _described(error: BaseException, label: str) -> str:
 
 
 def import_function(reference: str) -> RewardFunction:
-    """The function that ``package.module:function`` or ``path/to/file.py:function`` names.
+    """Import the function that ``package.module:function`` or ``path/to/file.py:function`` names.
 
     Raises:
         ValueError: There is no such module, file or function, or importing it fails.
@@ -332,7 +332,7 @@ def import_function(reference: str) -> RewardFunction:
 
 
 def reference_of(function: RewardFunction | str) -> str:
-    """Where another process finds a function.
+    """Return the reference, ``module:function``, by which another process finds a function.
 
     Raises:
         ValueError: It is not at the top level of a module that can be imported.

@@ -1,4 +1,4 @@
-"""What a task is: rows of data, a prompt for each row, and how each answer is judged.
+"""Records of a task: rows of data, a prompt for each row, and the rewards of each answer.
 
 Nothing here, nor in any module of a reward, imports torch: rewards run in processes of their own, which
 have to start quickly.
@@ -36,7 +36,7 @@ Metric = Literal["accuracy", "cross_entropy", "log_likelihood"]
 
 @dataclass(frozen=True)
 class Component:
-    """One of the rewards that add up to an answer's.
+    """One of the rewards whose weighted sum is an answer's reward.
 
     Attributes:
         name: What it is called in metrics.
@@ -57,7 +57,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Choices:
-    """What may follow a prompt, for a likelihood task.
+    """Completions of a prompt that a likelihood task compares.
 
     Attributes:
         completions: The texts whose likelihoods are compared, leading spaces included; one for a task that
@@ -110,7 +110,7 @@ class TaskDefinition:
 
 
 def all_rewards(tasks: Sequence["Task"]) -> list[Component]:
-    """The rewards of several tasks, each once."""
+    """Return the rewards of several tasks, each once."""
     found: list[Component] = []
     for task in tasks:
         found += [component for component in task.rewards if component not in found]
@@ -119,7 +119,7 @@ def all_rewards(tasks: Sequence["Task"]) -> list[Component]:
 
 @dataclass(frozen=True)
 class Task:
-    """A task with its data: what is asked, and how an answer is judged.
+    """Task with its data, ready to be evaluated.
 
     Attributes:
         name: The name shown in logs.

@@ -1,4 +1,4 @@
-"""Drawing problems at random until there are enough different ones."""
+"""Random problems, drawn until there are enough different ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ def draw_distinct(
     remedy: str = "ask for fewer",
     max_fruitless_attempts: int = 20_000,
 ) -> list[dict[str, Any]]:
-    """Rows with different keys, in the order in which they were first drawn.
+    """Draw rows with different keys, in the order in which they were first drawn.
 
     Args:
         num_problems: How many.

@@ -1,4 +1,4 @@
-"""Making the problems of a task, or converting them from a data set's own format."""
+"""Problems made by a task, or converted from a data set's own format."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""From the task section of the configuration to a task with its data."""
+"""Loading of tasks: the configuration's task sections become tasks with data."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ _OWN = TaskDefinition("rewards", prompt_column, check_row=lambda row, where: Non
 
 
 def load_tasks(config: Config) -> tuple[Task, dict[str, Task]]:
-    """The task that a run trains on, and the further held-out sets by name.
+    """Load the task that a run trains on, and the further held-out sets by name.
 
     Raises:
         UserError: One of them cannot be used.
@@ -26,7 +26,7 @@ def load_tasks(config: Config) -> tuple[Task, dict[str, Task]]:
 
 
 def load_task(config: ProblemSetConfig, *, key: str = "task") -> Task:
-    """Reads the data, checks every row, and makes every prompt once.
+    """Read a task's data, check every row, and make every prompt once.
 
     The user's own rewards are not imported here.
 
@@ -71,7 +71,7 @@ def load_task(config: ProblemSetConfig, *, key: str = "task") -> Task:
 
 
 def _checker(definition: TaskDefinition, make_prompt: Callable[[Row], Prompt]) -> Callable[[Row, str], None]:
-    """What is asked of each row, under a name for its place."""
+    """Return a check of a row and of the prompt made from it."""
 
     def check(row: Row, where: str) -> None:
         definition.check_row(row, where)

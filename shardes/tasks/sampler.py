@@ -1,4 +1,4 @@
-"""Which problems an iteration asks: a pure function of the seed and the iteration."""
+"""Sampler of an iteration's problems: a pure function of the seed and the iteration."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ ProblemOrder = Literal["random", "epochs", "fixed"]
 def draw_batch(
     num_problems: int, *, batch_size: int | None, sampling: ProblemOrder, seed: int, iteration: int
 ) -> list[int]:
-    """The indices of an iteration's problems.
+    """Return the indices of an iteration's problems.
 
     Args:
         num_problems: How many there are.

@@ -19,7 +19,7 @@ def prompt_column(row: Row) -> Any:
 def prompt_maker(
     make_prompt: Callable[[Row], Prompt], *, template: str | None, system: str | None, key: str
 ) -> Callable[[Row], Prompt]:
-    """What turns rows into prompts under a template and a system message.
+    """Return the function that makes prompts under a template and a system message.
 
     Args:
         make_prompt: What is used without a template.
@@ -70,7 +70,7 @@ def _rendered(template: "jinja2.Template", row: Row, key: str) -> str:
 
 
 def check_prompt(prompt: Any, where: str, *, may_be_empty: bool = False) -> None:
-    """Refuses what is no prompt.
+    """Refuse a value that is no prompt.
 
     Args:
         prompt: What a row or a template gave.

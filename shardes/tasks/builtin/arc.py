@@ -20,21 +20,21 @@ from shardes.tasks.rows import column, wrong
 def solved_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], *, output: Sequence[Grid], **columns: Sequence[Any]
 ) -> list[float]:
-    """1.0 for exactly the output's grid, else 0.0."""
+    """Return 1.0 for exactly the output's grid, else 0.0."""
     return [float(answered_grid(text) == grid) for text, grid in zip(completions, output, strict=True)]
 
 
 def cells_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], *, output: Sequence[Grid], **columns: Sequence[Any]
 ) -> list[float]:
-    """The share of the output's cells that are right; 0.0 for a grid of another size or none."""
+    """Return the share of the output's cells that are right; 0.0 for a grid of another size or none."""
     return [_share(answered_grid(text), grid) for text, grid in zip(completions, output, strict=True)]
 
 
 def format_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
 ) -> list[float]:
-    """1.0 for a response that is a pair of think tags and a pair of answer tags with a grid in it."""
+    """Return 1.0 for a pair of think tags and a pair of answer tags with a grid in it, else 0.0."""
     return [float(is_think_answer(text) and answered_grid(text) is not None) for text in completions]
 
 
@@ -48,7 +48,7 @@ def _share(grid: Grid | None, wanted: Grid) -> float:
 
 
 def make_prompt(row: Row) -> Prompt:
-    """Shows the examples and the input, and asks for the output's grid."""
+    """Show the examples and the input, and ask for the output's grid."""
     system = (
         "You find the rule behind grids of digits, each digit a colour. Reason between <think> and </think>, "
         "then write the output grid between <answer> and </answer>, and nothing after it."
@@ -63,7 +63,7 @@ def make_prompt(row: Row) -> Prompt:
 
 
 def check_row(row: Row, where: str) -> None:
-    """Refuses a row that is no puzzle of this kind.
+    """Refuse a row that is no puzzle of this kind.
 
     Raises:
         UserError: Naming the place and the column.
@@ -83,7 +83,7 @@ def check_row(row: Row, where: str) -> None:
 
 
 def rows_of_puzzle(puzzle: Any, *, name: str) -> list[dict[str, Any]]:
-    """The rows of one puzzle in the format of the ARC data sets: one row for each of its tests.
+    """Return the rows of one puzzle in the format of the ARC data sets: one row for each of its tests.
 
     Args:
         puzzle: ``{"train": [pairs], "test": [pairs]}``, a pair being ``{"input": grid, "output": grid}``.

@@ -31,7 +31,7 @@ _COSTLY = re.compile(
 def number_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], *, answer: Sequence[Any], **columns: Sequence[Any]
 ) -> list[float]:
-    """1.0 if the number in the last box is the row's, exactly, else 0.0.
+    """Return 1.0 if the number in the last box is the row's, exactly, else 0.0.
 
     Words around a single number are not looked at. The row's answer may end with ``#### 72``, as in GSM8K.
     """
@@ -49,7 +49,7 @@ def expression_reward(
     solution: Sequence[Any] | None = None,
     **columns: Sequence[Any],
 ) -> list[float]:
-    """1.0 if the last box holds an expression equal to the row's, else 0.0.
+    """Return 1.0 if the last box holds an expression equal to the row's, else 0.0.
 
     Args:
         prompts: Not looked at.
@@ -68,7 +68,7 @@ def expression_reward(
 def boxed_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
 ) -> list[float]:
-    r"""1.0 for a response with a complete ``\boxed{...}`` that is not empty, whatever it holds, else 0.0."""
+    r"""Return 1.0 for a response with a complete ``\boxed{...}`` that is not empty, else 0.0."""
     return [float(bool((last_boxed(text) or "").strip())) for text in completions]
 
 
@@ -126,7 +126,7 @@ def _math_prompt(row: Row) -> Prompt:
 
 
 def check_gsm8k_row(row: Row, where: str) -> None:
-    """Refuses a row without a question, or whose answer is no number.
+    """Refuse a row without a question, or whose answer is no number.
 
     Raises:
         UserError: Naming the place and the column.
@@ -139,7 +139,7 @@ def check_gsm8k_row(row: Row, where: str) -> None:
 
 
 def check_math_row(row: Row, where: str) -> None:
-    r"""Refuses a row without a problem, or without both an answer and a solution that contains one.
+    r"""Refuse a row without a problem, or without both an answer and a solution that contains one.
 
     Raises:
         UserError: Naming the place and the column, or the package that is missing.

@@ -1,4 +1,4 @@
-"""Tasks judged by likelihood: which of several texts follows the prompt, and how likely a text is.
+"""Likelihood tasks: choose the text that follows the prompt, or score how likely a text is.
 
 Nothing is generated: a member is one forward pass. The data have the columns that the data sets have on the
 Hugging Face hub: SST-2 (Socher et al. 2013), BoolQ (Clark et al. 2019), COPA (Roemmele et al. 2011).
@@ -54,7 +54,7 @@ def label_word_task(
 
 
 def _index(value: Any, words: Sequence[str]) -> int | None:
-    """The class that a label means, by its index, as true or false, or by its word."""
+    """Return the class of a label: an index, true or false, or a word; None if it is none of these."""
     if isinstance(value, int):
         return int(value) if 0 <= value < len(words) else None
     stripped = [word.strip() for word in words]
@@ -83,7 +83,7 @@ def _copa_choices(row: Row) -> Choices:
 
 
 def _continued(sentence: str) -> str:
-    """A sentence as the second half of another one."""
+    """Return a sentence as the second half of another one: without its capital letter."""
     first = sentence.split()[0]
     return sentence if first == "I" or first.startswith("I'") else sentence[:1].lower() + sentence[1:]
 
