@@ -1,10 +1,10 @@
 """Fork server of the reward processes, and the loop of a worker.
 
-The template is started as a fresh interpreter before the training process has threads, an accelerator or a
-process group, so nothing of these reaches a worker, and a new worker takes milliseconds. It runs nothing but
-this module. Over its socket it takes single-letter commands: ``f`` with a socket: fork a worker that serves
-it, and answer with its process id; ``k`` and a process id: kill that worker and all that it started, and
-answer with how it ended. When the socket closes, or its parent dies, it kills all workers and ends.
+It is started as a fresh interpreter before the training process has threads, an accelerator or a process
+group, so nothing of these reaches a worker, and a new worker takes milliseconds. It runs nothing but this
+module. Over its socket it takes single-letter commands: ``f`` with a socket: fork a worker that serves it,
+and answer with its process id; ``k`` and a process id: kill that worker and all that it started, and answer
+with how it ended. When the socket closes, or its parent dies, it kills all workers and ends.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def main(descriptor: int, memory_bytes: int, parent: int) -> None:
     """Serve the pool until it goes away.
 
     Args:
-        descriptor: Of the socket to the pool.
+        descriptor: File descriptor of the socket to the pool.
         memory_bytes: Address space of a worker; 0: no limit.
         parent: The process that has the pool.
     """

@@ -28,8 +28,8 @@ from shardes.tasks.base import Component, Task, all_rewards
 IMPORT_SECONDS = 600.0
 # How long answers wait for a worker before there are more of them.
 PATIENCE_SECONDS = 0.5
-# How long the template may take to fork or to kill.
-_TEMPLATE_SECONDS = 60.0
+# How long the fork server may take to fork or to kill.
+_FORK_SERVER_SECONDS = 60.0
 # No reply is larger; a longer one is not read.
 _MAX_REPLY_BYTES = 1 << 26
 
@@ -54,7 +54,7 @@ class InProcessRewards:
     """Reward runner in this process; nothing stops a reward that hangs.
 
     Args:
-        components: All that will ever be asked about.
+        components: All components that ``submit`` will ever be given.
 
     Raises:
         UserError: A function does not exist, or importing it fails.
@@ -108,7 +108,7 @@ class _ForkServer:
 
     def __init__(self, memory_bytes: int | None) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.settimeout(_TEMPLATE_SECONDS)
+        self._control.settimeout(_FORK_SERVER_SECONDS)
         numbers = [theirs.fileno(), memory_bytes or 0, os.getpid()]
         with theirs:
             self._process = subprocess.Popen(
@@ -166,13 +166,13 @@ class _Worker:
 class RewardProcessPool:
     """Reward runner in worker processes.
 
-    A call judges some answers together. If it has not ended after half of the time limit, or if it failed,
-    its answers are also judged one by one in other workers, for at most the other half; these results count
-    if the call fails or does not end within the limit. So answers whose reward hangs fail by themselves, and
-    as long as there are workers for all of them, they cost the time limit once.
+    A call judges a batch. If it has not ended after half of the time limit, or if it failed, its completions
+    are also judged one by one in other workers, for at most the other half; these results count if the call
+    fails or does not end within the limit. So completions whose reward hangs fail by themselves, and as long
+    as there are workers for all of them, they cost the time limit once.
 
     Args:
-        components: All that will ever be asked about.
+        components: All components that ``submit`` will ever be given.
         timeout_seconds: The time limit of a call.
         max_workers: Processes at most. There is one at first; more come when answers have to wait.
         memory_bytes: Address space of a process; None: no limit.
@@ -199,7 +199,7 @@ class RewardProcessPool:
         self._num_workers = self._num_starting = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._memory_bytes = memory_bytes
-        self._template = _ForkServer(memory_bytes)
+        self._fork_server = _ForkServer(memory_bytes)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
         self._thread.start()
@@ -245,7 +245,7 @@ class RewardProcessPool:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self._template.close()
+        self._fork_server.close()
 
     def __enter__(self) -> Self:
         return self
@@ -345,7 +345,7 @@ class RewardProcessPool:
                 code = self._discard(worker)
                 if code is not None:
                     return f"the reward ended its process ({_ending(code)})"
-                # Somebody killed the template, and with it every worker: this call may not be to blame.
+                # The fork server was killed, and with it every worker: this call may not be to blame.
                 self._forget_idle_workers()
             except (ValueError, TypeError, KeyError) as error:
                 self._discard(worker)
@@ -420,7 +420,7 @@ class RewardProcessPool:
         except TimeoutError:
             error = f"importing it took longer than {IMPORT_SECONDS:g} s"
         except (EOFError, OSError):
-            error = f"importing it ended the process ({_ending(self._template.kill(worker.pid))})"
+            error = f"importing it ended the process ({_ending(self._fork_server.kill(worker.pid))})"
         except BaseException:
             self._discard(worker)
             raise
@@ -434,11 +434,11 @@ class RewardProcessPool:
     async def _fork(self) -> _Worker:
         """Fork a worker; if the fork server is gone, start another first."""
         try:
-            pid, connection = self._template.fork()
+            pid, connection = self._fork_server.fork()
         except OSError:
-            self._template.close()
-            self._template = _ForkServer(self._memory_bytes)
-            pid, connection = self._template.fork()
+            self._fork_server.close()
+            self._fork_server = _ForkServer(self._memory_bytes)
+            pid, connection = self._fork_server.fork()
         return _Worker(pid, *await asyncio.open_unix_connection(sock=connection))
 
     def _discard(self, worker: _Worker) -> int | None:
@@ -447,7 +447,7 @@ class RewardProcessPool:
         worker.writer.close()
         code = None
         with contextlib.suppress(OSError):
-            code = self._template.kill(worker.pid)
+            code = self._fork_server.kill(worker.pid)
         self._grow()
         return code
 

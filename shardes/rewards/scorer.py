@@ -20,7 +20,7 @@ class Scorer:
     Args:
         task: The task whose rewards are used.
         rewards: Runner of the reward functions.
-        on_error: What an answer counts whose reward failed: a number; or nothing at all for now, with
+        on_error: Value of an answer whose reward failed: a number; or nothing at all for now, with
             ``exclude`` for good, and with ``worst`` until all answers of the iteration are known.
 
     Attributes:

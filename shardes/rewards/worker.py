@@ -25,10 +25,10 @@ class RewardBatch:
     """Completions that are judged together.
 
     Attributes:
-        prompts: What was asked.
-        completions: The texts of the batch.
-        token_ids: Their tokens.
-        columns: By name, the values of the rows that were asked about; None where a row has none.
+        prompts: One for each completion.
+        completions: Texts.
+        token_ids: Tokens of each completion.
+        columns: By name, the rows' values, one for each completion; None where a row has none.
     """
 
     prompts: list[Prompt]
@@ -136,7 +136,7 @@ class RewardCaller:
     """Caller of the reward functions of some components.
 
     Args:
-        components: Which; functions that are given as references are imported.
+        components: Components whose functions are called; references to functions are imported.
 
     Raises:
         ValueError: A function does not exist, or importing it fails.
@@ -215,8 +215,8 @@ class _Signature:
     """Arguments that a reward function takes.
 
     Attributes:
-        names: Of its parameters.
-        takes_any: Whether it takes every column, whatever its name.
+        names: Names of its parameters.
+        takes_any: True if it takes every column, whatever its name.
     """
 
     names: frozenset[str]

@@ -22,7 +22,7 @@ _FRACTION = re.compile(
 
 
 def last_answer(response: str) -> str | None:
-    """Return the text between the last ``</answer>`` and the ``<answer>`` before it; None without such a pair."""
+    """Return the text of the last ``<answer>`` pair, or None if there is none."""
     end = response.rfind("</answer>")
     start = response.rfind("<answer>", 0, max(end, 0))
     return None if start < 0 else response[start + len("<answer>") : end]

@@ -25,7 +25,7 @@ prompt must not earn the format reward.
 """
 
 Metric = Literal["accuracy", "cross_entropy", "log_likelihood"]
-"""What a likelihood task is rewarded with.
+"""Reward of a likelihood task.
 
 - ``accuracy``: 1 if the right completion is the likeliest one, else 0.
 - ``cross_entropy``: minus the cross-entropy between the right completion and the softmax over all
@@ -39,13 +39,13 @@ class Component:
     """One of the rewards whose weighted sum is an answer's reward.
 
     Attributes:
-        name: What it is called in metrics.
+        name: Name in metrics.
         function: A function at the top level of a module; or where to find one, as
             ``package.module:function`` or ``path/to/file.py:function``. It is called in another process.
-        weight: What its values are multiplied by in the sum.
+        weight: Factor of the values in the weighted sum.
         arguments: Passed to the function by name, besides the columns.
-        takes_messages: Whether completions of chat prompts are passed as TRL does it, each a list of one
-            message ``{"role": "assistant", "content": text}``. Completions are plain text otherwise.
+        takes_messages: True to pass completions of chat prompts as TRL does, each a list of one message
+            ``{"role": "assistant", "content": text}``; False to pass plain text.
     """
 
     name: str
@@ -127,8 +127,9 @@ class Task:
         heldout: Rows that only the centre is evaluated on; may be empty.
         make_prompt: Turns a row into a prompt; it does not fail for these rows.
         rewards: Judge completions of a generation task; empty for a likelihood task.
-        choices: What may follow a row's prompt, for a likelihood task; None for a generation task.
-        metric: What a likelihood task is rewarded with.
+        choices: Turns a row into the completions to compare, for a likelihood task; None for a generation
+            task.
+        metric: Reward of a likelihood task.
     """
 
     name: str

@@ -76,7 +76,7 @@ def split_rows(
 
     Args:
         rows: The rows to split.
-        fraction: Which part of the different problems is held out.
+        fraction: Fraction of the distinct problems that is held out, between 0 and 1.
         seed: Another seed gives another split.
         row_key: Names a row's problem; None: all columns but ``id`` do.
 
@@ -198,7 +198,7 @@ def _of_csv(text: str, source: Path, key: str, *, delimiter: str) -> Iterator[tu
 
 
 def _typed(cells: Sequence[str]) -> list[Any]:
-    """Convert a column's cells to numbers or lists if every cell is one as JSON writes it; else keep texts."""
+    """Convert a column's cells to numbers or lists if each is one as JSON writes it; else keep texts."""
     try:
         values = [json.loads(cell) for cell in cells]
     except ValueError:

@@ -18,11 +18,11 @@ def draw_distinct(
     """Draw rows with different keys, in the order in which they were first drawn.
 
     Args:
-        num_problems: How many.
+        num_problems: Number of rows.
         draw: Makes a row; None: this attempt failed.
         key: Names a row's problem.
-        what: What is drawn and within which limits, for the message.
-        remedy: What to do if there are too few, for the message.
+        what: Description of what is drawn, with its limits, for the message.
+        remedy: Advice if there are too few, for the message.
         max_fruitless_attempts: Give up after so many attempts in a row that brought nothing new.
 
     Raises:

@@ -32,7 +32,7 @@ def load_task(config: ProblemSetConfig, *, key: str = "task") -> Task:
 
     Args:
         config: The section; a ``TaskConfig`` may name held-out rows as well.
-        key: Where the section stands in the configuration, for messages.
+        key: The section's dotted key, for messages.
 
     Raises:
         UserError: A file or a row cannot be used, the template fails, or there is no such reward.

@@ -13,7 +13,7 @@ def column(row: Mapping[str, Any], name: str, where: str, *, wanted: str) -> Any
         row: The row.
         name: The column's name.
         where: Names the row in the message, e.g. ``task.data: data.jsonl line 7``.
-        wanted: What the column should hold, for the message.
+        wanted: Description of what the column should hold, for the message.
 
     Raises:
         UserError: There is no such column.

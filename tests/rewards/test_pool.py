@@ -177,7 +177,7 @@ def test_killing_the_template_costs_no_innocent_answer(rewards):
 def test_when_the_template_dies_so_do_its_workers_and_others_take_over():
     with sandbox(OBEY, PID, timeout_seconds=60) as rewards:
         (first,), _ = judged(rewards, "a", component=PID)
-        os.kill(rewards._template._process.pid, signal.SIGKILL)
+        os.kill(rewards._fork_server._process.pid, signal.SIGKILL)
         wait_until(lambda: not is_alive(int(first)))
         (second,), _ = judged(rewards, "a", component=PID)
         assert second is not None  # it is not this call's fault
@@ -240,7 +240,7 @@ parts = [Component("pid", hostile_rewards.pid), Component("obey", hostile_reward
 rewards = RewardProcessPool(parts, timeout_seconds=1000, max_workers=3, memory_bytes=None)
 one = lambda text: [RewardBatch.of([{}], ["p"], [text], [[]])]
 (future,) = rewards.submit(parts[:1], one("a"))
-print(int(future.result().components["pid"][0]), rewards._template._process.pid)
+print(int(future.result().components["pid"][0]), rewards._fork_server._process.pid)
 sys.stdout.flush()
 rewards.submit(parts[1:], one("hang"))
 time.sleep(1000)

@@ -59,9 +59,9 @@ def generate_problems(
     """Draw distinct expressions with +, - and *; a pure function of the arguments.
 
     Args:
-        num_problems: How many.
+        num_problems: Number of problems.
         seed: Seed of the draws.
-        num_numbers: How many numbers an expression may have; each entry is drawn equally often.
+        num_numbers: Numbers in an expression; each entry is drawn equally often.
         max_number: Numbers are drawn from 1 to this.
 
     Returns:

@@ -52,11 +52,11 @@ def expression_reward(
     """Return 1.0 if the last box holds an expression equal to the row's, else 0.0.
 
     Args:
-        prompts: Not looked at.
+        prompts: Unused.
         completions: The responses.
         answer: The right expressions; where it is None, the last box of ``solution``.
         solution: Worked solutions, as MATH has them.
-        **columns: Not looked at.
+        **columns: Unused.
     """
     answers, solutions = (given or [None] * len(completions) for given in (answer, solution))
     return [

@@ -50,11 +50,11 @@ def answer_reward(
     the pair. ``3*5-2=13`` is no expression and is not repaired.
 
     Args:
-        prompts: Not looked at: they contain an example, which must earn nothing.
+        prompts: Unused: they contain an example, which must earn nothing.
         completions: The responses.
         numbers: The numbers given in each row.
         target: The target of each row.
-        **columns: The rows' other columns; not looked at.
+        **columns: The rows' other columns; unused.
     """
     return [_answer(*args) for args in zip(completions, numbers, target, strict=True)]
 
@@ -173,9 +173,9 @@ def generate_problems(
     version.
 
     Args:
-        num_problems: How many problems.
+        num_problems: Number of problems.
         seed: Seed of the draws.
-        num_numbers: How many numbers a problem may have; each entry is drawn equally often.
+        num_numbers: Numbers in a problem; each entry is drawn equally often.
         max_number: Numbers are drawn from 1 to this.
         max_target: Targets are integers from 1 to this.
 

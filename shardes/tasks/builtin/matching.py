@@ -34,11 +34,11 @@ def regex_reward(
     """Return 1.0 for a completion that the pattern matches as a whole, else 0.0.
 
     Args:
-        prompts: Not looked at.
+        prompts: Unused.
         completions: The responses.
         pattern: Regular expressions of Python, one per completion, or one for all. The dot matches line
             breaks, too. One that takes for ever is ended with the process of the reward.
-        **columns: Not looked at.
+        **columns: Unused.
     """
     patterns = [pattern] * len(completions) if isinstance(pattern, str) else pattern
     return [

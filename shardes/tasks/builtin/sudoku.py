@@ -99,9 +99,9 @@ def generate_puzzles(
     """Draw distinct puzzles, each with exactly one solution; a pure function of the arguments.
 
     Args:
-        num_puzzles: How many.
+        num_puzzles: Number of puzzles.
         seed: Seed of the draws.
-        num_empty: How many cells may be empty; each entry is drawn equally often. Fewer are emptied where a
+        num_empty: Numbers of empty cells; each entry is drawn equally often. Fewer are emptied where a
             puzzle would get a second solution.
 
     Returns:
