@@ -22,6 +22,7 @@ from shardes.planning.machine import Machine
 from shardes.rewards.pool import make_reward_runner
 from shardes.runs.directory import read_run, read_run_journal
 from shardes.runs.trackers import check_trackers
+from shardes.tasks.generating import MAKEABLE, make_problems
 from shardes.tasks.loading import load_tasks
 from shardes.utils.version import VERSION
 
@@ -398,7 +399,7 @@ def watch(run_dir: Path, once: bool, every_seconds: float) -> None:
 
 
 @cli.command()
-@click.argument("task", type=click.Choice(["countdown", "sudoku", "arithmetic", "arc"]))
+@click.argument("task", type=click.Choice(MAKEABLE))
 @click.argument("out", type=_PATH)
 @click.option("--num-problems", type=click.IntRange(min=1), default=200, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
@@ -411,18 +412,9 @@ def make_data(
 
     Problems are a function of the arguments alone. Each has a solution, and no two are the same.
     """
-    from shardes.tasks.generating import convert_arc, make_problems
     from shardes.utils.files import write_atomically
 
-    if (source is None) == (task == "arc"):
-        raise UserError(
-            "--source: give a directory of ARC puzzles for the task arc, and for no other task; "
-            f"got the task {task}"
-        )
-    if source is not None:
-        rows = convert_arc(source)
-    else:
-        rows = make_problems(task, num_problems, seed=seed, exclude=exclude)
+    rows = make_problems(task, num_problems, seed=seed, exclude=exclude, source=source)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, "".join(json.dumps(row) + "\n" for row in rows))
     click.echo(f"{out}: {len(rows)} problems")

@@ -205,33 +205,10 @@ class RewardConfig(Section):
         return self
 
 
-TaskName = Literal[
-    "arc",
-    "arithmetic",
-    "boolq",
-    "classification",
-    "conciseness",
-    "copa",
-    "countdown",
-    "countdown_short",
-    "exact_match",
-    "gsm8k",
-    "math",
-    "multiple_choice",
-    "perplexity",
-    "regex",
-    "sst2",
-    "sudoku",
-]
-
-# Tasks whose classes the user may name.
-LABEL_WORD_TASKS = ("boolq", "classification", "sst2")
-
-
 class ProblemSetConfig(Section):
     """A set of problems, and the rewards of answers to them."""
 
-    name: TaskName | None = None
+    name: str | None = None
     """A built-in task (docs/tasks.md); null for your own reward."""
     data: Path
     """The problems: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; ``DIRECTORY[@SPLIT]``,
@@ -254,6 +231,15 @@ class ProblemSetConfig(Section):
     metric: Literal["accuracy", "cross_entropy", "log_likelihood"] | None = None
     """Reward of a task that compares likelihoods; null: the task's own."""
 
+    @field_validator("name")
+    @classmethod
+    def _task_is_known(cls, value: str | None) -> str | None:
+        from shardes.tasks.registry import check_task_name
+
+        if value is not None:
+            check_task_name(value)
+        return value
+
     @field_validator("label_words", mode="before")
     @classmethod
     def _words_are_quoted(cls, value: Any) -> Any:
@@ -263,6 +249,8 @@ class ProblemSetConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
+        from shardes.tasks.registry import definition_of
+
         given = [value for value in (self.name, self.reward, self.rewards) if value]
         if not given or (self.reward is not None and len(given) > 1):
             raise ValueError(
@@ -270,10 +258,7 @@ class ProblemSetConfig(Section):
                 "only name and rewards may be given together"
             )
         _check_reference(self.reward, key="reward")
-        if self.label_words and self.name not in LABEL_WORD_TASKS:
-            raise ValueError(f"label_words are for {', '.join(LABEL_WORD_TASKS)}; got name: {self.name}")
-        if self.name == "classification" and not self.label_words:
-            raise ValueError("classification needs label_words, one for each class, e.g. [bad, good]")
+        definition_of(self)  # which refuses label words that the task does not take
         return self
 
 
