@@ -67,7 +67,7 @@ def make_workload(
         num_prompts = ASSUMED_PROMPTS
         assumed.append(f"{num_prompts} prompts in an iteration (--num-prompts)")
     num_prompts = min(num_prompts, es.prompts_per_member or num_prompts)
-    definition = definition_of(config.task)
+    definition = definition_of(config.task.name, label_words=config.task.label_words)
     is_scored = definition is not None and definition.choices is not None
     per_prompt: float = rollout.samples_per_prompt
     if is_scored:

@@ -37,7 +37,7 @@ def load_task(config: ProblemSetConfig, *, key: str = "task") -> Task:
     Raises:
         UserError: A file or a row cannot be used, the template fails, or there is no such reward.
     """
-    built_in = definition_of(config)
+    built_in = definition_of(config.name, label_words=config.label_words)
     definition = built_in or _OWN
     make_prompt = prompt_maker(
         definition.make_prompt, template=config.template, system=config.system, key=key

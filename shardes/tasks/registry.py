@@ -3,14 +3,10 @@
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 from shardes.tasks import builtin
 from shardes.tasks.base import RewardFunction, TaskDefinition
-
-if TYPE_CHECKING:
-    from shardes.config.schema import ProblemSetConfig
 
 _NAMES = sorted(module.name for module in pkgutil.iter_modules(builtin.__path__))
 _MODULES = [importlib.import_module(f"{builtin.__name__}.{name}") for name in _NAMES]
@@ -37,16 +33,20 @@ def check_task_name(name: str) -> None:
         raise ValueError(f"got {name!r}, an unknown task; {guess}Known tasks: {', '.join(TASKS)}")
 
 
-def definition_of(config: "ProblemSetConfig") -> TaskDefinition | None:
-    """Return the built-in task that a section names, with its label words; None if it names none.
+def definition_of(name: str | None, *, label_words: Sequence[str] | None = None) -> TaskDefinition | None:
+    """Return a built-in task, with its label words; None if no task is named.
+
+    Args:
+        name: ``task.name``.
+        label_words: ``task.label_words``.
 
     Raises:
         ValueError: Label words are given to a task without classes, or are missing.
     """
-    definition = None if config.name is None else TASKS[config.name]
+    definition = None if name is None else TASKS[name]
     if definition is not None and definition.with_label_words is not None:
-        return definition.with_label_words(config.label_words)
-    if config.label_words:
-        labelled = ", ".join(name for name, task in TASKS.items() if task.with_label_words is not None)
-        raise ValueError(f"label_words are for {labelled}; got name: {config.name}")
+        return definition.with_label_words(label_words)
+    if label_words:
+        labelled = ", ".join(each for each, task in TASKS.items() if task.with_label_words is not None)
+        raise ValueError(f"label_words are for {labelled}; got name: {name}")
     return definition

@@ -105,7 +105,8 @@ COPA = [" it was wet.", " I slept."]
 
 def definition(name):
     words = ["bad", "good"] if name == "classification" else None
-    return definition_of(ProblemSetConfig(name=name, data="d", label_words=words))
+    config = ProblemSetConfig(name=name, data="d", label_words=words)
+    return definition_of(config.name, label_words=config.label_words)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -206,7 +207,7 @@ def test_likelihood_tasks(name, row, prompt, choices):
 
 
 def test_label_words_replace_the_tasks_own():
-    task = definition_of(ProblemSetConfig(name="sst2", data="d", label_words=["terrible", " great"]))
+    task = definition_of("sst2", label_words=["terrible", " great"])
     row = {"sentence": "s", "label": "great"}
     task.check_row(row, "row")
     assert task.choices(row) == Choices([" terrible", " great"], 1)
