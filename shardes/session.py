@@ -14,7 +14,8 @@ import torch
 from shardes import __version__
 from shardes.backends import Backend, make_backend
 from shardes.config.schema import Config
-from shardes.distributed.group import Mesh, make_mesh, process_group
+from shardes.distributed.group import Mesh, make_mesh
+from shardes.distributed.launch import process_group
 from shardes.distributed.stop import Stop
 from shardes.errors import UserError
 from shardes.es.strategy import decay_of, optimizer_of

@@ -144,7 +144,7 @@ class TrainingLoop:
                 be too large. Whatever was recorded before is kept.
             StorageError: A file of the run cannot be written.
         """
-        check_consistency(self._world, **shared_settings(self._config) | self._settings)
+        check_consistency(self._world, **shared_settings(self._config.model_dump()) | self._settings)
         try:
             first = self._open_run()
             with self._reporter.bar(first):

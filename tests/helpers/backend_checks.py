@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from shardes.backends import make_backend
 from shardes.config.loading import parse_config
-from shardes.distributed.group import Group, make_mesh, process_group
+from shardes.distributed.group import Group, make_mesh
+from shardes.distributed.launch import process_group
 from shardes.distributed.stop import Stop
 from shardes.es.update import Perturbation, Update
 from shardes.models.checkpoint import Checkpoint
