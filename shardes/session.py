@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from shardes import __version__
-from shardes.backends import Backend, make_backend
+from shardes.backends.base import Backend
+from shardes.backends.build import make_backend
+from shardes.backends.registry import BACKENDS
 from shardes.config.schema import Config
 from shardes.distributed.group import Mesh, make_mesh
 from shardes.distributed.launch import process_group
@@ -35,12 +37,6 @@ from shardes.utils.timers import PhaseTimer
 from shardes.weights.master import Weights
 
 logger = logging.getLogger(__name__)
-
-# What rollout.gather: auto is for backends that leave no choice, and why.
-_ONLY_GATHERS = {
-    "single": ("member", "every rank holds a whole model, so nothing is gathered"),
-    "tensor_parallel": ("layer", "no rank ever holds a whole model"),
-}
 
 
 @dataclass(frozen=True)
@@ -120,16 +116,15 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
         torch.set_num_threads(config.parallel.threads_per_rank)
     checkpoint = Checkpoint(config.model.path)
     parallel = config.parallel
-    is_single = parallel.backend == "single"
+    spec = BACKENDS[parallel.backend]
     stop = stop or Stop()
     with process_group(
         timeout_seconds=parallel.timeout_seconds,
-        always=not is_single,
+        always=spec.always_in_process_group,
         stop=stop,
         stop_seconds=config.run.stop_seconds,
     ) as world:
-        # Ranks that hold whole models need nobody, and the more members at a time the better.
-        shard_size = parallel.shard_size or (1 if is_single else None)
+        shard_size = parallel.shard_size or spec.default_shard_size
         mesh = make_mesh(world, shard_size=shard_size, timeout_seconds=parallel.timeout_seconds)
         backend = make_backend(config, group=mesh.shard)
         weights = Weights(
@@ -184,10 +179,10 @@ def make_evaluator(
     scorers = {name: Scorer(other, rewards=rewards, on_error=on_error) for name, other in others.items()}
     gather: str = config.rollout.gather
     is_batched = config.rollout.is_batched
-    only = _ONLY_GATHERS.get(config.parallel.backend)
-    if gather == "auto" and only is not None and not (is_batched and only[0] == "member"):
-        logger.info("rollout.gather: auto is %s: %s", *only)
-        gather = only[0]
+    spec = BACKENDS[config.parallel.backend]
+    if gather == "auto" and spec.auto_gather and not (is_batched and spec.auto_gather == "member"):
+        logger.info("rollout.gather: auto is %s: %s", spec.auto_gather, spec.auto_reason)
+        gather = spec.auto_gather
     rollout = Evaluator(
         session.backend,
         tokenizer=load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from shardes.backends import make_backend
+from shardes.backends.build import make_backend
 from shardes.config.loading import parse_config
 from shardes.distributed.group import make_mesh
 from shardes.distributed.launch import process_group
