@@ -16,20 +16,20 @@ from shardes.tasks.base import Task
 from shardes.trainer import TrainingLoop
 from shardes.utils.units import shown_bytes, shown_seconds
 
-# Problems that the member is asked.
+# Number of problems that the member answers.
 _NUM_PROBLEMS = 2
 
 
 def dry_run(session: Session, trainer: TrainingLoop, task: Task) -> list[str]:
-    """Evaluates one member on two problems, and plans for the ranks and memory that are here; a collective.
+    """Evaluate one member on two problems, and plan for the ranks and the memory of this job; a collective.
 
     Args:
-        session: The model with its base weights.
-        trainer: Has everything that training takes.
-        task: What would be trained on.
+        session: Session with the base weights.
+        trainer: Training loop, ready to train.
+        task: Task to train on.
 
     Returns:
-        What is to be said of it, by line.
+        The page of the plan and the result of the member, by line.
     """
     config, world = session.config, session.mesh.world
     found = trainer.dry_run(_NUM_PROBLEMS)
@@ -57,7 +57,7 @@ def dry_run(session: Session, trainer: TrainingLoop, task: Task) -> list[str]:
 
 
 def _memory_bytes(device: torch.device) -> int:
-    """What the accelerator has, or else what this rank has or could still have of the machine's memory."""
+    """Return the bytes of the accelerator, or else of host memory that this rank uses or could use."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return free_bytes(device) + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
