@@ -13,6 +13,7 @@ from annotated_types import Gt
 from click.core import ParameterSource
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from shardes.backends.registry import BACKENDS
 from shardes.config.loading import load_config
 from shardes.config.old_keys import warn_once
 from shardes.config.schema import check_model_directory
@@ -212,14 +213,14 @@ def plan(
         prompt_tokens=prompt_tokens,
     )
     click.echo("\n".join(report(planned, files=files)))
-    if planned.chosen_mode is None:
+    if planned.chosen_gather is None:
         click.get_current_context().exit(EXIT_FAILURE)
 
 
 _BASE = click.option("--base", type=_PATH, help="The base model's directory, if it was moved since the run.")
 _BACKEND = click.option(
     "--backend",
-    type=click.Choice(["single", "zero3", "fsdp", "tensor_parallel"]),
+    type=click.Choice(list(BACKENDS)),
     default="single",
     show_default=True,
     help="Another than single spreads the model over the ranks of a launcher.",

@@ -72,7 +72,7 @@ class TrainingLoop:
             StorageError: A file of the run cannot be written.
             Stopped: The job was asked to stop.
         """
-        check_consistency(self._world, **shared_settings(self._config) | self._recorder.settings)
+        check_consistency(self._world, **shared_settings(self._config.model_dump()) | self._recorder.settings)
         try:
             first = self._resume(self._recorder.open(self._reporter.open))
             with self._reporter.bar(first):

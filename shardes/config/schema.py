@@ -4,11 +4,13 @@ docs/configuration.md is made of the docstrings of the keys. Nothing heavy is im
 answered at once.
 """
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, FiniteFloat, ValidationInfo, field_validator, model_validator
 
+from shardes.backends.registry import BACKENDS
 from shardes.config.es import EsConfig
 from shardes.config.log import LogConfig
 from shardes.config.section import Section, registered
@@ -72,7 +74,7 @@ class RunConfig(Section):
 class ParallelConfig(Section):
     """Distribution of the model over ranks. No key changes a result."""
 
-    backend: Literal["zero3", "fsdp", "tensor_parallel", "single"] = "zero3"
+    backend: str = "zero3"
     """``zero3``: DeepSpeed ZeRO-3 shards. ``fsdp``: PyTorch FSDP2 shards. ``tensor_parallel``: matrices are
     split by the model's own plan, shards stay where they are and activations are reduced; every rank works on
     the same prompts, and results agree with the other backends to rounding. ``single``: every rank holds the
@@ -91,13 +93,22 @@ class ParallelConfig(Section):
     """CPU threads of each rank; null: what the launcher and torch decide. Results are compared bit for bit
     only between runs with the same number of threads."""
 
+    @field_validator("backend")
+    @classmethod
+    def _backend_is_known(cls, value: str) -> str:
+        if value not in BACKENDS:
+            near = difflib.get_close_matches(value, BACKENDS, n=1, cutoff=0.5)
+            guess = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"got {value!r}; {guess}Known backends: {', '.join(BACKENDS)}")
+        return value
+
     @field_validator("deepspeed")
     @classmethod
-    def _deepspeed_is_for_zero3(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        if value is not None and info.data.get("backend", "zero3") != "zero3":
-            raise ValueError(
-                f"{value} is for parallel.backend: zero3; got {info.data['backend']}; remove one"
-            )
+    def _backend_takes_deepspeed_file(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        backend = info.data.get("backend")
+        if value is not None and backend is not None and not BACKENDS[backend].uses_deepspeed_file:
+            users = " or ".join(name for name, spec in BACKENDS.items() if spec.uses_deepspeed_file)
+            raise ValueError(f"{value} is for parallel.backend: {users}; got {backend}; remove one")
         return value
 
 
@@ -335,14 +346,17 @@ class Config(Section):
 
     @field_validator("rollout")
     @classmethod
-    def _tensor_parallelism_streams(cls, value: RolloutConfig, info: ValidationInfo) -> RolloutConfig:
+    def _backend_supports_gather(cls, value: RolloutConfig, info: ValidationInfo) -> RolloutConfig:
         parallel = info.data.get("parallel")
-        is_parallel = parallel is not None and parallel.backend == "tensor_parallel"
-        if is_parallel and value.gather in ("iteration", "member"):
+        if parallel is None:
+            return value
+        gathers = BACKENDS[parallel.backend].gathers
+        if value.gather not in ("auto", *gathers):
+            others = [name for name, spec in BACKENDS.items() if value.gather in spec.gathers]
             raise ValueError(
-                f"gather is {value.gather}, which gathers the whole model on every rank, but "
-                "parallel.backend: tensor_parallel never gathers it; set rollout.gather: layer, or "
-                "parallel.backend: fsdp"
+                f"gather is {value.gather}, but parallel.backend: {parallel.backend} supports only "
+                f"{' or '.join(gathers)}; set rollout.gather: {' or '.join(gathers)}, or parallel.backend: "
+                f"{' or '.join(others)}"
             )
         return value
 
