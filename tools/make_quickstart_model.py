@@ -17,8 +17,9 @@ import json
 import math
 import shutil
 import tempfile
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import combinations_with_replacement, permutations, product
+from itertools import accumulate, combinations_with_replacement, permutations, product
 from pathlib import Path
 
 import click
@@ -34,7 +35,6 @@ from shardes.tasks.builtin.countdown import (
     problem_key,
     short_format_reward,
     short_prompt,
-    split_problems,
 )
 from shardes.tasks.expression import evaluate_expression
 
@@ -98,6 +98,32 @@ def make_problems() -> dict[str, tuple[Row, list[str]]]:
                 row = {"numbers": list(numbers), "target": target}
                 problems[str(short_prompt(row))] = (row, expressions[target])
     return problems
+
+
+def split_problems(rows: Sequence[Row], *, shares: Sequence[float], seed: int) -> list[list[Row]]:
+    """Split rows into parts such that no problem is in two, in whatever order its numbers are given.
+
+    A part is a range of the problems ordered by a hash of seed and problem, so the split depends on neither
+    the order of the rows nor a random generator.
+
+    Args:
+        rows: The rows to split.
+        shares: Each part's share of the distinct problems; they sum to 1.
+        seed: Another seed gives another split.
+
+    Returns:
+        One list for each share; rows keep their order within it.
+    """
+    if abs(sum(shares) - 1) > 1e-9:
+        raise ValueError(f"shares sum to {sum(shares)}; wanted: 1")
+    keys = [problem_key(row) for row in rows]
+    ordered = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
+    ends = [round(share * len(ordered)) for share in accumulate(shares)]
+    part_of = {key: bisect_right(ends, index) for index, key in enumerate(ordered)}
+    parts: list[list[Row]] = [[] for _ in shares]
+    for key, row in zip(keys, rows, strict=True):
+        parts[part_of[key]].append(row)
+    return parts
 
 
 def in_hash_order(rows: Sequence[Row]) -> list[Row]:

@@ -15,8 +15,8 @@ from shardes.tasks.builtin.countdown import (
     check_row,
     generate_problems,
     problem_key,
-    split_problems,
 )
+from tools.make_quickstart_model import split_problems
 
 
 def judge(style, response, numbers, target, *, prompt=""):

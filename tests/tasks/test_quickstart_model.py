@@ -13,7 +13,6 @@ from shardes.tasks.builtin.countdown import (
     problem_key,
     short_format_reward,
     short_prompt,
-    split_problems,
 )
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
@@ -110,7 +109,7 @@ def test_the_rows_are_those_that_the_tool_makes_and_the_model_was_trained_on_non
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     rows = [row for row, _ in tool.make_problems().values()]
-    pretraining, train, heldout = split_problems(rows, shares=tool.SHARES, seed=tool.SEED)
+    pretraining, train, heldout = tool.split_problems(rows, shares=tool.SHARES, seed=tool.SEED)
     assert (len(pretraining), len(train), len(heldout)) == (2900, 788, 418)
     assert (tool.in_hash_order(train), tool.in_hash_order(heldout)) == (TRAIN, HELDOUT)
     assert not {problem_key(row) for row in pretraining} & {problem_key(row) for row in TRAIN + HELDOUT}

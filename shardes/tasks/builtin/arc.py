@@ -6,7 +6,6 @@ right size) and ``format``.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +13,32 @@ from shardes.errors import UserError
 from shardes.tasks.answers import is_think_answer
 from shardes.tasks.base import Component, Prompt, Row, TaskDefinition
 from shardes.tasks.grids import Grid, answered_grid, grid_text, is_grid
+from shardes.tasks.judging import per_completion
 from shardes.tasks.rows import column, wrong
 
 
-def solved_reward(
-    prompts: Sequence[Prompt], completions: Sequence[str], *, output: Sequence[Grid], **columns: Sequence[Any]
-) -> list[float]:
+@per_completion
+def solved_reward(text: str, /, *, output: Grid) -> bool:
     """Return 1.0 for exactly the output's grid, else 0.0."""
-    return [float(answered_grid(text) == grid) for text, grid in zip(completions, output, strict=True)]
+    return answered_grid(text) == output
 
 
-def cells_reward(
-    prompts: Sequence[Prompt], completions: Sequence[str], *, output: Sequence[Grid], **columns: Sequence[Any]
-) -> list[float]:
+@per_completion
+def cells_reward(text: str, /, *, output: Grid) -> float:
     """Return the share of the output's cells that are right; 0.0 for a grid of another size or none."""
-    return [_share(answered_grid(text), grid) for text, grid in zip(completions, output, strict=True)]
-
-
-def format_reward(
-    prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
-) -> list[float]:
-    """Return 1.0 for a pair of think tags and a pair of answer tags with a grid in it, else 0.0."""
-    return [float(is_think_answer(text) and answered_grid(text) is not None) for text in completions]
-
-
-def _share(grid: Grid | None, wanted: Grid) -> float:
-    if grid is None or [len(line) for line in grid] != [len(line) for line in wanted]:
+    grid = answered_grid(text)
+    if grid is None or [len(line) for line in grid] != [len(line) for line in output]:
         return 0.0
     cells = [
-        a == b for line, other in zip(grid, wanted, strict=True) for a, b in zip(line, other, strict=True)
+        a == b for line, other in zip(grid, output, strict=True) for a, b in zip(line, other, strict=True)
     ]
     return sum(cells) / len(cells)
+
+
+@per_completion
+def format_reward(text: str, /) -> bool:
+    """Return 1.0 for a pair of think tags and a pair of answer tags with a grid in it, else 0.0."""
+    return is_think_answer(text) and answered_grid(text) is not None
 
 
 def make_prompt(row: Row) -> Prompt:

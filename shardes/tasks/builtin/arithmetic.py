@@ -11,28 +11,22 @@ from shardes.tasks.answers import exact_number, is_bare_answer, last_answer
 from shardes.tasks.base import Component, Prompt, Row, TaskDefinition
 from shardes.tasks.drawing import draw_distinct
 from shardes.tasks.expression import evaluate_expression
+from shardes.tasks.judging import per_completion
 from shardes.tasks.rows import column, text_column, wrong
 
 
-def answer_reward(
-    prompts: Sequence[Prompt], completions: Sequence[str], *, answer: Sequence[Any], **columns: Sequence[Any]
-) -> list[float]:
+@per_completion
+def answer_reward(text: str, /, *, answer: Any) -> bool:
     """Return 1.0 if the last answer pair holds the right number and nothing else, else 0.0."""
-    return [
-        float(
-            (written := last_answer(text)) is not None
-            and (number := exact_number(written)) is not None
-            and number == exact_number(str(gold))
-        )
-        for text, gold in zip(completions, answer, strict=True)
-    ]
+    written = last_answer(text)
+    number = None if written is None else exact_number(written)
+    return number is not None and number == exact_number(str(answer))
 
 
-def format_reward(
-    prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
-) -> list[float]:
+@per_completion
+def format_reward(text: str, /) -> bool:
     """Return 1.0 for one pair of answer tags with nothing around it but white space, else 0.0."""
-    return [float(is_bare_answer(text.strip())) for text in completions]
+    return is_bare_answer(text.strip())
 
 
 def make_prompt(row: Row) -> Prompt:

@@ -9,13 +9,13 @@ import functools
 import importlib.util
 import logging
 import re
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 from shardes.errors import UserError
 from shardes.tasks.answers import exact_number, last_boxed
 from shardes.tasks.base import Component, Prompt, Row, TaskDefinition
+from shardes.tasks.judging import per_completion
 from shardes.tasks.rows import column, text_column, wrong
 
 _MAX_CHARACTERS = 300
@@ -28,48 +28,31 @@ _COSTLY = re.compile(
 )
 
 
-def number_reward(
-    prompts: Sequence[Prompt], completions: Sequence[str], *, answer: Sequence[Any], **columns: Sequence[Any]
-) -> list[float]:
+@per_completion
+def number_reward(text: str, /, *, answer: Any) -> bool:
     """Return 1.0 if the number in the last box is the row's, exactly, else 0.0.
 
     Words around a single number are not looked at. The row's answer may end with ``#### 72``, as in GSM8K.
     """
-    return [
-        float((found := _boxed_number(text)) is not None and found == _gold_number(gold))
-        for text, gold in zip(completions, answer, strict=True)
-    ]
+    return (found := _boxed_number(text)) is not None and found == _gold_number(answer)
 
 
-def expression_reward(
-    prompts: Sequence[Prompt],
-    completions: Sequence[str],
-    *,
-    answer: Sequence[Any] | None = None,
-    solution: Sequence[Any] | None = None,
-    **columns: Sequence[Any],
-) -> list[float]:
+@per_completion
+def expression_reward(text: str, /, *, answer: Any = None, solution: Any = None) -> bool:
     """Return 1.0 if the last box holds an expression equal to the row's, else 0.0.
 
     Args:
-        prompts: Unused.
-        completions: The responses.
-        answer: The right expressions; where it is None, the last box of ``solution``.
-        solution: Worked solutions, as MATH has them.
-        **columns: Unused.
+        text: The response.
+        answer: The right expression; None: the last box of ``solution``.
+        solution: A worked solution, as MATH has it.
     """
-    answers, solutions = (given or [None] * len(completions) for given in (answer, solution))
-    return [
-        float(_is_equal(last_boxed(text), _gold_expression(*gold)))
-        for text, *gold in zip(completions, answers, solutions, strict=True)
-    ]
+    return _is_equal(last_boxed(text), _gold_expression(answer, solution))
 
 
-def boxed_reward(
-    prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
-) -> list[float]:
+@per_completion
+def boxed_reward(text: str, /) -> bool:
     r"""Return 1.0 for a response with a complete ``\boxed{...}`` that is not empty, else 0.0."""
-    return [float(bool((last_boxed(text) or "").strip())) for text in completions]
+    return bool((last_boxed(text) or "").strip())
 
 
 def _boxed_number(response: str) -> Fraction | None:

@@ -4,24 +4,18 @@ The task of Qiu et al. 2025 (arXiv 2509.24372): reward = -|length of the answer 
 characters. What the answer says is not judged. A row is ``{"prompt": ..., "answer": ...}``.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 from shardes.tasks.base import Component, Prompt, Row, TaskDefinition
+from shardes.tasks.judging import per_completion
 from shardes.tasks.rows import text_column
 
 
-def length_reward(
-    prompts: Sequence[Prompt], completions: Sequence[str], *, answer: Sequence[str], **columns: Sequence[Any]
-) -> list[float]:
+@per_completion
+def length_reward(text: str, /, *, answer: str) -> float:
     """Return minus the difference of length between each completion and its reference, in characters.
 
     White space around either does not count.
     """
-    return [
-        -float(abs(len(completion.strip()) - len(reference.strip())))
-        for completion, reference in zip(completions, answer, strict=True)
-    ]
+    return -float(abs(len(text.strip()) - len(answer.strip())))
 
 
 def make_prompt(row: Row) -> Prompt:

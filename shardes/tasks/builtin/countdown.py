@@ -15,12 +15,9 @@ Two styles share the answer and differ in prompt and format:
 A row is ``{"numbers": [...], "target": ...}``; other keys are left alone.
 """
 
-import hashlib
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from itertools import accumulate
 from operator import add, mul, sub, truediv
 from random import Random
 from typing import Any
@@ -29,6 +26,7 @@ from shardes.tasks.answers import is_bare_answer, is_think_answer, last_answer
 from shardes.tasks.base import Component, Prompt, Row, TaskDefinition
 from shardes.tasks.drawing import draw_distinct
 from shardes.tasks.expression import MAX_LITERAL_DIGITS, ExpressionError, evaluate_expression
+from shardes.tasks.judging import per_completion
 from shardes.tasks.rows import column, wrong
 
 FORMAT_WEIGHT = 0.1
@@ -36,41 +34,32 @@ FORMAT_WEIGHT = 0.1
 _OPERATIONS = (add, sub, mul, truediv)
 
 
-def answer_reward(
-    prompts: Sequence[Prompt],
-    completions: Sequence[str],
-    *,
-    numbers: Sequence[Sequence[Any]],
-    target: Sequence[Any],
-    **columns: Sequence[Any],
-) -> list[float]:
+@per_completion
+def answer_reward(text: str, /, *, numbers: Sequence[Any], target: Any) -> bool:
     """Return 1.0 for a response whose last ``<answer>`` pair holds a right expression, else 0.0.
 
     Right is an expression that uses exactly the numbers and equals the target exactly, whatever stands around
     the pair. ``3*5-2=13`` is no expression and is not repaired.
 
     Args:
-        prompts: Unused: they contain an example, which must earn nothing.
-        completions: The responses.
-        numbers: The numbers given in each row.
-        target: The target of each row.
-        **columns: The rows' other columns; unused.
+        text: The response, without the prompt, which has an example that must earn nothing.
+        numbers: The numbers given in the row.
+        target: The row's target.
     """
-    return [_answer(*args) for args in zip(completions, numbers, target, strict=True)]
+    expression = last_answer(text)
+    return expression is not None and _solves(expression, numbers, target)
 
 
-def chat_format_reward(
-    prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
-) -> list[float]:
+@per_completion
+def chat_format_reward(text: str, /) -> bool:
     """Return 1.0 for a pair of think tags and a pair of answer tags and nothing else, else 0.0."""
-    return [float(is_think_answer(response)) for response in completions]
+    return is_think_answer(text)
 
 
-def short_format_reward(
-    prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
-) -> list[float]:
+@per_completion
+def short_format_reward(text: str, /) -> bool:
     """Return 1.0 for a pair of answer tags and not one character around it, else 0.0."""
-    return [float(is_bare_answer(response)) for response in completions]
+    return is_bare_answer(text)
 
 
 def chat_prompt(row: Row) -> Prompt:
@@ -92,11 +81,6 @@ def chat_prompt(row: Row) -> Prompt:
 def short_prompt(row: Row) -> Prompt:
     """Ask for an expression in as few characters as possible."""
     return f"{' '.join(map(str, row['numbers']))}={row['target']}:"
-
-
-def _answer(response: str, numbers: Sequence[Any], target: Any) -> float:
-    expression = last_answer(response)
-    return float(expression is not None and _solves(expression, numbers, target))
 
 
 def _solves(expression: str, numbers: Sequence[Any], target: Any) -> bool:
@@ -222,32 +206,6 @@ def problem_key(row: Row) -> str:
     """Return a problem's key, the same in whatever order its numbers are, e.g. ``2 3 5=13``."""
     numbers = sorted(map(_exact, row["numbers"]))
     return f"{' '.join(map(str, numbers))}={_exact(row['target'])}"
-
-
-def split_problems(rows: Sequence[Row], *, shares: Sequence[float], seed: int) -> list[list[Row]]:
-    """Split rows into parts such that no problem is in two, in whatever order its numbers are given.
-
-    A part is a range of the problems ordered by a hash of seed and problem, so the split depends on neither
-    the order of the rows nor a random generator.
-
-    Args:
-        rows: The rows to split.
-        shares: Each part's share of the distinct problems; they sum to 1.
-        seed: Another seed gives another split.
-
-    Returns:
-        One list for each share; rows keep their order within it.
-    """
-    if abs(sum(shares) - 1) > 1e-9:
-        raise ValueError(f"shares sum to {sum(shares)}; wanted: 1")
-    keys = [problem_key(row) for row in rows]
-    ordered = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
-    ends = [round(share * len(ordered)) for share in accumulate(shares)]
-    part_of = {key: bisect_right(ends, index) for index, key in enumerate(ordered)}
-    parts: list[list[Row]] = [[] for _ in shares]
-    for key, row in zip(keys, rows, strict=True):
-        parts[part_of[key]].append(row)
-    return parts
 
 
 CHAT = TaskDefinition(

@@ -10,18 +10,15 @@ from typing import Any
 
 from shardes.tasks.answers import is_think_answer
 from shardes.tasks.base import Component, Prompt, RewardFunction, Row, TaskDefinition
+from shardes.tasks.judging import per_completion
 from shardes.tasks.rows import text_column, wrong
 from shardes.tasks.templates import prompt_column
 
 
-def exact_match_reward(
-    prompts: Sequence[Prompt], completions: Sequence[str], *, answer: Sequence[str], **columns: Sequence[Any]
-) -> list[float]:
+@per_completion
+def exact_match_reward(text: str, /, *, answer: str) -> bool:
     """Return 1.0 for the reference's words, whatever their case and the white space, else 0.0."""
-    return [
-        float(text.casefold().split() == gold.casefold().split())
-        for text, gold in zip(completions, answer, strict=True)
-    ]
+    return text.casefold().split() == answer.casefold().split()
 
 
 def regex_reward(
@@ -47,11 +44,10 @@ def regex_reward(
     ]
 
 
-def think_answer_reward(
-    prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
-) -> list[float]:
+@per_completion
+def think_answer_reward(text: str, /) -> bool:
     """Return 1.0 for a pair of think tags and a pair of answer tags and nothing else, else 0.0."""
-    return [float(is_think_answer(text)) for text in completions]
+    return is_think_answer(text)
 
 
 def check_answer(row: Row, where: str) -> None:

@@ -14,6 +14,7 @@ from shardes.tasks.answers import is_think_answer
 from shardes.tasks.base import Component, Prompt, Row, TaskDefinition
 from shardes.tasks.drawing import draw_distinct
 from shardes.tasks.grids import Grid, answered_grid, grid_text, is_grid
+from shardes.tasks.judging import per_completion
 from shardes.tasks.rows import column, wrong
 
 _DIGITS = {1, 2, 3, 4}
@@ -31,26 +32,22 @@ _UNITS = (
 _MAX_FRUITLESS_ATTEMPTS = 2000
 
 
-def solved_reward(
-    prompts: Sequence[Prompt], completions: Sequence[str], *, puzzle: Sequence[Grid], **columns: Sequence[Any]
-) -> list[float]:
+@per_completion
+def solved_reward(text: str, /, *, puzzle: Grid) -> bool:
     """Return 1.0 for a right grid that keeps the given cells, else 0.0."""
-    shares = units_reward(prompts, completions, puzzle=puzzle)
-    return [float(share == 1) for share in shares]
+    return _share(text, puzzle) == 1
 
 
-def units_reward(
-    prompts: Sequence[Prompt], completions: Sequence[str], *, puzzle: Sequence[Grid], **columns: Sequence[Any]
-) -> list[float]:
+@per_completion
+def units_reward(text: str, /, *, puzzle: Grid) -> float:
     """Return the share of the 12 rows, columns and boxes that hold 1 to 4; 0.0 if a given cell changed."""
-    return [_share(*args) for args in zip(completions, puzzle, strict=True)]
+    return _share(text, puzzle)
 
 
-def format_reward(
-    prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
-) -> list[float]:
+@per_completion
+def format_reward(text: str, /) -> bool:
     """Return 1.0 for a pair of think tags and a pair of answer tags with a 4x4 grid in it, else 0.0."""
-    return [float(is_think_answer(text) and _answer(text) is not None) for text in completions]
+    return is_think_answer(text) and _answer(text) is not None
 
 
 def make_prompt(row: Row) -> Prompt:
