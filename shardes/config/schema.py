@@ -269,9 +269,8 @@ class ProblemSetConfig(Section):
                 "only name and rewards may be given together"
             )
         _check_reference(self.reward, key="reward")
-        definition_of(
-            self.name, label_words=self.label_words
-        )  # which refuses label words that the task does not take
+        # It refuses label words that the task does not take.
+        definition_of(self.name, label_words=self.label_words)
         return self
 
 

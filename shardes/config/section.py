@@ -1,4 +1,4 @@
-"""What the sections of a configuration have in common."""
+"""The base class of the sections of a configuration, and a validator of names."""
 
 import difflib
 from collections.abc import Callable, Iterable

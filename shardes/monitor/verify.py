@@ -81,12 +81,12 @@ def _differences(found: Mapping[int, str], told: Mapping[int, str], *, source: s
 
 def _metrics_digests(session: Session, run_dir: Path) -> dict[int, str]:
     """Return the digests of metrics.jsonl, as rank 0 reads it, by number of updates."""
-    told: dict[int, str] = {}
-    for line in read_lines(run_dir / "metrics.jsonl"):
-        if "weights_digest" in line:
-            # The line of an iteration has the weights after it; that of the end has no iteration of its own.
-            is_end = "reward_mean" not in line
-            told[line["iteration"] + (not is_end)] = line["weights_digest"]
+    # The line of an iteration has the weights after it; that of the end has no iteration of its own.
+    told = {
+        line["iteration"] + ("reward_mean" in line): line["weights_digest"]
+        for line in read_lines(run_dir / "metrics.jsonl")
+        if "weights_digest" in line
+    }
     return dict(session.mesh.world.broadcast_json(list(told.items())))
 
 

@@ -18,7 +18,7 @@ import socket
 import struct
 import sys
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from shardes.rewards.worker import RewardCaller
 
@@ -115,31 +115,28 @@ def _work(connection: socket.socket, memory_bytes: int) -> NoReturn:
 
 def _serve(connection: socket.socket) -> None:
     """Import the rewards, report an error or none, and judge batches until the pool goes away."""
+    messages = connection.makefile("rb")
     try:
-        caller = RewardCaller(_receive(connection))
+        caller = RewardCaller(_receive(messages))
     except ValueError as error:
         _send(connection, {"error": str(error)})
         return
     _send(connection, {"error": None})
     while True:
-        _send(connection, vars(caller.judge(*_receive(connection))))
+        _send(connection, vars(caller.judge(*_receive(messages))))
 
 
-def _receive(connection: socket.socket) -> Any:
+def _receive(messages: BinaryIO) -> Any:
     """Receive the pool's next message. The training process made it, so it may be unpickled."""
-    (length,) = HEADER.unpack(_read(connection, HEADER.size))
-    return pickle.loads(_read(connection, length))
+    (length,) = HEADER.unpack(_read(messages, HEADER.size))
+    return pickle.loads(_read(messages, length))
 
 
-def _read(connection: socket.socket, length: int) -> bytes:
-    parts, left = [], length
-    while left:
-        part = connection.recv(min(left, 1 << 20))
-        if not part:
-            raise EOFError
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)
+def _read(messages: BinaryIO, length: int) -> bytes:
+    data = messages.read(length)
+    if len(data) < length:
+        raise EOFError
+    return data
 
 
 def _send(connection: socket.socket, message: Any) -> None:

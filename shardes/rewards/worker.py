@@ -260,8 +260,7 @@ def _checked(returned: Any, label: str, batch: RewardBatch) -> RewardOutput | st
     """Return a component's output, or why what its function returned is none."""
     if hasattr(returned, "tolist"):  # a tensor, or an array
         returned = returned.tolist()
-    is_list = isinstance(returned, Sequence) and not isinstance(returned, str | bytes)
-    if not is_list:
+    if not isinstance(returned, Sequence) or isinstance(returned, str | bytes):
         return (
             f"TypeError: the reward returned {_shown(returned)}; wanted a list of {len(batch)} numbers "
             f"(reward {label!r})"

@@ -166,13 +166,8 @@ class RunDirectory(Closing):
         differences = _differences(known, header)
         if differences:
             raise UserError(
-                "\n".join(
-                    [
-                        f"run.dir: {self.path} holds a run that was made with other settings; give another "
-                        "run.dir, or the settings it was made with:",
-                        *differences,
-                    ]
-                )
+                f"run.dir: {self.path} holds a run that was made with other settings; give another "
+                "run.dir, or the settings it was made with:\n" + "\n".join(differences)
             )
 
     def close(self) -> None:

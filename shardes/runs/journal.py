@@ -76,17 +76,16 @@ class History:
 
     def best_iteration(self) -> int | None:
         """Return the iteration with the highest held-out reward, the first one of several."""
-        rewards = {
-            iteration: record["reward"]
-            for iteration, record in self.evaluations.items()
-            if record.get("reward") is not None
-        }
+        rewards = self._heldout_rewards()
         return max(rewards, key=lambda iteration: (rewards[iteration], -iteration), default=None)
 
     def best_reward(self, *, before: int) -> float | None:
         """Return the highest held-out reward of evaluations before an iteration; None if there is none."""
-        rewards = (record.get("reward") for at, record in self.evaluations.items() if at < before)
-        return max((reward for reward in rewards if reward is not None), default=None)
+        return max((reward for at, reward in self._heldout_rewards().items() if at < before), default=None)
+
+    def _heldout_rewards(self) -> dict[int, float]:
+        """Return the held-out rewards that are known, by iteration."""
+        return {at: r["reward"] for at, r in self.evaluations.items() if r.get("reward") is not None}
 
     def add(self, record: dict[str, Any]) -> None:
         """Take in one record.

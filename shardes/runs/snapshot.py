@@ -222,13 +222,12 @@ class SpreadTensor:
     @cached_property
     def _table(self) -> tuple[list[int], list[int], list[int], list[int]]:
         """All rows of all files, sorted: first elements, lengths, files, and places in these."""
-        columns = [
-            np.stack([*_table_of(part.regions), np.full(_num_rows(part.regions), i)])
-            for i, part in enumerate(self.parts)
-        ]
-        table = np.concatenate(columns, axis=1)
-        starts, lengths, locals_, files = table[:, np.argsort(table[0], kind="stable")]
-        return starts.tolist(), lengths.tolist(), files.tolist(), locals_.tolist()
+        tables = [_table_of(part.regions) for part in self.parts]
+        table = np.concatenate(tables, axis=1)
+        files = np.repeat(np.arange(len(tables)), [each.shape[1] for each in tables])
+        order = np.argsort(table[0], kind="stable")
+        starts, lengths, places = table[:, order].tolist()
+        return starts, lengths, files[order].tolist(), places
 
     def find(self, first: int, length: int) -> Iterator[tuple[StoredTensor, int, int]]:
         """Yield the tensors of files that hold a range of elements, each with first element and length there.
@@ -248,10 +247,6 @@ class SpreadTensor:
             yield self.parts[files[row]].stored, local_starts[row] + first - starts[row], number
             first += number
             row += 1
-
-
-def _num_rows(regions: tuple[tuple[int, ...], ...]) -> int:
-    return sum(rows for _, _, rows, _ in regions)
 
 
 def _table_of(regions: tuple[tuple[int, ...], ...]) -> npt.NDArray[np.int64]:
