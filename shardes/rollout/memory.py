@@ -22,7 +22,7 @@ def is_shortage(error: BaseException) -> bool:
 
 
 def free_bytes(device: torch.device, *, meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Return the bytes that this rank can still use: of its accelerator, or its share of the machine's memory.
+    """Return the bytes that this rank can still use: of its accelerator, or a share of the machine's memory.
 
     Args:
         device: Device of the rank's tensors.
