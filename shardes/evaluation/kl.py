@@ -88,10 +88,10 @@ class KLEstimator:
         return record | {"log_likelihoods": self._log_likelihoods_of(pairs)}
 
     def _measure(self) -> float | None:
-        """Compute the divergence in nats per token; a collective of all ranks.
+        """Compute the divergence; a collective of all ranks.
 
         Returns:
-            The divergence; None if the base model's answers are all empty, or the centre's logits are not finite.
+            Nats per token; None if the base model's answers are all empty, or the centre's logits are not finite.
         """
         assert self._prompts is not None, "resume comes first"
         total = sum(self._num_tokens)
@@ -107,7 +107,7 @@ class KLEstimator:
         return self._log_likelihoods(prepare(pairs, scorer=self._scorer)) if pairs else []
 
     def _log_likelihoods(self, prompts: PromptBatch) -> list[float]:
-        """Compute each answer's mean log-likelihood per token under the centre, in nats; NaN if not finite."""
+        """Compute each answer's mean log-likelihood under the centre, in nats per token; NaN: not finite."""
         found = self._rollout.scheduler.evaluate_centre(prompts)
         return [float("nan") if value is None else value for value in found.components["log_likelihood"]]
 
