@@ -246,7 +246,7 @@ def run_one(task: str, name: str, factor: float, seed: int) -> dict[str, Any]:
 
 
 def changes_of(task: str, arm: Arm) -> dict[str, Any]:
-    """Return the keys that an arm changes on a task, by which its lines are told from those of other arms."""
+    """Return the settings of an arm on a task, which a line must have to be a result of the arm."""
     changes = {**TASKS[task], **arm.changes, "alpha": arm.alpha, "reference": arm.reference}
     return {key: value for key, value in changes.items() if not str(value).startswith(str(ROOT))}
 
@@ -279,7 +279,7 @@ def missing(
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of arms as they are now, without a last line that was not written to its end."""
+    """Return the whole lines of a file that are results of arms as they are defined now."""
     text = path.read_text() if path.exists() else ""
     lines = []
     for line in text.split("\n")[:-1]:

@@ -91,7 +91,7 @@ class KLEstimator:
         """Compute the divergence; a collective of all ranks.
 
         Returns:
-            Nats per token; None if the base model's answers are all empty, or the centre's logits are not finite.
+            Nats per token; None if all answers are empty, or the centre's logits are not finite.
         """
         assert self._prompts is not None, "resume comes first"
         total = sum(self._num_tokens)

@@ -111,7 +111,7 @@ def measure(tree: dict[str, Any]) -> Row:
 
 
 def measure_update(num_directions: int) -> Row:
-    """Measure seconds of a matrix's update: of full rank, of rank 1, of its matrix product alone, and by torch."""
+    """Measure seconds of a matrix's update: full rank, rank 1, its matrix product alone, and by torch."""
     from shardes import noise
     from shardes.noise import GAUSSIAN, LowRank, NoiseKind, Region
 

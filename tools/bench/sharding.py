@@ -2,8 +2,8 @@
 
 A Llama of about 100 million random parameters is written to a temporary directory. Every combination of
 number of ranks, backend and way to gather is a job of its own under torchrun: one iteration to warm up, one
-that is measured, and one whose collectives are counted. The same prompts go through transformers' ``generate`` in
-one process.
+that is measured, and one whose collectives are counted. The same prompts go through transformers'
+``generate`` in one process.
 
     python tools/bench/sharding.py --world-size 1 --world-size 2 --json benchmarks/sharding.json
 
