@@ -13,6 +13,7 @@ from annotated_types import Gt
 from click.core import ParameterSource
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from shardes.backends.registry import BACKENDS
 from shardes.config.loading import load_config
 from shardes.config.old_keys import warn_once
 from shardes.config.schema import check_model_directory
@@ -22,6 +23,7 @@ from shardes.planning.machine import Machine
 from shardes.rewards.pool import make_reward_runner
 from shardes.runs.directory import read_run, read_run_journal
 from shardes.runs.trackers import check_trackers
+from shardes.tasks.generating import MAKEABLE, make_problems
 from shardes.tasks.loading import load_tasks
 from shardes.utils.version import VERSION
 
@@ -211,14 +213,14 @@ def plan(
         prompt_tokens=prompt_tokens,
     )
     click.echo("\n".join(report(planned, files=files)))
-    if planned.chosen_mode is None:
+    if planned.chosen_gather is None:
         click.get_current_context().exit(EXIT_FAILURE)
 
 
 _BASE = click.option("--base", type=_PATH, help="The base model's directory, if it was moved since the run.")
 _BACKEND = click.option(
     "--backend",
-    type=click.Choice(["single", "zero3", "fsdp", "tensor_parallel"]),
+    type=click.Choice(list(BACKENDS)),
     default="single",
     show_default=True,
     help="Another than single spreads the model over the ranks of a launcher.",
@@ -398,7 +400,7 @@ def watch(run_dir: Path, once: bool, every_seconds: float) -> None:
 
 
 @cli.command()
-@click.argument("task", type=click.Choice(["countdown", "sudoku", "arithmetic", "arc"]))
+@click.argument("task", type=click.Choice(MAKEABLE))
 @click.argument("out", type=_PATH)
 @click.option("--num-problems", type=click.IntRange(min=1), default=200, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
@@ -411,18 +413,9 @@ def make_data(
 
     Problems are a function of the arguments alone. Each has a solution, and no two are the same.
     """
-    from shardes.tasks.generating import convert_arc, make_problems
     from shardes.utils.files import write_atomically
 
-    if (source is None) == (task == "arc"):
-        raise UserError(
-            "--source: give a directory of ARC puzzles for the task arc, and for no other task; "
-            f"got the task {task}"
-        )
-    if source is not None:
-        rows = convert_arc(source)
-    else:
-        rows = make_problems(task, num_problems, seed=seed, exclude=exclude)
+    rows = make_problems(task, num_problems, seed=seed, exclude=exclude, source=source)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, "".join(json.dumps(row) + "\n" for row in rows))
     click.echo(f"{out}: {len(rows)} problems")

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
-from shardes.backends import Backend, make_backend
+from shardes.backends.base import Backend
+from shardes.backends.build import make_backend
+from shardes.backends.registry import BACKENDS
 from shardes.config.schema import Config
-from shardes.distributed.group import Mesh, make_mesh, process_group
+from shardes.distributed.group import Mesh, make_mesh
+from shardes.distributed.launch import process_group
 from shardes.distributed.stop import Stop
 from shardes.errors import UserError
 from shardes.es.strategy import decay_of, optimizer_of
@@ -119,16 +122,15 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
         torch.set_num_threads(config.parallel.threads_per_rank)
     checkpoint = Checkpoint(config.model.path)
     parallel = config.parallel
-    is_single = parallel.backend == "single"
+    spec = BACKENDS[parallel.backend]
     stop = stop or Stop()
     with process_group(
         timeout_seconds=parallel.timeout_seconds,
-        always=not is_single,
+        always=spec.always_in_process_group,
         stop=stop,
         stop_seconds=config.run.stop_seconds,
     ) as world:
-        # Ranks that hold whole models need nobody, and the more members at a time the better.
-        shard_size = parallel.shard_size or (1 if is_single else None)
+        shard_size = parallel.shard_size or spec.default_shard_size
         mesh = make_mesh(world, shard_size=shard_size, timeout_seconds=parallel.timeout_seconds)
         backend = make_backend(config, group=mesh.shard)
         weights = Weights(

@@ -72,7 +72,7 @@ class TrainingLoop:
             StorageError: A file of the run cannot be written.
             Stopped: The job was asked to stop.
         """
-        check_consistency(self._world, **shared_settings(self._config) | self._recorder.settings)
+        check_consistency(self._world, **shared_settings(self._config.model_dump()) | self._recorder.settings)
         try:
             first = self._resume(self._recorder.open(self._reporter.open))
             with self._reporter.bar(first):
@@ -226,7 +226,8 @@ def make_training_loop(
     rollout = make_rollout(session, task, recorded=recorded, rewards=rewards, heldout_sets=sets)
     config, world = rollout.config, mesh.world
     settings = resume_fingerprint(config, data_sha256=rows_sha256(task.train))
-    recorder = RunRecorder(config, identity=session.identity, settings=settings, world=world, timer=timer)
+    identity = session.identity | {"is_exact": rollout.evaluator.engine.is_exact}
+    recorder = RunRecorder(config, identity=identity, settings=settings, world=world, timer=timer)
     snapshots = SnapshotWriter(
         run.dir,
         every=run.snapshot_every,

@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from shardes.tasks.base import Row
-from shardes.tasks.countdown import (
+from shardes.tasks.builtin.countdown import (
     FORMAT_WEIGHT,
     answer_reward,
     problem_key,

@@ -1,76 +1,119 @@
-"""What an engine must offer so that shards can be perturbed, updated and generated with.
+"""The interface of a backend, by which shards are perturbed, updated and generated with.
 
-A backend knows shards and forwards. It knows nothing of populations, noise or rewards.
+A backend knows shards and forwards. It knows nothing of members, noise or rewards.
 """
 
 from abc import ABC, abstractmethod
+from typing import Self
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from shardes.backends.footprint import RankFootprint
 from shardes.backends.shard import Shard
+from shardes.config.schema import Config
+from shardes.distributed.group import Group
+from shardes.models.build import parameter_aliases
 from shardes.models.conversion import Conversion
 
 
 class Backend(ABC):
     """A model whose parameters are spread over ranks.
 
+    A subclass sets ``shards`` and ``sharded_model``.
+
+    Args:
+        skeleton: Model with parameters on meta and real buffers.
+        group: Ranks that hold the model together.
+
     Attributes:
-        shards: This rank's part of every parameter, sorted by name. The same parameters on every rank.
+        shards: This rank's part of every parameter, sorted by name; all ranks have the same parameters.
         aliases: Further names of tied weights.
-        dtype: The model's dtype.
-        device: Where this rank's tensors are.
-        lockstep_model: The model whose forward gathers what it needs; a collective where shards are spread,
-            so that every rank must call it equally often.
-        conversion: How the files' tensors become the model's parameters; None: they have the same names.
+        dtype: Dtype of the model.
+        device: Device of this rank's tensors.
+        sharded_model: Model whose forward gathers what it needs. If the backend is sharded, its forward is a
+            collective that every rank must call equally often.
+        conversion: Conversion of the tensors in the checkpoint's files to parameters; None if they have the
+            same names.
     """
 
     shards: tuple[Shard, ...]
-    aliases: set[str]
-    dtype: torch.dtype
-    device: torch.device
     sharded_model: nn.Module
     conversion: Conversion | None = None
+
+    def __init__(self, skeleton: PreTrainedModel, *, group: Group) -> None:
+        self._group = group
+        self.dtype: torch.dtype = skeleton.dtype
+        self.device = group.device
+        self.aliases = parameter_aliases(skeleton)
+
+    @classmethod
+    def build(cls, skeleton: PreTrainedModel, *, config: Config, group: Group) -> Self:
+        """Build the backend that a configuration describes; a collective.
+
+        Args:
+            skeleton: Model with parameters on meta and real buffers, which the backend takes over.
+            config: Configuration of the run.
+            group: Ranks that hold the model together.
+
+        Raises:
+            UserError: The backend cannot be used with this model, configuration or number of ranks.
+        """
+        return cls(skeleton, group=group)
+
+    @staticmethod
+    @abstractmethod
+    def footprint(skeleton: PreTrainedModel, *, num_ranks: int) -> RankFootprint:
+        """Compute what the first of ``num_ranks`` ranks would hold, without a process group.
+
+        Raises:
+            UserError: So many ranks cannot hold the model together.
+        """
 
     @property
     @abstractmethod
     def is_sharded(self) -> bool:
-        """Whether ranks hold different elements; if so, a forward of ``sharded_model`` is a collective."""
+        """Return whether ranks hold different elements; forwards of ``sharded_model`` are then collective."""
 
     @property
     def needs_same_batch(self) -> bool:
-        """Whether every rank must be given the same batch in a forward of ``sharded_model``.
+        """Return whether all ranks must pass the same batch to a forward of ``sharded_model``.
 
-        True of tensor parallelism, whose ranks compute parts of one forward. Otherwise each rank's forward is
-        of a batch of its own, even if it is a collective.
+        True of tensor parallelism, whose ranks compute parts of one forward. Otherwise each rank's forward
+        has a batch of its own, even if it is a collective.
         """
         return False
 
     @abstractmethod
     def commit(self) -> None:
-        """Makes the next forward of ``sharded_model`` see what was written into the shards."""
+        """Make the next forward of ``sharded_model`` see what was written into the shards."""
 
     @abstractmethod
     def gathered(self) -> nn.Module:
-        """A whole model on this rank with what the shards hold now; a collective.
+        """Gather the shards into a whole model on this rank and return it; a collective.
 
-        The model and its storage are the same at every call, so what it holds lasts until the next call.
+        Every call returns the same model in the same storage, so its weights last until the next call.
         """
 
     def reserve(self) -> None:  # noqa: B027 - a backend without such storage has nothing to do
-        """Allocates what ``gathered`` fills, if that is storage of its own; no collective.
+        """Allocate the storage that ``gathered`` fills, if it has storage of its own; no collective.
 
-        Memory that is not there is then missed here, by one rank alone and not in the midst of a collective.
+        A rank without the memory then fails here by itself, and not in the midst of a collective.
         """
 
     def release(self) -> None:  # noqa: B027
-        """Frees what ``reserve`` allocated; the next ``reserve`` or ``gathered`` allocates it again."""
+        """Free the storage of ``reserve``; the next ``reserve`` or ``gathered`` allocates it again."""
 
     @abstractmethod
     def gather_parameter(self, shard: Shard, values: torch.Tensor) -> torch.Tensor | None:
-        """The whole of one parameter, on rank 0; None elsewhere. A collective.
+        """Gather one parameter on rank 0; a collective.
 
         Args:
-            shard: Which parameter.
+            shard: This rank's shard of the parameter.
             values: This rank's values, flat, laid out like ``shard.local``; any dtype.
+
+        Returns:
+            The whole parameter of shape ``shard.shape`` and the dtype of ``values`` on rank 0, None on the
+            other ranks.
         """

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration: our own, or the user's with its ``auto`` values filled."""
+"""The DeepSpeed configuration: the default one, or the user's with its ``auto`` values filled."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from shardes.errors import UserError
 
 @dataclass(frozen=True)
 class _Unusable:
-    """A key that cannot be honoured: when it counts as set, and why it is refused."""
+    """A key that is refused where ``is_set`` is true of its value, and the reason."""
 
     key: str
     is_set: Callable[[Any], bool]
@@ -81,21 +81,21 @@ def make_deepspeed_config(
     largest_layer: int,
     largest_parameter: int,
 ) -> dict[str, Any]:
-    """A complete configuration for ``deepspeed.initialize``.
+    """Make a complete configuration for ``deepspeed.initialize``.
 
     Args:
-        path: The user's JSON, or None for ours.
-        dtype: The model's dtype.
-        micro_batch_size: Prompts per forward; None if that is not known yet: then any number will do, since
+        path: JSON file of the user; None for the default configuration.
+        dtype: Dtype of the model.
+        micro_batch_size: Prompts per forward; None if that is not known yet. Any number will do then, since
             DeepSpeed only trains with it.
         world_size: Number of ranks.
-        hidden_size: The model's width; ``auto`` bucket sizes depend on it.
-        largest_layer: Elements of the model's largest layer: what is gathered at a time is at most twice
-            that, unless the file says otherwise.
+        hidden_size: Width of the model, on which ``auto`` bucket sizes depend.
+        largest_layer: Elements of the largest layer. At most twice as many are gathered at a time, unless
+            the file has another limit.
         largest_parameter: Elements of the largest parameter that is fetched ahead.
 
     Raises:
-        UserError: The file cannot be read, or asks for what ES on shards cannot honour.
+        UserError: The file cannot be read, or has a value that cannot be used.
     """
     tree: dict[str, Any] = {"zero_optimization": {"stage": 3}} if path is None else _read(path)
     if path is not None:

@@ -1,5 +1,6 @@
 """DTensors, in which FSDP2 and tensor parallelism keep their shards: their meshes and their layouts."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,17 +13,17 @@ from shardes.distributed.group import Group
 
 
 def make_device_mesh(group: Group, *, axis: str) -> DeviceMesh:
-    """A one-dimensional mesh of a group's ranks, over the group's own communicator."""
+    """Make a one-dimensional mesh named ``axis`` of a group's ranks, over the group's own communicator."""
     process_group = group.process_group or dist.group.WORLD
     assert process_group is not None, "a mesh needs a process group, even of one rank"
     return DeviceMesh.from_group(process_group, group.device.type, mesh_dim_names=(axis,))
 
 
 def layout_of(parameter: torch.Tensor, *, world_size: int) -> Layout:
-    """How a DTensor is spread over its mesh; a plain tensor is whole on each of ``world_size`` ranks.
+    """Return the layout of a DTensor over its mesh; a plain tensor is whole on each of ``world_size`` ranks.
 
     Raises:
-        RuntimeError: A placement that does not say which elements are whose.
+        RuntimeError: A placement does not tell which elements a rank owns.
     """
     shape = tuple(parameter.shape)
     if not isinstance(parameter, DTensor):
@@ -31,10 +32,17 @@ def layout_of(parameter: torch.Tensor, *, world_size: int) -> Layout:
     return Layout(shape, tuple(parameter.device_mesh.shape), splits)
 
 
-def local_of(parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor, flat; the whole of a plain tensor."""
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return local.detach().view(-1)
+def layouts_of(parameters: Iterable[tuple[str, torch.Tensor]], *, world_size: int) -> dict[str, Layout]:
+    """Return the layouts of named parameters, as ``layout_of`` does."""
+    return {name: layout_of(parameter, world_size=world_size) for name, parameter in parameters}
+
+
+def local_tensors(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return this rank's part of each DTensor, or the whole of each plain tensor, as flat views."""
+    return {
+        name: (part.to_local() if isinstance(part, DTensor) else part).detach().view(-1)
+        for name, part in parameters.items()
+    }
 
 
 def _split(placement: Any, num_dims: int) -> Split | None:

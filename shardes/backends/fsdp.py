@@ -1,4 +1,4 @@
-"""PyTorch FSDP2: each rank holds the rows of every parameter that ``fully_shard`` gives it.
+"""PyTorch FSDP2: each rank holds the rows of every parameter that ``fully_shard`` assigns to it.
 
 Rows are dealt in equal chunks, so the last ranks may hold fewer or none. Every module that is sharded on its
 own is gathered when its forward begins and freed when it ends. FSDP2 leaves the root gathered after a forward
@@ -7,6 +7,7 @@ by default, and a forward reads gathered parameters without noticing that the sh
 """
 
 import copy
+import math
 
 import torch
 from torch import nn
@@ -14,7 +15,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from shardes.backends.dtensors import layout_of, local_of, make_device_mesh
+from shardes.backends.dtensors import layouts_of, local_tensors, make_device_mesh
+from shardes.backends.footprint import RankFootprint
+from shardes.backends.layout import chunk
 from shardes.backends.sharded import GatheringBackend
 from shardes.distributed.group import Group
 
@@ -23,8 +26,8 @@ class FsdpBackend(GatheringBackend):
     """A model sharded by FSDP2.
 
     Args:
-        skeleton: The model, parameters on meta, buffers real; it becomes the replica of ``gathered``.
-        group: The ranks; a process group exists even if there is only one.
+        skeleton: Model with parameters on meta and real buffers; it becomes the replica of ``gathered``.
+        group: Ranks to shard over; a process group exists even if there is only one.
     """
 
     def __init__(self, skeleton: PreTrainedModel, *, group: Group) -> None:
@@ -42,19 +45,28 @@ class FsdpBackend(GatheringBackend):
         # Taken before the first forward: while a module is gathered, its parameters are plain tensors.
         self._parameters = dict(sorted(model.named_parameters()))
         self._check_layout(skeleton)
-        layouts = {
-            name: layout_of(parameter, world_size=group.world_size)
-            for name, parameter in self._parameters.items()
-        }
-        self._hold(
-            skeleton,
-            local={name: local_of(parameter) for name, parameter in self._parameters.items()},
-            layouts=layouts,
-            shapes={name: layout.shape for name, layout in layouts.items()},
-        )
+        layouts = layouts_of(self._parameters.items(), world_size=group.world_size)
+        self._hold(skeleton, local=local_tensors(self._parameters), layouts=layouts)
+
+    @staticmethod
+    def footprint(skeleton: PreTrainedModel, *, num_ranks: int) -> RankFootprint:
+        """Compute the elements that the first of ``num_ranks`` ranks holds: rows in equal chunks."""
+        parameters = list(skeleton.named_parameters())
+        held = {name: chunk(len(p), num_ranks, 0)[1] * math.prod(p.shape[1:]) for name, p in parameters}
+        names = {id(p): name for name, p in parameters}
+        *inner, root = [
+            num_ranks * sum(held[names.pop(id(p))] for p in unit.parameters() if id(p) in names)
+            for unit in units(skeleton)
+        ]
+        # A unit and the buffer that it is gathered through, besides what stays for the whole forward.
+        return RankFootprint(num_ranks, held, max(2 * root, root + 2 * max(inner, default=0)))
 
     def _check_layout(self, skeleton: nn.Module) -> None:
-        """Stops if the model lost a tie, or if a parameter was left whole."""
+        """Check that ties were kept and that every parameter was sharded.
+
+        Raises:
+            RuntimeError: The model lost a tie, or a parameter was left whole.
+        """
         shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
         if shapes != {name: parameter.shape for name, parameter in self._parameters.items()}:
             raise RuntimeError("sharding changed which parameters the model has")
@@ -63,24 +75,24 @@ class FsdpBackend(GatheringBackend):
             raise RuntimeError(f"fully_shard left {whole[0]} whole")
 
     def commit(self) -> None:
-        """Frees every gathered parameter, so that the next forward gathers the shards anew."""
+        """Free every gathered parameter, so that the next forward gathers the shards anew."""
         for module in self._sharded_modules:
             module.reshard()
 
 
 def _gather(module: nn.Module, _: object) -> None:
-    """Gathers a module before FSDP2 does, and with it frees the gather's buffer at once.
+    """Gather a module before FSDP2 does, which frees the gather's buffer at once.
 
     FSDP2 keeps that buffer until the next module is gathered, to overlap the two. A forward would then need
-    three times the largest layer besides the shards instead of twice, and streaming is for models that hardly
-    fit.
+    three times the largest layer besides the shards instead of twice, and gathering by layers is for models
+    that hardly fit.
     """
     assert isinstance(module, FSDPModule)
     module.unshard()
 
 
 def units(model: PreTrainedModel) -> list[nn.Module]:
-    """What is gathered and freed as one, inner modules first; the model itself takes what is left.
+    """Return the modules that are gathered and freed as one, inner ones first and the model itself last.
 
     Blocks are the modules of the list that holds most of the parameters. An embedding and a head of their own
     are units too, because what belongs to the model itself stays gathered for a whole forward; a tied weight

@@ -15,17 +15,16 @@ _BUCKET_BYTES = {"cuda": 16 * 2**20, "cpu": 2**20}
 
 
 class GatheredModel:
-    """The model's parameters at stable addresses. Storage is taken at the first use.
+    """A whole model at stable addresses. Storage is allocated at the first use.
 
     Args:
-        skeleton: The model, parameters on meta, buffers real; it becomes the replica.
-        shards: This rank's flat shard of each parameter, by name; what lies behind the owned elements is
-            padding.
-        layouts: How each parameter is spread over the ranks; parts must lie back to back in it.
-        group: The ranks.
+        skeleton: Model with parameters on meta and real buffers; it becomes the replica.
+        shards: This rank's flat shard of each parameter, by name, with padding behind the owned elements.
+        layouts: Layout of each parameter, whose parts must lie back to back in the parameter.
+        group: Ranks that hold the shards.
 
     Raises:
-        ValueError: A layout whose parts do not lie back to back.
+        ValueError: The parts of a layout do not lie back to back.
     """
 
     def __init__(
@@ -52,14 +51,14 @@ class GatheredModel:
         self._storage: dict[str, torch.Tensor] = {}
 
     def fill(self) -> nn.Module:
-        """Gathers what the shards hold now; a collective. The same model at every call."""
+        """Gather the shards into the model and return it, the same model at every call; a collective."""
         self.allocate()
         for bucket in self._buckets:
             self._gather(bucket)
         return self._model
 
     def allocate(self) -> None:
-        """Takes the storage, if it is not there yet."""
+        """Allocate the storage, if it is not there yet."""
         if self._storage:
             return
         storage, views = {}, {}
@@ -77,13 +76,13 @@ class GatheredModel:
         self._storage = storage
 
     def free(self) -> None:
-        """Gives the storage back; the next use takes it again, elsewhere."""
+        """Free the storage; the next use allocates it again, at other addresses."""
         parameters = self._model.named_parameters()
         fill_parameters(self._model, {name: tensor.to("meta") for name, tensor in parameters})
         self._storage = {}
 
     def _gather(self, names: list[str]) -> None:
-        """Gathers parameters in one collective: small ones cost a collective's latency, not its bandwidth."""
+        """Gather parameters in one collective: small ones cost a collective's latency, not its bandwidth."""
         sizes = [self._sizes[name] for name in names]
         local = [padded(self._shards[name], self._sizes[name]) for name in names]
         if len(names) == 1:
@@ -97,7 +96,7 @@ class GatheredModel:
 
 
 def padded(part: torch.Tensor, size: int) -> torch.Tensor:
-    """A flat tensor's first ``size`` elements, with zeros behind if it is shorter; a view if it can be."""
+    """Return the first ``size`` elements of a flat tensor as a view, or a copy filled up with zeros."""
     if part.numel() >= size:
         return part[:size]
     longer = part.new_zeros(size)
@@ -106,7 +105,15 @@ def padded(part: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def make_buckets(sizes: Mapping[str, int], *, device_type: str) -> list[list[str]]:
-    """Names to gather together: neighbours, as long as their shards fit into a bucket."""
+    """Group neighbouring parameters whose shards together fit into a bucket.
+
+    Args:
+        sizes: Bytes of a rank's shard of each parameter, by name.
+        device_type: ``cuda`` or ``cpu``, which decides on the size of a bucket.
+
+    Returns:
+        Names by bucket; a larger shard has a bucket of its own.
+    """
     buckets: list[list[str]] = []
     most_bytes = _BUCKET_BYTES[device_type]
     total = most_bytes

@@ -1,6 +1,6 @@
-"""Which elements of a parameter a rank owns, computed from how the parameter is split.
+"""Layouts: the elements of a parameter that a rank owns, computed from the splits of the parameter.
 
-Pure arithmetic over shapes: no engine, no process group and no tensors, so that it can be checked for a
+Pure arithmetic over shapes: no backend, no process group and no tensors, so that it can be checked for a
 thousand ranks on one. The rule for a dimension that a number of ranks does not divide is ``torch.chunk``'s,
 which FSDP2 and DTensor follow too: all parts have ceil(n / ranks) indices, but for a shorter last one and
 empty ones behind it.
@@ -21,12 +21,12 @@ _Intervals = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Split:
-    """One axis of a mesh splits one dimension of a tensor.
+    """A split of one dimension of a tensor over one axis of a mesh.
 
     Attributes:
-        dim: The dimension, not negative.
-        num_pieces: The dimension is first cut into so many pieces, each of which is then split, and a rank
-            owns its part of every piece: how a matrix is split that holds several stacked ones.
+        dim: Index of the dimension, not negative.
+        num_pieces: Number of pieces into which the dimension is cut first. Each is then split, and a rank
+            owns its part of every piece, as for a matrix that holds several stacked ones.
     """
 
     dim: int
@@ -35,12 +35,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a parameter is spread over a mesh of ranks.
+    """The distribution of a parameter over a mesh of ranks.
 
     Attributes:
-        shape: The whole parameter's.
+        shape: Shape of the whole parameter.
         mesh: Number of ranks along each axis of the mesh.
-        splits: What each axis does, the first axis first; None: its ranks hold the same elements.
+        splits: Split of each axis, in the order of ``mesh``; None if its ranks hold the same elements.
+
+    Raises:
+        ValueError: A split does not fit the shape, or there is not one split an axis.
     """
 
     shape: tuple[int, ...]
@@ -58,16 +61,16 @@ class Layout:
 
     @property
     def is_replicated(self) -> bool:
-        """Whether every rank holds the whole parameter."""
+        """Return whether every rank holds the whole parameter."""
         return all(split is None or size == 1 for split, size in zip(self.splits, self.mesh, strict=True))
 
     @property
     def is_flat(self) -> bool:
-        """Whether the parts of a one-dimensional mesh lie back to back in the whole parameter."""
+        """Return whether the parts over a one-dimensional mesh lie back to back in the parameter."""
         return self.splits == (Split(0),)
 
     def spans(self, coordinate: Sequence[int]) -> tuple[ShardSpan, ...]:
-        """The elements of the rank at ``coordinate``, in the order in which its tensor holds them."""
+        """Return the elements of the rank at ``coordinate`` of the mesh, in the order of its tensor."""
         shape = self.shape or (1,)
         owned: list[_Intervals] = [[(0, size)] for size in shape]
         for split, size, index in zip(self.splits, self.mesh, coordinate, strict=True):
@@ -77,12 +80,12 @@ class Layout:
 
 
 def flat_layout(num_elements: int, *, world_size: int) -> Layout:
-    """A parameter's elements, taken as one row, cut into equal parts: ZeRO-3's way."""
+    """Return the layout of ZeRO-3: the elements, taken as one row, are cut into equal parts."""
     return Layout((num_elements,), (world_size,), (Split(0),))
 
 
 def _part(intervals: _Intervals, num_pieces: int, num_parts: int, index: int) -> _Intervals:
-    """Part ``index`` of each of the pieces of some indices."""
+    """Return part ``index`` of ``num_parts`` of each of the pieces of some indices."""
     total = sum(number for _, number in intervals)
     part: _Intervals = []
     for piece in range(num_pieces):
@@ -93,14 +96,14 @@ def _part(intervals: _Intervals, num_pieces: int, num_parts: int, index: int) ->
 
 
 def chunk(total: int, num_chunks: int, index: int) -> tuple[int, int]:
-    """Where chunk ``index`` starts and how long it is."""
+    """Return the start and the length of chunk ``index`` when ``total`` indices are chunked."""
     size = -(-total // num_chunks)
     low = min(total, size * index)
     return low, min(total, low + size) - low
 
 
 def _slice(intervals: _Intervals, low: int, length: int) -> _Intervals:
-    """``length`` of the indices, from the one at position ``low`` on."""
+    """Return ``length`` of the indices, from the one at position ``low`` on."""
     found: _Intervals = []
     for first, number in intervals:
         begin, end = max(0, low), min(number, low + length)
@@ -111,7 +114,7 @@ def _slice(intervals: _Intervals, low: int, length: int) -> _Intervals:
 
 
 def _spans(shape: tuple[int, ...], owned: list[_Intervals]) -> tuple[ShardSpan, ...]:
-    """The indices of every dimension, multiplied out in row-major order."""
+    """Multiply the indices of all dimensions out in row-major order."""
     if math.prod(shape) == 0 or not all(owned):
         return ()
     partial = [dim for dim, indices in enumerate(owned) if indices != [(0, shape[dim])]]
@@ -128,14 +131,14 @@ def _spans(shape: tuple[int, ...], owned: list[_Intervals]) -> tuple[ShardSpan, 
 
 
 def _compress(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> tuple[ShardSpan, ...]:
-    """Joins rows that touch, and makes one run of equal rows that are a fixed stride apart."""
+    """Join rows that touch, and make one span of equal rows that are a fixed stride apart."""
     ends = starts + lengths
     heads = np.flatnonzero(np.concatenate([[True], starts[1:] != ends[:-1]]))
     lasts = np.append(heads[1:], len(starts)) - 1
     starts, lengths = starts[heads], ends[lasts] - starts[heads]
     steps = np.diff(starts)
     is_like_before = lengths[1:] == lengths[:-1]
-    # Rows at which a run of two rows or more cannot go on: another length, or another step.
+    # Rows at which a span of two rows or more cannot go on: another length, or another step.
     is_other_step = np.concatenate([[True], steps[1:] != steps[:-1]])[: len(steps)]
     breaks = np.flatnonzero(is_other_step | ~is_like_before) + 1
     spans: list[ShardSpan] = []

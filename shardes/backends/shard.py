@@ -1,4 +1,4 @@
-"""Which elements of which parameter a rank holds."""
+"""Shards: the part of a parameter that a rank holds."""
 
 import math
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ class ShardSpan:
     """Rows of elements that follow each other in a shard, and lie a fixed stride apart in the parameter.
 
     Attributes:
-        local_start: First element within the shard.
+        local_start: Index of the first element in the shard.
         global_start: Row-major index of the same element in the whole parameter.
-        length: Elements in a row: contiguous both in the shard and in the parameter.
-        rows: Number of rows; they lie back to back in the shard.
-        stride: From the start of a row to the start of the next, in the whole parameter.
+        length: Elements in a row, which is contiguous both in the shard and in the parameter.
+        rows: Number of rows, which lie back to back in the shard.
+        stride: Elements from the start of a row to the start of the next in the whole parameter.
     """
 
     local_start: int
@@ -33,11 +33,15 @@ class ShardSpan:
         return self.rows * self.length
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """The run's view of a flat tensor laid out like the shard."""
+        """Return the span's view of a flat tensor laid out like the shard."""
         return flat[self.local_start : self.local_start + self.num_elements]
 
     def parts(self, max_elements: int | None) -> Iterator["ShardSpan"]:
-        """The run in pieces of at most so many elements: whole rows, or parts of one; None: in one piece."""
+        """Cut the span into pieces, each of several whole rows or of a part of one row.
+
+        Args:
+            max_elements: Most elements of a piece; None for a single piece.
+        """
         if max_elements is None or self.num_elements <= max_elements:
             yield self
             return
@@ -54,7 +58,7 @@ class ShardSpan:
                 )
 
     def inside(self, whole: torch.Tensor) -> torch.Tensor:
-        """The run's view, of shape [rows, length], of the whole parameter as a flat contiguous tensor."""
+        """Return the span's view, of shape [rows, length], of the whole parameter, flat and contiguous."""
         offset = whole.storage_offset() + self.global_start
         return whole.as_strided((self.rows, self.length), (self.stride, 1), offset)
 
@@ -64,12 +68,12 @@ class Shard:
     """One rank's part of one parameter.
 
     Attributes:
-        name: The parameter's name in the Hugging Face checkpoint.
+        name: Name of the parameter in the Hugging Face checkpoint.
         param_id: Index of the name in the sorted list of all parameters, ties counted once.
         shape: Shape of the whole parameter.
-        local: The working tensor, flat and writable, of the model's dtype. It may be longer than what the
-            runs cover: the rest is padding, which is never read or written.
-        spans: The elements that this rank owns; empty if it owns none.
+        local: Working tensor, flat and writable, of the model's dtype. It may be longer than what the spans
+            cover; the rest is padding, which is never read or written.
+        spans: Elements that this rank owns; empty if it owns none.
         is_copy: Whether another rank of the group owns the same elements and counts them, so that this one
             must not in a sum over ranks.
     """
@@ -92,7 +96,7 @@ class Shard:
         return sum(span.num_elements for span in self.spans)
 
     def region(self, span: ShardSpan) -> Region:
-        """Where a run's elements lie in the whole parameter."""
+        """Return the region of a span's elements in the whole parameter."""
         return Region(
             self.param_id,
             self.num_elements,

@@ -1,4 +1,4 @@
-"""What backends whose ranks hold different elements have in common."""
+"""Base classes of backends whose ranks hold different elements."""
 
 import math
 from collections.abc import Mapping
@@ -13,25 +13,26 @@ from shardes.backends.gathered_model import GatheredModel, padded
 from shardes.backends.layout import Layout
 from shardes.backends.shard import Shard
 from shardes.distributed.group import Group
-from shardes.models.build import parameter_aliases, parameter_ids
+from shardes.models.build import parameter_ids
 
 
 def make_shards(
-    local: Mapping[str, torch.Tensor],
+    skeleton: nn.Module,
     *,
+    local: Mapping[str, torch.Tensor],
     layouts: Mapping[str, Layout],
-    shapes: Mapping[str, tuple[int, ...]],
     group: Group,
 ) -> tuple[Shard, ...]:
-    """This rank's shards, sorted by name.
+    """Make this rank's shards, sorted by name.
 
     Args:
-        local: The flat working tensor of each parameter.
-        layouts: How each is spread over the ranks.
-        shapes: The parameters' shapes; a layout may take a parameter as one row.
-        group: The ranks.
+        skeleton: Model with parameters of whole shapes.
+        local: Flat working tensor of each parameter, by name.
+        layouts: Layout of each parameter over the ranks, which may treat it as one row.
+        group: Ranks that the parameters are spread over.
     """
     ids = parameter_ids(list(local))
+    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
     return tuple(
         Shard(
             name,
@@ -51,25 +52,19 @@ class ShardedBackend(Backend):
     A backend of this kind sets ``_layouts`` (by name), ``shards`` and ``sharded_model``.
 
     Args:
-        skeleton: The model, parameters on meta, buffers real.
-        group: The ranks; a process group exists even if there is only one.
+        skeleton: Model with parameters on meta and real buffers.
+        group: Ranks to shard over; a process group exists even if there is only one.
     """
 
     _layouts: Mapping[str, Layout]
 
-    def __init__(self, skeleton: PreTrainedModel, *, group: Group) -> None:
-        self._group = group
-        self.dtype = skeleton.dtype
-        self.device = group.device
-        self.aliases = parameter_aliases(skeleton)
-
     @property
     def is_sharded(self) -> bool:
-        """Whether there is more than one rank to shard over."""
+        """Return whether there is more than one rank to shard over."""
         return self._group.world_size > 1
 
     def gather_parameter(self, shard: Shard, values: torch.Tensor) -> torch.Tensor | None:
-        """The parts of one parameter, each put where it belongs, on rank 0."""
+        """Gather the parts of one parameter on rank 0, and put each where it belongs."""
         layout = self._layouts[shard.name]
         if layout.is_replicated:
             return values[: shard.num_elements].view(shard.shape) if self._group.is_main else None
@@ -102,21 +97,20 @@ class GatheringBackend(ShardedBackend):
         *,
         local: Mapping[str, torch.Tensor],
         layouts: Mapping[str, Layout],
-        shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
-        """Makes this rank's shards, and a replica of ``skeleton``; arguments as in ``make_shards``."""
+        """Make this rank's shards, and a replica of ``skeleton``; arguments as in ``make_shards``."""
         self._layouts = layouts
         self._replica = GatheredModel(skeleton, shards=local, layouts=layouts, group=self._group)
-        self.shards = make_shards(local, layouts=layouts, shapes=shapes, group=self._group)
+        self.shards = make_shards(skeleton, local=local, layouts=layouts, group=self._group)
 
     def gathered(self) -> nn.Module:
-        """A hook-free replica, filled from all ranks' shards."""
+        """Fill the replica, which has no hooks, from all ranks' shards and return it."""
         return self._replica.fill()
 
     def reserve(self) -> None:
-        """Allocates the replica."""
+        """Allocate the replica."""
         self._replica.allocate()
 
     def release(self) -> None:
-        """Frees the replica."""
+        """Free the replica."""
         self._replica.free()

@@ -15,24 +15,25 @@ from torch.nn import functional
 from shardes.distributed.group import Group
 
 Terms = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""From the inputs and outputs of a product to outputs with something added that is linear in the inputs."""
+"""Function of a product's inputs and outputs that returns the outputs plus terms linear in the inputs."""
 
 
 class LinearPart:
-    """The forward of a linear layer of which this rank has a part.
+    """Forward of a linear layer of which this rank has a part.
 
     Args:
-        module: The layer, with this rank's part of its weight.
-        style: The plan's.
-        group: The ranks.
-        held: The layer's parameters as they were before it had parts of them: another module may share them.
+        module: Layer with this rank's part of its weight.
+        style: Style of the layer in the plan.
+        group: Ranks that share the layer.
+        held: Whole parameters of the layer by name, as another module may share them.
 
     Attributes:
-        held: The same.
-        outputs: Which of the layer's outputs this rank computes.
-        inputs: From which of its inputs.
-        is_sum: Whether what ranks compute is added up; the bias then comes last.
-        terms: Added to this rank's product; None: nothing.
+        held: Argument ``held``.
+        group: Argument ``group``.
+        outputs: Slice of the layer's outputs that this rank computes.
+        inputs: Slice of the layer's inputs that this rank's product takes.
+        is_sum: Whether the ranks' outputs are added up; the bias then comes last.
+        terms: Terms that are added to this rank's product; None for none.
     """
 
     def __init__(
@@ -57,22 +58,26 @@ class LinearPart:
         self.terms: Terms | None = None
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """All outputs, or those of this rank, as the style says."""
+        """Compute all outputs or this rank's, as the style demands; a collective of most styles.
+
+        Args:
+            inputs: All inputs or this rank's, as the style demands, of shape [..., features].
+        """
         return self._forward(self, self._module, inputs)
 
     def product(self, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """With this rank's part of the weight."""
+        """Multiply by this rank's part of the weight, and add ``bias`` and ``terms``."""
         out = functional.linear(inputs, self._module.weight, bias)
         return out if self.terms is None else self.terms(inputs, out)
 
 
 def _columns(part: LinearPart, module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    """This rank's part of the outputs."""
+    """Compute this rank's part of the outputs."""
     return part.product(inputs, module.bias)
 
 
 def _gathered_columns(part: LinearPart, module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    """All outputs, of which each rank computes a part."""
+    """Compute all outputs, of which each rank computes a part."""
     mine = _columns(part, module, inputs)
     size = -(-module.out_features // part.group.world_size)
     mine = functional.pad(mine, (0, size - mine.shape[-1])).contiguous()
@@ -82,13 +87,13 @@ def _gathered_columns(part: LinearPart, module: nn.Linear, inputs: torch.Tensor)
 
 
 def _rows(part: LinearPart, module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    """All outputs, from this rank's part of the inputs."""
+    """Compute all outputs from this rank's part of the inputs."""
     total = part.group.sum_tensor(part.product(inputs))
     return total if module.bias is None else total + module.bias
 
 
 def _rows_of_all(part: LinearPart, module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    """All outputs, from all inputs."""
+    """Compute all outputs from all inputs."""
     return _rows(part, module, inputs[..., part.inputs])
 
 
@@ -104,21 +109,21 @@ _FORWARDS: Mapping[str, _Forward] = {
 
 
 def linears_of(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
-    """The modules of a plan that ``use_plain_tensors`` can do, and their styles.
+    """Return the modules of a plan that ``use_plain_tensors`` supports, with their styles.
 
-    Modules that only inherit from ``nn.Linear`` are not among them: what their forwards do is not known here.
+    Modules that only inherit from ``nn.Linear`` are not among them: their forwards are not known here.
     """
     plain = {name for name, module in model.named_modules() if type(module) is nn.Linear}
     return {name: style for name, style in plan.items() if style in _FORWARDS and name in plain}
 
 
 def use_plain_tensors(model: nn.Module, linears: Mapping[str, str], *, group: Group) -> None:
-    """Makes linear layers compute with their local tensors.
+    """Make linear layers compute with their local tensors.
 
     Args:
-        model: A model whose parameters are DTensors as the plan wants them, in their final storage.
-        linears: What ``linears_of`` found.
-        group: The ranks.
+        model: Model whose parameters are DTensors as in the plan, in their final storage.
+        linears: Return value of ``linears_of``.
+        group: Ranks that share the layers.
     """
     for name, style in linears.items():
         module = model.get_submodule(name)

@@ -16,13 +16,12 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
-from shardes.backends.dtensors import layout_of, local_of, make_device_mesh
-from shardes.backends.layout import Layout
+from shardes.backends.dtensors import layouts_of, local_tensors, make_device_mesh
+from shardes.backends.footprint import RankFootprint
 from shardes.backends.sharded import ShardedBackend, make_shards
 from shardes.backends.split_linear import linears_of, use_plain_tensors
 from shardes.distributed.group import Group
 from shardes.errors import UserError
-from shardes.models.build import parameter_aliases
 
 # Attention modules compute whole heads, so a plan that splits their outputs deals heads to ranks.
 _DEALS_HEADS = re.compile(r".*\b(self_attn|attention|attn)\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value)")
@@ -32,18 +31,15 @@ class TensorParallelBackend(ShardedBackend):
     """A model split by its tensor parallel plan. It is never whole on any rank.
 
     Args:
-        skeleton: The model, parameters on meta, buffers real.
-        group: The ranks; a process group exists even if there is only one.
+        skeleton: Model with parameters on meta and real buffers.
+        group: Ranks to split over; a process group exists even if there is only one.
 
     Raises:
         UserError: transformers has no plan for the architecture, or the plan cannot take so many ranks.
     """
 
     def __init__(self, skeleton: PreTrainedModel, *, group: Group) -> None:
-        self._group = group
-        self.dtype = skeleton.dtype
-        self.device = group.device
-        self.aliases = parameter_aliases(skeleton)
+        super().__init__(skeleton, group=group)
         model = copy.deepcopy(skeleton).requires_grad_(False)
         linears = _split(model, make_device_mesh(group, axis="tp")) if group.world_size > 1 else {}
         _allocate(model, group.device)
@@ -53,27 +49,39 @@ class TensorParallelBackend(ShardedBackend):
             n: p.shape for n, p in skeleton.named_parameters()
         }:
             raise RuntimeError("splitting changed which parameters the model has")
-        self._layouts = {
-            name: layout_of(parameter, world_size=group.world_size) for name, parameter in parameters.items()
-        }
-        local = {name: local_of(parameter) for name, parameter in parameters.items()}
-        shapes = {name: layout.shape for name, layout in self._layouts.items()}
-        self.shards = make_shards(local, layouts=self._layouts, shapes=shapes, group=group)
+        self._layouts = layouts_of(parameters.items(), world_size=group.world_size)
+        local = local_tensors(parameters)
+        self.shards = make_shards(skeleton, local=local, layouts=self._layouts, group=group)
         use_plain_tensors(model, linears, group=group)
+
+    @staticmethod
+    def footprint(skeleton: PreTrainedModel, *, num_ranks: int) -> RankFootprint:
+        """Compute the elements that the first of ``num_ranks`` ranks holds; no process group is needed.
+
+        Raises:
+            UserError: transformers has no plan for the architecture, or the plan cannot take so many ranks.
+        """
+        model = copy.deepcopy(skeleton)
+        if num_ranks > 1:
+            ranks = torch.arange(num_ranks)
+            _split(model, DeviceMesh("cpu", ranks, mesh_dim_names=("tp",), _init_backend=False, _rank=0))
+        layouts = layouts_of(model.named_parameters(), world_size=num_ranks).items()
+        held = {name: sum(span.num_elements for span in layout.spans((0,))) for name, layout in layouts}
+        return RankFootprint(num_ranks, held)
 
     @property
     def needs_same_batch(self) -> bool:
-        """Whether there is more than one rank: each computes a part of the same forward."""
+        """Return whether there is more than one rank; each then computes a part of the same forward."""
         return self._group.world_size > 1
 
     def commit(self) -> None:
-        """Nothing to do: the shards are the parameters."""
+        """Do nothing: the shards are the parameters."""
 
     def gathered(self) -> nn.Module:
-        """Refused: a model that is split this way is not made whole.
+        """Return the model if there is only one rank.
 
         Raises:
-            UserError: Always, with more than one rank.
+            UserError: There are several, which never gather the model.
         """
         if self._group.world_size > 1:
             raise UserError(
@@ -83,24 +91,15 @@ class TensorParallelBackend(ShardedBackend):
         return self.sharded_model
 
 
-def planned_layouts(skeleton: PreTrainedModel, *, num_ranks: int) -> dict[str, Layout]:
-    """How the model would be spread over a number of ranks, by name; no process group is needed.
-
-    Raises:
-        UserError: As for the backend.
-    """
-    model = copy.deepcopy(skeleton)
-    if num_ranks > 1:
-        ranks = torch.arange(num_ranks)
-        _split(model, DeviceMesh("cpu", ranks, mesh_dim_names=("tp",), _init_backend=False, _rank=0))
-    return {name: layout_of(part, world_size=num_ranks) for name, part in model.named_parameters()}
-
-
 def _split(model: PreTrainedModel, mesh: DeviceMesh) -> dict[str, str]:
-    """Applies the model's plan: parameters become DTensors, and forwards reduce what they must.
+    """Apply the model's plan: parameters become DTensors, and forwards reduce what they must.
 
     Returns:
-        Linear layers whose forwards are still to be changed, and the plan's styles of them.
+        Names of linear layers whose forwards are still to be changed, with their styles in the plan.
+
+    Raises:
+        UserError: transformers is too old or has no plan for the architecture, or the plan cannot take so
+            many ranks.
     """
     try:
         from transformers.distributed.configuration_utils import DistributedConfig
@@ -132,10 +131,10 @@ def _split(model: PreTrainedModel, mesh: DeviceMesh) -> dict[str, str]:
 
 
 def _check_heads(model: PreTrainedModel, plan: dict[str, str], num_ranks: int) -> None:
-    """Refuses ranks that cannot each have a whole number of heads.
+    """Check that each rank can have a whole number of heads.
 
     Raises:
-        UserError: Names the numbers of heads.
+        UserError: The number of ranks does not divide the numbers of heads, which the message names.
     """
     if not any(style == "colwise" and _DEALS_HEADS.fullmatch(name) for name, style in plan.items()):
         return
@@ -153,10 +152,10 @@ def _check_heads(model: PreTrainedModel, plan: dict[str, str], num_ranks: int) -
 
 
 def _check_experts(model: PreTrainedModel, num_ranks: int) -> None:
-    """Refuses ranks whose parts of experts torch's grouped product cannot take.
+    """Check that torch's grouped product can take the parts of experts.
 
     Raises:
-        UserError: Names the parameter.
+        UserError: Rows of a part, which the message names, are no multiple of 16 bytes.
     """
     if getattr(model.config.get_text_config(), "_experts_implementation", None) != "grouped_mm":
         return
@@ -173,7 +172,7 @@ def _check_experts(model: PreTrainedModel, num_ranks: int) -> None:
 
 
 def _untie(model: nn.Module) -> dict[str, str]:
-    """Gives every name of a tied weight its own parameter, as plans expect; returns alias to first name."""
+    """Give every name of a tied weight its own parameter, as plans expect; return first names by alias."""
     first: dict[int, str] = {}
     aliases = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
@@ -188,10 +187,14 @@ def _untie(model: nn.Module) -> dict[str, str]:
 
 
 def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
-    """Makes tied names share one tensor again.
+    """Make tied names share one tensor again.
+
+    Args:
+        model: Model that ``_untie`` was called with.
+        aliases: Return value of ``_untie``.
 
     Raises:
-        RuntimeError: The plan spreads the two in different ways.
+        RuntimeError: The plan splits the two in different ways.
     """
     for alias, name in aliases.items():
         one, other = model.get_parameter(name), model.get_parameter(alias)
@@ -202,7 +205,7 @@ def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
-    """Gives every parameter's local part storage; buffers are real already and move."""
+    """Allocate the local part of every parameter, zeros; buffers are real already and move to ``device``."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for key, parameter in module._parameters.items():

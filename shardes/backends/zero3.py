@@ -6,7 +6,7 @@ a forward reads such a copy without noticing that the shard underneath was writt
 
 import functools
 import sys
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -14,19 +14,23 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from shardes.backends.layout import flat_layout
+from shardes.backends.deepspeed_config import make_deepspeed_config
+from shardes.backends.footprint import RankFootprint, parameter_sizes
+from shardes.backends.layout import chunk, flat_layout
 from shardes.backends.sharded import GatheringBackend
+from shardes.config.schema import Config
 from shardes.distributed.group import Group
 from shardes.errors import UserError
+from shardes.models.build import largest_layer, largest_parameter
 
 _RELIED_ON = ("ds_tensor", "ds_numel", "ds_shape", "ds_process_group")
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, or a clear refusal where it is not installed.
+    """Import DeepSpeed and return the module.
 
     Raises:
-        UserError: It cannot be imported.
+        UserError: It is not installed.
     """
     try:
         import deepspeed
@@ -41,13 +45,21 @@ def import_deepspeed() -> Any:
 
 
 def _check_alike(group: Group, ints: list[int]) -> None:
-    """Stops ranks that gather together, but not the same."""
+    """Compare numbers between ranks; takes the place of DeepSpeed's check over the whole job.
+
+    Raises:
+        RuntimeError: The numbers of another rank differ.
+    """
     if any(others != ints for others in group.gather_json(ints)):
         raise RuntimeError("the ranks of a replica ran the model's modules in different orders")
 
 
 class _Ranks:
-    """What DeepSpeed asks a job that parts its ranks itself: with whom parameters are sharded."""
+    """Model-parallel unit (``mpu``) by which DeepSpeed learns over which ranks to shard.
+
+    Args:
+        group: Ranks to shard over.
+    """
 
     def __init__(self, group: Group) -> None:
         self._group = group
@@ -75,10 +87,14 @@ class Zero3Backend(GatheringBackend):
     """A model sharded by DeepSpeed ZeRO-3, without an optimizer.
 
     Args:
-        skeleton: The model, parameters on meta, buffers real; it becomes the replica of ``gathered``.
+        skeleton: Model with parameters on meta and real buffers; it becomes the replica of ``gathered``.
         deepspeed_config: A complete DeepSpeed configuration (see ``deepspeed_config.py``).
-        group: The ranks; a process group exists even if there is only one.
+        group: Ranks to shard over; a process group exists even if there is only one.
         trust_remote_code: Whether the model's own Python code may run.
+
+    Raises:
+        UserError: DeepSpeed is not installed, or has no float16 on this device.
+        RuntimeError: This version of DeepSpeed lays shards out differently.
     """
 
     def __init__(
@@ -135,11 +151,41 @@ class Zero3Backend(GatheringBackend):
                 name: flat_layout(parameter.ds_numel, world_size=group.world_size)
                 for name, parameter in parameters
             },
-            shapes={name: tuple(parameter.ds_shape) for name, parameter in parameters},
         )
 
+    @classmethod
+    def build(cls, skeleton: PreTrainedModel, *, config: Config, group: Group) -> Self:
+        """Build the backend and its DeepSpeed configuration; arguments as in ``Backend.build``.
+
+        Raises:
+            UserError: DeepSpeed is not installed, or ``parallel.deepspeed`` cannot be used.
+        """
+        size = config.rollout.micro_batch_size
+        deepspeed_config = make_deepspeed_config(
+            config.parallel.deepspeed,
+            dtype=skeleton.dtype,
+            micro_batch_size=None if size == "auto" else size,
+            world_size=group.world_size,
+            hidden_size=skeleton.config.get_text_config().hidden_size,
+            largest_layer=largest_layer(skeleton),
+            largest_parameter=largest_parameter(skeleton),
+        )
+        trust = config.model.trust_remote_code
+        return cls(skeleton, deepspeed_config=deepspeed_config, group=group, trust_remote_code=trust)
+
+    @staticmethod
+    def footprint(skeleton: PreTrainedModel, *, num_ranks: int) -> RankFootprint:
+        """Compute the elements that the first of ``num_ranks`` ranks holds, of flat parameters in chunks."""
+        held = {name: chunk(size, num_ranks, 0)[1] for name, size in parameter_sizes(skeleton).items()}
+        # The limit that make_deepspeed_config sets.
+        return RankFootprint(num_ranks, held, 2 * largest_layer(skeleton))
+
     def _check_layout(self, skeleton: nn.Module) -> None:
-        """What is read here are private attributes of DeepSpeed: stop if they are not what they were."""
+        """Check the private attributes of DeepSpeed that are read here.
+
+        Raises:
+            RuntimeError: They are missing, or the layout is not the expected one.
+        """
         shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
         for name, parameter in self._parameters.items():
             absent = [attribute for attribute in _RELIED_ON if not hasattr(parameter, attribute)]
@@ -159,12 +205,12 @@ class Zero3Backend(GatheringBackend):
                 )
 
     def commit(self) -> None:
-        """Drops every gathered copy, so that the next forward gathers the shards anew."""
+        """Drop every gathered copy, so that the next forward gathers the shards anew."""
         self._engine.optimizer.empty_partition_cache()
 
 
 def _copy_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Mends buffers: zero.Init casts what constructors make to the model's dtype, rotary frequencies too."""
+    """Copy buffers, which zero.Init casts to the model's dtype, rotary frequencies included."""
     modules = dict(target.named_modules())
     for name, buffer in source.named_buffers():
         owner, _, key = name.rpartition(".")

@@ -4,11 +4,13 @@ docs/configuration.md is made of the docstrings of the keys. Nothing heavy is im
 answered at once.
 """
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, FiniteFloat, ValidationInfo, field_validator, model_validator
 
+from shardes.backends.registry import BACKENDS
 from shardes.config.es import EsConfig
 from shardes.config.log import LogConfig
 from shardes.config.section import Section, registered
@@ -72,7 +74,7 @@ class RunConfig(Section):
 class ParallelConfig(Section):
     """Distribution of the model over ranks. No key changes a result."""
 
-    backend: Literal["zero3", "fsdp", "tensor_parallel", "single"] = "zero3"
+    backend: str = "zero3"
     """``zero3``: DeepSpeed ZeRO-3 shards. ``fsdp``: PyTorch FSDP2 shards. ``tensor_parallel``: matrices are
     split by the model's own plan, shards stay where they are and activations are reduced; every rank works on
     the same prompts, and results agree with the other backends to rounding. ``single``: every rank holds the
@@ -91,13 +93,22 @@ class ParallelConfig(Section):
     """CPU threads of each rank; null: what the launcher and torch decide. Results are compared bit for bit
     only between runs with the same number of threads."""
 
+    @field_validator("backend")
+    @classmethod
+    def _backend_is_known(cls, value: str) -> str:
+        if value not in BACKENDS:
+            near = difflib.get_close_matches(value, BACKENDS, n=1, cutoff=0.5)
+            guess = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"got {value!r}; {guess}Known backends: {', '.join(BACKENDS)}")
+        return value
+
     @field_validator("deepspeed")
     @classmethod
-    def _deepspeed_is_for_zero3(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        if value is not None and info.data.get("backend", "zero3") != "zero3":
-            raise ValueError(
-                f"{value} is for parallel.backend: zero3; got {info.data['backend']}; remove one"
-            )
+    def _backend_takes_deepspeed_file(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        backend = info.data.get("backend")
+        if value is not None and backend is not None and not BACKENDS[backend].uses_deepspeed_file:
+            users = " or ".join(name for name, spec in BACKENDS.items() if spec.uses_deepspeed_file)
+            raise ValueError(f"{value} is for parallel.backend: {users}; got {backend}; remove one")
         return value
 
 
@@ -205,33 +216,10 @@ class RewardConfig(Section):
         return self
 
 
-TaskName = Literal[
-    "arc",
-    "arithmetic",
-    "boolq",
-    "classification",
-    "conciseness",
-    "copa",
-    "countdown",
-    "countdown_short",
-    "exact_match",
-    "gsm8k",
-    "math",
-    "multiple_choice",
-    "perplexity",
-    "regex",
-    "sst2",
-    "sudoku",
-]
-
-# Tasks whose classes the user may name.
-LABEL_WORD_TASKS = ("boolq", "classification", "sst2")
-
-
 class ProblemSetConfig(Section):
     """A set of problems, and the rewards of answers to them."""
 
-    name: TaskName | None = None
+    name: str | None = None
     """A built-in task (docs/tasks.md); null for your own reward."""
     data: Path
     """The problems: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; ``DIRECTORY[@SPLIT]``,
@@ -254,6 +242,15 @@ class ProblemSetConfig(Section):
     metric: Literal["accuracy", "cross_entropy", "log_likelihood"] | None = None
     """Reward of a task that compares likelihoods; null: the task's own."""
 
+    @field_validator("name")
+    @classmethod
+    def _task_is_known(cls, value: str | None) -> str | None:
+        from shardes.tasks.registry import check_task_name
+
+        if value is not None:
+            check_task_name(value)
+        return value
+
     @field_validator("label_words", mode="before")
     @classmethod
     def _words_are_quoted(cls, value: Any) -> Any:
@@ -263,6 +260,8 @@ class ProblemSetConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
+        from shardes.tasks.registry import definition_of
+
         given = [value for value in (self.name, self.reward, self.rewards) if value]
         if not given or (self.reward is not None and len(given) > 1):
             raise ValueError(
@@ -270,10 +269,9 @@ class ProblemSetConfig(Section):
                 "only name and rewards may be given together"
             )
         _check_reference(self.reward, key="reward")
-        if self.label_words and self.name not in LABEL_WORD_TASKS:
-            raise ValueError(f"label_words are for {', '.join(LABEL_WORD_TASKS)}; got name: {self.name}")
-        if self.name == "classification" and not self.label_words:
-            raise ValueError("classification needs label_words, one for each class, e.g. [bad, good]")
+        definition_of(
+            self.name, label_words=self.label_words
+        )  # which refuses label words that the task does not take
         return self
 
 
@@ -348,14 +346,17 @@ class Config(Section):
 
     @field_validator("rollout")
     @classmethod
-    def _tensor_parallelism_streams(cls, value: RolloutConfig, info: ValidationInfo) -> RolloutConfig:
+    def _backend_supports_gather(cls, value: RolloutConfig, info: ValidationInfo) -> RolloutConfig:
         parallel = info.data.get("parallel")
-        is_parallel = parallel is not None and parallel.backend == "tensor_parallel"
-        if is_parallel and value.gather in ("iteration", "member"):
+        if parallel is None:
+            return value
+        gathers = BACKENDS[parallel.backend].gathers
+        if value.gather not in ("auto", *gathers):
+            others = [name for name, spec in BACKENDS.items() if value.gather in spec.gathers]
             raise ValueError(
-                f"gather is {value.gather}, which gathers the whole model on every rank, but "
-                "parallel.backend: tensor_parallel never gathers it; set rollout.gather: layer, or "
-                "parallel.backend: fsdp"
+                f"gather is {value.gather}, but parallel.backend: {parallel.backend} supports only "
+                f"{' or '.join(gathers)}; set rollout.gather: {' or '.join(gathers)}, or parallel.backend: "
+                f"{' or '.join(others)}"
             )
         return value
 

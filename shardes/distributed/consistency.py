@@ -1,24 +1,23 @@
-"""Ranks must do the same work: what they are about to do is compared before it is done."""
+"""Checks that all ranks are about to do the same work, before they do it."""
 
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from shardes.config.schema import Config
 from shardes.distributed.group import Group
 
 
 def check_consistency(world: Group, **things: Any) -> None:
-    """Compares things over all ranks; one collective of a few bytes.
+    """Compare things over all ranks; one collective of a few bytes.
 
     Args:
         world: All ranks.
-        **things: What must be the same everywhere: bytes, or what can be represented as JSON. Underscores of
-            names become spaces in the message.
+        **things: Values that must be the same everywhere: bytes, or anything that can be represented as
+            JSON. Underscores of names become spaces in the message.
 
     Raises:
-        RuntimeError: On every rank, if two ranks differ; it names the things, the ranks and their hashes.
+        RuntimeError: Two ranks differ; raised on every rank, with the things, the ranks and their hashes.
     """
     names = sorted(things)
     found = world.gather_int64([_hash(things[name]) for name in names])
@@ -40,11 +39,15 @@ def check_consistency(world: Group, **things: Any) -> None:
         )
 
 
-def shared_settings(config: Config) -> dict[str, Any]:
-    """What all ranks must have been told alike: every key but paths, which may differ between machines."""
+def shared_settings(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the settings that all ranks must share, by dotted key.
+
+    Args:
+        settings: Values by section and key; paths are left out, since they may differ between machines.
+    """
     return {
         f"{section}.{key}": value
-        for section, keys in _without_paths(config.model_dump()).items()
+        for section, keys in _without_paths(settings).items()
         for key, value in keys.items()
     }
 

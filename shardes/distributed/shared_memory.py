@@ -1,4 +1,4 @@
-"""Gathering through memory that the ranks of one machine share, where they compute on its CPU.
+"""Gathers through memory that the ranks of one machine share if they compute on its CPU.
 
 Between processes of one machine gloo goes through sockets and threads of its own. These need the very cores
 that compute, and often wait for one until the scheduler's next tick: what could take a tenth of a millisecond
@@ -14,30 +14,30 @@ from typing import Any
 import numpy as np
 import torch
 
-# What a rank puts there at a time: so little that it is still in the caches when the others read it.
+# Bytes that a rank writes at a time: so few that they are still in the caches when the others read them.
 SLOT_BYTES = 1 << 20
 # A count has a cache line of its own, so that looking at one does not slow down the writing of another.
 _LINE_BYTES = 64
 # Where processors let others see writes in another order than they were made in, counting needs instructions
 # that Python does not have.
 IS_POSSIBLE = platform.machine() in ("x86_64", "AMD64") and hasattr(os, "memfd_create")
-# How long a rank looks for the others without a pause. Activations, which are waited for most, come sooner.
+# Seconds that a rank polls the others without a pause; activations, the most frequent, come sooner.
 _BUSY_SECONDS = 2e-3
 _PAUSE_SECONDS = 1e-4
 
 
 class SharedMemory:
-    """Memory that ranks have in common.
+    """Memory that ranks share.
 
     Every rank has two slots and uses them in turn. In a turn it fills one, counts the turn, and waits for the
     others to have counted it. A rank can begin the next turn but one only after all have counted the next,
     and have therefore read what it is about to overwrite.
 
     Args:
-        buffer: ``num_bytes`` of them, zeros; the same memory on all ranks.
-        rank: This process's index among them.
+        buffer: Buffer of ``num_bytes`` zeros, the same memory on all ranks.
+        rank: Index of this process among the ranks.
         world_size: Number of ranks.
-        timeout_seconds: How long a rank waits for another.
+        timeout_seconds: Seconds that a rank waits for another.
     """
 
     def __init__(self, buffer: Any, *, rank: int, world_size: int, timeout_seconds: float) -> None:
@@ -52,18 +52,18 @@ class SharedMemory:
 
     @staticmethod
     def num_bytes(world_size: int) -> int:
-        """What so many ranks need."""
+        """Return the bytes that a number of ranks need."""
         return world_size * (_LINE_BYTES + 2 * SLOT_BYTES)
 
     def gather(self, local: torch.Tensor, output: torch.Tensor) -> None:
-        """Puts the ranks' tensors one behind the other.
+        """Concatenate the ranks' tensors in ``output``.
 
         Args:
-            local: This rank's, flat; equally long on all ranks.
-            output: Flat, as long as all together.
+            local: This rank's tensor, flat, as long as those of the other ranks.
+            output: Flat tensor, as long as all together.
 
         Raises:
-            TimeoutError: A rank did not come.
+            TimeoutError: A rank did not come in time.
         """
         parts = output.view(1 + len(self._others), -1)
         parts[self._rank].copy_(local)
@@ -80,7 +80,7 @@ class SharedMemory:
                 parts[other, first : first + step].copy_(of_turn[other])
 
     def _wait_for(self, rank: int) -> None:
-        """Until it has counted this turn."""
+        """Wait until a rank has counted this turn."""
         start = None
         while self._counts[rank] < self._turn:
             now = time.monotonic()
@@ -94,7 +94,7 @@ class SharedMemory:
 
 
 def make_file(size: int, token: str) -> int | None:
-    """A file in memory, zeros that end with a token; None if there can be none.
+    """Make a file in memory, zeros that end with a token, and return its descriptor; None if that fails.
 
     It has no name, so that nothing is left behind, whoever dies when.
     """
@@ -112,7 +112,7 @@ def make_file(size: int, token: str) -> int | None:
 
 
 def map_file(path: str, size: int, token: str) -> mmap.mmap | None:
-    """Another process's file in memory; None if there is none, or not the one with the token."""
+    """Map another process's file in memory; return None if there is none that ends with the token."""
     try:
         file = os.open(path, os.O_RDWR | os.O_NONBLOCK)
     except OSError:

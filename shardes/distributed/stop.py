@@ -1,7 +1,7 @@
-"""Being asked to stop: by a signal to any rank, or by the end of the launcher.
+"""Requests to stop a job: by a signal to any rank, or by the end of the launcher.
 
-What a run has done is in its journal, so stopping never loses more than the members being evaluated. A job
-that is asked to stop finishes these if that does not take too long, and ends with status 0 (``watch.py``).
+A run's work is in its journal, so stopping never loses more than the members being evaluated. A job that is
+asked to stop finishes these if that does not take too long, and ends with status 0 (``failure_monitor.py``).
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # One request to stop may reach a process twice: from a service manager, and from the launcher that it stops.
 _SAME_REQUEST_SECONDS = 3.0
-# How long a rank waits for its launcher's signal if another rank had one (see ``wait_for_launcher``).
+# Seconds that a rank waits for its launcher's signal if another rank had one (see ``wait_for_launcher``).
 _LAUNCHER_SECONDS = 2.0
 
 _is_reset_at_fork = False
@@ -28,16 +28,16 @@ class Stopped(Exception):  # noqa: N818 - not an error: the user asked for it
 
 
 class Stop:
-    """Whether the job was asked to stop.
+    """State of the requests to stop the job.
 
     Args:
-        signals: Where numbers of signals arrive, one byte each; None: signals are not looked at.
+        signals: Socket on which numbers of signals arrive, one byte each; None to ignore signals.
 
     Attributes:
-        signals: The same.
-        reason: Who asked, for people; None before. It is set on rank 0 first, so a rank where it is set may
-            count on rank 0 to know of it.
-        is_watched: Whether a thread looks at the signals; while none does, a signal ends the process at once.
+        signals: Argument ``signals``.
+        reason: Source of the request in words; None before one. It is set on rank 0 first, so a rank where it
+            is set may count on rank 0 to know of it.
+        is_watched: Whether a thread reads the signals; while none does, a signal ends the process at once.
     """
 
     def __init__(self, signals: socket.socket | None = None) -> None:
@@ -49,15 +49,15 @@ class Stop:
 
     @property
     def is_requested(self) -> bool:
-        """Whether it was."""
+        """Return whether the job was asked to stop."""
         return self.reason is not None
 
     def take_signals(self) -> tuple[str | None, bool]:
-        """Reads what has arrived since the last call.
+        """Read the signals that have arrived since the last call.
 
         Returns:
-            Who asks to stop for the first time, None if nobody; and whether there was a second request, after
-            which the process must end at once.
+            Source of a first request to stop, or None; and whether there was a second request, after which
+            the process must end at once.
         """
         asked, is_second = None, False
         for name in self._arrived():
@@ -71,7 +71,7 @@ class Stop:
         return asked, is_second
 
     def wait_for_launcher(self) -> None:
-        """Gives torchrun the time to stop this rank itself, if another rank was told to stop.
+        """Wait for torchrun to stop this rank itself, if another rank was told to stop.
 
         When nodes join or leave, each node's torchrun stops its ranks to start them anew. One that finds them
         finished with status 0 before it has noticed would take the whole job for done, and leave it.
@@ -85,7 +85,7 @@ class Stop:
 
     @property
     def farewell(self) -> str:
-        """What the user is told, once."""
+        """Message for the user, which is printed once."""
         return f"stopped by {self.reason}; nothing is lost: resume with the same command"
 
     def _arrived(self) -> list[str]:
@@ -100,7 +100,7 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turns SIGTERM and SIGUSR1 into requests to stop; elsewhere than in the main thread it does nothing.
+    """Turn SIGTERM and SIGUSR1 into requests to stop; outside the main thread, do nothing.
 
     The interpreter runs handlers only between two bytecodes of the main thread, which may be blocked in a
     collective for long. The numbers of signals are therefore also written to a socket, which another thread
@@ -132,7 +132,7 @@ def stop_signals() -> Iterator[Stop]:
 
 
 def _let_children_be_ended() -> None:
-    """Lets signals end forked children, such as a reward's own processes, as if there were no handlers."""
+    """Let signals end forked children, such as a reward's own processes, as if there were no handlers."""
     global _is_reset_at_fork
     if not _is_reset_at_fork:
         _is_reset_at_fork = True
@@ -152,7 +152,7 @@ def _reset() -> None:
 
 
 class _Launcher:
-    """The processes that started this one, as far as they are a launcher's, and whether they still live.
+    """The processes of the launcher that started this one, if it is known.
 
     ``deepspeed`` is two processes, of which the first neither hands a signal on nor is missed by the second.
     """
@@ -164,7 +164,7 @@ class _Launcher:
         self._grandparent = _parent_of(self._parent) if by_deepspeed else None
 
     def is_gone(self) -> bool:
-        """Whether one of them has ended."""
+        """Return whether one of the processes has ended."""
         if not self._is_known:
             return False
         if os.getppid() != self._parent:
@@ -173,7 +173,7 @@ class _Launcher:
 
 
 def _parent_of(process: int) -> int | None:
-    """A process's parent; None where there is no /proc."""
+    """Return the parent of a process; None if there is no /proc."""
     try:
         status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

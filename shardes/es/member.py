@@ -7,6 +7,9 @@ from typing import Any, Self
 
 from shardes.errors import UserError
 
+RESULT_VERSION = 1
+"""Version of the fields of ``MemberResult``; records without one are of the first."""
+
 
 @dataclass(frozen=True)
 class MemberResult:
@@ -40,12 +43,19 @@ class MemberResult:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
-        """Read a result from a journal's record."""
+        """Read a result from a journal's record.
+
+        Raises:
+            UserError: A later shardes wrote it, in which a result is something else.
+        """
+        if record.get("version", RESULT_VERSION) > RESULT_VERSION:
+            raise UserError(f"run.dir: member results of version {record['version']} are of a later shardes")
         return cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
 
     def record(self) -> dict[str, Any]:
         """Return the journal's record of it."""
-        return {key: value for key, value in vars(self).items() if key != "samples"}
+        kept = {key: value for key, value in vars(self).items() if key != "samples"}
+        return {"version": RESULT_VERSION} | kept
 
 
 def member_rewards(results: Sequence[MemberResult], *, on_error: str | float) -> list[float | None]:

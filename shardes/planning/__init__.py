@@ -1,1 +1,1 @@
-"""What a run will take of the machine, told before anything is loaded: ``shardes plan``."""
+"""Planning: a run's needs, computed before anything is loaded (``shardes plan``)."""

@@ -21,7 +21,7 @@ from shardes.session import Session
 from shardes.tasks.base import Task
 from shardes.utils.units import shown_bytes, shown_seconds
 
-# Problems that the member is asked.
+# Number of problems that the member answers.
 _NUM_PROBLEMS = 2
 
 
@@ -34,7 +34,7 @@ def dry_run(session: Session, task: Task, *, rewards: RewardRunner) -> list[str]
         rewards: Runs rewards.
 
     Returns:
-        What is to be said of it, by line.
+        The page of the plan and the result of the member, by line.
     """
     world = session.mesh.world
     rollout = make_rollout(
@@ -67,7 +67,7 @@ def dry_run(session: Session, task: Task, *, rewards: RewardRunner) -> list[str]
 
 
 def _memory_bytes(device: torch.device) -> int:
-    """What the accelerator has, or else what this rank has or could still have of the machine's memory."""
+    """Return the bytes of the accelerator, or else of host memory that this rank uses or could use."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return free_bytes(device) + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""What a plan takes a rank's device for."""
+"""The assumptions of a plan about a rank's device."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,13 @@ class Machine:
     """The device of each rank. The rates are round numbers, about those of the GPUs of one node of 2024.
 
     Attributes:
-        memory_bytes: What it has.
+        memory_bytes: Memory of the device.
         device_type: ``cuda`` or ``cpu``.
-        reserved_bytes: What of that is left to the driver, the communication library and fragments.
-        gather_bytes_per_second: What a rank receives in a large gather.
-        memory_bytes_per_second: How fast weights are read.
-        flops_per_second: Of large matrix products in the model's dtype.
+        reserved_bytes: Part of the memory that is left to the driver, the communication library and
+            fragmentation.
+        gather_bytes_per_second: Rate at which a rank receives in a large gather.
+        memory_bytes_per_second: Rate at which weights are read.
+        flops_per_second: Rate of large matrix products in the model's dtype.
     """
 
     memory_bytes: int

@@ -1,19 +1,20 @@
-"""What a run will take, before anything of it is loaded: memory, traffic, and about how long.
+"""The memory, the traffic and about the time that a run will take, before anything of it is loaded.
 
 Everything is computed from the configuration, the architecture (``config.json``) and the shapes of its
-parameters, by the rules that the run itself follows: those of the backends for who holds what, and those of
-``rollout/memory.py`` for what ``rollout.gather: auto`` compares with the memory that is free.
+parameters, by the rules that the run itself follows: the backends' ``footprint`` functions for the shares of
+ranks, and ``rollout/memory.py`` for the needs that ``rollout.gather: auto`` compares with free memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from shardes.backends.footprint import RankFootprint, ShardingPlan
+from shardes.backends.footprint import RankFootprint, parameter_sizes
+from shardes.backends.registry import BACKENDS
 from shardes.config.schema import Config
 from shardes.errors import UserError
 from shardes.es.strategy import optimizer_of
@@ -31,16 +32,16 @@ _MOST_RANKS = 1024
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What a rank holds, in bytes.
+    """Memory of a rank, in bytes.
 
     Attributes:
-        working: The weights that generate: its part of them.
-        master: Its part of the master weights, wherever they are.
-        optimizer: Of what the optimizer keeps, wherever it is.
-        passing: On the device, for what is kept in host memory and passes through.
-        is_on_host: Whether master and optimizer are in host memory.
-        modes: By ``rollout.gather``, the fastest first: what it holds besides.
-        gather_buffers: For the moment of gathering a whole model.
+        working: The rank's part of the working weights, which generate.
+        master: The rank's part of the master weights, on the device or in host memory.
+        optimizer: States of the optimizer, in the same place as the master weights.
+        passing: Buffer on the device through which chunks of host memory pass.
+        is_on_host: Whether master weights and optimizer states are in host memory.
+        gathers: Memory that each value of ``rollout.gather`` takes besides, fastest first.
+        gather_buffers: Temporary buffers of gathering a whole model.
         cache: Keys and values of a micro-batch.
         activations: Activations and logits of a micro-batch.
     """
@@ -50,38 +51,38 @@ class RankMemory:
     optimizer: int
     passing: int
     is_on_host: bool
-    modes: dict[str, int]
+    gathers: dict[str, int]
     gather_buffers: int
     cache: int
     activations: int
 
     @property
     def held(self) -> int:
-        """On the device, whatever the mode."""
+        """Bytes on the device at all times, whatever ``rollout.gather`` is."""
         kept = 0 if self.is_on_host else self.master + self.optimizer
         return self.working + self.passing + kept
 
     @property
     def on_host(self) -> int:
-        """In pinned host memory."""
+        """Bytes in pinned host memory."""
         return self.master + self.optimizer if self.is_on_host else 0
 
-    def needed(self, mode: str) -> int:
-        """The most on the device in a mode."""
-        moment = self.activations
-        if mode != "layer":
-            moment = max(moment, self.gather_buffers)
-        return self.held + self.modes[mode] + self.cache + moment
+    def needed(self, gather: str) -> int:
+        """Compute the most bytes on the device with a value of ``rollout.gather``."""
+        temporary = self.activations
+        if gather != "layer":
+            temporary = max(temporary, self.gather_buffers)
+        return self.held + self.gathers[gather] + self.cache + temporary
 
 
 @dataclass(frozen=True)
-class ModeCost:
-    """What an iteration takes of a rank in a mode.
+class GatherCost:
+    """Cost of an iteration to a rank with a value of ``rollout.gather``.
 
     Attributes:
-        num_gathers: How often the whole model is gathered.
-        received_bytes: In collectives of weights or activations.
-        seconds: Of generating and receiving, at a machine's rates.
+        num_gathers: Number of gathers of the whole model.
+        received_bytes: Bytes received in collectives of weights or activations.
+        seconds: Seconds of generating and receiving, at a machine's rates.
     """
 
     num_gathers: int
@@ -90,26 +91,28 @@ class ModeCost:
 
 
 class Plan:
-    """What a run takes with a number of ranks.
+    """A run's needs with a number of ranks.
 
     Args:
-        config: What the run is told.
-        model: The model; its parameters may be on meta.
-        workload: What an iteration asks.
-        machine: What a rank has.
-        world_size: Number of ranks; None: the fewest that hold one replica.
+        config: Configuration of the run.
+        model: Model, whose parameters may be on meta.
+        workload: Work of an iteration.
+        machine: Device of each rank.
+        world_size: Number of ranks; None for the fewest that hold one replica.
 
     Attributes:
-        config: The same.
-        model: The same.
-        workload: The same.
-        machine: The same.
-        world_size: The same, found if it was None.
+        config: Argument ``config``.
+        model: Argument ``model``.
+        workload: Argument ``workload``.
+        machine: Argument ``machine``.
+        world_size: Number of ranks, found if the argument is None.
+        dtype: Dtype of the model.
         shard_size: Ranks that hold one replica together.
-        memory: What a rank holds.
+        memory: Memory of a rank.
 
     Raises:
-        UserError: The ranks cannot be parted so, or cannot split the model; or none are enough.
+        UserError: The ranks cannot be divided into replicas or cannot split the model, or no number of ranks
+            is enough.
     """
 
     def __init__(
@@ -122,17 +125,19 @@ class Plan:
         world_size: int | None,
     ) -> None:
         self.config, self.model, self.workload, self.machine = config, model, workload, machine
-        self._spread = ShardingPlan(model, backend=config.parallel.backend)
-        self._shapes = {name: parameter.shape.numel() for name, parameter in model.named_parameters()}
+        self.dtype: torch.dtype = getattr(torch, config.model.dtype)
+        self._spec = BACKENDS[config.parallel.backend]
+        footprint = self._spec.load().footprint
+        self._footprint = cache(lambda num_ranks: footprint(model, num_ranks=num_ranks))
+        self._sizes = parameter_sizes(model)
         self._trained = select_trainable(
-            list(self._shapes), config.es.trainable, aliases=parameter_aliases(model)
+            list(self._sizes), config.es.trainable, aliases=parameter_aliases(model)
         )
-        is_single = config.parallel.backend == "single"
-        shard_size = config.parallel.shard_size or (1 if is_single else world_size)
+        shard_size = config.parallel.shard_size or self._spec.default_shard_size or world_size
         if shard_size is None:
             wanted = config.rollout.gather
-            modes = [wanted] if wanted != "auto" else self._mode_names()
-            found = [size for mode in modes if (size := self.fewest_ranks(mode)) is not None]
+            gathers = self._memory(self._footprint(1)).gathers if wanted == "auto" else [wanted]
+            found = [size for gather in gathers if (size := self.fewest_ranks(gather)) is not None]
             if not found:
                 raise UserError(
                     f"--device-memory: got {shown_bytes(machine.memory_bytes)}, but no number of ranks up "
@@ -147,145 +152,124 @@ class Plan:
                 "divide; change one of the two"
             )
         self.shard_size = shard_size
-        self.memory = self._memory(self._spread.over(shard_size))
+        self.memory = self._memory(self._footprint(shard_size))
 
     @property
     def usable_bytes(self) -> int:
-        """What a rank's device has for us."""
+        """Bytes of a rank's device that the run may use."""
         return self.machine.memory_bytes - self.machine.reserved_bytes
 
     @property
     def num_replicas(self) -> int:
-        """How many times the model is held."""
+        """Number of replicas of the model."""
         return self.world_size // self.shard_size
 
     @property
     def num_parameters(self) -> int:
-        """Elements of the whole model."""
-        return sum(self._shapes.values())
+        """Number of elements of the whole model."""
+        return sum(self._sizes.values())
 
     @property
     def num_trained(self) -> int:
-        """Elements that are trained."""
-        return sum(self._shapes[name] for name in self._trained)
+        """Number of elements that are trained."""
+        return sum(self._sizes[name] for name in self._trained)
 
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """The model's."""
-        dtype: torch.dtype = getattr(torch, self.config.model.dtype)
-        return dtype
-
-    def fits(self, mode: str) -> bool:
-        """Whether a mode's memory is there."""
-        return self.memory.needed(mode) <= self.usable_bytes
+    def fits(self, gather: str) -> bool:
+        """Return whether a rank has the memory for a value of ``rollout.gather``."""
+        return self.memory.needed(gather) <= self.usable_bytes
 
     @property
-    def chosen_mode(self) -> str | None:
-        """What ``rollout.gather`` comes to; None if that does not fit."""
+    def chosen_gather(self) -> str | None:
+        """The value that ``rollout.gather`` comes to; None if it does not fit."""
         wanted = self.config.rollout.gather
-        names = list(self.memory.modes) if wanted == "auto" else [wanted]
-        return next((name for name in names if self.fits(name)), None)
-
-    def _mode_names(self) -> list[str]:
-        if self.config.parallel.backend == "tensor_parallel":
-            return ["layer"]
-        return ["iteration", "layer"] if self.config.rollout.is_batched else ["iteration", "member", "layer"]
+        gathers = self.memory.gathers if wanted == "auto" else [wanted]
+        return next((gather for gather in gathers if self.fits(gather)), None)
 
     @property
     def _members_per_forward(self) -> int:
-        """Members whose answers are rows of one forward; what ``auto`` finds is not known before a run."""
+        """Number of members in one forward; 1 for ``auto``, whose number is not known before a run."""
         if not self.config.rollout.is_batched:
             return 1
         count = self.config.rollout.members_per_forward
         return count if isinstance(count, int) else 1
 
-    def fewest_ranks(self, mode: str) -> int | None:
-        """The smallest number of ranks that hold a replica and evaluate in a mode; None if there is none."""
-        for num_ranks in self._sizes():
+    def fewest_ranks(self, gather: str) -> int | None:
+        """Find the smallest number of ranks that hold a replica with a value of ``rollout.gather``.
+
+        Returns:
+            The number of ranks; None if none is enough.
+        """
+        for num_ranks in self._shard_sizes():
             try:
-                memory = self._memory(self._spread.over(num_ranks))
+                memory = self._memory(self._footprint(num_ranks))
             except UserError:  # so many ranks cannot share the heads
                 continue
-            if memory.needed(mode) <= self.usable_bytes:
+            if memory.needed(gather) <= self.usable_bytes:
                 return num_ranks
-            if num_ranks > 1 and memory.modes[mode] > self.usable_bytes:
+            if num_ranks > 1 and memory.gathers[gather] > self.usable_bytes:
                 break  # more ranks do not make a copy smaller
         return None
 
-    def _sizes(self) -> Iterator[int]:
-        """Numbers of ranks that could hold a replica."""
-        backend = self.config.parallel.backend
-        if backend == "single":
-            yield 1
-        elif backend == "tensor_parallel":
+    def _shard_sizes(self) -> Iterable[int]:
+        """Return the numbers of ranks that could hold a replica, in ascending order."""
+        if not self._spec.is_sharded:
+            return [1]
+        if self._spec.needs_same_batch:  # ranks share the heads
             heads = self.model.config.get_text_config().num_attention_heads
-            yield from (size for size in range(1, heads + 1) if heads % size == 0)
-        else:
-            yield from range(1, 16)
-            yield from range(16, _MOST_RANKS + 1, 8)
+            return [size for size in range(1, heads + 1) if heads % size == 0]
+        return [*range(1, 16), *range(16, _MOST_RANKS + 1, 8)]
 
-    def _memory(self, shares: RankFootprint) -> RankMemory:
+    def _memory(self, footprint: RankFootprint) -> RankMemory:
+        """Compute the memory of a rank that has a footprint."""
         config, itemsize = self.config, self.dtype.itemsize
-        trained = sum(size for name, size in shares.held.items() if name in self._trained)
+        trained = sum(size for name, size in footprint.held.items() if name in self._trained)
         master_itemsize = torch.float32.itemsize if config.weights.master == "float32" else itemsize
         num_states = len(optimizer_of(config.es).state_names)
         is_on_host = config.weights.master_device == "cpu"
         chunk_bytes = CHUNK_ELEMENTS * (master_itemsize + num_states * torch.float32.itemsize)
-        is_split = config.parallel.backend == "tensor_parallel"
-        load = self.workload
+        is_split, load = self._spec.needs_same_batch, self.workload
         wanted: dict[str, Any] = {
             "rows": load.micro_batch_rows * self._members_per_forward,
             "length": load.prompt_tokens + load.answer_tokens,
             "dtype": self.dtype,
-            "num_sharers": shares.num_ranks if is_split else 1,
+            "num_sharers": footprint.num_ranks if is_split else 1,
         }
         generating = (generation_bytes if load.answer_tokens else likelihood_bytes)(
             self.model.config, **wanted
         )
         cache = cache_bytes(self.model.config, **wanted)
         return RankMemory(
-            working=sum(shares.held.values()) * itemsize,
+            working=sum(footprint.held.values()) * itemsize,
             master=trained * master_itemsize,
             optimizer=trained * num_states * torch.float32.itemsize,
             passing=chunk_bytes if is_on_host else 0,
             is_on_host=is_on_host,
-            modes=self._modes(shares),
-            gather_buffers=0
-            if is_split or self._is_whole
-            else shares.gather_buffer_bytes(itemsize, device_type=self.machine.device_type),
+            gathers=self._gather_bytes(footprint),
+            gather_buffers=footprint.gather_buffer_bytes(itemsize, device_type=self.machine.device_type)
+            if self._spec.is_sharded and not is_split
+            else 0,
             cache=cache,
             activations=generating - cache,
         )
 
-    @property
-    def _is_whole(self) -> bool:
-        """Whether every rank holds a whole model anyway."""
-        return self.config.parallel.backend == "single"
-
-    def _modes(self, shares: RankFootprint) -> dict[str, int]:
+    def _gather_bytes(self, footprint: RankFootprint) -> dict[str, int]:
+        """Compute the bytes that each value of ``rollout.gather`` takes besides what is held at all times."""
         itemsize = self.dtype.itemsize
-        layer = {"layer": shares.gathered * itemsize}
-        if self.config.parallel.backend == "tensor_parallel":
-            return dict.fromkeys(self._mode_names(), shares.gathered * itemsize)
+        is_sharded = self._spec.is_sharded and footprint.num_ranks > 1
+        copy = footprint.whole * itemsize * self._spec.is_sharded
         if self.config.rollout.is_batched:
-            copy = shares.whole * itemsize * (shares.num_ranks > 1 and not self._is_whole)
-            return {"iteration": copy} | layer
-        if self._is_whole:
-            return {"member": 0, "iteration": 0, "layer": 0}
-        held = mode_bytes(
-            copy=shares.whole * itemsize,
-            centre=self.num_trained * itemsize,
-            is_sharded=shares.num_ranks > 1,
-        )
-        # Of a replica on one rank, members are gathered as with ``member``.
-        return held | {"iteration": held.get("iteration", held["member"])} | layer
+            held = {"iteration": copy * is_sharded}
+        else:
+            held = mode_bytes(copy=copy, centre=self.num_trained * itemsize, is_sharded=is_sharded)
+            held.setdefault("iteration", held["member"])  # of one rank, which gathers nothing
+        held["layer"] = footprint.gathered * itemsize
+        return {gather: size for gather, size in held.items() if gather in self._spec.gathers}
 
-    def cost(self, mode: str) -> ModeCost:
-        """What an iteration takes of a rank, if every answer is as long as it may be."""
+    def cost(self, gather: str) -> GatherCost:
+        """Estimate the cost of an iteration to a rank, if every answer is as long as it may be."""
         load, machine, ranks = self.workload, self.machine, self.shard_size
-        is_split = self.config.parallel.backend == "tensor_parallel"
-        is_batched = self.config.rollout.is_batched
-        is_apart = (mode == "iteration" or is_batched) and not is_split
+        is_split, is_batched = self._spec.needs_same_batch, self.config.rollout.is_batched
+        is_apart = (gather == "iteration" or is_batched) and not is_split
         num_teams = self.world_size if is_apart else self.num_replicas
         together = self._members_per_forward
         num_members = -(-load.num_members // (num_teams * together))
@@ -298,14 +282,14 @@ class Plan:
         rows, config = load.micro_batch_rows * together, self.model.config.get_text_config()
         num_tokens = num_batches * rows * (load.prompt_tokens + num_steps)
         itemsize, share = self.dtype.itemsize, (ranks - 1) / ranks
-        if self._is_whole or (ranks == 1 and not is_split):
+        if ranks == 1 or not self._spec.is_sharded:
             num_gathers, received = 0, 0.0
         elif is_split:
             num_gathers = 0
             reductions = 2 * config.num_hidden_layers * config.hidden_size * itemsize
             received = 2 * share * reductions * num_tokens
         else:
-            num_gathers = {"iteration": 1, "member": num_members}.get(mode, num_forwards)
+            num_gathers = {"iteration": 1, "member": num_members}.get(gather, num_forwards)
             received = num_gathers * self.num_parameters * itemsize * share
         part = 1 / ranks if is_split else 1.0
         reading = part * self.num_parameters * itemsize / machine.memory_bytes_per_second
@@ -313,4 +297,4 @@ class Plan:
         seconds = received / machine.gather_bytes_per_second
         seconds += num_batches * max(reading, computing * load.prompt_tokens)
         seconds += num_batches * num_steps * max(reading, computing)
-        return ModeCost(num_gathers, received, seconds)
+        return GatherCost(num_gathers, received, seconds)

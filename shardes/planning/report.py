@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from shardes.planning.plan import Plan
 from shardes.utils.units import shown_bytes, shown_count, shown_seconds
 
-_MODE_HOLDS = {
+_GATHER_NOTES = {
     "iteration": "the centre and a copy of the model",
     "member": "a copy of the model",
     "layer": "what a forward has gathered",
@@ -13,13 +13,13 @@ _MODE_HOLDS = {
 
 
 def report(plan: Plan, *, files: str) -> list[str]:
-    """The lines of a plan.
+    """Return the page of a plan, by line.
 
     Args:
-        plan: What is to be shown.
-        files: What is known of the model's files.
+        plan: Plan to show.
+        files: What is known of the model's files, in words.
     """
-    return [*_head(plan, files), "", *_memory(plan), "", *_modes(plan), "", _conclusion(plan)]
+    return [*_head(plan, files), "", *_memory(plan), "", *_gathers(plan), "", _conclusion(plan)]
 
 
 def _head(plan: Plan, files: str) -> list[str]:
@@ -30,7 +30,7 @@ def _head(plan: Plan, files: str) -> list[str]:
     model += f", {shown_bytes(total * plan.dtype.itemsize)} in {config.model.dtype}"
     ranks = f"{plan.world_size} with {config.parallel.backend}, {plan.num_replicas} replica(s) of "
     ranks += f"{plan.shard_size}; {shown_bytes(machine.memory_bytes)} each, "
-    ranks += f"{shown_bytes(machine.reserved_bytes)} of it left alone"
+    ranks += f"{shown_bytes(machine.reserved_bytes)} of it reserved"
     asks = f"{load.num_sequences} answers of up to {load.answer_tokens} tokens"
     if load.answer_tokens == 0:
         asks = f"{load.num_sequences} likelihoods"
@@ -58,26 +58,26 @@ def _memory(plan: Plan) -> list[str]:
         ("working weights", memory.working, config.model.dtype),
         ("master weights", memory.master, config.weights.master + place),
         (f"states of {config.es.optimizer}", memory.optimizer, "float32" + place),
-        ("what passes through", memory.passing, "on its way from and to host memory"),
-        *((f"gather {mode}", held, _MODE_HOLDS[mode]) for mode, held in memory.modes.items()),
+        ("transfer buffers", memory.passing, "on the way from and to host memory"),
+        *((f"gather: {gather}", held, _GATHER_NOTES[gather]) for gather, held in memory.gathers.items()),
         ("keys and values", memory.cache, "while answering"),
         ("activations and logits", memory.activations, "while answering"),
-        ("buffers of a gather", memory.gather_buffers, "for the moment; not with layer"),
+        ("buffers of a gather", memory.gather_buffers, "temporarily; not with gather: layer"),
     ]
     rows = [(f"  {name}", shown_bytes(held), f"  {note}") for name, held, note in lines if held]
     width = max(len(name) for name, *_ in rows)
     return ["on each rank", *(f"{name:<{width}}  {held:>11}{note}" for name, held, note in rows)]
 
 
-def _modes(plan: Plan) -> list[str]:
+def _gathers(plan: Plan) -> list[str]:
     rows = [("gather", "needs", "fits", "fewest ranks", "gathers", "received", "about")]
-    for mode in plan.memory.modes:
-        cost, fewest = plan.cost(mode), plan.fewest_ranks(mode)
+    for gather in plan.memory.gathers:
+        cost, fewest = plan.cost(gather), plan.fewest_ranks(gather)
         rows.append(
             (
-                mode,
-                shown_bytes(plan.memory.needed(mode)),
-                "yes" if plan.fits(mode) else "no",
+                gather,
+                shown_bytes(plan.memory.needed(gather)),
+                "yes" if plan.fits(gather) else "no",
                 "none" if fewest is None else str(fewest),
                 str(cost.num_gathers),
                 shown_bytes(cost.received_bytes),
@@ -86,8 +86,9 @@ def _modes(plan: Plan) -> list[str]:
         )
     return [
         *_table(rows),
-        "Fewest ranks: to hold one replica. Gathers of the whole model, bytes received by a rank, and time",
-        "are an iteration's if all answers are as long as they may be. Noise, rewards and waits come on top.",
+        "Fewest ranks is the smallest number that holds one replica. Gathers of the whole model, bytes that",
+        "a rank receives and time are those of an iteration in which all answers have the maximum length;",
+        "noise, rewards and waiting come on top.",
     ]
 
 
@@ -103,13 +104,13 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _conclusion(plan: Plan) -> str:
-    wanted, found = plan.config.rollout.gather, plan.chosen_mode
+    wanted, found = plan.config.rollout.gather, plan.chosen_gather
     if found is not None:
         return f"rollout.gather: {wanted} " + ("fits" if found == wanted else f"comes to {found}")
-    needs = min(plan.memory.needed(mode) for mode in plan.memory.modes if wanted in ("auto", mode))
+    needs = min(plan.memory.needed(name) for name in plan.memory.gathers if wanted in ("auto", name))
     has = shown_bytes(plan.usable_bytes)
     return (
         f"DOES NOT FIT: rollout.gather: {wanted} needs {shown_bytes(needs)} of {has}. Less is needed with "
-        "more ranks to a replica, weights.master: model, weights.master_device: cpu, or a smaller "
+        "more ranks per replica, weights.master: model, weights.master_device: cpu, or a smaller "
         "rollout.micro_batch_size"
     )

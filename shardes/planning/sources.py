@@ -1,4 +1,4 @@
-"""Where a plan's numbers come from: the architecture, the headers of the weights, the data if it is there."""
+"""The sources of a plan: the architecture, the headers of the weights, and the data if it is there."""
 
 from pathlib import Path
 from typing import Any
@@ -27,21 +27,21 @@ def plan_run(
     num_prompts: int | None = None,
     prompt_tokens: int | None = None,
 ) -> tuple[Plan, str]:
-    """Plans a run from its files, of which only ``config.json`` must be there; no weights are read.
+    """Plan a run from its files, of which only ``config.json`` must be there; no weights are read.
 
     Args:
-        config: The run's.
-        machine: What a rank has.
-        world_size: Number of ranks; None: the fewest that hold one replica.
-        model_config: A ``config.json`` to be taken instead of that of ``model.path``, or its directory.
-        num_prompts: Problems of an iteration; None: what the configuration and the data say.
-        prompt_tokens: Of the longest prompt; None: what the data and the tokenizer say.
+        config: Configuration of the run.
+        machine: Device of each rank.
+        world_size: Number of ranks; None for the fewest that hold one replica.
+        model_config: ``config.json``, or its directory, to be used instead of that of ``model.path``.
+        num_prompts: Prompts of an iteration; None to take them from the configuration and the data.
+        prompt_tokens: Tokens of the longest prompt; None to measure them in the data.
 
     Returns:
-        The plan, and what is known of the files.
+        The plan, and what is known of the files, in words.
 
     Raises:
-        UserError: Something that is there cannot be used, or the ranks cannot hold the model so.
+        UserError: A file that is there cannot be used, or the ranks cannot hold the model.
     """
     path = config.model.path
     if model_config is None and not (path / "config.json").is_file():
@@ -66,11 +66,11 @@ def plan_run(
 
 
 def skeleton(config: Config, *, source: Path | None = None) -> PreTrainedModel:
-    """A run's model without weights.
+    """Build a run's model without weights, its parameters on meta.
 
     Args:
-        config: The run's.
-        source: A ``config.json``, or its directory; None: that of ``model.path``.
+        config: Configuration of the run.
+        source: ``config.json``, or its directory; None for that of ``model.path``.
     """
     trust = config.model.trust_remote_code
     model_config = load_model_config(source or config.model.path, trust_remote_code=trust)
@@ -79,10 +79,10 @@ def skeleton(config: Config, *, source: Path | None = None) -> PreTrainedModel:
 
 
 def check_files(path: Path, model: PreTrainedModel) -> str:
-    """What the headers of a model's weights say, if there are any.
+    """Check the headers of the weights in a model directory, if there are any, and describe the files.
 
     Raises:
-        UserError: They are damaged, or of another model.
+        UserError: The headers are damaged, or belong to another model.
     """
     if not any(path.glob("*.safetensors*")):
         return "no weights there yet: planned from config.json alone"

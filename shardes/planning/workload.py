@@ -1,4 +1,4 @@
-"""How much an iteration asks: members, prompts and tokens, read from the data where that is there."""
+"""The work of an iteration: members, prompts and tokens, read from the data if it is there."""
 
 import heapq
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from shardes.rollout.choices import make_choice_set
 from shardes.tasks.base import Task
 from shardes.tasks.registry import definition_of
 
-# Where neither the data nor the user says how many there are.
+# Used if neither the data nor the user says how many there are.
 ASSUMED_PROMPTS = 200
 ASSUMED_PROMPT_TOKENS = 512
 # The texts with the most characters are tokenised to find the one with the most tokens.
@@ -20,15 +20,15 @@ _NUM_TOKENISED = 64
 
 @dataclass(frozen=True)
 class Workload:
-    """What an iteration asks.
+    """Work of an iteration.
 
     Attributes:
-        num_members: Members that are evaluated: the most of any iteration.
-        num_sequences: Answers that a member gives, or completions whose likelihood it is asked for.
-        micro_batch_rows: How many of them go through a forward together.
-        prompt_tokens: Of the longest prompt; of likelihoods, with its completion.
-        answer_tokens: The most that are generated; 0 for likelihoods.
-        assumed: What of this is a guess, in words.
+        num_members: Most members that an iteration evaluates.
+        num_sequences: Answers that a member generates, or completions whose likelihood it computes.
+        micro_batch_rows: Sequences in a forward.
+        prompt_tokens: Tokens of the longest prompt; for likelihoods, of prompt and completion.
+        answer_tokens: Most tokens that are generated; 0 for likelihoods.
+        assumed: Descriptions of those numbers that are guesses.
     """
 
     num_members: int
@@ -47,14 +47,14 @@ def make_workload(
     num_prompts: int | None = None,
     prompt_tokens: int | None = None,
 ) -> Workload:
-    """What an iteration of a run asks.
+    """Determine the work of an iteration of a run.
 
     Args:
-        config: The run's.
-        task: The task with its data, if that can be read.
-        tokenizer: The model's, if it is there.
-        num_prompts: Problems of an iteration; None: what the configuration and the data say.
-        prompt_tokens: Of the longest prompt; None: what the data and the tokenizer say.
+        config: Configuration of the run.
+        task: Task with its data; None if the data cannot be read.
+        tokenizer: Tokenizer of the model; None if it is not there.
+        num_prompts: Prompts of an iteration; None to take them from the configuration and the data.
+        prompt_tokens: Tokens of the longest prompt; None to measure them in the data.
     """
     es, rollout, assumed = config.es, config.rollout, []
     population = es.population
@@ -67,7 +67,7 @@ def make_workload(
         num_prompts = ASSUMED_PROMPTS
         assumed.append(f"{num_prompts} prompts in an iteration (--num-prompts)")
     num_prompts = min(num_prompts, es.prompts_per_member or num_prompts)
-    definition = definition_of(config.task)
+    definition = definition_of(config.task.name, label_words=config.task.label_words)
     is_scored = definition is not None and definition.choices is not None
     per_prompt: float = rollout.samples_per_prompt
     if is_scored:
@@ -96,7 +96,7 @@ def make_workload(
 
 
 def longest_prompt(task: Task, tokenizer: Any) -> int:
-    """Tokens of the longest prompt; of likelihoods, with its completion."""
+    """Return the tokens of the longest prompt; for likelihoods, of prompt and completion."""
     rows = heapq.nlargest(_NUM_TOKENISED, task.train, key=lambda row: len(str(row)))
     prompts = [task.make_prompt(row) for row in rows]
     if task.choices is None:
@@ -106,7 +106,7 @@ def longest_prompt(task: Task, tokenizer: Any) -> int:
 
 
 def _choices_per_prompt(task: Task | None) -> float:
-    """The mean number of completions that follow a prompt; 0 if that is not known."""
+    """Return the mean number of completions of a prompt; 0 if that is not known."""
     if task is None or task.choices is None:
         return 0.0
     return sum(len(task.choices(row).completions) for row in task.train) / len(task.train)

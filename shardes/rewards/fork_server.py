@@ -1,10 +1,10 @@
-"""The process from which worker processes are forked, and what a worker does.
+"""Fork server of the reward processes, and the loop of a worker.
 
-The template is started as a fresh interpreter before the training process has threads, an accelerator or a
-process group, so nothing of these reaches a worker, and a new worker takes milliseconds. It runs nothing but
-this module. Over its socket it takes single-letter commands: ``f`` with a socket: fork a worker that serves
-it, and answer with its process id; ``k`` and a process id: kill that worker and all that it started, and
-answer with how it ended. When the socket closes, or its parent dies, it kills all workers and ends.
+It is started as a fresh interpreter before the training process has threads, an accelerator or a process
+group, so nothing of these reaches a worker, and a new worker takes milliseconds. It runs nothing but this
+module. Over its socket it takes single-letter commands: ``f`` with a socket: fork a worker that serves it,
+and answer with its process id; ``k`` and a process id: kill that worker and all that it started, and answer
+with how it ended. When the socket closes, or its parent dies, it kills all workers and ends.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ HEADER = struct.Struct("!Q")
 
 
 def main(descriptor: int, memory_bytes: int, parent: int) -> None:
-    """Serves the pool until it goes away.
+    """Serve the pool until it goes away.
 
     Args:
-        descriptor: Of the socket to the pool.
+        descriptor: File descriptor of the socket to the pool.
         memory_bytes: Address space of a worker; 0: no limit.
         parent: The process that has the pool.
     """
@@ -51,13 +51,13 @@ def main(descriptor: int, memory_bytes: int, parent: int) -> None:
 
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:
-    """Ends the template on a signal, the first time."""
+    """End the fork server on a signal, the first time."""
     signal.signal(number, signal.SIG_IGN)
     sys.exit()
 
 
 def _obey(control: socket.socket, workers: set[int], memory_bytes: int, parent: int) -> None:
-    """Does as commanded until nobody is there to command; ``workers`` has those alive."""
+    """Obey commands until the pool goes away; ``workers`` holds the process ids of those alive."""
     while os.getppid() == parent:
         message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
         if not message:
@@ -78,7 +78,7 @@ def _obey(control: socket.socket, workers: set[int], memory_bytes: int, parent: 
 
 
 def _end(pid: int) -> int:
-    """Kills a worker's process group; returns the exit code, or minus the signal, that it had ended with."""
+    """Kill a worker's process group; return the exit code, or minus the signal, that it had ended with."""
     # Not waited for yet, a dead worker keeps its id: no other process can have it.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
@@ -88,12 +88,12 @@ def _end(pid: int) -> int:
 
 
 def _end_with_parent(number: signal.Signals) -> None:
-    """Has this process sent a signal when the one that started it dies."""
+    """Have this process sent a signal when its parent dies."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def _work(connection: socket.socket, memory_bytes: int) -> NoReturn:
-    """A worker's whole life."""
+    """Run a worker from its fork to its exit."""
     status = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -114,20 +114,19 @@ def _work(connection: socket.socket, memory_bytes: int) -> NoReturn:
 
 
 def _serve(connection: socket.socket) -> None:
-    """Imports the rewards, says how that went, and judges answers for as long as there are any."""
+    """Import the rewards, report an error or none, and judge batches until the pool goes away."""
     try:
-        judge = RewardCaller(_receive(connection))
+        caller = RewardCaller(_receive(connection))
     except ValueError as error:
         _send(connection, {"error": str(error)})
         return
     _send(connection, {"error": None})
     while True:
-        which, answers = _receive(connection)
-        _send(connection, [vars(verdicts) for verdicts in judge.judge(which, answers)])
+        _send(connection, vars(caller.judge(*_receive(connection))))
 
 
 def _receive(connection: socket.socket) -> Any:
-    """The pool's next message. The training process made it, so it may be unpickled."""
+    """Receive the pool's next message. The training process made it, so it may be unpickled."""
     (length,) = HEADER.unpack(_read(connection, HEADER.size))
     return pickle.loads(_read(connection, length))
 

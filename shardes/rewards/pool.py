@@ -1,4 +1,4 @@
-"""Worker processes that judge answers; those that hang or die are replaced."""
+"""Pool of worker processes that judge answers; those that hang or die are replaced."""
 
 import asyncio
 import collections
@@ -21,15 +21,15 @@ from typing import Any, Protocol, Self, TypeVar
 from shardes.config.schema import TaskConfig
 from shardes.errors import UserError
 from shardes.rewards.fork_server import HEADER
-from shardes.rewards.worker import MAX_REWARD, RewardBatch, RewardCaller, Verdicts, reference_of
+from shardes.rewards.worker import MAX_REWARD, RewardBatch, RewardCaller, RewardOutput, reference_of
 from shardes.tasks.base import Component, Task, all_rewards
 
 # How long the import of a reward may take.
 IMPORT_SECONDS = 600.0
 # How long answers wait for a worker before there are more of them.
 PATIENCE_SECONDS = 0.5
-# How long the template may take to fork or to kill.
-_TEMPLATE_SECONDS = 60.0
+# How long the fork server may take to fork or to kill.
+_FORK_SERVER_SECONDS = 60.0
 # No reply is larger; a longer one is not read.
 _MAX_REPLY_BYTES = 1 << 26
 
@@ -42,19 +42,19 @@ T = TypeVar("T")
 
 
 class RewardRunner(Protocol):
-    """Where rewards run."""
+    """Runner of reward functions, in this process or in others."""
 
     def submit(
         self, components: Sequence[Component], batches: Sequence[RewardBatch]
-    ) -> "list[Future[list[Verdicts]]]":
-        """Has batches of answers judged, each by itself; a result is one verdict for each component."""
+    ) -> "list[Future[RewardOutput]]":
+        """Have batches judged, each by itself; a result has every component but no weighted sum."""
 
 
 class InProcessRewards:
-    """Rewards that run in this process, at once; nothing stops one that hangs.
+    """Reward runner in this process; nothing stops a reward that hangs.
 
     Args:
-        components: All that will ever be asked about.
+        components: All components that ``submit`` will ever be given.
 
     Raises:
         UserError: A function does not exist, or importing it fails.
@@ -63,18 +63,18 @@ class InProcessRewards:
     def __init__(self, components: Sequence[Component]) -> None:
         self._components = list(components)
         try:
-            self._judge = RewardCaller(components)
+            self._caller = RewardCaller(components)
         except ValueError as error:
             raise UserError(f"task.reward: {error}") from None
 
     def submit(
         self, components: Sequence[Component], batches: Sequence[RewardBatch]
-    ) -> "list[Future[list[Verdicts]]]":
-        """Judges answers before it returns."""
-        which = [self._components.index(component) for component in components]
-        futures: list[Future[list[Verdicts]]] = [Future() for _ in batches]
-        for future, answers in zip(futures, batches, strict=True):
-            future.set_result(self._judge.judge(which, answers))
+    ) -> "list[Future[RewardOutput]]":
+        """Judge batches before it returns."""
+        indices = [self._components.index(component) for component in components]
+        futures: list[Future[RewardOutput]] = [Future() for _ in batches]
+        for future, batch in zip(futures, batches, strict=True):
+            future.set_result(self._caller.judge(indices, batch))
         return futures
 
     def __enter__(self) -> Self:
@@ -87,7 +87,7 @@ class InProcessRewards:
 
 
 def make_reward_runner(config: TaskConfig, tasks: Sequence[Task]) -> "InProcessRewards | RewardProcessPool":
-    """Where the rewards of some tasks run, as the configuration has it.
+    """Make the runner of some tasks' rewards, as the configuration has it.
 
     Raises:
         UserError: A function does not exist, or importing it fails.
@@ -104,11 +104,11 @@ def make_reward_runner(config: TaskConfig, tasks: Sequence[Task]) -> "InProcessR
 
 
 class _ForkServer:
-    """The template process, seen from the pool."""
+    """Handle of the fork server, for the pool."""
 
     def __init__(self, memory_bytes: int | None) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.settimeout(_TEMPLATE_SECONDS)
+        self._control.settimeout(_FORK_SERVER_SECONDS)
         numbers = [theirs.fileno(), memory_bytes or 0, os.getpid()]
         with theirs:
             self._process = subprocess.Popen(
@@ -119,14 +119,14 @@ class _ForkServer:
             )
 
     def fork(self) -> tuple[int, socket.socket]:
-        """A new worker: its process id, and the socket to it."""
+        """Fork a worker; return its process id, and the socket to it."""
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self._control, [b"f"], [theirs.fileno()])
             return self._reply(), ours
 
     def kill(self, pid: int) -> int:
-        """Ends a worker; returns the exit code, or minus the signal, that it ended with."""
+        """End a worker; return the exit code, or minus the signal, that it ended with."""
         self._control.send(f"k{pid}".encode())
         return self._reply()
 
@@ -137,7 +137,7 @@ class _ForkServer:
         return int(reply)
 
     def close(self) -> None:
-        """Ends it, and every worker with it."""
+        """End the fork server, and every worker with it."""
         self._control.close()
         try:
             self._process.wait(timeout=10)
@@ -153,7 +153,7 @@ class _Worker:
     writer: asyncio.StreamWriter
 
     async def ask(self, message: Any) -> Any:
-        """Sends a message and reads the reply to it."""
+        """Send a message and read the reply to it."""
         payload = pickle.dumps(message)
         self.writer.write(HEADER.pack(len(payload)) + payload)
         await self.writer.drain()
@@ -164,15 +164,15 @@ class _Worker:
 
 
 class RewardProcessPool:
-    """Rewards that run in worker processes of their own.
+    """Reward runner in worker processes.
 
-    A call judges some answers together. If it has not ended after half of the time limit, or if it failed,
-    its answers are also judged one by one in other workers, for at most the other half; these results count
-    if the call fails or does not end within the limit. So answers whose reward hangs fail by themselves, and
-    as long as there are workers for all of them, they cost the time limit once.
+    A call judges a batch. If it has not ended after half of the time limit, or if it failed, its completions
+    are also judged one by one in other workers, for at most the other half; these results count if the call
+    fails or does not end within the limit. So completions whose reward hangs fail by themselves, and as long
+    as there are workers for all of them, they cost the time limit once.
 
     Args:
-        components: All that will ever be asked about.
+        components: All components that ``submit`` will ever be given.
         timeout_seconds: The time limit of a call.
         max_workers: Processes at most. There is one at first; more come when answers have to wait.
         memory_bytes: Address space of a process; None: no limit.
@@ -199,7 +199,7 @@ class RewardProcessPool:
         self._num_workers = self._num_starting = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._memory_bytes = memory_bytes
-        self._template = _ForkServer(memory_bytes)
+        self._fork_server = _ForkServer(memory_bytes)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
         self._thread.start()
@@ -214,20 +214,20 @@ class RewardProcessPool:
 
     def submit(
         self, components: Sequence[Component], batches: Sequence[RewardBatch]
-    ) -> "list[Future[list[Verdicts]]]":
-        """Has answers judged by worker processes."""
-        which = [self._components.index(component) for component in components]
-        futures: list[Future[list[Verdicts]]] = [Future() for _ in batches]
+    ) -> "list[Future[RewardOutput]]":
+        """Have batches judged by worker processes."""
+        indices = [self._components.index(component) for component in components]
+        futures: list[Future[RewardOutput]] = [Future() for _ in batches]
 
         def judge() -> None:
-            for future, answers in zip(futures, batches, strict=True):
-                self._background(self._judge_into(future, which, answers))
+            for future, batch in zip(futures, batches, strict=True):
+                self._background(self._judge_into(future, indices, batch))
 
         self._inbox.put(judge)
         return futures
 
     def _forward(self) -> None:
-        """Passes on to the loop what callers leave in the inbox.
+        """Pass on to the event loop what callers put into the inbox.
 
         Waking the loop lets go of the interpreter's lock and may wait for it for long; this thread has the
         time, a caller that generates does not.
@@ -236,7 +236,7 @@ class RewardProcessPool:
             self._loop.call_soon_threadsafe(callback)
 
     def close(self) -> None:
-        """Ends all processes."""
+        """End all processes."""
         if self._loop.is_closed():
             return
         self._inbox.put(None)
@@ -245,7 +245,7 @@ class RewardProcessPool:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self._template.close()
+        self._fork_server.close()
 
     def __enter__(self) -> Self:
         return self
@@ -273,64 +273,68 @@ class RewardProcessPool:
             worker.writer.close()
 
     async def _judge_into(
-        self, future: "Future[list[Verdicts]]", which: list[int], answers: RewardBatch
+        self, future: "Future[RewardOutput]", indices: list[int], batch: RewardBatch
     ) -> None:
         try:
-            future.set_result(await self._judge(which, answers))
+            future.set_result(await self._judge(indices, batch))
         except asyncio.CancelledError:
             future.cancel()
             raise
         except Exception as error:
             future.set_exception(error)
 
-    async def _judge(self, which: list[int], answers: RewardBatch) -> list[Verdicts]:
-        """The verdict of each component, whatever happens."""
+    async def _judge(self, indices: list[int], batch: RewardBatch) -> RewardOutput:
+        """Judge a batch, whatever its rewards do to a worker."""
         half = self._timeout_seconds / 2
-        alone: list[asyncio.Task[list[Verdicts] | str]] = []
+        alone: list[asyncio.Task[RewardOutput | str]] = []
         timers: list[asyncio.TimerHandle] = []
 
         def judge_alone() -> None:
-            if not alone and len(answers) > 1:
-                alone.extend(self._background(self._ask(which, one, limit=half)) for one in answers.alone())
+            if not alone and len(batch) > 1:
+                alone.extend(self._background(self._ask(indices, one, limit=half)) for one in batch.alone())
                 self._loop.call_soon(self._grow)  # once they wait: whoever is busy may be for long
 
         def begin() -> None:
             timers.append(self._loop.call_later(half, judge_alone))
 
         try:
-            found = await self._ask(which, answers, limit=self._timeout_seconds, begin=begin)
-            if isinstance(found, list):
+            found = await self._ask(indices, batch, limit=self._timeout_seconds, begin=begin)
+            if isinstance(found, RewardOutput):
                 return found
             judge_alone()
             if not alone:
-                return _or_failed(found, len(which), len(answers))
-            parts = [_or_failed(part, len(which), 1) for part in await asyncio.gather(*alone)]
-            joined = [Verdicts.joined(column) for column in zip(*parts, strict=True)]
-            for verdicts in joined:
-                verdicts.first_failure = verdicts.first_failure or found
-            return joined
+                return RewardOutput.failed(self._names(indices), len(batch), found)
+            parts = [
+                RewardOutput.failed(self._names(indices), 1, part) if isinstance(part, str) else part
+                for part in await asyncio.gather(*alone)
+            ]
+            joined = RewardOutput.concatenated(parts)
+            return replace(joined, first_failure=joined.first_failure or found)
         finally:
             for timer in timers:
                 timer.cancel()
             for task in alone:
                 task.cancel()
 
+    def _names(self, indices: Sequence[int]) -> list[str]:
+        return [self._components[i].name for i in indices]
+
     async def _ask(
         self,
-        which: list[int],
-        answers: RewardBatch,
+        indices: list[int],
+        batch: RewardBatch,
         *,
         limit: float,
         begin: Callable[[], None] = lambda: None,
-    ) -> list[Verdicts] | str:
-        """What a worker says, or why it says nothing; ``begin`` is called when it gets to work."""
+    ) -> RewardOutput | str:
+        """Return a worker's output, or why there is none; ``begin`` is called when the worker starts."""
         for _ in range(2):
             worker = await self._acquire()
             begin()
             try:
                 async with asyncio.timeout(limit):
-                    reply = await worker.ask((which, answers))
-                found = _read_reply(reply, len(which), len(answers))
+                    reply = await worker.ask((indices, batch))
+                found = _read_reply(reply, self._names(indices), len(batch))
             except TimeoutError:
                 self._discard(worker)
                 return (
@@ -341,7 +345,7 @@ class RewardProcessPool:
                 code = self._discard(worker)
                 if code is not None:
                     return f"the reward ended its process ({_ending(code)})"
-                # Somebody killed the template, and with it every worker: this call may not be to blame.
+                # The fork server was killed, and with it every worker: this call may not be to blame.
                 self._forget_idle_workers()
             except (ValueError, TypeError, KeyError) as error:
                 self._discard(worker)
@@ -355,7 +359,7 @@ class RewardProcessPool:
         return "the process that starts reward processes was killed"
 
     async def _acquire(self) -> _Worker:
-        """A worker that nobody else has; whoever waits too long causes there to be more."""
+        """Take an idle worker, or wait for one; a long wait starts further workers."""
         if self._idle:
             return self._idle.pop()
         place: asyncio.Future[_Worker] = self._loop.create_future()
@@ -372,7 +376,7 @@ class RewardProcessPool:
             raise
 
     def _release(self, worker: _Worker) -> None:
-        """Gives a worker to whoever has waited longest."""
+        """Give a worker to whoever has waited longest."""
         while self._waiting:
             place = self._waiting.popleft()
             if not place.done():
@@ -381,7 +385,7 @@ class RewardProcessPool:
         self._idle.append(worker)
 
     def _grow(self) -> None:
-        """Starts a worker for everyone who waits, as far as there may be more."""
+        """Start a worker for everyone who waits, up to the limit."""
         num_wanted = sum(not place.done() for place in self._waiting) - self._num_starting
         for _ in range(min(num_wanted, self._max_workers - self._num_workers)):
             self._background(self._add_worker(self._new_worker()))
@@ -398,7 +402,7 @@ class RewardProcessPool:
             self._waiting.clear()
 
     def _new_worker(self) -> Coroutine[Any, Any, None]:
-        """Starts a worker and has it import the rewards; counted from now on, not from when that begins."""
+        """Start a worker that imports the rewards; it counts from this call, not from when that begins."""
         self._num_workers += 1
         self._num_starting += 1
         return self._start_worker()
@@ -416,7 +420,7 @@ class RewardProcessPool:
         except TimeoutError:
             error = f"importing it took longer than {IMPORT_SECONDS:g} s"
         except (EOFError, OSError):
-            error = f"importing it ended the process ({_ending(self._template.kill(worker.pid))})"
+            error = f"importing it ended the process ({_ending(self._fork_server.kill(worker.pid))})"
         except BaseException:
             self._discard(worker)
             raise
@@ -428,22 +432,22 @@ class RewardProcessPool:
         self._release(worker)
 
     async def _fork(self) -> _Worker:
-        """A new worker; if the template is gone, of a new one."""
+        """Fork a worker; if the fork server is gone, start another first."""
         try:
-            pid, connection = self._template.fork()
+            pid, connection = self._fork_server.fork()
         except OSError:
-            self._template.close()
-            self._template = _ForkServer(self._memory_bytes)
-            pid, connection = self._template.fork()
+            self._fork_server.close()
+            self._fork_server = _ForkServer(self._memory_bytes)
+            pid, connection = self._fork_server.fork()
         return _Worker(pid, *await asyncio.open_unix_connection(sock=connection))
 
     def _discard(self, worker: _Worker) -> int | None:
-        """Kills a worker, and replaces it if somebody waits; returns how it had ended, if that is known."""
+        """Kill a worker, replace it if somebody waits, and return its exit code (see ``kill``) if known."""
         self._num_workers -= 1
         worker.writer.close()
         code = None
         with contextlib.suppress(OSError):
-            code = self._template.kill(worker.pid)
+            code = self._fork_server.kill(worker.pid)
         self._grow()
         return code
 
@@ -454,32 +458,24 @@ class RewardProcessPool:
         self._idle.clear()
 
 
-def _read_reply(reply: Any, num_components: int, num_answers: int) -> list[Verdicts]:
-    """A worker's reply, which a reward may have forged.
+def _read_reply(reply: Any, names: Sequence[str], num_completions: int) -> RewardOutput:
+    """Check a worker's reply, which a reward may have forged, and return what it says.
 
     Raises:
         ValueError, TypeError, KeyError: It is not what a worker sends.
     """
-    found = [
-        Verdicts(list(part["values"]), list(map(bool, part["has_failed"])), part["first_failure"])
-        for part in reply
-    ]
-    values = list(itertools.chain.from_iterable(verdicts.values for verdicts in found))
-    if len(found) != num_components or any(
-        len(part.values) != num_answers or len(part.has_failed) != num_answers for part in found
-    ):
+    components = {name: list(reply["components"][name]) for name in names}
+    output = RewardOutput(components, list(map(bool, reply["has_failed"])), reply["first_failure"])
+    if {len(column) for column in (*components.values(), output.has_failed)} != {num_completions}:
         raise ValueError("a reply of the wrong size")
+    values = itertools.chain.from_iterable(components.values())
     if not all(value is None or (isinstance(value, float) and abs(value) < MAX_REWARD) for value in values):
         raise ValueError("a reply that is not made of numbers")
-    return found
-
-
-def _or_failed(found: list[Verdicts] | str, num_components: int, num_answers: int) -> list[Verdicts]:
-    if isinstance(found, str):
-        return [Verdicts.failed(num_answers, found) for _ in range(num_components)]
-    return found
+    if not isinstance(output.first_failure, str | None):
+        raise TypeError("a reply whose message is no text")
+    return output
 
 
 def _ending(code: int) -> str:
-    """How a process ended, from its exit code or minus its signal."""
+    """Describe how a process ended, from its exit code or minus its signal."""
     return f"signal {-code}" if code < 0 else f"exit status {code}"

@@ -1,12 +1,13 @@
-"""Calling reward functions whose failures are data; light enough to be imported in any process."""
+"""Calls of reward functions, whose failures are data; light enough to be imported in any process."""
 
 import asyncio
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,13 +22,13 @@ _RESERVED = {"prompt", "prompts", "completions", "completion_ids"}
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """Answers that are judged together.
+    """Completions that are judged together.
 
     Attributes:
-        prompts: What was asked.
-        completions: The texts of the answers.
-        token_ids: Their tokens.
-        columns: By name, the values of the rows that were asked about; None where a row has none.
+        prompts: One for each completion.
+        completions: Texts.
+        token_ids: Tokens of each completion.
+        columns: By name, the rows' values, one for each completion; None where a row has none.
     """
 
     prompts: list[Prompt]
@@ -43,7 +44,7 @@ class RewardBatch:
         completions: Sequence[str],
         token_ids: Sequence[list[int]],
     ) -> Self:
-        """The answers to some rows."""
+        """Make the batch of the completions for some rows."""
         keys = sorted({key for row in rows for key in row} - _RESERVED)
         columns = {key: [row.get(key) for row in rows] for key in keys}
         return cls(list(prompts), list(completions), list(token_ids), columns)
@@ -52,7 +53,7 @@ class RewardBatch:
         return len(self.completions)
 
     def alone(self) -> Iterator[Self]:
-        """Each answer by itself."""
+        """Yield each completion as a batch of its own."""
         for i in range(len(self)):
             yield type(self)(
                 [self.prompts[i]],
@@ -62,40 +63,80 @@ class RewardBatch:
             )
 
 
-@dataclass
-class Verdicts:
-    """What one component says about some answers.
+@dataclass(frozen=True)
+class RewardOutput:
+    """Rewards of a batch of completions, by all components of a task or by some of them.
 
     Attributes:
-        values: One per answer; None where the reward failed or does not apply.
-        has_failed: One per answer.
-        first_failure: What went wrong first; None if nothing did.
+        components: By name, a component's values before weights, one per completion; None where the
+            component failed or does not apply.
+        has_failed: One per completion: whether a component raised, hung, or returned no usable number.
+        first_failure: Message of the first failure; None if nothing failed.
+        values: One per completion: the weighted sum that ``weighted`` computes; empty before.
     """
 
-    values: list[float | None]
+    components: dict[str, list[float | None]]
     has_failed: list[bool]
     first_failure: str | None = None
+    values: list[float | None] = field(default_factory=list)
+
+    @property
+    def num_failures(self) -> int:
+        """Number of completions whose reward failed."""
+        return sum(self.has_failed)
 
     @classmethod
-    def failed(cls, number: int, reason: str) -> Self:
-        """Failures of a number of answers."""
-        return cls([None] * number, [True] * number, reason)
+    def failed(cls, names: Iterable[str], num_completions: int, reason: str) -> Self:
+        """Return the output of components that failed for every completion."""
+        return cls({name: [None] * num_completions for name in names}, [True] * num_completions, reason)
 
     @classmethod
-    def joined(cls, parts: Sequence["Verdicts"]) -> Self:
-        """What was said about several parts, in their order."""
+    def concatenated(cls, parts: Sequence["RewardOutput"]) -> Self:
+        """Join outputs of the same components for consecutive parts of a batch."""
         return cls(
-            [value for part in parts for value in part.values],
+            {name: [v for part in parts for v in part.components[name]] for name in parts[0].components},
             [flag for part in parts for flag in part.has_failed],
-            next((part.first_failure for part in parts if part.first_failure is not None), None),
+            _first_failure(parts),
         )
+
+    @classmethod
+    def merged(cls, parts: Sequence["RewardOutput"]) -> Self:
+        """Join outputs of different components for the same completions."""
+        return cls(
+            {name: values for part in parts for name, values in part.components.items()},
+            [any(flags) for flags in zip(*(part.has_failed for part in parts), strict=True)],
+            _first_failure(parts),
+        )
+
+    def weighted(self, weights: Mapping[str, float], *, substitute: float | None) -> Self:
+        """Return a copy with ``values``: the sums of the components that apply, each times its weight.
+
+        Args:
+            weights: A weight for each component, by name.
+            substitute: The value of a completion whose reward failed.
+
+        A value is None where no component applies.
+        """
+        values: list[float | None] = []
+        for i, has_failed in enumerate(self.has_failed):
+            parts = [
+                weights[name] * value
+                for name, column in self.components.items()
+                if (value := column[i]) is not None
+            ]
+            values.append(substitute if has_failed else math.fsum(parts) if parts else None)
+        return replace(self, values=values)
+
+
+def _first_failure(parts: Sequence[RewardOutput]) -> str | None:
+    return next((part.first_failure for part in parts if part.first_failure is not None), None)
 
 
 class RewardCaller:
-    """Calls the functions of some components.
+    """Caller of the reward functions of some components.
 
     Args:
-        components: Which; functions that are given as references are imported.
+        components: Components whose functions are called; references to functions are imported.
 
     Raises:
         ValueError: A function does not exist, or importing it fails.
@@ -110,51 +151,59 @@ class RewardCaller:
         # One event loop for all calls, so that what a function keeps open stays usable.
         self._runner = asyncio.Runner()
 
-    def judge(self, which: Sequence[int], answers: RewardBatch) -> list[Verdicts]:
-        """What some components say.
+    def judge(self, indices: Sequence[int], batch: RewardBatch) -> RewardOutput:
+        """Judge completions by some components.
 
-        Each gets all answers in one call. One that fails is asked about each answer by itself, so that only
-        the answers that it fails for suffer.
+        A component gets all completions in one call. If that fails, it is called for each completion by
+        itself, so that only those fail that cause it.
 
         Args:
-            which: Indices of the components.
-            answers: What they judge.
-        """
-        verdicts = self._attempt([(i, answers) for i in which])
-        for place, (i, found) in enumerate(zip(which, verdicts, strict=True)):
-            if isinstance(found, str) and len(answers) > 1:
-                parts = self._attempt([(i, answer) for answer in answers.alone()])
-                joined = Verdicts.joined([_or_failed(part, 1) for part in parts])
-                joined.first_failure = found
-                verdicts[place] = joined
-        return [_or_failed(found, len(answers)) for found in verdicts]
+            indices: Indices of the components.
+            batch: The completions.
 
-    def _attempt(self, calls: Sequence[tuple[int, RewardBatch]]) -> list[Verdicts | str]:
-        """The verdict of each call, or why there is none. Coroutines run at the same time."""
-        returned = [self._call(i, answers) for i, answers in calls]
+        Returns:
+            The components' values; their weighted sum is not computed here.
+        """
+        outputs = []
+        for i, found in zip(indices, self._attempt([(i, batch) for i in indices]), strict=True):
+            if isinstance(found, str) and len(batch) > 1:
+                parts = self._attempt([(i, single) for single in batch.alone()])
+                joined = RewardOutput.concatenated([self._or_failed(part, i, 1) for part in parts])
+                found = replace(joined, first_failure=found)
+            outputs.append(self._or_failed(found, i, len(batch)))
+        return RewardOutput.merged(outputs)
+
+    def _or_failed(self, found: RewardOutput | str, i: int, num_completions: int) -> RewardOutput:
+        if isinstance(found, str):
+            return RewardOutput.failed([self._components[i].name], num_completions, found)
+        return found
+
+    def _attempt(self, calls: Sequence[tuple[int, RewardBatch]]) -> list[RewardOutput | str]:
+        """Return the output of each call, or why there is none; coroutines run concurrently."""
+        returned = [self._call(i, batch) for i, batch in calls]
         awaitables = {place: value for place, value in enumerate(returned) if inspect.isawaitable(value)}
         if awaitables:
             values = self._runner.run(_gather(list(awaitables.values())))
             for place, value in zip(awaitables, values, strict=True):
                 returned[place] = value
         return [
-            _described(value, label) if isinstance(value, BaseException) else _checked(value, label, answers)
-            for value, label, answers in (
-                (value, self._components[i].name, answers)
-                for value, (i, answers) in zip(returned, calls, strict=True)
+            _described(value, label) if isinstance(value, BaseException) else _checked(value, label, batch)
+            for value, label, batch in (
+                (value, self._components[i].name, batch)
+                for value, (i, batch) in zip(returned, calls, strict=True)
             )
         ]
 
-    def _call(self, i: int, answers: RewardBatch) -> Any:
-        """What the function returns, or the exception that it raises."""
+    def _call(self, i: int, batch: RewardBatch) -> Any:
+        """Return what the function returns, or the exception that it raises."""
         component = self._components[i]
-        completions: list[Any] = list(answers.completions)
+        completions: list[Any] = list(batch.completions)
         if component.takes_messages:
             completions = [
                 text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-                for prompt, text in zip(answers.prompts, answers.completions, strict=True)
+                for prompt, text in zip(batch.prompts, batch.completions, strict=True)
             ]
-        arguments, keywords = self._signatures[i].bind(list(answers.prompts), completions, answers)
+        arguments, keywords = self._signatures[i].bind(list(batch.prompts), completions, batch)
         try:
             return self._functions[i](*arguments, **keywords, **component.arguments)
         except (Exception, SystemExit) as error:
@@ -163,11 +212,11 @@ class RewardCaller:
 
 @dataclass(frozen=True)
 class _Signature:
-    """What a function wants to be called with.
+    """Arguments that a reward function takes.
 
     Attributes:
-        names: Of its parameters.
-        takes_any: Whether it takes every column, whatever its name.
+        names: Names of its parameters.
+        takes_any: True if it takes every column, whatever its name.
     """
 
     names: frozenset[str]
@@ -175,7 +224,7 @@ class _Signature:
 
     @classmethod
     def of(cls, function: RewardFunction) -> Self:
-        """That of a function; one that cannot be looked into takes everything."""
+        """Inspect a function; one that cannot be inspected takes everything."""
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError):
@@ -184,9 +233,9 @@ class _Signature:
         return cls(names, any(p.kind is p.VAR_KEYWORD for p in parameters))
 
     def bind(
-        self, prompts: list[Prompt], completions: list[Any], answers: RewardBatch
+        self, prompts: list[Prompt], completions: list[Any], batch: RewardBatch
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Positional arguments and those by name."""
+        """Return the positional arguments and those by name."""
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
         if "completions" in self.names:  # by name, so that a function need not take the prompts
@@ -195,11 +244,11 @@ class _Signature:
                 keywords["prompts"] = prompts
         else:
             positional = [prompts, completions]
-        for key, values in answers.columns.items():
+        for key, values in batch.columns.items():
             if self.takes_any or key in self.names:
                 keywords[key] = list(values)
         if "completion_ids" in self.names:
-            keywords["completion_ids"] = [list(ids) for ids in answers.token_ids]
+            keywords["completion_ids"] = [list(ids) for ids in batch.token_ids]
         return positional, keywords
 
 
@@ -207,36 +256,35 @@ async def _gather(awaitables: Sequence[Any]) -> list[Any]:
     return await asyncio.gather(*awaitables, return_exceptions=True)
 
 
-def _checked(returned: Any, label: str, answers: RewardBatch) -> Verdicts | str:
-    """What a function returned as verdicts, or why it is none."""
+def _checked(returned: Any, label: str, batch: RewardBatch) -> RewardOutput | str:
+    """Return a component's output, or why what its function returned is none."""
     if hasattr(returned, "tolist"):  # a tensor, or an array
         returned = returned.tolist()
     is_list = isinstance(returned, Sequence) and not isinstance(returned, str | bytes)
     if not is_list:
         return (
-            f"TypeError: the reward returned {_shown(returned)}; wanted a list of {len(answers)} numbers "
+            f"TypeError: the reward returned {_shown(returned)}; wanted a list of {len(batch)} numbers "
             f"(reward {label!r})"
         )
-    if len(returned) != len(answers):
+    returned = list(returned)
+    if len(returned) != len(batch):
         return (
-            f"ValueError: the reward returned {len(returned)} values for {len(answers)} completions "
+            f"ValueError: the reward returned {len(returned)} values for {len(batch)} completions "
             f"(reward {label!r})"
         )
-    verdicts = Verdicts([], [])
-    for given in returned:
-        value = None if given is None else _number(given)
-        verdicts.values.append(value)
-        verdicts.has_failed.append(given is not None and value is None)
-        if verdicts.has_failed[-1] and verdicts.first_failure is None:
-            verdicts.first_failure = (
-                f"ValueError: the reward returned {_shown(given)}, which is no usable number "
-                f"(reward {label!r})"
-            )
-    return verdicts
+    values = [None if given is None else _number(given) for given in returned]
+    has_failed = [given is not None and value is None for given, value in zip(returned, values, strict=True)]
+    first_failure = None
+    if any(has_failed):
+        first_failure = (
+            f"ValueError: the reward returned {_shown(returned[has_failed.index(True)])}, which is no usable "
+            f"number (reward {label!r})"
+        )
+    return RewardOutput({label: values}, has_failed, first_failure)
 
 
 def _number(given: Any) -> float | None:
-    """A value as a float, also if it is numpy's or a tensor of one element; None if it is no usable one."""
+    """Convert a value, also numpy's or a tensor of one element, to a float; None if it is no usable one."""
     if isinstance(given, str | bytes):
         return None
     try:
@@ -255,7 +303,7 @@ def _shown(value: Any) -> str:
 
 
 def _described(error: BaseException, label: str) -> str:
-    """An exception, with the line that raised it."""
+    """Describe an exception, with the line that raised it."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -263,12 +311,8 @@ def _described(error: BaseException, label: str) -> str:
     return f"{type(error).__name__}: {error} ({where}reward {label!r})"
 
 
-def _or_failed(found: Verdicts | str, number: int) -> Verdicts:
-    return Verdicts.failed(number, found) if isinstance(found, str) else found
-
-
 def import_function(reference: str) -> RewardFunction:
-    """The function that ``package.module:function`` or ``path/to/file.py:function`` names.
+    """Import the function that ``package.module:function`` or ``path/to/file.py:function`` names.
 
     Raises:
         ValueError: There is no such module, file or function, or importing it fails.
@@ -288,7 +332,7 @@ def import_function(reference: str) -> RewardFunction:
 
 
 def reference_of(function: RewardFunction | str) -> str:
-    """Where another process finds a function.
+    """Return the reference, ``module:function``, by which another process finds a function.
 
     Raises:
         ValueError: It is not at the top level of a module that can be imported.

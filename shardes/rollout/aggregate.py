@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
 
 from shardes.es.member import MemberResult, mean_reward
-from shardes.rewards.scorer import PendingVerdicts, Scorer
+from shardes.rewards.scorer import PendingRewards, Scorer
 from shardes.rewards.worker import RewardBatch
 from shardes.rollout.engines.base import Completions, EngineOutput
 from shardes.tasks.base import Prompt, Row, as_text
@@ -178,7 +178,7 @@ class CompletionAccumulator:
         self._text = text
         self._keeps_samples = keeps_samples
         self._indices: list[Sequence[int]] = []
-        self._pending: list[PendingVerdicts] = []
+        self._pending: list[PendingRewards] = []
         self._unsent: list[RewardBatch] = []
         self._last_sent = time.monotonic()
         self._num_tokens = 0

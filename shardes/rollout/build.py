@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shardes.backends.registry import BACKENDS
 from shardes.config.schema import Config
 from shardes.es.strategy import Strategy
 from shardes.models.build import load_tokenizer, max_positions
@@ -22,12 +23,6 @@ from shardes.tasks.base import Row, Task, all_rewards
 from shardes.tasks.sampler import draw_batch
 
 logger = logging.getLogger(__name__)
-
-# What rollout.gather: auto is for backends that leave no choice, and why.
-_ONLY_GATHERS = {
-    "single": ("member", "every rank holds a whole model, so nothing is gathered"),
-    "tensor_parallel": ("layer", "no rank ever holds a whole model"),
-}
 
 
 @dataclass(frozen=True)
@@ -90,11 +85,11 @@ def make_evaluator(
     on_error = config.task.on_reward_error
     scorer = Scorer(task, rewards=rewards, on_error=on_error)
     scorers = {name: Scorer(other, rewards=rewards, on_error=on_error) for name, other in others.items()}
-    settings = config.rollout
-    only = _ONLY_GATHERS.get(config.parallel.backend)
-    if settings.gather == "auto" and only is not None and not (settings.is_batched and only[0] == "member"):
-        logger.info("rollout.gather: auto is %s: %s", *only)
-        settings = settings.model_copy(update={"gather": only[0]})
+    settings, spec = config.rollout, BACKENDS[config.parallel.backend]
+    only = spec.auto_gather
+    if settings.gather == "auto" and only and not (settings.is_batched and only == "member"):
+        logger.info("rollout.gather: auto is %s: %s", only, spec.auto_reason)
+        settings = settings.model_copy(update={"gather": only})
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     common: dict[str, Any] = {"tokenizer": tokenizer, "mesh": session.mesh, "settings": settings}
     common |= {"seed": config.es.seed, "timer": session.timer}

@@ -190,7 +190,15 @@ def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 # Keys of a header for readers: compared in another way, or of no influence on the run.
-_NOT_COMPARED = ("type", "settings", "shardes_version", "config", "parameters", "base_headers_sha256")
+_NOT_COMPARED = (
+    "type",
+    "settings",
+    "shardes_version",
+    "config",
+    "parameters",
+    "base_headers_sha256",
+    "is_exact",
+)
 
 
 def _comparable(header: dict[str, Any]) -> dict[str, Any]:

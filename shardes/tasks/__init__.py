@@ -1,1 +1,1 @@
-"""Data, prompts and rewards."""
+"""Tasks: data, prompts and rewards."""

@@ -1,4 +1,4 @@
-r"""Finding the answer in a response: between tags, in the last ``\boxed{}``, or as a plain number.
+r"""Parsers of the answer in a response: between tags, in the last ``\boxed{}``, or as a plain number.
 
 All functions take any text and cost time linear in its length.
 """
@@ -22,14 +22,14 @@ _FRACTION = re.compile(
 
 
 def last_answer(response: str) -> str | None:
-    """What stands between the last ``</answer>`` and the ``<answer>`` before it; None without such a pair."""
+    """Return the text of the last ``<answer>`` pair, or None if there is none."""
     end = response.rfind("</answer>")
     start = response.rfind("<answer>", 0, max(end, 0))
     return None if start < 0 else response[start + len("<answer>") : end]
 
 
 def is_think_answer(response: str) -> bool:
-    """Whether the whole response is ``<think>...</think><answer>...</answer>``.
+    """Return True if the whole response is ``<think>...</think><answer>...</answer>``.
 
     Each tag occurs exactly once, and white space alone stands before, between and after the two pairs.
     """
@@ -46,7 +46,7 @@ def is_think_answer(response: str) -> bool:
 
 
 def is_bare_answer(response: str) -> bool:
-    """Whether the whole response is ``<answer>...</answer>``, with no further tag and nothing around it."""
+    """Return True if the response is ``<answer>...</answer>``, with no further tag and nothing around it."""
     return (
         response.startswith("<answer>")
         and response.endswith("</answer>")
@@ -55,7 +55,7 @@ def is_bare_answer(response: str) -> bool:
 
 
 def last_boxed(response: str) -> str | None:
-    r"""The content of the last ``\boxed{...}`` whose braces are balanced; None if there is none."""
+    r"""Return the content of the last ``\boxed{...}`` whose braces are balanced; None if there is none."""
     end = len(response)
     while (start := response.rfind(_BOX, 0, end)) >= 0:
         closing = _closing_brace(response, start + len(_BOX), end)
@@ -77,7 +77,7 @@ def _closing_brace(text: str, start: int, end: int) -> int | None:
 
 
 def exact_number(text: str) -> Fraction | None:
-    r"""The number that a text consists of, exactly; None if it is something else.
+    r"""Parse a text as one exact number; None if it is something else.
 
     Read are decimal numbers (also with thousands separators: ``1,234.50``) and fractions (``3/4``,
     ``\frac{3}{4}``), with a sign and with what usually stands around an amount: a currency sign, a percent

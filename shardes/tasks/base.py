@@ -1,4 +1,4 @@
-"""What a task is: rows of data, a prompt for each row, and how each answer is judged.
+"""Records of a task: rows of data, a prompt for each row, and the rewards of each answer.
 
 Nothing here, nor in any module of a reward, imports torch: rewards run in processes of their own, which
 have to start quickly.
@@ -6,7 +6,8 @@ have to start quickly.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 Row = Mapping[str, Any]
 """One problem, as read from a data file: its columns by name."""
@@ -24,7 +25,7 @@ prompt must not earn the format reward.
 """
 
 Metric = Literal["accuracy", "cross_entropy", "log_likelihood"]
-"""What a likelihood task is rewarded with.
+"""Reward of a likelihood task.
 
 - ``accuracy``: 1 if the right completion is the likeliest one, else 0.
 - ``cross_entropy``: minus the cross-entropy between the right completion and the softmax over all
@@ -35,16 +36,16 @@ Metric = Literal["accuracy", "cross_entropy", "log_likelihood"]
 
 @dataclass(frozen=True)
 class Component:
-    """One of the rewards that add up to an answer's.
+    """One of the rewards whose weighted sum is an answer's reward.
 
     Attributes:
-        name: What it is called in metrics.
+        name: Name in metrics.
         function: A function at the top level of a module; or where to find one, as
             ``package.module:function`` or ``path/to/file.py:function``. It is called in another process.
-        weight: What its values are multiplied by in the sum.
+        weight: Factor of the values in the weighted sum.
         arguments: Passed to the function by name, besides the columns.
-        takes_messages: Whether completions of chat prompts are passed as TRL does it, each a list of one
-            message ``{"role": "assistant", "content": text}``. Completions are plain text otherwise.
+        takes_messages: True to pass completions of chat prompts as TRL does, each a list of one message
+            ``{"role": "assistant", "content": text}``; False to pass plain text.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Choices:
-    """What may follow a prompt, for a likelihood task.
+    """Completions of a prompt that a likelihood task compares.
 
     Attributes:
         completions: The texts whose likelihoods are compared, leading spaces included; one for a task that
@@ -68,31 +69,48 @@ class Choices:
     gold: int
 
 
+class Generator(Protocol):
+    """Maker of distinct problems: a pure function of its arguments."""
+
+    def __call__(self, num_problems: int, /, *, seed: int) -> list[dict[str, Any]]:
+        """Return ``num_problems`` rows."""
+
+
 @dataclass(frozen=True)
 class TaskDefinition:
-    """A kind of task, whatever its data: what the registry of built-in tasks holds.
+    """Kind of task, without data: what a module of ``shardes/tasks/builtin`` declares.
 
     Attributes:
+        name: The name that ``task.name`` selects it by; no other task has it.
         make_prompt: Turns a row into a prompt.
-        check_row: Raises ``UserError`` for a row that it cannot use; its second argument names the row's
-            place in messages, such as ``task.data: file.jsonl line 3``.
-        rewards: The components of a generation task; empty for a likelihood task.
-        choices: What may follow a row's prompt, for a likelihood task; None for a generation task.
-        metric: What a likelihood task is rewarded with, unless ``task.metric`` says otherwise.
+        check_row: Raises ``UserError`` for a row that the task cannot use; its second argument names the
+            row's place in messages, such as ``task.data: file.jsonl line 3``.
+        rewards: Components of a generation task, with distinct names; empty for a likelihood task.
+        choices: Turns a row into the completions to compare, for a likelihood task; None for a generation
+            task.
+        metric: Reward of a likelihood task, unless ``task.metric`` says otherwise.
         row_key: Names a row's problem: rows with the same key are never parted by ``task.heldout_fraction``.
             None: a problem is all the columns of its row.
+        with_label_words: For a task with classes: returns the definition with one word for each class. None
+            as argument means the task's own words, and raises ``ValueError`` where it has none.
+        generate: Makes problems for ``shardes make-data``, which tells them apart by ``row_key``.
+        convert: Turns the directory ``shardes make-data --source`` into rows.
     """
 
+    name: str
     make_prompt: Callable[[Row], Prompt]
     check_row: Callable[[Row, str], None]
     rewards: tuple[Component, ...] = ()
     choices: Callable[[Row], Choices] | None = None
     metric: Metric = "cross_entropy"
     row_key: Callable[[Row], str] | None = None
+    with_label_words: "Callable[[Sequence[str] | None], TaskDefinition] | None" = None
+    generate: Generator | None = None
+    convert: Callable[[Path], list[dict[str, Any]]] | None = None
 
 
 def all_rewards(tasks: Sequence["Task"]) -> list[Component]:
-    """The rewards of several tasks, each once."""
+    """Return the rewards of several tasks, each once."""
     found: list[Component] = []
     for task in tasks:
         found += [component for component in task.rewards if component not in found]
@@ -101,7 +119,7 @@ def all_rewards(tasks: Sequence["Task"]) -> list[Component]:
 
 @dataclass(frozen=True)
 class Task:
-    """A task with its data: what is asked, and how an answer is judged.
+    """Task with its data, ready to be evaluated.
 
     Attributes:
         name: The name shown in logs.
@@ -109,8 +127,9 @@ class Task:
         heldout: Rows that only the centre is evaluated on; may be empty.
         make_prompt: Turns a row into a prompt; it does not fail for these rows.
         rewards: Judge completions of a generation task; empty for a likelihood task.
-        choices: What may follow a row's prompt, for a likelihood task; None for a generation task.
-        metric: What a likelihood task is rewarded with.
+        choices: Turns a row into the completions to compare, for a likelihood task; None for a generation
+            task.
+        metric: Reward of a likelihood task.
     """
 
     name: str

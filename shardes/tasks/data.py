@@ -1,4 +1,4 @@
-"""Reading problems: JSONL, JSON, CSV, Parquet, and Hugging Face data sets, all as rows of columns.
+"""Readers of problems: JSONL, JSON, CSV, Parquet, and Hugging Face data sets, all as rows of columns.
 
 The libraries that Parquet and data sets need are imported when such data are read, and only then.
 """
@@ -23,7 +23,7 @@ _INSTALL = "install it with: pip install 'shardes[data]'"
 def read_rows(
     source: Path, *, key: str, columns: Mapping[str, str] | None = None, check: Callable[[Row, str], None]
 ) -> list[Row]:
-    """The rows of a file or data set, each checked.
+    """Read the rows of a file or data set, and check each.
 
     Args:
         source: A file, whose name ends with what it holds (``.jsonl``, ``.json``, ``.csv``, ``.tsv``,
@@ -58,7 +58,7 @@ def read_rows(
 
 
 def rows_sha256(rows: Sequence[Row]) -> str:
-    """A hash of the rows in their order, whatever file or format they came from."""
+    """Compute a hash of the rows in their order, whatever file or format they came from."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(_canonical(row).encode() + b"\n")
@@ -68,7 +68,7 @@ def rows_sha256(rows: Sequence[Row]) -> str:
 def split_rows(
     rows: Sequence[Row], *, fraction: float, seed: int, row_key: Callable[[Row], str] | None = None
 ) -> tuple[list[Row], list[Row]]:
-    """Deals rows into training and held-out rows.
+    """Split rows into training and held-out rows.
 
     Problems are ordered by a hash of seed and problem, and the first of them are held out, at least one. So
     the split depends on neither the order of the rows nor a random generator, and equal problems stay
@@ -76,7 +76,7 @@ def split_rows(
 
     Args:
         rows: The rows to split.
-        fraction: Which part of the different problems is held out.
+        fraction: Fraction of the distinct problems that is held out, between 0 and 1.
         seed: Another seed gives another split.
         row_key: Names a row's problem; None: all columns but ``id`` do.
 
@@ -107,7 +107,7 @@ def _with_columns(
 
 
 def _read(source: Path, key: str) -> Iterator[tuple[str, Any]]:
-    """The rows as they are, each with its place in the source."""
+    """Read the rows as they are, each with its place in the source."""
     if is_hub_reference(source):
         return _of_data_set(_from_hub(source, key))
     directory, split = source, ""
@@ -198,7 +198,7 @@ def _of_csv(text: str, source: Path, key: str, *, delimiter: str) -> Iterator[tu
 
 
 def _typed(cells: Sequence[str]) -> list[Any]:
-    """A column's values: numbers or lists if every cell is one as JSON writes it, else texts."""
+    """Convert a column's cells to numbers or lists if each is one as JSON writes it; else keep texts."""
     try:
         values = [json.loads(cell) for cell in cells]
     except ValueError:
@@ -253,7 +253,7 @@ def _from_hub(source: Path, key: str) -> Any:
 
 
 def _one_split(found: Any, split: str, where: str) -> Any:
-    """The split that was asked for, or the only one."""
+    """Return the split that was asked for, or the only one."""
     if not isinstance(found, dict):
         if split:
             raise UserError(f"{where} has no splits; leave @{split} away")
@@ -276,7 +276,7 @@ def _datasets(where: str) -> Any:
 
 
 def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
-    """Missing numbers as None: tables have NaN for them, which is equal to nothing, itself included."""
+    """Replace NaN, a table's missing number, by None: NaN is equal to nothing, itself included."""
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
 
 

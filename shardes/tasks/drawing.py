@@ -1,4 +1,4 @@
-"""Drawing problems at random until there are enough different ones."""
+"""Random problems, drawn until there are enough different ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +15,14 @@ def draw_distinct(
     remedy: str = "ask for fewer",
     max_fruitless_attempts: int = 20_000,
 ) -> list[dict[str, Any]]:
-    """Rows with different keys, in the order in which they were first drawn.
+    """Draw rows with different keys, in the order in which they were first drawn.
 
     Args:
-        num_problems: How many.
+        num_problems: Number of rows.
         draw: Makes a row; None: this attempt failed.
         key: Names a row's problem.
-        what: What is drawn and within which limits, for the message.
-        remedy: What to do if there are too few, for the message.
+        what: Description of what is drawn, with its limits, for the message.
+        remedy: Advice if there are too few, for the message.
         max_fruitless_attempts: Give up after so many attempts in a row that brought nothing new.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Reads arithmetic written by a model: exactly, in bounded time, and without executing any of it.
+"""Evaluator of arithmetic written by a model: exact, in bounded time, and without executing any of it.
 
 What a model writes is untrusted text. Python's own reader would evaluate ``98**47**47`` until memory is gone,
 and rounds ``1/3`` to a binary fraction. Here the grammar has no power operator, every size that drives the
@@ -26,11 +26,11 @@ _END = ""
 
 
 class ExpressionError(ValueError):
-    """The text is not an expression of the grammar, exceeds a limit, or divides by zero."""
+    """Error of a text that is no expression of the grammar, exceeds a limit, or divides by zero."""
 
 
 def evaluate_expression(text: str) -> tuple[Fraction, list[Fraction]]:
-    """Evaluates an arithmetic expression.
+    """Evaluate an arithmetic expression.
 
     Nothing that fits in ``MAX_CHARACTERS`` costs much: no numerator or denominator has more than a few
     hundred digits, and the recursion is a few frames for each of ``MAX_NESTING`` parentheses.
@@ -66,7 +66,7 @@ def _tokenize(text: str) -> list[str]:
 
 
 class _Parser:
-    """Recursive descent over the tokens; one method for each rule of the grammar."""
+    """Recursive-descent parser of tokens; one method for each rule of the grammar."""
 
     def __init__(self, tokens: list[str]) -> None:
         self._tokens = [*tokens, _END]

@@ -1,63 +1,43 @@
-"""Problems that can be made, and those that are converted from a data set's own format."""
+"""Problems made by a task, or converted from a data set's own format."""
 
-import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from shardes.errors import UserError
-from shardes.tasks import arc, arithmetic, countdown, sudoku
-from shardes.tasks.base import TaskDefinition
 from shardes.tasks.data import read_rows
+from shardes.tasks.registry import TASKS
+
+MAKEABLE = [name for name, task in TASKS.items() if task.generate or task.convert]
+"""Names of the tasks that ``make_problems`` has problems for."""
 
 
-class Generator(Protocol):
-    """Makes distinct problems: a pure function of its arguments."""
-
-    def __call__(self, num_problems: int, /, *, seed: int) -> list[dict[str, Any]]:
-        """Rows of so many problems."""
-
-
-_GENERATORS: dict[str, tuple[TaskDefinition, Generator]] = {
-    "arithmetic": (arithmetic.TASK, arithmetic.generate_problems),
-    "countdown": (countdown.CHAT, countdown.generate_problems),
-    "sudoku": (sudoku.TASK, sudoku.generate_puzzles),
-}
-
-
-def make_problems(task: str, num_problems: int, *, seed: int, exclude: Path | None) -> list[dict[str, Any]]:
-    """Problems of a task, without those of a file.
+def make_problems(
+    task: str, num_problems: int, *, seed: int, exclude: Path | None, source: Path | None
+) -> list[dict[str, Any]]:
+    """Make problems of a task, without those of a file; or convert all of a data set.
 
     Args:
-        task: ``arithmetic``, ``countdown`` or ``sudoku``.
-        num_problems: How many.
+        task: One of ``MAKEABLE``.
+        num_problems: The number of problems to make; a conversion takes all.
         seed: Seed of the draws.
-        exclude: A file of the task's rows, none of which is drawn.
+        exclude: A file of the task's rows, none of which is made.
+        source: The directory to convert, for a task that is converted; None for one whose problems are made.
 
     Raises:
-        UserError: The file cannot be used, or there are not so many problems.
+        UserError: A file cannot be used, there are not so many problems, or the task needs a source or takes
+            none.
     """
-    definition, generate = _GENERATORS[task]
-    assert definition.row_key is not None
+    definition = TASKS[task]
+    if source is not None and definition.convert is not None:
+        return definition.convert(source)
+    if source is not None or definition.generate is None:
+        convertible = ", ".join(name for name, known in TASKS.items() if known.convert)
+        raise UserError(
+            f"--source: give the directory of a data set for {convertible}, and for no other task; "
+            f"got the task {task}"
+        )
+    assert definition.row_key is not None, "made problems are told apart by their keys"
     known = [] if exclude is None else read_rows(exclude, key="--exclude", check=definition.check_row)
     excluded = {definition.row_key(row) for row in known}
-    candidates = generate(num_problems + len(excluded), seed=seed)
+    candidates = definition.generate(num_problems + len(excluded), seed=seed)
     return [row for row in candidates if definition.row_key(row) not in excluded][:num_problems]
-
-
-def convert_arc(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a directory of ARC puzzles, one file each.
-
-    Raises:
-        UserError: There is no such directory, it has no puzzles, or one of them cannot be used.
-    """
-    paths = sorted(directory.glob("*.json"))
-    if not paths:
-        raise UserError(f"--source: {directory} has no *.json files; give a directory of ARC puzzles")
-    rows = []
-    for path in paths:
-        try:
-            puzzle = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--source: {path} cannot be read as JSON ({error})") from None
-        rows += arc.rows_of_puzzle(puzzle, name=str(path))
-    return rows

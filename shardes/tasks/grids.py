@@ -14,7 +14,7 @@ _LINE = re.compile(r"[\[(|,\s]*[0-9](?:[\s,|]*[0-9])*[\])|,\s]*")
 
 
 def is_grid(value: Any, *, max_side: int = 30) -> bool:
-    """Whether a value is a list of equally long rows of digits, each side from 1 to ``max_side``."""
+    """Return True for a list of equally long rows of digits, each side from 1 to ``max_side``."""
     return (
         isinstance(value, list)
         and 1 <= len(value) <= max_side
@@ -25,12 +25,12 @@ def is_grid(value: Any, *, max_side: int = 30) -> bool:
 
 
 def grid_text(grid: Grid) -> str:
-    """A grid as a prompt shows it: one line a row, spaces between the digits."""
+    """Format a grid as a prompt shows it: one line a row, spaces between the digits."""
     return "\n".join(" ".join(map(str, line)) for line in grid)
 
 
 def answered_grid(response: str) -> Grid | None:
-    """The grid in the last ``<answer>`` pair of a response.
+    """Parse the grid in the last ``<answer>`` pair of a response.
 
     One line a row, each cell one digit, with spaces, commas, bars or nothing between them; rows may be in
     brackets. Or all rows as a list of lists in JSON. Anything else in between makes it no grid: nothing is

@@ -1,4 +1,4 @@
-"""From the task section of the configuration to a task with its data."""
+"""Loading of tasks: the configuration's task sections become tasks with data."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,17 +7,16 @@ from shardes.config.schema import Config, ProblemSetConfig, TaskConfig
 from shardes.errors import UserError
 from shardes.tasks.base import Prompt, Row, Task, TaskDefinition
 from shardes.tasks.data import read_rows, split_rows
-from shardes.tasks.matching import prompt_column
 from shardes.tasks.registry import REWARDS, definition_of
 from shardes.tasks.rewards import components
-from shardes.tasks.templates import check_prompt, prompt_maker
+from shardes.tasks.templates import check_prompt, prompt_column, prompt_maker
 
 # Rewards of the user's own judge answers to the rows' own prompts, which are checked for every task.
-_OWN = TaskDefinition(prompt_column, check_row=lambda row, where: None)
+_OWN = TaskDefinition("rewards", prompt_column, check_row=lambda row, where: None)
 
 
 def load_tasks(config: Config) -> tuple[Task, dict[str, Task]]:
-    """The task that a run trains on, and the further held-out sets by name.
+    """Load the task that a run trains on, and the further held-out sets by name.
 
     Raises:
         UserError: One of them cannot be used.
@@ -27,18 +26,18 @@ def load_tasks(config: Config) -> tuple[Task, dict[str, Task]]:
 
 
 def load_task(config: ProblemSetConfig, *, key: str = "task") -> Task:
-    """Reads the data, checks every row, and makes every prompt once.
+    """Read a task's data, check every row, and make every prompt once.
 
     The user's own rewards are not imported here.
 
     Args:
         config: The section; a ``TaskConfig`` may name held-out rows as well.
-        key: Where the section stands in the configuration, for messages.
+        key: The section's dotted key, for messages.
 
     Raises:
         UserError: A file or a row cannot be used, the template fails, or there is no such reward.
     """
-    built_in = definition_of(config)
+    built_in = definition_of(config.name, label_words=config.label_words)
     definition = built_in or _OWN
     make_prompt = prompt_maker(
         definition.make_prompt, template=config.template, system=config.system, key=key
@@ -72,7 +71,7 @@ def load_task(config: ProblemSetConfig, *, key: str = "task") -> Task:
 
 
 def _checker(definition: TaskDefinition, make_prompt: Callable[[Row], Prompt]) -> Callable[[Row, str], None]:
-    """What is asked of each row, under a name for its place."""
+    """Return a check of a row and of the prompt made from it."""
 
     def check(row: Row, where: str) -> None:
         definition.check_row(row, where)

@@ -1,62 +1,52 @@
-"""The built-in tasks and rewards, by the names that a configuration uses."""
+"""Registry of the built-in tasks and rewards, by the names that a configuration uses."""
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
 
-from shardes.config.schema import ProblemSetConfig
-from shardes.tasks import arc, arithmetic, boxed, choosing, conciseness, countdown, matching, sudoku
+from shardes.tasks import builtin
 from shardes.tasks.base import RewardFunction, TaskDefinition
 
-TASKS: Mapping[str, TaskDefinition] = {
-    "arc": arc.TASK,
-    "arithmetic": arithmetic.TASK,
-    "conciseness": conciseness.TASK,
-    "copa": choosing.COPA,
-    "countdown": countdown.CHAT,
-    "countdown_short": countdown.SHORT,
-    "exact_match": matching.EXACT_MATCH,
-    "gsm8k": boxed.GSM8K,
-    "math": boxed.MATH,
-    "multiple_choice": choosing.MULTIPLE_CHOICE,
-    "perplexity": choosing.PERPLEXITY,
-    "regex": matching.REGEX,
-    "sudoku": sudoku.TASK,
-}
-"""Tasks that are the same for every configuration."""
+_NAMES = sorted(module.name for module in pkgutil.iter_modules(builtin.__path__))
+_MODULES = [importlib.import_module(f"{builtin.__name__}.{name}") for name in _NAMES]
+_DEFINITIONS: list[TaskDefinition] = [definition for module in _MODULES for definition in module.TASKS]
 
-LABEL_WORD_TASKS: Mapping[str, Callable[[Sequence[str] | None], TaskDefinition]] = {
-    "boolq": choosing.boolq,
-    "classification": choosing.classification,
-    "sst2": choosing.sst2,
-}
-"""Tasks that depend on ``task.label_words``."""
+TASKS: Mapping[str, TaskDefinition] = {task.name: task for task in sorted(_DEFINITIONS, key=lambda t: t.name)}
+"""Built-in tasks by the name that ``task.name`` gives."""
 
 REWARDS: Mapping[str, RewardFunction] = {
-    "arc.solved": arc.solved_reward,
-    "arc.cells": arc.cells_reward,
-    "arc.format": arc.format_reward,
-    "arithmetic.answer": arithmetic.answer_reward,
-    "arithmetic.format": arithmetic.format_reward,
-    "boxed": boxed.boxed_reward,
-    "boxed.expression": boxed.expression_reward,
-    "boxed.number": boxed.number_reward,
-    "countdown.answer": countdown.answer_reward,
-    "countdown.format": countdown.chat_format_reward,
-    "countdown.short_format": countdown.short_format_reward,
-    "exact_match": matching.exact_match_reward,
-    "length": conciseness.length_reward,
-    "regex": matching.regex_reward,
-    "sudoku.solved": sudoku.solved_reward,
-    "sudoku.units": sudoku.units_reward,
-    "sudoku.format": sudoku.format_reward,
-    "think_answer": matching.think_answer_reward,
+    name: function for module in _MODULES for name, function in getattr(module, "REWARDS", {}).items()
 }
-"""What ``task.rewards`` can name."""
+"""Built-in reward functions by the name that ``task.rewards`` gives."""
 
 
-def definition_of(config: ProblemSetConfig) -> TaskDefinition | None:
-    """The built-in task that a configuration names; None if it names none."""
-    if config.name is None:
-        return None
-    if config.name in LABEL_WORD_TASKS:
-        return LABEL_WORD_TASKS[config.name](config.label_words)
-    return TASKS[config.name]
+def check_task_name(name: str) -> None:
+    """Refuse a name that no built-in task has.
+
+    Raises:
+        ValueError: The name is unknown; the message has the nearest known name, and all of them.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
+        guess = f"did you mean '{near[0]}'? " if near else ""
+        raise ValueError(f"got {name!r}, an unknown task; {guess}Known tasks: {', '.join(TASKS)}")
+
+
+def definition_of(name: str | None, *, label_words: Sequence[str] | None = None) -> TaskDefinition | None:
+    """Return a built-in task, with its label words; None if no task is named.
+
+    Args:
+        name: ``task.name``.
+        label_words: ``task.label_words``.
+
+    Raises:
+        ValueError: Label words are given to a task without classes, or are missing.
+    """
+    definition = None if name is None else TASKS[name]
+    if definition is not None and definition.with_label_words is not None:
+        return definition.with_label_words(label_words)
+    if label_words:
+        labelled = ", ".join(each for each, task in TASKS.items() if task.with_label_words is not None)
+        raise ValueError(f"label_words are for {labelled}; got name: {name}")
+    return definition

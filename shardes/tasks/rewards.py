@@ -1,4 +1,4 @@
-"""Which rewards judge a task's answers."""
+"""Rewards of a task, as a configuration selects them."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ def components(
     known: Mapping[str, RewardFunction],
     key: str = "task",
 ) -> tuple[Component, ...]:
-    """What a configuration says about rewards, or else what a built-in task has by itself.
+    """Return the rewards that a section configures, or else the built-in task's own.
 
     Nothing is imported: whether a function of the user's exists is seen where it runs.
 
@@ -59,5 +59,5 @@ def components(
 
 
 def label_of(reference: str) -> str:
-    """The name of the function in ``package.module:function``."""
+    """Return the name of the function in ``package.module:function``."""
     return reference.rpartition(":")[2]

@@ -1,4 +1,4 @@
-"""Checking the rows of a task: a mistake in the data is one message that names the line and the column."""
+"""Checks of a task's rows: a mistake in the data is one message that names the line and the column."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,13 +7,13 @@ from shardes.errors import UserError
 
 
 def column(row: Mapping[str, Any], name: str, where: str, *, wanted: str) -> Any:
-    """A column of a row.
+    """Return a row's value in a column.
 
     Args:
         row: The row.
         name: The column's name.
         where: Names the row in the message, e.g. ``task.data: data.jsonl line 7``.
-        wanted: What the column should hold, for the message.
+        wanted: Description of what the column should hold, for the message.
 
     Raises:
         UserError: There is no such column.
@@ -27,7 +27,7 @@ def column(row: Mapping[str, Any], name: str, where: str, *, wanted: str) -> Any
 
 
 def text_column(row: Mapping[str, Any], name: str, where: str, *, wanted: str = "a text") -> str:
-    """A column that holds a text which is not empty.
+    """Return a row's value in a column that must hold a text which is not empty.
 
     Raises:
         UserError: There is no such column, or it holds something else.
@@ -39,12 +39,12 @@ def text_column(row: Mapping[str, Any], name: str, where: str, *, wanted: str = 
 
 
 def wrong(name: str, value: Any, where: str, *, wanted: str) -> UserError:
-    """The error for a column that holds something unusable."""
+    """Return the error for a column that holds something unusable."""
     return UserError(f"{where}: column '{name}' is {shown(value)}; wanted: {wanted}")
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: cut where it gets long."""
+    """Format a value for a message, at most 80 characters of it."""
     try:
         text = repr(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Which problems an iteration asks: a pure function of the seed and the iteration."""
+"""Sampler of an iteration's problems: a pure function of the seed and the iteration."""
 
 from typing import Literal
 
@@ -10,16 +10,16 @@ ProblemOrder = Literal["random", "epochs", "fixed"]
 def draw_batch(
     num_problems: int, *, batch_size: int | None, sampling: ProblemOrder, seed: int, iteration: int
 ) -> list[int]:
-    """The indices of an iteration's problems.
+    """Return the indices of an iteration's problems.
 
     Args:
-        num_problems: How many there are.
-        batch_size: How many are drawn; None, or more than there are: all, in their order.
+        num_problems: Number of problems of the task.
+        batch_size: Number of problems to draw; None, or more than there are: all, in their order.
         sampling: ``random``: different ones, drawn anew. ``epochs``: the next ones of a sequence in which all
             problems follow each other in random order, then all of them in another, and so on; a batch that
             reaches from one pass into the next may have a problem twice. ``fixed``: the same in every
             iteration, drawn once.
-        seed: The run's seed.
+        seed: ``es.seed``, which the draws depend on.
         iteration: The iteration.
     """
     if batch_size is None or batch_size >= num_problems:

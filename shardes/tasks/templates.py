@@ -11,13 +11,18 @@ if TYPE_CHECKING:
     import jinja2
 
 
+def prompt_column(row: Row) -> Any:
+    """Return the row's own prompt, unchecked; ``check_prompt`` refuses what is none."""
+    return row.get("prompt")
+
+
 def prompt_maker(
     make_prompt: Callable[[Row], Prompt], *, template: str | None, system: str | None, key: str
 ) -> Callable[[Row], Prompt]:
-    """What turns rows into prompts under a template and a system message.
+    """Return the function that makes prompts under a template and a system message.
 
     Args:
-        make_prompt: What is used without a template.
+        make_prompt: Makes the prompt where there is no template.
         template: Jinja text whose variables are the row's columns; None: ``make_prompt``'s prompt.
         system: The system message of a chat; the prompt's text becomes the user's message. An empty text
             makes a chat without a system message. None: the prompt stays as it is.
@@ -65,12 +70,12 @@ def _rendered(template: "jinja2.Template", row: Row, key: str) -> str:
 
 
 def check_prompt(prompt: Any, where: str, *, may_be_empty: bool = False) -> None:
-    """Refuses what is no prompt.
+    """Refuse a value that is no prompt.
 
     Args:
-        prompt: What a row or a template gave.
+        prompt: The value that a row or a template gave.
         where: Names the row in the message.
-        may_be_empty: Whether an empty text will do.
+        may_be_empty: Accepts an empty text.
 
     Raises:
         UserError: It is neither a text nor a list of chat messages, or it is empty.

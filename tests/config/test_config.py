@@ -2,7 +2,6 @@
 
 import copy
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
@@ -10,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardes.config.loading import dump_config, load_config, parse_config
-from shardes.config.schema import EsConfig, TaskName
+from shardes.config.schema import EsConfig
 from shardes.errors import UserError
-from shardes.tasks.registry import LABEL_WORD_TASKS, TASKS
+from shardes.tasks.registry import TASKS
 from tests.helpers.config_trees import MINIMAL, with_key
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
@@ -38,7 +37,7 @@ def test_there_is_a_shipped_configuration_of_every_task():
     paths = [path for path in CONFIGS if path.parent.name in ("configs", "tasks")]
     names = {path.stem: load_config(path, []).task.name for path in paths}
     assert names.pop("quickstart") == "countdown_short"
-    assert names == {name: name for name in get_args(TaskName) if name != "countdown_short"}
+    assert names == {name: name for name in TASKS if name != "countdown_short"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -209,8 +208,15 @@ def test_label_words_are_for_tasks_that_have_labels(changes, words):
     assert words in refusal("task", {"data": "d"} | changes)
 
 
-def test_every_built_in_task_can_be_named():
-    assert set(get_args(TaskName)) == set(TASKS) | set(LABEL_WORD_TASKS)
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("coundown", "did you mean 'countdown'? "), ("zzz", "")],
+)
+def test_an_unknown_task_is_refused_with_the_nearest_known_one(name, nearest):
+    line = f"task.name: got {name!r}, an unknown task; {nearest}Known tasks: arc, arithmetic, boolq, "
+    assert line in refusal("task", {"data": "d", "name": name})
+    for known in TASKS:
+        assert f" {known}," in f"{refusal('task', {'data': 'd', 'name': name})},"
 
 
 def test_a_data_set_of_the_hub_is_no_path():

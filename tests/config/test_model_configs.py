@@ -82,7 +82,7 @@ def test_what_the_head_plans_fits(name, skeletons):
         machine=Machine(80 * GIB),
         world_size=int(option(plan_command(MODELS[name]), "--world-size")),
     )
-    assert plan.chosen_mode is not None, plan.memory
+    assert plan.chosen_gather is not None, plan.memory
     assert plan.num_replicas == plan.world_size // (config.parallel.shard_size or plan.world_size)
     if config.rollout.gather == "member":
         # Which only fits because the masters are elsewhere.

@@ -65,7 +65,8 @@ def test_settings_are_compared_but_paths_may_differ(tmp_path):
     def settings(name, **changes):
         root = tmp_path / name
         root.mkdir()
-        return shared_settings(make_config(root, model=root / "model", run_dir=root / "run", **changes))
+        config = make_config(root, model=root / "model", run_dir=root / "run", **changes)
+        return shared_settings(config.model_dump())
 
     one = settings("one")
     assert settings("two") == one, "other paths, equal contents"

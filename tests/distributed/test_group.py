@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from shardes.distributed.group import Group, process_group
+from shardes.distributed.group import Group
+from shardes.distributed.launch import process_group
 from shardes.distributed.stop import Stop
 from shardes.errors import UserError
 

@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from shardes.backends import make_backend
+from shardes.backends.build import make_backend
+from shardes.backends.registry import BACKENDS
 from shardes.config.loading import parse_config
-from shardes.distributed.group import Group, make_mesh, process_group
+from shardes.distributed.group import Group, make_mesh
+from shardes.distributed.launch import process_group
 from shardes.distributed.stop import Stop
 from shardes.es.update import Perturbation, Update
 from shardes.models.checkpoint import Checkpoint
@@ -67,6 +69,10 @@ class Case:
         self.oracle = make_backend(single, group=alone)
         self.wanted = Weights(self.oracle, seed=7)
         self.wanted.load(checkpoint)
+        spec = BACKENDS[config.parallel.backend]
+        facts = (self.backend.is_sharded, self.backend.needs_same_batch)
+        are_several = group.world_size > 1
+        assert facts == (spec.is_sharded and are_several, spec.needs_same_batch and are_several)
         vocab_size = self.oracle.sharded_model.config.vocab_size
         # Ranks have prompts of their own, unless the backend wants the same on all.
         shift = 0 if self.backend.needs_same_batch else group.rank

@@ -10,7 +10,8 @@ from unittest import mock
 
 import torch
 
-from shardes.distributed.group import make_mesh, process_group, shared_memory
+from shardes.distributed.group import make_mesh, shared_memory
+from shardes.distributed.launch import process_group
 from shardes.distributed.stop import Stop
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from shardes.backends import make_backend
+from shardes.backends.build import make_backend
 from shardes.config.loading import parse_config
-from shardes.distributed.group import make_mesh, process_group
+from shardes.distributed.group import make_mesh
+from shardes.distributed.launch import process_group
 from shardes.distributed.stop import Stop
 from shardes.es.strategy import Strategy, optimizer_of
 from shardes.es.update import Update

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Transpose
 
-from shardes.backends import make_backend
+from shardes.backends.build import make_backend
 from shardes.distributed.group import Group
 from shardes.errors import UserError
 from shardes.es.update import Update

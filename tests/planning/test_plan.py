@@ -1,4 +1,4 @@
-"""What is planned is what runs take: published sizes, measured memory, and the modes that a run chooses."""
+"""What is planned is what runs take: published sizes, measured memory, and the gather that a run chooses."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from shardes.planning.machine import Machine
 from shardes.planning.plan import Plan
 from shardes.planning.sources import plan_run, skeleton
 from shardes.planning.workload import Workload, make_workload
-from shardes.rollout import gather_modes as modes
+from shardes.rollout import gather_modes
 from shardes.rollout.memory import generation_bytes
 from shardes.utils.units import shown_bytes, shown_seconds
 from tests.helpers.inprocess import call
@@ -42,7 +42,7 @@ NUM_PARAMETERS = {
 }
 GIB = 2**30
 LOAD = Workload(num_members=30, num_sequences=200, micro_batch_rows=25, prompt_tokens=100, answer_tokens=1024)
-ALL_MODES = ["iteration", "member", "layer"]
+GATHERS = ["iteration", "member", "layer"]
 
 
 def config_of(**changes):
@@ -93,19 +93,19 @@ def test_72_billion_by_hand(models):
     block += hidden + 2 * heads_kept + 2 * hidden  # biases of q, k and v; norms
     memory = plan_of(models("qwen2.5-72b"), parallel__backend="fsdp").memory
     assert block < vocab * hidden
-    assert memory.modes["layer"] == pytest.approx(2 * 2 * vocab * hidden + 2 * hidden, rel=1e-4)
+    assert memory.gathers["layer"] == pytest.approx(2 * 2 * vocab * hidden + 2 * hidden, rel=1e-4)
     assert memory.cache == 2 * 80 * heads_kept * 2 * 25 * (100 + 1024)
     copy = 2 * NUM_PARAMETERS["qwen2.5-72b"]
-    assert memory.modes["member"] == pytest.approx(copy, rel=1e-4)
-    assert memory.modes["members"] == pytest.approx(2 * copy, rel=1e-4)
+    assert memory.gathers["member"] == pytest.approx(copy, rel=1e-4)
+    assert memory.gathers["iteration"] == pytest.approx(2 * copy, rel=1e-4)
 
 
-def test_modes_and_ranks_of_large_models(models):
+def test_gathers_and_ranks_of_large_models(models):
     plan = plan_of(models("qwen2.5-72b"))
     # 6 bytes a parameter are 54.5e9 a rank; whole copies are out of reach.
-    assert [plan.fits(mode) for mode in ALL_MODES] == [False, False, True]
-    assert plan.chosen_mode == "layer"
-    assert plan_of(models("qwen2.5-7b")).chosen_mode == "iteration"
+    assert [plan.fits(gather) for gather in GATHERS] == [False, False, True]
+    assert plan.chosen_gather == "layer"
+    assert plan_of(models("qwen2.5-7b")).chosen_gather == "iteration"
     found = {
         name: plan_of(models(name), world_size=None).world_size
         for name in ("qwen2.5-7b", "llama-3.1-70b", "llama-3.1-405b")
@@ -144,7 +144,7 @@ def test_tensor_parallelism_takes_ranks_that_divide_the_heads(models):
     assert plan.memory.cache * 4 == whole.memory.cache
     # Norms are whole on every rank.
     assert 0 < plan.memory.working - whole.memory.working / 4 < 2 * 3584 * 60
-    assert list(plan.memory.modes) == ["layer"]
+    assert list(plan.memory.gathers) == ["layer"]
     with pytest.raises(UserError, match="28 attention heads and 4 key-value heads, which 8 ranks"):
         plan_of(model, world_size=8, parallel__backend="tensor_parallel")
     few = plan_of(model, world_size=None, memory=30 * GIB, parallel__backend="tensor_parallel")
@@ -158,15 +158,15 @@ def test_what_an_iteration_costs(models):
     model = models("qwen2.5-7b")
     plan = plan_of(model)
     copy = 2 * NUM_PARAMETERS["qwen2.5-7b"]
-    members, prompts, stream = (plan.cost(mode) for mode in ALL_MODES)
-    assert [cost.num_gathers for cost in (members, prompts, stream)] == [1, 30, 30 * 1024]
-    for cost in (members, prompts, stream):
+    iteration, member, layer = (plan.cost(gather) for gather in GATHERS)
+    assert [cost.num_gathers for cost in (iteration, member, layer)] == [1, 30, 30 * 1024]
+    for cost in (iteration, member, layer):
         assert cost.received_bytes == pytest.approx(cost.num_gathers * copy * 7 / 8)
     # 4 members a rank with 8 micro-batches, against 30 with one: weights are read 1024 times for each.
     reading = copy / 2000e9 * 1024
-    assert members.seconds == pytest.approx(32 * reading, rel=0.05)
-    assert prompts.seconds == pytest.approx(30 * (reading + copy * 7 / 8 / 200e9), rel=0.05)
-    assert members.seconds < prompts.seconds + 2 * reading < stream.seconds
+    assert iteration.seconds == pytest.approx(32 * reading, rel=0.05)
+    assert member.seconds == pytest.approx(30 * (reading + copy * 7 / 8 / 200e9), rel=0.05)
+    assert iteration.seconds < member.seconds + 2 * reading < layer.seconds
     # Two replicas of 4: half of the members each.
     halves = plan_of(model, parallel__shard_size=4)
     assert (halves.num_replicas, halves.cost("member").num_gathers) == (2, 15)
@@ -182,16 +182,16 @@ def test_members_of_a_forward_share_its_gathers(models):
     keys = {"es__noise": "low_rank", "rollout__members_per_forward": 10}
     one = plan_of(models("qwen2.5-7b"))
     many = plan_of(models("qwen2.5-7b"), **keys)
-    assert list(many.memory.modes) == ["iteration", "layer"]
+    assert list(many.memory.gathers) == ["iteration", "layer"]
     assert many.memory.cache == 10 * one.memory.cache
-    gathered, streamed = many.cost("iteration"), many.cost("layer")
+    once, by_layer = many.cost("iteration"), many.cost("layer")
     # 30 members in 3 chunks, of which a rank has one.
-    assert (gathered.num_gathers, streamed.num_gathers) == (1, 8 * 1024)
-    assert many.memory.modes["layer"] == one.memory.modes["layer"]
+    assert (once.num_gathers, by_layer.num_gathers) == (1, 8 * 1024)
+    assert many.memory.gathers["layer"] == one.memory.gathers["layer"]
     # Under tensor parallelism a replica's ranks evaluate a chunk together.
     split = {"world_size": 4, "parallel__backend": "tensor_parallel"}
     together = plan_of(models("qwen2.5-7b"), **keys, **split)
-    assert list(together.memory.modes) == ["layer"]
+    assert list(together.memory.gathers) == ["layer"]
     cost, alone = together.cost("layer"), plan_of(models("qwen2.5-7b"), **split).cost("layer")
     assert cost.num_gathers == 0
     assert cost.received_bytes == pytest.approx(alone.received_bytes)
@@ -217,10 +217,10 @@ def measured_against_plan(tmp_path, cases, *, world_size):
         plan, _ = plan_run(
             parse_config(case, source="case"), machine=Machine(GIB, "cpu"), world_size=world_size
         )
-        mode = case["rollout"]["gather"]
-        name = f"{case['parallel']['backend']} {mode} {Path(case['model']['path']).name}"
+        gather = case["rollout"]["gather"]
+        name = f"{case['parallel']['backend']} {gather} {Path(case['model']['path']).name}"
         assert found["held"] == plan.memory.held, name
-        ratios[name] = found["peak"] / plan.memory.needed(mode)
+        ratios[name] = found["peak"] / plan.memory.needed(gather)
     return ratios
 
 
@@ -233,10 +233,10 @@ def wrong_plans(ratios):
     }
 
 
-def case_of(tmp_path, model, backend, mode, **changes):
+def case_of(tmp_path, model, backend, gather, **changes):
     short = {"rollout__max_new_tokens": 3, "task__data": tmp_path / "few.jsonl", "es__population": 2}
     (tmp_path / "few.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(4)))
-    changes = {"parallel__backend": backend, "rollout__gather": mode, **short, **changes}
+    changes = {"parallel__backend": backend, "rollout__gather": gather, **short, **changes}
     return tree(tmp_path, model=model, run_dir=tmp_path / "run", **changes)
 
 
@@ -258,10 +258,10 @@ def test_memory_is_what_two_ranks_measure(tmp_path, model):
 def test_memory_is_what_three_ranks_measure_of_tied_and_narrow_models(tmp_path, model):
     tied = tiny_model(tmp_path / "tied", tied=True, num_heads=12, num_kv_heads=12, vocab_size=1009)
     cases = [
-        case_of(tmp_path, path, backend, mode, model__dtype=dtype)
+        case_of(tmp_path, path, backend, gather, model__dtype=dtype)
         for path, dtype in ((tied, "float32"), (model, "bfloat16"))
         for backend in ("zero3", "fsdp")
-        for mode in ALL_MODES
+        for gather in GATHERS
     ]
     cases += [case_of(tmp_path, path, "tensor_parallel", "layer") for path in (tied, model)]
     assert not wrong_plans(measured_against_plan(tmp_path, cases, world_size=3))
@@ -305,7 +305,7 @@ def test_the_command_prints_a_page(tmp_path, model):
     config = write_config(tmp_path, model=model, parallel__backend="fsdp")
     found = planned(config, "--world-size", 2, "--device-memory", "1GiB", "--reserve", "0")
     assert found.returncode == 0, found.stderr
-    assert "2 with fsdp, 1 replica(s) of 2; 1.00 GiB each, 0 B of it left alone" in found.stdout
+    assert "2 with fsdp, 1 replica(s) of 2; 1.00 GiB each, 0 B of it reserved" in found.stdout
     assert "rollout.gather: auto comes to iteration" in found.stdout
     assert re.search(r"^iteration +\S+ MiB +yes +1 +1 +\S+ MiB +\S+ s$", found.stdout, re.MULTILINE)
     assert max(map(len, found.stdout.splitlines())) <= 120
@@ -415,8 +415,8 @@ def test_numbers_are_shown_in_units_that_suit_them():
     assert [shown_seconds(s) for s in (0.01234, 119, 600, 7200)] == ["0.0123 s", "119 s", "10.0 min", "2.0 h"]
 
 
-def test_a_run_chooses_the_mode_that_is_planned(models, monkeypatch):
-    """``auto`` wants to the byte what is planned for a mode, besides what is held in any."""
+def test_a_run_chooses_the_gather_that_is_planned(models, monkeypatch):
+    """``auto`` wants to the byte what is planned for a gather, besides what is always held."""
     model = models("qwen2.5-7b")
     memory = plan_of(model).memory
     shards = [SimpleNamespace(num_elements=parameter.numel()) for parameter in model.parameters()]
@@ -424,14 +424,14 @@ def test_a_run_chooses_the_mode_that_is_planned(models, monkeypatch):
     backend = SimpleNamespace(shards=shards, dtype=torch.bfloat16, device=cpu, is_sharded=True)
     backend.reserve = lambda: None
     world = Group(0, 1, cpu)
-    monkeypatch.setattr(modes, "GatheredWeights", lambda backend, weights: backend)
+    monkeypatch.setattr(gather_modes, "GatheredWeights", lambda backend, weights: backend)
     generating = generation_bytes(model.config, rows=25, length=1124, dtype=torch.bfloat16)
-    for number, mode in enumerate(ALL_MODES[:2]):
-        needed = memory.modes[mode] + memory.cache + memory.activations
-        for free, wanted in ((needed, mode), (needed - 1, ALL_MODES[number + 1])):
-            monkeypatch.setattr(modes, "free_bytes", lambda device, free=free: free)
+    for number, gather in enumerate(GATHERS[:2]):
+        needed = memory.gathers[gather] + memory.cache + memory.activations
+        for free, wanted in ((needed, gather), (needed - 1, GATHERS[number + 1])):
+            monkeypatch.setattr(gather_modes, "free_bytes", lambda device, free=free: free)
             weights = SimpleNamespace(trained=shards)
-            chosen = modes.GatherModeSelector(
+            chosen = gather_modes.GatherModeSelector(
                 "auto", is_batched=False, backend=backend, weights=weights, mesh=Mesh(world, world)
             )
             chosen.choose(generating)

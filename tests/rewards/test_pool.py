@@ -1,6 +1,7 @@
 """Rewards in processes of their own: what they do there harms nobody else."""
 
 import contextlib
+import json
 import os
 import pickle
 import signal
@@ -47,9 +48,16 @@ def sandbox(*components, timeout_seconds=LIMIT, max_workers=16, memory_bytes=Non
 
 def judged(rewards, *completions, component=OBEY):
     (future,) = rewards.submit([component], [answers(*completions)])
-    (verdicts,) = future.result(60)
-    assert [value is None for value in verdicts.values] == verdicts.has_failed
-    return verdicts.values, verdicts.first_failure
+    output = future.result(60)
+    values = output.components[component.name]
+    assert [value is None for value in values] == output.has_failed
+    return values, output.first_failure
+
+
+def forged(values, has_failed=(False,), first_failure=None):
+    """Return the command that has a worker reply this for one answer."""
+    parts = {"components": {"obey": values}, "has_failed": has_failed, "first_failure": first_failure}
+    return f"forge:{json.dumps(parts)}"
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +102,18 @@ def test_a_reward_runs_in_another_process_which_is_kept(rewards):
         ("crash", "the reward ended its process (signal 11)"),
         ("fill:4000000000", "MemoryError"),
         ("raise:no such key", "LookupError: no such key"),
-        ("forge:[]", "the reward broke its process (ValueError: a reply of the wrong size)"),
-        ("forge:{}", "the reward broke its process"),
+        ("forge:{}", "the reward broke its process (KeyError: 'components')"),
+        ("forge:[]", "the reward broke its process (TypeError"),
         ("forge:not json", "the reward broke its process (JSONDecodeError"),
+        (forged([]), "the reward broke its process (ValueError: a reply of the wrong size)"),
         (
-            'forge:[{"values": ["1"], "has_failed": [false], "first_failure": null}]',
-            "the reward broke its process",
+            forged([1.0], [False, False]),
+            "the reward broke its process (ValueError: a reply of the wrong size)",
         ),
-        (
-            'forge:[{"values": [NaN], "has_failed": [false], "first_failure": null}]',
-            "the reward broke its process",
-        ),
+        (forged(["1"]), "the reward broke its process (ValueError: a reply that is not made of numbers)"),
+        (forged([float("nan")]), "the reward broke its process (ValueError: a reply that is not made of"),
+        (forged([1e100]), "the reward broke its process (ValueError: a reply that is not made of numbers)"),
+        (forged([1.0], first_failure=[1]), "the reward broke its process (TypeError: a reply whose message"),
     ],
 )
 def test_an_answer_that_breaks_its_process_fails_alone(rewards, command, words):
@@ -128,7 +137,7 @@ def test_many_that_hang_do_so_at_the_same_time(rewards):
     start = time.monotonic()
     batches = [answers("hang", *("x" * n for n in range(1, 5))) for _ in range(8)]
     futures = rewards.submit([OBEY], [answers(*["hang"] * 8, "abc"), *batches])
-    values = [future.result(120)[0].values for future in futures]
+    values = [future.result(120).components["obey"] for future in futures]
     assert values == [[None] * 8 + [3.0]] + [[None, 1.0, 2.0, 3.0, 4.0]] * 8
     # 16 of them, one after the other, would take 16 times the limit at least.
     assert time.monotonic() - start < 10 * LIMIT
@@ -149,7 +158,7 @@ def test_processes_grow_in_number_while_answers_wait(monkeypatch):
     monkeypatch.setattr(pool, "PATIENCE_SECONDS", 0.01)
     with sandbox(OBEY, PID, timeout_seconds=30, max_workers=3) as rewards:
         slow = rewards.submit([OBEY, PID], [answers("sleep:0.5")] * 6)
-        pids = {future.result(60)[1].values[0] for future in slow}
+        pids = {future.result(60).components["pid"][0] for future in slow}
     assert len(pids) == 3
     assert not any(is_alive(int(pid)) for pid in pids)
 
@@ -168,7 +177,7 @@ def test_killing_the_template_costs_no_innocent_answer(rewards):
 def test_when_the_template_dies_so_do_its_workers_and_others_take_over():
     with sandbox(OBEY, PID, timeout_seconds=60) as rewards:
         (first,), _ = judged(rewards, "a", component=PID)
-        os.kill(rewards._template._process.pid, signal.SIGKILL)
+        os.kill(rewards._fork_server._process.pid, signal.SIGKILL)
         wait_until(lambda: not is_alive(int(first)))
         (second,), _ = judged(rewards, "a", component=PID)
         assert second is not None  # it is not this call's fault
@@ -223,14 +232,15 @@ def test_the_configuration_chooses_where_rewards_run():
 
 PARENT = """
 import sys, time
-from shardes.rewards.pool import Sandbox
-from shardes.rewards.worker import Answers
+from shardes.rewards.pool import RewardProcessPool
+from shardes.rewards.worker import RewardBatch
 from shardes.tasks.base import Component
 from tests.helpers import hostile_rewards
 parts = [Component("pid", hostile_rewards.pid), Component("obey", hostile_rewards.obey)]
-rewards = Sandbox(parts, timeout_seconds=1000, max_workers=3, memory_bytes=None)
-one = lambda text: [Answers.of([{}], ["p"], [text], [[]])]
-print(int(rewards.submit(parts[:1], one("a"))[0].result()[0].values[0]), rewards._template._process.pid)
+rewards = RewardProcessPool(parts, timeout_seconds=1000, max_workers=3, memory_bytes=None)
+one = lambda text: [RewardBatch.of([{}], ["p"], [text], [[]])]
+(future,) = rewards.submit(parts[:1], one("a"))
+print(int(future.result().components["pid"][0]), rewards._fork_server._process.pid)
 sys.stdout.flush()
 rewards.submit(parts[1:], one("hang"))
 time.sleep(1000)
@@ -242,6 +252,7 @@ def test_processes_end_with_the_one_that_started_them():
     process = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, env=environment)
     with process:
         pids = list(map(int, process.stdout.readline().split()))
+        assert len(pids) == 2
         assert all(map(is_alive, pids))
         process.send_signal(signal.SIGKILL)
     wait_until(lambda: not any(map(is_alive, pids)))

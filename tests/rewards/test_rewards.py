@@ -326,8 +326,8 @@ def of_config(definition=None, **keys):
     return components(ProblemSetConfig(data="d", **keys), definition, known=known, key="eval.sets.x")
 
 
-GENERATION = TaskDefinition(lambda row: "p", lambda row, where: None, rewards=(Component("own", abs),))
-LIKELIHOOD = TaskDefinition(lambda row: "p", lambda row, where: None, choices=lambda row: None)
+GENERATION = TaskDefinition("t", lambda row: "p", lambda row, where: None, rewards=(Component("own", abs),))
+LIKELIHOOD = TaskDefinition("t", lambda row: "p", lambda row, where: None, choices=lambda row: None)
 
 
 def test_rewards_come_from_the_configuration_or_else_from_the_task():

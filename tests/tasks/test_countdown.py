@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardes.errors import UserError
-from shardes.tasks.countdown import (
+from shardes.tasks.builtin.countdown import (
     CHAT,
     SHORT,
     check_row,

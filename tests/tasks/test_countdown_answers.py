@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from shardes.tasks.countdown import CHAT
+from shardes.tasks.builtin.countdown import CHAT
 from tests.helpers.countdown_answers import NUM_ANSWERS, PATH, make_answers, paper_format
 
 DOCS = Path(__file__).parents[2] / "docs" / "tasks.md"

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from shardes.errors import UserError
-from shardes.tasks import arithmetic, sudoku
+from shardes.tasks.builtin import arithmetic, sudoku
 from shardes.tasks.expression import evaluate_expression
 from shardes.tasks.registry import TASKS
 from tests.helpers.inprocess import call

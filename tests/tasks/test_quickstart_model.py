@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shardes.tasks.countdown import (
+from shardes.tasks.builtin.countdown import (
     answer_reward,
     check_row,
     problem_key,

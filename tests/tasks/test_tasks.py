@@ -1,6 +1,7 @@
 """The built-in tasks on recorded answers, good and bad, and what each refuses as a row."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ from shardes.config.schema import ProblemSetConfig
 from shardes.errors import UserError
 from shardes.rewards.pool import RewardProcessPool
 from shardes.rewards.worker import RewardBatch, import_function, reference_of
+from shardes.tasks import builtin
 from shardes.tasks.base import Choices
-from shardes.tasks.boxed import boxed_reward, expression_reward
-from shardes.tasks.matching import regex_reward, think_answer_reward
-from shardes.tasks.registry import LABEL_WORD_TASKS, REWARDS, TASKS, definition_of
+from shardes.tasks.builtin.boxed import boxed_reward, expression_reward
+from shardes.tasks.builtin.matching import regex_reward, think_answer_reward
+from shardes.tasks.registry import REWARDS, TASKS, definition_of
 
 RECORDED = [json.loads(line) for line in (Path(__file__).parents[1] / "data" / "answers.jsonl").open()]
+FILES = sorted(Path(builtin.__file__).parent.glob("*.py"))
 GENERATION = sorted(name for name, task in TASKS.items() if task.choices is None)
 
 
@@ -52,6 +55,16 @@ def test_a_batch_is_judged_like_its_answers_one_by_one(name):
     for component in TASKS[name].rewards:
         together = component.function([""] * len(records), [r["response"] for r in records], **columns)
         assert together == pytest.approx([record["expected"][component.name] for record in records])
+
+
+def test_every_module_declares_tasks_and_rewards_of_its_own():
+    modules = [import_module(f"{builtin.__name__}.{path.stem}") for path in FILES if path.stem != "__init__"]
+    assert sum(len(module.TASKS) for module in modules) == len(TASKS)
+    assert sum(len(getattr(module, "REWARDS", {})) for module in modules) == len(REWARDS)
+    for task in TASKS.values():
+        assert (task.choices is None) == bool(task.rewards)
+        assert len({component.name for component in task.rewards}) == len(task.rewards)
+        assert task.generate is None or task.row_key is not None
 
 
 def test_every_reward_can_be_found_by_another_process():
@@ -92,10 +105,11 @@ COPA = [" it was wet.", " I slept."]
 
 def definition(name):
     words = ["bad", "good"] if name == "classification" else None
-    return definition_of(ProblemSetConfig(name=name, data="d", label_words=words))
+    config = ProblemSetConfig(name=name, data="d", label_words=words)
+    return definition_of(config.name, label_words=config.label_words)
 
 
-@pytest.mark.parametrize("name", sorted({*TASKS, *LABEL_WORD_TASKS}))
+@pytest.mark.parametrize("name", TASKS)
 def test_a_good_row_is_accepted_and_every_missing_column_is_named(name):
     task, row = definition(name), ROWS[name]
     task.check_row(row, "file line 3")
@@ -193,7 +207,7 @@ def test_likelihood_tasks(name, row, prompt, choices):
 
 
 def test_label_words_replace_the_tasks_own():
-    task = definition_of(ProblemSetConfig(name="sst2", data="d", label_words=["terrible", " great"]))
+    task = definition_of("sst2", label_words=["terrible", " great"])
     row = {"sentence": "s", "label": "great"}
     task.check_row(row, "row")
     assert task.choices(row) == Choices([" terrible", " great"], 1)
@@ -223,7 +237,7 @@ def test_regex_with_one_pattern_for_all_and_the_format_rewards():
 
 
 def test_without_math_verify_math_is_refused_by_name(monkeypatch):
-    from shardes.tasks import boxed
+    from shardes.tasks.builtin import boxed
 
     monkeypatch.setattr(boxed, "_has_math_verify", lambda: False)
     with pytest.raises(UserError, match=r"math-verify; install it with: pip install 'shardes\[math\]'"):
@@ -241,6 +255,6 @@ def test_an_expression_that_never_ends_costs_the_time_limit_and_no_other_answer(
     (component,) = TASKS["math"].rewards
     with RewardProcessPool([component], timeout_seconds=10, max_workers=4, memory_bytes=None) as rewards:
         (future,) = rewards.submit([component], [answers])
-        (verdicts,) = future.result(120)
-    assert verdicts.values == [1.0, None, 1.0, 0.0]
-    assert verdicts.has_failed == [False, True, False, False]
+        output = future.result(120)
+    assert output.components[component.name] == [1.0, None, 1.0, 0.0]
+    assert output.has_failed == [False, True, False, False]

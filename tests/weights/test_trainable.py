@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardes.backends import make_backend
+from shardes.backends.build import make_backend
 from shardes.backends.shard import ShardSpan
 from shardes.distributed.group import Group
 from shardes.errors import UserError

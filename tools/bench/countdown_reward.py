@@ -4,7 +4,7 @@ import time
 
 import click
 
-from shardes.tasks.countdown import CHAT, generate_problems
+from shardes.tasks.builtin.countdown import CHAT, generate_problems
 
 SIGNS = "+-*/"
 

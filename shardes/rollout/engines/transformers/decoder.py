@@ -24,7 +24,7 @@ from shardes.rollout.engines.transformers.cuda_graphs import (
 )
 from shardes.rollout.engines.transformers.kv_cache import SlabCache, make_slab
 from shardes.rollout.sampling import TokenSampler
-from shardes.rollout.stop_strings import StopStrings
+from shardes.rollout.stop_strings import GrowingAnswer, StopStrings
 
 # Tokens between two looks at which rows have ended, where a look waits for a device or for other ranks:
 # decoding up to this many tokens too many costs less than looking after each.
@@ -146,6 +146,7 @@ class Decoder:
             pad_id=self._pad_id,
             on_rows=on_rows,
         )
+        growing = [GrowingAnswer(stop) for _ in batch.rows] if stop else []
         logits = rows.prefill(model, num_forwards=num_prefills if any_rank is not None else 1)
         # In lock-step a forward is a collective, which is not captured; nor is one that must know its rows.
         is_plain = any_rank is None and on_rows is None
@@ -164,7 +165,7 @@ class Decoder:
             is_due = num_tokens % TOKENS_PER_CHECK == 0
             if is_due or always_looks:
                 if stop:
-                    rows.end_where(lambda tokens: stop.find(tokens) is not None)
+                    rows.end_where_stopped(growing)
                 is_live = rows.compact(ladder(len(batch.rows)) if graphs is not None else None)
                 if any_rank is None:
                     if not is_live:
@@ -235,7 +236,7 @@ class _Rows:
         self.has_ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self.tokens = torch.full((num_rows, num_steps), pad_id, device=device)
         self.are_finite = torch.ones(num_rows, dtype=torch.bool, device=device)
-        self._num_tokens = 0
+        self._num_tokens = self._num_checked = 0
         self._mask = batch.attention_mask.new_ones(num_rows, self._width + num_steps)
         self._mask[:, : self._width] = batch.attention_mask
         self._positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -324,11 +325,19 @@ class _Rows:
         if self._batch.budgets is not None:
             self.has_ended |= self._batch.budgets[self.indices] <= self._num_tokens
 
-    def end_where(self, is_over: Callable[[list[int]], bool]) -> None:
-        """End the rows for whose token ids ``is_over`` returns True."""
-        tokens = self.tokens[self.indices, : self._num_tokens].tolist()
+    def end_where_stopped(self, growing: Sequence[GrowingAnswer]) -> None:
+        """End the rows whose answers contain a stop text.
+
+        Args:
+            growing: The answer to each row of the micro-batch, as it was at the last check.
+        """
+        # A row's number goes along, as rows move and leave between checks.
+        new = self.tokens[self.indices, self._num_checked : self._num_tokens]
+        numbered = torch.cat([self.indices[:, None], new], dim=1).tolist()
+        self._num_checked = self._num_tokens
         over = [
-            not ended and is_over(row) for ended, row in zip(self.has_ended.tolist(), tokens, strict=True)
+            ended or growing[index].has_stopped(tokens)
+            for ended, (index, *tokens) in zip(self.has_ended.tolist(), numbered, strict=True)
         ]
         self.has_ended |= torch.tensor(over, device=self.has_ended.device)
 

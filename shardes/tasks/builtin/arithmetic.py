@@ -17,7 +17,7 @@ from shardes.tasks.rows import column, text_column, wrong
 def answer_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], *, answer: Sequence[Any], **columns: Sequence[Any]
 ) -> list[float]:
-    """1.0 if the last answer pair holds the right number and nothing else, else 0.0."""
+    """Return 1.0 if the last answer pair holds the right number and nothing else, else 0.0."""
     return [
         float(
             (written := last_answer(text)) is not None
@@ -31,18 +31,18 @@ def answer_reward(
 def format_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
 ) -> list[float]:
-    """1.0 for a response that is one pair of answer tags, with nothing around it but white space."""
+    """Return 1.0 for one pair of answer tags with nothing around it but white space, else 0.0."""
     return [float(is_bare_answer(text.strip())) for text in completions]
 
 
 def make_prompt(row: Row) -> Prompt:
-    """Asks for the value."""
+    """Ask for the expression's value."""
     ask = "What is the value of this expression? Reply with the number between <answer> and </answer> only."
     return [{"role": "user", "content": f"{ask}\n{row['expression']}"}]
 
 
 def check_row(row: Row, where: str) -> None:
-    """Refuses a row without an expression, or without a number as its answer.
+    """Refuse a row without an expression, or without a number as its answer.
 
     Raises:
         UserError: Naming the place and the column.
@@ -56,12 +56,12 @@ def check_row(row: Row, where: str) -> None:
 def generate_problems(
     num_problems: int, *, seed: int, num_numbers: Sequence[int] = (2, 3), max_number: int = 99
 ) -> list[dict[str, Any]]:
-    """Draws distinct expressions with +, - and *; a pure function of the arguments.
+    """Draw distinct expressions with +, - and *; a pure function of the arguments.
 
     Args:
-        num_problems: How many.
+        num_problems: Number of problems.
         seed: Seed of the draws.
-        num_numbers: How many numbers an expression may have; each entry is drawn equally often.
+        num_numbers: Numbers in an expression; each entry is drawn equally often.
         max_number: Numbers are drawn from 1 to this.
 
     Returns:
@@ -85,13 +85,17 @@ def generate_problems(
 
 
 def problem_key(row: Row) -> str:
-    """Names a problem."""
+    """Return the expression, which identifies a problem."""
     return str(row["expression"])
 
 
 TASK = TaskDefinition(
+    "arithmetic",
     make_prompt,
     check_row,
     rewards=(Component("answer", answer_reward), Component("format", format_reward, weight=0.1)),
     row_key=problem_key,
+    generate=generate_problems,
 )
+TASKS = (TASK,)
+REWARDS = {"arithmetic.answer": answer_reward, "arithmetic.format": format_reward}

@@ -1,4 +1,4 @@
-"""Answers that are right as text: equal to a reference, or of a form that a regular expression describes.
+"""Tasks whose answers are judged as text: equal to a reference, or matched by a regular expression.
 
 Both ask the row's ``prompt``, or ``task.template``. A row of ``exact_match`` has an ``answer``, one of
 ``regex`` a ``pattern``.
@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from shardes.tasks.answers import is_think_answer
-from shardes.tasks.base import Component, Prompt, Row, TaskDefinition
+from shardes.tasks.base import Component, Prompt, RewardFunction, Row, TaskDefinition
 from shardes.tasks.rows import text_column, wrong
+from shardes.tasks.templates import prompt_column
 
 
 def exact_match_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], *, answer: Sequence[str], **columns: Sequence[Any]
 ) -> list[float]:
-    """1.0 for the reference's words; case, and how much white space is where, do not count."""
+    """Return 1.0 for the reference's words, whatever their case and the white space, else 0.0."""
     return [
         float(text.casefold().split() == gold.casefold().split())
         for text, gold in zip(completions, answer, strict=True)
@@ -30,14 +31,14 @@ def regex_reward(
     pattern: str | Sequence[str],
     **columns: Sequence[Any],
 ) -> list[float]:
-    """1.0 for a completion that the pattern matches as a whole, else 0.0.
+    """Return 1.0 for a completion that the pattern matches as a whole, else 0.0.
 
     Args:
-        prompts: Not looked at.
+        prompts: Unused.
         completions: The responses.
         pattern: Regular expressions of Python, one per completion, or one for all. The dot matches line
             breaks, too. One that takes for ever is ended with the process of the reward.
-        **columns: Not looked at.
+        **columns: Unused.
     """
     patterns = [pattern] * len(completions) if isinstance(pattern, str) else pattern
     return [
@@ -49,17 +50,12 @@ def regex_reward(
 def think_answer_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
 ) -> list[float]:
-    """1.0 for a response that is a pair of think tags and a pair of answer tags, and nothing else."""
+    """Return 1.0 for a pair of think tags and a pair of answer tags and nothing else, else 0.0."""
     return [float(is_think_answer(text)) for text in completions]
 
 
-def prompt_column(row: Row) -> Any:
-    """The row's own prompt; what is no prompt is refused where rows are read."""
-    return row.get("prompt")
-
-
 def check_answer(row: Row, where: str) -> None:
-    """Refuses a row without a reference.
+    """Refuse a row without a reference.
 
     Raises:
         UserError: Naming the place and the column.
@@ -68,7 +64,7 @@ def check_answer(row: Row, where: str) -> None:
 
 
 def check_pattern(row: Row, where: str) -> None:
-    """Refuses a row without a pattern, or with one that is no regular expression.
+    """Refuse a row without a pattern, or with one that is no regular expression.
 
     Raises:
         UserError: Naming the place and the column.
@@ -81,6 +77,12 @@ def check_pattern(row: Row, where: str) -> None:
 
 
 EXACT_MATCH = TaskDefinition(
-    prompt_column, check_answer, rewards=(Component("exact_match", exact_match_reward),)
+    "exact_match", prompt_column, check_answer, rewards=(Component("exact_match", exact_match_reward),)
 )
-REGEX = TaskDefinition(prompt_column, check_pattern, rewards=(Component("regex", regex_reward),))
+REGEX = TaskDefinition("regex", prompt_column, check_pattern, rewards=(Component("regex", regex_reward),))
+TASKS = (EXACT_MATCH, REGEX)
+REWARDS: dict[str, RewardFunction] = {
+    "exact_match": exact_match_reward,
+    "regex": regex_reward,
+    "think_answer": think_answer_reward,
+}

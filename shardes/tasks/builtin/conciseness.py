@@ -14,7 +14,7 @@ from shardes.tasks.rows import text_column
 def length_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], *, answer: Sequence[str], **columns: Sequence[Any]
 ) -> list[float]:
-    """Minus the difference of length between each completion and its reference, in characters.
+    """Return minus the difference of length between each completion and its reference, in characters.
 
     White space around either does not count.
     """
@@ -25,12 +25,12 @@ def length_reward(
 
 
 def make_prompt(row: Row) -> Prompt:
-    """Asks the row's question as it is."""
+    """Return the row's question as a chat message."""
     return [{"role": "user", "content": row["prompt"]}]
 
 
 def check_row(row: Row, where: str) -> None:
-    """Refuses a row without a question or without a reference.
+    """Refuse a row without a question or without a reference.
 
     Raises:
         UserError: Naming the place and the column.
@@ -39,4 +39,6 @@ def check_row(row: Row, where: str) -> None:
     text_column(row, "answer", where, wanted="the shortest right answer as text")
 
 
-TASK = TaskDefinition(make_prompt, check_row, rewards=(Component("length", length_reward),))
+TASK = TaskDefinition("conciseness", make_prompt, check_row, rewards=(Component("length", length_reward),))
+TASKS = (TASK,)
+REWARDS = {"length": length_reward}

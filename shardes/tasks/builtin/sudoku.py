@@ -34,7 +34,7 @@ _MAX_FRUITLESS_ATTEMPTS = 2000
 def solved_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], *, puzzle: Sequence[Grid], **columns: Sequence[Any]
 ) -> list[float]:
-    """1.0 for a grid that keeps the given cells and in which every row, column and box is right, else 0.0."""
+    """Return 1.0 for a right grid that keeps the given cells, else 0.0."""
     shares = units_reward(prompts, completions, puzzle=puzzle)
     return [float(share == 1) for share in shares]
 
@@ -42,19 +42,19 @@ def solved_reward(
 def units_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], *, puzzle: Sequence[Grid], **columns: Sequence[Any]
 ) -> list[float]:
-    """The share of the 12 rows, columns and boxes that hold 1 to 4; 0.0 if a given cell was changed."""
+    """Return the share of the 12 rows, columns and boxes that hold 1 to 4; 0.0 if a given cell changed."""
     return [_share(*args) for args in zip(completions, puzzle, strict=True)]
 
 
 def format_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
 ) -> list[float]:
-    """1.0 for a response that is a pair of think tags and a pair of answer tags with a 4x4 grid in it."""
+    """Return 1.0 for a pair of think tags and a pair of answer tags with a 4x4 grid in it, else 0.0."""
     return [float(is_think_answer(text) and _answer(text) is not None) for text in completions]
 
 
 def make_prompt(row: Row) -> Prompt:
-    """Shows the puzzle and asks for the whole grid."""
+    """Show the puzzle and ask for the whole grid."""
     system = (
         "You solve puzzles. Reason between <think> and </think>, then write the finished grid between "
         "<answer> and </answer>, and nothing after it."
@@ -68,7 +68,7 @@ def make_prompt(row: Row) -> Prompt:
 
 
 def check_row(row: Row, where: str) -> None:
-    """Refuses a row that is no 4x4 Sudoku, or one without a solution.
+    """Refuse a row that is no 4x4 Sudoku, or one without a solution.
 
     Raises:
         UserError: Naming the place and the column.
@@ -96,12 +96,12 @@ def _share(response: str, puzzle: Grid) -> float:
 def generate_puzzles(
     num_puzzles: int, *, seed: int, num_empty: Sequence[int] = (4, 5, 6, 7, 8, 9, 10)
 ) -> list[dict[str, Any]]:
-    """Draws distinct puzzles, each with exactly one solution; a pure function of the arguments.
+    """Draw distinct puzzles, each with exactly one solution; a pure function of the arguments.
 
     Args:
-        num_puzzles: How many.
+        num_puzzles: Number of puzzles.
         seed: Seed of the draws.
-        num_empty: How many cells may be empty; each entry is drawn equally often. Fewer are emptied where a
+        num_empty: Numbers of empty cells; each entry is drawn equally often. Fewer are emptied where a
             puzzle would get a second solution.
 
     Returns:
@@ -133,18 +133,18 @@ def generate_puzzles(
 
 
 def puzzle_key(row: Row) -> str:
-    """Names a puzzle."""
+    """Return the grid as text, which identifies a puzzle."""
     return grid_text(row["puzzle"])
 
 
 def _shuffled(items: Sequence[Any], random: Callable[[], float]) -> list[Any]:
-    """In random order; only ``Random.random`` keeps its values from one version of Python to the next."""
+    """Return items in random order; only ``Random.random`` keeps its values from one Python to the next."""
     rest = list(items)
     return [rest.pop(int(random() * len(rest))) for _ in items]
 
 
 def _fill(grid: Grid, cells: Sequence[tuple[int, int]], random: Callable[[], float]) -> bool:
-    """Fills the grid's cells at random by backtracking; false if it cannot be done."""
+    """Fill the grid's cells in place at random by backtracking; return False if it cannot be done."""
     if not cells:
         return True
     (i, j), *rest = cells
@@ -157,7 +157,7 @@ def _fill(grid: Grid, cells: Sequence[tuple[int, int]], random: Callable[[], flo
 
 
 def _num_solutions(grid: Grid, *, at_most: int) -> int:
-    """How many ways there are to fill the empty cells, counted no further than ``at_most``."""
+    """Count the ways to fill the empty cells, no further than ``at_most``."""
     empty = next(((i, j) for i, j in _CELLS if grid[i][j] == 0), None)
     if empty is None:
         return int(all({grid[i][j] for i, j in unit} == _DIGITS for unit in _UNITS))
@@ -173,12 +173,13 @@ def _num_solutions(grid: Grid, *, at_most: int) -> int:
 
 
 def _candidates(grid: Grid, i: int, j: int) -> list[int]:
-    """The digits that no other cell of the units of (i, j) holds."""
+    """Return the digits that no other cell of the units of (i, j) holds."""
     taken = {grid[k][m] for unit in _UNITS if (i, j) in unit for k, m in unit if (k, m) != (i, j)}
     return sorted(_DIGITS - taken)
 
 
 TASK = TaskDefinition(
+    "sudoku",
     make_prompt,
     check_row,
     rewards=(
@@ -187,4 +188,7 @@ TASK = TaskDefinition(
         Component("format", format_reward, weight=0.1),
     ),
     row_key=puzzle_key,
+    generate=generate_puzzles,
 )
+TASKS = (TASK,)
+REWARDS = {"sudoku.solved": solved_reward, "sudoku.units": units_reward, "sudoku.format": format_reward}

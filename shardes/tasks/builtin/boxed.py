@@ -31,7 +31,7 @@ _COSTLY = re.compile(
 def number_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], *, answer: Sequence[Any], **columns: Sequence[Any]
 ) -> list[float]:
-    """1.0 if the number in the last box is the row's, exactly, else 0.0.
+    """Return 1.0 if the number in the last box is the row's, exactly, else 0.0.
 
     Words around a single number are not looked at. The row's answer may end with ``#### 72``, as in GSM8K.
     """
@@ -49,14 +49,14 @@ def expression_reward(
     solution: Sequence[Any] | None = None,
     **columns: Sequence[Any],
 ) -> list[float]:
-    """1.0 if the last box holds an expression equal to the row's, else 0.0.
+    """Return 1.0 if the last box holds an expression equal to the row's, else 0.0.
 
     Args:
-        prompts: Not looked at.
+        prompts: Unused.
         completions: The responses.
         answer: The right expressions; where it is None, the last box of ``solution``.
         solution: Worked solutions, as MATH has them.
-        **columns: Not looked at.
+        **columns: Unused.
     """
     answers, solutions = (given or [None] * len(completions) for given in (answer, solution))
     return [
@@ -68,7 +68,7 @@ def expression_reward(
 def boxed_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
 ) -> list[float]:
-    r"""1.0 for a response with a complete ``\boxed{...}`` that is not empty, whatever it holds, else 0.0."""
+    r"""Return 1.0 for a response with a complete ``\boxed{...}`` that is not empty, else 0.0."""
     return [float(bool((last_boxed(text) or "").strip())) for text in completions]
 
 
@@ -126,7 +126,7 @@ def _math_prompt(row: Row) -> Prompt:
 
 
 def check_gsm8k_row(row: Row, where: str) -> None:
-    """Refuses a row without a question, or whose answer is no number.
+    """Refuse a row without a question, or whose answer is no number.
 
     Raises:
         UserError: Naming the place and the column.
@@ -139,7 +139,7 @@ def check_gsm8k_row(row: Row, where: str) -> None:
 
 
 def check_math_row(row: Row, where: str) -> None:
-    r"""Refuses a row without a problem, or without both an answer and a solution that contains one.
+    r"""Refuse a row without a problem, or without both an answer and a solution that contains one.
 
     Raises:
         UserError: Naming the place and the column, or the package that is missing.
@@ -164,5 +164,7 @@ def _has_math_verify() -> bool:
     return importlib.util.find_spec("math_verify") is not None
 
 
-GSM8K = TaskDefinition(_gsm8k_prompt, check_gsm8k_row, rewards=(Component("answer", number_reward),))
-MATH = TaskDefinition(_math_prompt, check_math_row, rewards=(Component("answer", expression_reward),))
+GSM8K = TaskDefinition("gsm8k", _gsm8k_prompt, check_gsm8k_row, rewards=(Component("answer", number_reward),))
+MATH = TaskDefinition("math", _math_prompt, check_math_row, rewards=(Component("answer", expression_reward),))
+TASKS = (GSM8K, MATH)
+REWARDS = {"boxed": boxed_reward, "boxed.expression": expression_reward, "boxed.number": number_reward}

@@ -5,6 +5,7 @@ lists of rows of digits. Components: ``solved``, ``cells`` (the share of right c
 right size) and ``format``.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,21 @@ from shardes.tasks.rows import column, wrong
 def solved_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], *, output: Sequence[Grid], **columns: Sequence[Any]
 ) -> list[float]:
-    """1.0 for exactly the output's grid, else 0.0."""
+    """Return 1.0 for exactly the output's grid, else 0.0."""
     return [float(answered_grid(text) == grid) for text, grid in zip(completions, output, strict=True)]
 
 
 def cells_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], *, output: Sequence[Grid], **columns: Sequence[Any]
 ) -> list[float]:
-    """The share of the output's cells that are right; 0.0 for a grid of another size or none."""
+    """Return the share of the output's cells that are right; 0.0 for a grid of another size or none."""
     return [_share(answered_grid(text), grid) for text, grid in zip(completions, output, strict=True)]
 
 
 def format_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
 ) -> list[float]:
-    """1.0 for a response that is a pair of think tags and a pair of answer tags with a grid in it."""
+    """Return 1.0 for a pair of think tags and a pair of answer tags with a grid in it, else 0.0."""
     return [float(is_think_answer(text) and answered_grid(text) is not None) for text in completions]
 
 
@@ -47,7 +48,7 @@ def _share(grid: Grid | None, wanted: Grid) -> float:
 
 
 def make_prompt(row: Row) -> Prompt:
-    """Shows the examples and the input, and asks for the output's grid."""
+    """Show the examples and the input, and ask for the output's grid."""
     system = (
         "You find the rule behind grids of digits, each digit a colour. Reason between <think> and </think>, "
         "then write the output grid between <answer> and </answer>, and nothing after it."
@@ -62,7 +63,7 @@ def make_prompt(row: Row) -> Prompt:
 
 
 def check_row(row: Row, where: str) -> None:
-    """Refuses a row that is no puzzle of this kind.
+    """Refuse a row that is no puzzle of this kind.
 
     Raises:
         UserError: Naming the place and the column.
@@ -82,7 +83,7 @@ def check_row(row: Row, where: str) -> None:
 
 
 def rows_of_puzzle(puzzle: Any, *, name: str) -> list[dict[str, Any]]:
-    """The rows of one puzzle in the format of the ARC data sets: one row for each of its tests.
+    """Return the rows of one puzzle in the format of the ARC data sets: one row for each of its tests.
 
     Args:
         puzzle: ``{"train": [pairs], "test": [pairs]}``, a pair being ``{"input": grid, "output": grid}``.
@@ -104,7 +105,27 @@ def rows_of_puzzle(puzzle: Any, *, name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def rows_of_directory(directory: Path) -> list[dict[str, Any]]:
+    """Return the rows of a directory of ARC puzzles, one ``*.json`` file each, in the order of their names.
+
+    Raises:
+        UserError: There is no such directory, it has no puzzles, or one of them cannot be used.
+    """
+    paths = sorted(directory.glob("*.json"))
+    if not paths:
+        raise UserError(f"--source: {directory} has no *.json files; give a directory of ARC puzzles")
+    rows = []
+    for path in paths:
+        try:
+            puzzle = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--source: {path} cannot be read as JSON ({error})") from None
+        rows += rows_of_puzzle(puzzle, name=str(path))
+    return rows
+
+
 TASK = TaskDefinition(
+    "arc",
     make_prompt,
     check_row,
     rewards=(
@@ -112,4 +133,7 @@ TASK = TaskDefinition(
         Component("cells", cells_reward, weight=0.5),
         Component("format", format_reward, weight=0.1),
     ),
+    convert=rows_of_directory,
 )
+TASKS = (TASK,)
+REWARDS = {"arc.solved": solved_reward, "arc.cells": cells_reward, "arc.format": format_reward}

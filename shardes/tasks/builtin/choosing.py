@@ -1,4 +1,4 @@
-"""Tasks judged by likelihood: which of several texts follows the prompt, and how likely a text is.
+"""Likelihood tasks: choose the text that follows the prompt, or score how likely a text is.
 
 Nothing is generated: a member is one forward pass. The data have the columns that the data sets have on the
 Hugging Face hub: SST-2 (Socher et al. 2013), BoolQ (Clark et al. 2019), COPA (Roemmele et al. 2011).
@@ -8,43 +8,53 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from shardes.tasks.base import Choices, Prompt, Row, TaskDefinition
-from shardes.tasks.matching import prompt_column
 from shardes.tasks.rows import column, text_column, wrong
+from shardes.tasks.templates import prompt_column
 
 # What stands between a premise and what is chosen.
 _COPA_JOINTS = {"cause": "because", "effect": "so"}
 
 
-def label_words_definition(
-    words: Sequence[str], *, make_prompt: Callable[[Row], Prompt], texts: Mapping[str, str]
+def label_word_task(
+    name: str, own_words: Sequence[str], *, make_prompt: Callable[[Row], Prompt], texts: Mapping[str, str]
 ) -> TaskDefinition:
-    """Classification: the word of the row's ``label``, its index or the word itself, follows the prompt.
+    """Return a classification task: the word of the row's ``label`` follows the prompt.
+
+    The label is a class's index, true or false, or the word itself.
 
     Args:
-        words: One for each class, in the order of the labels; a space is put before each.
+        name: The task's name.
+        own_words: One word for each class, in the order of the labels; a space is put before each. Empty:
+            the user has to give them.
         make_prompt: Makes a prompt that the words fit after.
-        texts: The columns that it needs, and what each of them holds.
+        texts: The columns that the prompt needs, and what each of them holds, for messages.
     """
-    completions = [f" {word.strip()}" for word in words]
-    wanted = " or ".join(f"{index} ({word.strip()})" for index, word in enumerate(words))
+
+    def with_label_words(words: Sequence[str] | None) -> TaskDefinition:
+        if not (words or own_words):
+            raise ValueError(f"{name} needs label_words, one for each class, e.g. [bad, good]")
+        return label_word_task(name, words or own_words, make_prompt=make_prompt, texts=texts)
+
+    completions = [f" {word.strip()}" for word in own_words]
+    wanted = " or ".join(f"{index} ({word.strip()})" for index, word in enumerate(own_words))
 
     def check_row(row: Row, where: str) -> None:
         for name, holds in texts.items():
             text_column(row, name, where, wanted=holds)
         value = column(row, "label", where, wanted=wanted)
-        if _index(value, words) is None:
+        if _index(value, own_words) is None:
             raise wrong("label", value, where, wanted=wanted)
 
     def choices(row: Row) -> Choices:
-        gold = _index(row["label"], words)
+        gold = _index(row["label"], own_words)
         assert gold is not None, "the row was checked"
         return Choices(completions, gold)
 
-    return TaskDefinition(make_prompt, check_row, choices=choices)
+    return TaskDefinition(name, make_prompt, check_row, choices=choices, with_label_words=with_label_words)
 
 
 def _index(value: Any, words: Sequence[str]) -> int | None:
-    """The class that a label means, by its index, as true or false, or by its word."""
+    """Return the class of a label: an index, true or false, or a word; None if it is none of these."""
     if isinstance(value, int):
         return int(value) if 0 <= value < len(words) else None
     stripped = [word.strip() for word in words]
@@ -64,33 +74,6 @@ def _classification_prompt(row: Row) -> Prompt:
     return f"{row['text'].strip()}\nLabel:"
 
 
-def sst2(words: Sequence[str] | None = None) -> TaskDefinition:
-    """Sentiment of a sentence: 0 is negative, 1 positive."""
-    return label_words_definition(
-        words or ("bad", "good"), make_prompt=_sst2_prompt, texts={"sentence": "a sentence of a review"}
-    )
-
-
-def boolq(words: Sequence[str] | None = None) -> TaskDefinition:
-    """Whether a question about a passage is answered with no (0) or yes (1)."""
-    return label_words_definition(
-        words or ("no", "yes"),
-        make_prompt=_boolq_prompt,
-        texts={"passage": "a passage", "question": "a question about it"},
-    )
-
-
-def classification(words: Sequence[str] | None) -> TaskDefinition:
-    """Classification of the row's ``text`` by label words of the user's own.
-
-    Raises:
-        ValueError: There are no words.
-    """
-    if not words:
-        raise ValueError("classification needs label_words, one for each class")
-    return label_words_definition(words, make_prompt=_classification_prompt, texts={"text": "a text"})
-
-
 def _copa_prompt(row: Row) -> Prompt:
     return f"{row['premise'].strip().removesuffix('.')} {_COPA_JOINTS[row['question']]}"
 
@@ -100,7 +83,7 @@ def _copa_choices(row: Row) -> Choices:
 
 
 def _continued(sentence: str) -> str:
-    """A sentence as the second half of another one."""
+    """Return a sentence as the second half of another one: without its capital letter."""
     first = sentence.split()[0]
     return sentence if first == "I" or first.startswith("I'") else sentence[:1].lower() + sentence[1:]
 
@@ -152,6 +135,18 @@ def _check_text(row: Row, where: str) -> None:
     text_column(row, "text", where, wanted="a text that is not empty")
 
 
-COPA = TaskDefinition(_copa_prompt, _check_copa, choices=_copa_choices)
-MULTIPLE_CHOICE = TaskDefinition(prompt_column, _check_multiple_choice, choices=_listed_choices)
-PERPLEXITY = TaskDefinition(_text_prompt, _check_text, choices=_text_choices, metric="log_likelihood")
+TASKS = (
+    TaskDefinition("copa", _copa_prompt, _check_copa, choices=_copa_choices),
+    TaskDefinition("multiple_choice", prompt_column, _check_multiple_choice, choices=_listed_choices),
+    TaskDefinition("perplexity", _text_prompt, _check_text, choices=_text_choices, metric="log_likelihood"),
+    label_word_task("classification", (), make_prompt=_classification_prompt, texts={"text": "a text"}),
+    label_word_task(
+        "sst2", ("bad", "good"), make_prompt=_sst2_prompt, texts={"sentence": "a sentence of a review"}
+    ),
+    label_word_task(
+        "boolq",
+        ("no", "yes"),
+        make_prompt=_boolq_prompt,
+        texts={"passage": "a passage", "question": "a question about it"},
+    ),
+)

@@ -44,17 +44,17 @@ def answer_reward(
     target: Sequence[Any],
     **columns: Sequence[Any],
 ) -> list[float]:
-    """1.0 for a response whose last ``<answer>`` pair holds a right expression, else 0.0.
+    """Return 1.0 for a response whose last ``<answer>`` pair holds a right expression, else 0.0.
 
     Right is an expression that uses exactly the numbers and equals the target exactly, whatever stands around
     the pair. ``3*5-2=13`` is no expression and is not repaired.
 
     Args:
-        prompts: Not looked at: they contain an example, which must earn nothing.
+        prompts: Unused: they contain an example, which must earn nothing.
         completions: The responses.
         numbers: The numbers given in each row.
         target: The target of each row.
-        **columns: The rows' other columns; not looked at.
+        **columns: The rows' other columns; unused.
     """
     return [_answer(*args) for args in zip(completions, numbers, target, strict=True)]
 
@@ -62,19 +62,19 @@ def answer_reward(
 def chat_format_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
 ) -> list[float]:
-    """1.0 for a response that is a pair of think tags and a pair of answer tags, and nothing else."""
+    """Return 1.0 for a pair of think tags and a pair of answer tags and nothing else, else 0.0."""
     return [float(is_think_answer(response)) for response in completions]
 
 
 def short_format_reward(
     prompts: Sequence[Prompt], completions: Sequence[str], **columns: Sequence[Any]
 ) -> list[float]:
-    """1.0 for a response that is a pair of answer tags with what they hold, and not one character more."""
+    """Return 1.0 for a pair of answer tags and not one character around it, else 0.0."""
     return [float(is_bare_answer(response)) for response in completions]
 
 
 def chat_prompt(row: Row) -> Prompt:
-    """Asks for an expression in chat messages."""
+    """Ask for an expression in chat messages."""
     system = (
         "You solve arithmetic puzzles. Reason between <think> and </think>, then state your solution "
         "between <answer> and </answer>, and write nothing after it."
@@ -90,7 +90,7 @@ def chat_prompt(row: Row) -> Prompt:
 
 
 def short_prompt(row: Row) -> Prompt:
-    """Asks for an expression in as few characters as possible."""
+    """Ask for an expression in as few characters as possible."""
     return f"{' '.join(map(str, row['numbers']))}={row['target']}:"
 
 
@@ -108,7 +108,7 @@ def _solves(expression: str, numbers: Sequence[Any], target: Any) -> bool:
 
 
 def _exact(value: Any) -> Fraction:
-    """A row's number as the fraction that its decimal text denotes: 0.1 is 1/10, "7/2" is seven halves.
+    """Convert a row's number to the fraction that its decimal text denotes: 0.1 is 1/10, "7/2" is 7/2.
 
     Rows are untrusted too (``Fraction("1e999999999")`` fills the memory), so the reader of answers reads
     them, all but small integers.
@@ -121,7 +121,7 @@ def _exact(value: Any) -> Fraction:
 
 
 def check_row(row: Row, where: str) -> None:
-    """Refuses a row that is no Countdown problem, before a run is started on it.
+    """Refuse a row that is no Countdown problem, before a run is started on it.
 
     Whether the problem has a solution is not checked.
 
@@ -154,7 +154,7 @@ def _is_target(value: Any) -> bool:
 
 
 def _is_literal(value: Any) -> bool:
-    """Whether an answer can contain the value as one literal: signs and fractions are expressions."""
+    """Return True if an answer can contain the value as one literal: signs and fractions are expressions."""
     return isinstance(value, int | float) and _is_target(value) and str(value)[0] != "-"
 
 
@@ -166,16 +166,16 @@ def generate_problems(
     max_number: int = 99,
     max_target: int = 100,
 ) -> list[dict[str, Any]]:
-    """Draws distinct problems, each solvable because its target is the value of a drawn expression.
+    """Draw distinct problems, each solvable because its target is the value of a drawn expression.
 
     Two problems are the same if their targets and their sorted numbers are. The result is a function of the
     arguments alone: only ``Random.random`` is used, the one method whose values Python keeps from version to
     version.
 
     Args:
-        num_problems: How many problems.
+        num_problems: Number of problems.
         seed: Seed of the draws.
-        num_numbers: How many numbers a problem may have; each entry is drawn equally often.
+        num_numbers: Numbers in a problem; each entry is drawn equally often.
         max_number: Numbers are drawn from 1 to this.
         max_target: Targets are integers from 1 to this.
 
@@ -206,7 +206,7 @@ def generate_problems(
 
 
 def _combine(numbers: Sequence[int], random: Callable[[], float]) -> Fraction | None:
-    """The value of a random expression tree over the numbers; None if it divides by zero."""
+    """Return the value of a random expression tree over the numbers; None if it divides by zero."""
     values = [Fraction(number) for number in numbers]
     while len(values) > 1:
         left = values.pop(int(random() * len(values)))
@@ -219,13 +219,13 @@ def _combine(numbers: Sequence[int], random: Callable[[], float]) -> Fraction | 
 
 
 def problem_key(row: Row) -> str:
-    """Names a problem up to the order of its numbers, e.g. ``2 3 5=13``."""
+    """Return a problem's key, the same in whatever order its numbers are, e.g. ``2 3 5=13``."""
     numbers = sorted(map(_exact, row["numbers"]))
     return f"{' '.join(map(str, numbers))}={_exact(row['target'])}"
 
 
 def split_problems(rows: Sequence[Row], *, shares: Sequence[float], seed: int) -> list[list[Row]]:
-    """Deals rows into parts such that no problem is in two of them, in whatever order its numbers are given.
+    """Split rows into parts such that no problem is in two, in whatever order its numbers are given.
 
     A part is a range of the problems ordered by a hash of seed and problem, so the split depends on neither
     the order of the rows nor a random generator.
@@ -251,6 +251,7 @@ def split_problems(rows: Sequence[Row], *, shares: Sequence[float], seed: int) -
 
 
 CHAT = TaskDefinition(
+    "countdown",
     chat_prompt,
     check_row,
     rewards=(
@@ -258,8 +259,10 @@ CHAT = TaskDefinition(
         Component("format", chat_format_reward, weight=FORMAT_WEIGHT),
     ),
     row_key=problem_key,
+    generate=generate_problems,
 )
 SHORT = TaskDefinition(
+    "countdown_short",
     short_prompt,
     check_row,
     rewards=(
@@ -268,3 +271,9 @@ SHORT = TaskDefinition(
     ),
     row_key=problem_key,
 )
+TASKS = (CHAT, SHORT)
+REWARDS = {
+    "countdown.answer": answer_reward,
+    "countdown.format": chat_format_reward,
+    "countdown.short_format": short_format_reward,
+}
