@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before the configuration has been checked."""
+"""Run the commands of ``shardes``, importing nothing heavy before the configuration is checked."""
 
 import json
 import os
