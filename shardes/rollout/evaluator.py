@@ -94,13 +94,9 @@ class Evaluator:
         timer: PhaseTimer,
     ) -> None:
         self.engine = engine
-        self._tokenizer = tokenizer
-        self._mesh = mesh
-        self._scorer = scorer
-        self._settings = settings
-        self._seed = seed
-        self._max_positions = max_positions
-        self._timer = timer
+        self._parts = {"tokenizer": tokenizer, "mesh": mesh, "scorer": scorer, "seed": seed, "timer": timer}
+        self._parts |= {"max_positions": max_positions}
+        self._tokenizer, self._mesh, self._settings, self._timer = tokenizer, mesh, settings, timer
         self._stop = StopStrings(settings.stop, tokenizer)
         self._builder = PromptBuilder(
             tokenizer,
@@ -116,16 +112,7 @@ class Evaluator:
         """Return an evaluator over the same weights that draws one answer a prompt, at temperature 1."""
         changes = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "samples_per_prompt": 1}
         settings = self._settings.model_copy(update=changes)
-        return Evaluator(
-            self.engine.with_settings(settings),
-            tokenizer=self._tokenizer,
-            mesh=self._mesh,
-            scorer=self._scorer,
-            settings=settings,
-            seed=self._seed,
-            max_positions=self._max_positions,
-            timer=self._timer,
-        )
+        return Evaluator(self.engine.with_settings(settings), settings=settings, **self._parts)
 
     @property
     def micro_batch_size(self) -> int:

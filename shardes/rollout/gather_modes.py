@@ -7,7 +7,7 @@ forwards. They differ in who holds what, and in when ranks have to talk.
 import gc
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -204,29 +204,7 @@ class BatchedGather(GatherMode):
         return self._model
 
 
-def make_gather_mode(
-    name: str, *, is_batched: bool, backend: Backend, weights: Weights, mesh: Mesh
-) -> GatherMode:
-    """Return the mode of a name.
-
-    Args:
-        name: A value of ``rollout.gather``, but not ``auto``.
-        is_batched: Whether members share forwards.
-        backend: The model.
-        weights: Its master weights.
-        mesh: The ranks.
-    """
-    if is_batched:
-        group = mesh.shard if backend.is_sharded and name == "layer" else mesh.alone
-        return BatchedGather(name, backend=backend, weights=weights, group=group)
-    if name == "layer":
-        return LayerGather(name, backend=backend, weights=weights, group=mesh.shard)
-    if name == "member":
-        return MemberGather(name, backend=backend, weights=weights, group=mesh.shard)
-    if backend.is_sharded:
-        return IterationGather(name, backend=backend, weights=weights, group=mesh.alone)
-    # Every rank holds a whole model already: it is perturbed where it is.
-    return MemberGather(name, backend=backend, weights=weights, group=mesh.alone)
+_MODES = {"layer": LayerGather, "member": MemberGather, "iteration": IterationGather}
 
 
 class GatherModeSelector:
@@ -245,21 +223,20 @@ class GatherModeSelector:
     ) -> None:
         by_speed: tuple[str, ...] = _BY_SPEED_BATCHED if is_batched else _BY_SPEED
         self._by_speed = by_speed if wanted == "auto" else ()
-        self._is_batched = is_batched
-        self._backend = backend
-        self._weights = weights
-        self._mesh = mesh
+        self._is_batched, self._backend, self._weights, self._mesh = is_batched, backend, weights, mesh
         self._is_reserved = False
         self._current = None if self._by_speed else self._make(wanted)
 
     def _make(self, name: str) -> GatherMode:
-        return make_gather_mode(
-            name,
-            is_batched=self._is_batched,
-            backend=self._backend,
-            weights=self._weights,
-            mesh=self._mesh,
-        )
+        """Return the mode of a name."""
+        backend, mesh = self._backend, self._mesh
+        mode: Callable[..., GatherMode] = _MODES[name]
+        group = mesh.alone if name == "iteration" else mesh.shard
+        if self._is_batched:
+            mode, group = BatchedGather, mesh.shard if backend.is_sharded and name == "layer" else mesh.alone
+        elif mode is IterationGather and not backend.is_sharded:
+            mode = MemberGather  # every rank holds a whole model already: it is perturbed where it is
+        return mode(name, backend=backend, weights=self._weights, group=group)
 
     @property
     def current(self) -> GatherMode:

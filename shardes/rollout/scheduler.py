@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TypeVar
 
 from shardes.distributed.group import Mesh
@@ -60,11 +61,8 @@ class MemberScheduler:
     def __init__(
         self, evaluator: Evaluator, *, mesh: Mesh, timeout_seconds: int, stop: Stop, timer: PhaseTimer
     ) -> None:
-        self._evaluator = evaluator
-        self._mesh = mesh
-        self._timeout_seconds = timeout_seconds
-        self._stop = stop
-        self._timer = timer
+        self._evaluator, self._mesh, self._timer = evaluator, mesh, timer
+        self._timeout_seconds, self._stop = timeout_seconds, stop
 
     def evaluate_members(
         self, members: Sequence[int], *, spec: IterationSpec, on_result: OnResult
@@ -90,15 +88,9 @@ class MemberScheduler:
                 if result.member in missing:
                     on_result(result)
 
-            def start(turn: Turn) -> InFlightBatch:
-                return self._start(turn, spec)
-
-            def finish(turn: Turn, in_flight: InFlightBatch) -> TurnResults:
-                return self._finish(turn, in_flight, spec)
-
-            def evaluated(turns: Iterable[Turn]) -> Iterator[TurnResults]:
-                return pipelined(turns, start=start, finish=finish)
-
+            evaluated = partial(
+                pipelined, start=partial(self._start, spec), finish=partial(self._finish, spec)
+            )
             found = self._evaluate_turns(self._turns(missing, spec), evaluated, record)
             results |= {member: result for member, result in found.items() if member in missing}
             if len(results) < len(members):
@@ -141,7 +133,7 @@ class MemberScheduler:
         engine = self._evaluator.engine
         return engine.group.rank if engine.num_loads > 1 else 0
 
-    def _start(self, turn: Turn, spec: IterationSpec) -> InFlightBatch:
+    def _start(self, spec: IterationSpec, turn: Turn) -> InFlightBatch:
         """Have this rank's load of a turn answer; a collective of the group where forwards are."""
         engine, slot = self._evaluator.engine, self._slot()
         if engine.num_loads > 1:
@@ -153,7 +145,7 @@ class MemberScheduler:
         perturbations = [spec.perturbation(member) for member in members]
         return self._evaluator.start(spec.prompts_of(members[0]), perturbations, share=share)
 
-    def _finish(self, turn: Turn, in_flight: InFlightBatch, spec: IterationSpec) -> TurnResults:
+    def _finish(self, spec: IterationSpec, turn: Turn, in_flight: InFlightBatch) -> TurnResults:
         """Return what the members of a turn earned, or None for too little memory; a collective."""
         try:
             found = self._evaluator.collect(

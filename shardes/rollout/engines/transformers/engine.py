@@ -54,13 +54,10 @@ class TransformersEngine(Engine):
         timer: PhaseTimer,
         gather_modes: GatherModeSelector | None = None,
     ) -> None:
-        self._backend = backend
-        self._weights = weights
-        self._mesh = mesh
-        self._tokenizer = tokenizer
-        self._settings = settings
-        self._seed = seed
-        self._timer = timer
+        self._backend, self._weights, self._mesh, self._timer = backend, weights, mesh, timer
+        self._parts = {"backend": backend, "weights": weights, "mesh": mesh, "tokenizer": tokenizer}
+        self._parts |= {"seed": seed, "timer": timer}
+        self._max_new_tokens = settings.max_new_tokens
         count = settings.members_per_forward
         self.members_per_forward = 1 if count == "auto" else count
         self._modes = gather_modes or GatherModeSelector(
@@ -78,16 +75,7 @@ class TransformersEngine(Engine):
 
     def with_settings(self, settings: RolloutConfig) -> "TransformersEngine":
         """Return an engine over the same weights, gathered once for both, that answers by other settings."""
-        return TransformersEngine(
-            backend=self._backend,
-            weights=self._weights,
-            mesh=self._mesh,
-            tokenizer=self._tokenizer,
-            settings=settings,
-            seed=self._seed,
-            timer=self._timer,
-            gather_modes=self._modes,
-        )
+        return TransformersEngine(settings=settings, gather_modes=self._modes, **self._parts)
 
     @property
     def group(self) -> Group:
@@ -214,7 +202,7 @@ class TransformersEngine(Engine):
         dtype, num_sharers = self._backend.dtype, self.ranks_per_forward
         if isinstance(batch, LikelihoodBatch):
             return likelihood_bytes(config, rows=rows, length=width, dtype=dtype, num_sharers=num_sharers)
-        length = width + self._settings.max_new_tokens
+        length = width + self._max_new_tokens
         return generation_bytes(config, rows=rows, length=length, dtype=dtype, num_sharers=num_sharers)
 
     def fits(self, batch: MicroBatch | LikelihoodBatch, *, prompts: PromptBatch) -> bool:
