@@ -5,8 +5,9 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import click
 from annotated_types import Gt
@@ -19,16 +20,14 @@ from shardes.config.old_keys import warn_once
 from shardes.config.schema import check_model_directory
 from shardes.distributed.stop import Stopped, stop_signals
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, StorageError, UserError
+from shardes.monitor.commands import COMMANDS
 from shardes.planning.machine import Machine
 from shardes.rewards.pool import make_reward_runner
-from shardes.runs.directory import read_run, read_run_journal
+from shardes.runs.directory import read_run, write_lines
 from shardes.runs.trackers import check_trackers
 from shardes.tasks.generating import MAKEABLE, make_problems
 from shardes.tasks.loading import load_tasks
 from shardes.utils.version import VERSION
-
-if TYPE_CHECKING:
-    pass
 
 # How long a rank that has a message waits for rank 0 to print the same one first.
 _WAIT_FOR_MAIN_SECONDS = 10
@@ -120,7 +119,6 @@ def evaluate(model: str, config_path: Path | None, out: Path | None, overrides: 
     with make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards:
         from shardes.evaluation.summary import evaluate_model
         from shardes.session import open_session
-        from shardes.utils.files import write_atomically
         from shardes.utils.logs import configure_logging
 
         configure_logging()
@@ -130,14 +128,18 @@ def evaluate(model: str, config_path: Path | None, out: Path | None, overrides: 
             if session.mesh.world.is_main:
                 if out is not None:
                     out.parent.mkdir(parents=True, exist_ok=True)
-                    write_atomically(out, "".join(json.dumps(line) + "\n" for line in lines))
+                    write_lines(out, lines)
                 click.echo(
                     json.dumps({"model": model, "iteration": subject.iteration, "sets": sets}, indent=2)
                 )
 
 
 _POSITIVE = click.IntRange(min=1)
-_RATE = click.FloatRange(min=0, min_open=True)
+
+
+def _rate(name: str, default: float, help_text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return the option of a rate of the machine."""
+    return click.option(name, type=click.FloatRange(min=0, min_open=True), default=default, help=help_text)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "show_default": True})
@@ -156,24 +158,9 @@ _RATE = click.FloatRange(min=0, min_open=True)
     "--num-prompts", type=_POSITIVE, help="Of an iteration; default: what configuration and data say."
 )
 @click.option("--prompt-tokens", type=_POSITIVE, help="Of the longest; default: what data and tokenizer say.")
-@click.option(
-    "--gather-bandwidth",
-    type=_RATE,
-    default=Machine.gather_bytes_per_second / 1e9,
-    help="GB/s that a rank receives in a gather.",
-)
-@click.option(
-    "--memory-bandwidth",
-    type=_RATE,
-    default=Machine.memory_bytes_per_second / 1e9,
-    help="GB/s at which a device reads weights.",
-)
-@click.option(
-    "--compute",
-    type=_RATE,
-    default=Machine.flops_per_second / 1e12,
-    help="TFLOP/s of matrix products in model.dtype.",
-)
+@_rate("--gather-bandwidth", Machine.gather_bytes_per_second / 1e9, "GB/s that a rank receives in a gather.")
+@_rate("--memory-bandwidth", Machine.memory_bytes_per_second / 1e9, "GB/s at which a device reads weights.")
+@_rate("--compute", Machine.flops_per_second / 1e12, "TFLOP/s of matrix products in model.dtype.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
 def plan(
     config_path: Path,
@@ -344,62 +331,6 @@ def verify(
 
 
 @cli.command()
-@click.argument("run_dir", type=_PATH)
-@click.option("--json", "as_json", is_flag=True, help="The records as JSON, one a line.")
-def journal(run_dir: Path, as_json: bool) -> None:
-    """Print RUN_DIR's journal for people: what the run is, and a line for every iteration.
-
-    Nothing is changed, and a run that is going on may be looked at.
-    """
-    from shardes.monitor.journal_table import report
-
-    _, history, good_bytes, num_bytes = read_run_journal(run_dir)
-    if as_json:
-        with (run_dir / "journal.jsonl").open("rb") as file:
-            click.echo(file.read(good_bytes).decode(), nl=False)
-    else:
-        click.echo("\n".join(report(history)))
-    if num_bytes > good_bytes:
-        torn = f"its last line is incomplete ({num_bytes - good_bytes} bytes) and does not count"
-        click.echo(f"{run_dir}: {torn}", err=True)
-
-
-@cli.command()
-@click.argument("run_dirs", nargs=-1, required=True, type=_PATH)
-@click.option("--out", type=_PATH, default="reward.png", show_default=True, help="A .png or .svg file.")
-@click.option("--reward-only", is_flag=True, help="Leave out where the time goes, and the instruments.")
-def plot(run_dirs: tuple[Path, ...], out: Path, reward_only: bool) -> None:
-    """Draw the metrics of one or several runs: rewards, where the time goes, and the instruments."""
-    from shardes.monitor.plot import plot_runs
-
-    plot_runs(list(run_dirs), out, reward_only=reward_only)
-    click.echo(str(out))
-
-
-@cli.command()
-@click.argument("run_dir", type=_PATH)
-@click.option("--once", is_flag=True, help="Print how the run is now, and end.")
-@click.option(
-    "--every",
-    "every_seconds",
-    type=click.FloatRange(min=0.1),
-    default=2.0,
-    show_default=True,
-    help="Seconds between two looks.",
-)
-def watch(run_dir: Path, once: bool, every_seconds: float) -> None:
-    """Follow the run in RUN_DIR until it is finished; all that takes is to see its files.
-
-    Control-C ends the watching, and nothing else.
-    """
-    from shardes.monitor.watch import watch as watch_run
-
-    is_terminal = sys.stdout.isatty()
-    for text in watch_run(run_dir, once=once, every_seconds=every_seconds, is_terminal=is_terminal):
-        click.echo(text, nl=False)
-
-
-@cli.command()
 @click.argument("task", type=click.Choice(MAKEABLE))
 @click.argument("out", type=_PATH)
 @click.option("--num-problems", type=click.IntRange(min=1), default=200, show_default=True)
@@ -413,20 +344,14 @@ def make_data(
 
     Problems are a function of the arguments alone. Each has a solution, and no two are the same.
     """
-    from shardes.utils.files import write_atomically
-
     rows = make_problems(task, num_problems, seed=seed, exclude=exclude, source=source)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, "".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(out, rows)
     click.echo(f"{out}: {len(rows)} problems")
 
 
-@cli.command()
-def env() -> None:
-    """Print versions, devices, and what can be used or why not, for bug reports."""
-    from shardes.monitor.env import describe
-
-    click.echo("\n".join(f"{name}: {value}" for name, value in describe().items()))
+for _command in COMMANDS:
+    cli.add_command(_command)
 
 
 def main(command: click.Command = cli) -> NoReturn:
@@ -454,17 +379,11 @@ def run(command: click.Command) -> int:
         status = command.main(prog_name="shardes" if command is cli else None, standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
-    except click.ClickException as error:
-        _show_mistake(error.format_message())
-        return EXIT_USER_ERROR
-    except UserError as error:
-        _show_mistake(str(error))
-        return EXIT_USER_ERROR
-    except StorageError as error:
-        _show_mistake(str(error))
-        return EXIT_FAILURE
     except click.Abort:
         return EXIT_INTERRUPTED
+    except (click.ClickException, UserError, StorageError) as error:
+        _show_mistake(error.format_message() if isinstance(error, click.ClickException) else str(error))
+        return EXIT_FAILURE if isinstance(error, StorageError) else EXIT_USER_ERROR
     return status or 0  # a status if the command chose one, else nothing
 
 

@@ -275,11 +275,16 @@ def _draw_time(axes: Any, runs: Sequence[dict[int, Point]], *, labels: Sequence[
     axes.grid(visible=False, axis="y")
 
 
+def _series(points: dict[int, Point], name: str) -> list[tuple[int, float]]:
+    """Return the iterations in which a metric was measured, each with its value."""
+    return [(iteration, point[name]) for iteration, point in points.items() if name in point]
+
+
 def _draw_instruments(axes: Any, runs: Sequence[dict[int, Point]], names: Sequence[str]) -> None:
     """Draw metrics of each run over the iterations in which they were measured."""
     for index, points in enumerate(runs):
         for name, stroke in zip(names, ("-", "--"), strict=False):
-            known = [(iteration, point[name]) for iteration, point in points.items() if name in point]
+            known = _series(points, name)
             if known:
                 axes.plot(
                     *zip(*known, strict=True),
@@ -303,11 +308,7 @@ def _draw(axes: Any, points: dict[int, Point], *, colour: str, marker: str, band
         )
         axes.fill_between(iterations, low, high, color=colour, alpha=band_alpha, linewidth=0)
         axes.plot(iterations, mean, color=colour, linewidth=1.2, alpha=0.75)
-    heldout = [
-        (iteration, point["heldout_reward"])
-        for iteration, point in points.items()
-        if "heldout_reward" in point
-    ]
+    heldout = _series(points, "heldout_reward")
     if heldout:
         axes.plot(
             *zip(*heldout, strict=True),

@@ -4,53 +4,39 @@ import asyncio
 import collections
 import contextlib
 import itertools
-import json
-import os
-import pickle
 import queue
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
 
 from shardes.config.schema import TaskConfig
 from shardes.errors import UserError
-from shardes.rewards.fork_server import HEADER
+from shardes.rewards.processes import ForkServer, WorkerProcess, ending
 from shardes.rewards.worker import MAX_REWARD, RewardBatch, RewardCaller, RewardOutput, reference_of
 from shardes.tasks.base import Component, Task, all_rewards
+from shardes.utils.closing import Closing
 
 # How long the import of a reward may take.
 IMPORT_SECONDS = 600.0
 # How long answers wait for a worker before there are more of them.
 PATIENCE_SECONDS = 0.5
-# How long the fork server may take to fork or to kill.
-_FORK_SERVER_SECONDS = 60.0
-# No reply is larger; a longer one is not read.
-_MAX_REPLY_BYTES = 1 << 26
-
-_BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from shardes.rewards.fork_server import main; main(*map(int, sys.argv[2:]))"
-)
 
 T = TypeVar("T")
+
+PendingRewards = Future[RewardOutput]
+"""Rewards that are being computed."""
 
 
 class RewardRunner(Protocol):
     """Runner of reward functions, in this process or in others."""
 
-    def submit(
-        self, components: Sequence[Component], batches: Sequence[RewardBatch]
-    ) -> "list[Future[RewardOutput]]":
+    def submit(self, components: Sequence[Component], batches: Sequence[RewardBatch]) -> list[PendingRewards]:
         """Have batches judged, each by itself; a result has every component but no weighted sum."""
 
 
-class InProcessRewards:
+class InProcessRewards(Closing):
     """Reward runner in this process; nothing stops a reward that hangs.
 
     Args:
@@ -67,23 +53,13 @@ class InProcessRewards:
         except ValueError as error:
             raise UserError(f"task.reward: {error}") from None
 
-    def submit(
-        self, components: Sequence[Component], batches: Sequence[RewardBatch]
-    ) -> "list[Future[RewardOutput]]":
+    def submit(self, components: Sequence[Component], batches: Sequence[RewardBatch]) -> list[PendingRewards]:
         """Judge batches before it returns."""
         indices = [self._components.index(component) for component in components]
-        futures: list[Future[RewardOutput]] = [Future() for _ in batches]
+        futures: list[PendingRewards] = [Future() for _ in batches]
         for future, batch in zip(futures, batches, strict=True):
             future.set_result(self._caller.judge(indices, batch))
         return futures
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
 
 def make_reward_runner(config: TaskConfig, tasks: Sequence[Task]) -> "InProcessRewards | RewardProcessPool":
@@ -103,67 +79,7 @@ def make_reward_runner(config: TaskConfig, tasks: Sequence[Task]) -> "InProcessR
     )
 
 
-class _ForkServer:
-    """Handle of the fork server, for the pool."""
-
-    def __init__(self, memory_bytes: int | None) -> None:
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.settimeout(_FORK_SERVER_SECONDS)
-        numbers = [theirs.fileno(), memory_bytes or 0, os.getpid()]
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, json.dumps(sys.path), *map(str, numbers)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-
-    def fork(self) -> tuple[int, socket.socket]:
-        """Fork a worker; return its process id, and the socket to it."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(self._control, [b"f"], [theirs.fileno()])
-            return self._reply(), ours
-
-    def kill(self, pid: int) -> int:
-        """End a worker; return the exit code, or minus the signal, that it ended with."""
-        self._control.send(f"k{pid}".encode())
-        return self._reply()
-
-    def _reply(self) -> int:
-        reply = self._control.recv(64)
-        if not reply:
-            raise ConnectionError("the process that starts reward processes is gone")
-        return int(reply)
-
-    def close(self) -> None:
-        """End the fork server, and every worker with it."""
-        self._control.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
-@dataclass
-class _Worker:
-    pid: int
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-
-    async def ask(self, message: Any) -> Any:
-        """Send a message and read the reply to it."""
-        payload = pickle.dumps(message)
-        self.writer.write(HEADER.pack(len(payload)) + payload)
-        await self.writer.drain()
-        (length,) = HEADER.unpack(await self.reader.readexactly(HEADER.size))
-        if length > _MAX_REPLY_BYTES:
-            raise ValueError(f"a reply of {length} bytes")
-        return json.loads(await self.reader.readexactly(length))
-
-
-class RewardProcessPool:
+class RewardProcessPool(Closing):
     """Reward runner in worker processes.
 
     A call judges a batch. If it has not ended after half of the time limit, or if it failed, its completions
@@ -193,13 +109,13 @@ class RewardProcessPool:
         self._setup = [replace(c, function=reference_of(c.function)) for c in components]
         self._timeout_seconds = timeout_seconds
         self._max_workers = max_workers
-        self._idle: list[_Worker] = []
-        self._waiting: collections.deque[asyncio.Future[_Worker]] = collections.deque()
+        self._idle: list[WorkerProcess] = []
+        self._waiting: collections.deque[asyncio.Future[WorkerProcess]] = collections.deque()
         # All workers, and those of them that are not ready yet.
         self._num_workers = self._num_starting = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._memory_bytes = memory_bytes
-        self._fork_server = _ForkServer(memory_bytes)
+        self._fork_server = ForkServer(memory_bytes)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
         self._thread.start()
@@ -212,12 +128,10 @@ class RewardProcessPool:
             self.close()
             raise
 
-    def submit(
-        self, components: Sequence[Component], batches: Sequence[RewardBatch]
-    ) -> "list[Future[RewardOutput]]":
+    def submit(self, components: Sequence[Component], batches: Sequence[RewardBatch]) -> list[PendingRewards]:
         """Have batches judged by worker processes."""
         indices = [self._components.index(component) for component in components]
-        futures: list[Future[RewardOutput]] = [Future() for _ in batches]
+        futures: list[PendingRewards] = [Future() for _ in batches]
 
         def judge() -> None:
             for future, batch in zip(futures, batches, strict=True):
@@ -247,14 +161,6 @@ class RewardProcessPool:
         self._loop.close()
         self._fork_server.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
@@ -272,9 +178,7 @@ class RewardProcessPool:
         for worker in self._idle:
             worker.writer.close()
 
-    async def _judge_into(
-        self, future: "Future[RewardOutput]", indices: list[int], batch: RewardBatch
-    ) -> None:
+    async def _judge_into(self, future: PendingRewards, indices: list[int], batch: RewardBatch) -> None:
         try:
             future.set_result(await self._judge(indices, batch))
         except asyncio.CancelledError:
@@ -344,7 +248,7 @@ class RewardProcessPool:
             except (EOFError, OSError):
                 code = self._discard(worker)
                 if code is not None:
-                    return f"the reward ended its process ({_ending(code)})"
+                    return f"the reward ended its process ({ending(code)})"
                 # The fork server was killed, and with it every worker: this call may not be to blame.
                 self._forget_idle_workers()
             except (ValueError, TypeError, KeyError) as error:
@@ -358,11 +262,11 @@ class RewardProcessPool:
                 return found
         return "the process that starts reward processes was killed"
 
-    async def _acquire(self) -> _Worker:
+    async def _acquire(self) -> WorkerProcess:
         """Take an idle worker, or wait for one; a long wait starts further workers."""
         if self._idle:
             return self._idle.pop()
-        place: asyncio.Future[_Worker] = self._loop.create_future()
+        place: asyncio.Future[WorkerProcess] = self._loop.create_future()
         self._waiting.append(place)
         if self._num_workers == 0:
             self._grow()
@@ -375,7 +279,7 @@ class RewardProcessPool:
                 self._release(place.result())
             raise
 
-    def _release(self, worker: _Worker) -> None:
+    def _release(self, worker: WorkerProcess) -> None:
         """Give a worker to whoever has waited longest."""
         while self._waiting:
             place = self._waiting.popleft()
@@ -420,7 +324,7 @@ class RewardProcessPool:
         except TimeoutError:
             error = f"importing it took longer than {IMPORT_SECONDS:g} s"
         except (EOFError, OSError):
-            error = f"importing it ended the process ({_ending(self._fork_server.kill(worker.pid))})"
+            error = f"importing it ended the process ({ending(self._fork_server.kill(worker.pid))})"
         except BaseException:
             self._discard(worker)
             raise
@@ -431,17 +335,17 @@ class RewardProcessPool:
             raise UserError(f"task.reward: {error}")
         self._release(worker)
 
-    async def _fork(self) -> _Worker:
+    async def _fork(self) -> WorkerProcess:
         """Fork a worker; if the fork server is gone, start another first."""
         try:
             pid, connection = self._fork_server.fork()
         except OSError:
             self._fork_server.close()
-            self._fork_server = _ForkServer(self._memory_bytes)
+            self._fork_server = ForkServer(self._memory_bytes)
             pid, connection = self._fork_server.fork()
-        return _Worker(pid, *await asyncio.open_unix_connection(sock=connection))
+        return WorkerProcess(pid, *await asyncio.open_unix_connection(sock=connection))
 
-    def _discard(self, worker: _Worker) -> int | None:
+    def _discard(self, worker: WorkerProcess) -> int | None:
         """Kill a worker, replace it if somebody waits, and return its exit code (see ``kill``) if known."""
         self._num_workers -= 1
         worker.writer.close()
@@ -474,8 +378,3 @@ def _read_reply(reply: Any, names: Sequence[str], num_completions: int) -> Rewar
     if not isinstance(output.first_failure, str | None):
         raise TypeError("a reply whose message is no text")
     return output
-
-
-def _ending(code: int) -> str:
-    """Describe how a process ended, from its exit code or minus its signal."""
-    return f"signal {-code}" if code < 0 else f"exit status {code}"

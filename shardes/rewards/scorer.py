@@ -2,16 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import Future
 
-from shardes.rewards.pool import RewardRunner
+from shardes.rewards.pool import PendingRewards, RewardRunner
 from shardes.rewards.worker import RewardBatch, RewardOutput
 from shardes.tasks.base import Task
 
 logger = logging.getLogger(__name__)
-
-PendingRewards = Future[RewardOutput]
-"""Rewards that are being computed."""
 
 
 class Scorer:

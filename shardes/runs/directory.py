@@ -2,17 +2,17 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from shardes.config.loading import dump_config, load_run_config
 from shardes.config.schema import Config
 from shardes.errors import StorageError, UserError
 from shardes.runs.journal import History, Journal, read_journal
 from shardes.runs.lock import DirectoryLock
+from shardes.utils.closing import Closing
 from shardes.utils.files import AppendFile, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class LineFile:
         lines = [line for line in found if keep(line)]
         self.first_untold = max((line.get("iteration", -1) for line in found), default=-1) + 1
         self.num_lines = len(lines)
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(path, lines)
         self._file = AppendFile(path)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -66,7 +66,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-class RunDirectory:
+def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a JSONL file by one of these lines; ``read_lines`` reads it.
+
+    Raises:
+        OSError: It cannot be written; the old file is still there.
+    """
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+class RunDirectory(Closing):
     """The files of one run, held by one job; used by rank 0 alone.
 
     Args:
@@ -169,14 +178,6 @@ class RunDirectory:
     def close(self) -> None:
         """Close the files and release the directory."""
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -16,11 +16,11 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from shardes.config.old_keys import rename_in_header
 from shardes.errors import UserError
+from shardes.utils.closing import Closing
 from shardes.utils.files import AppendFile
 
 JOURNAL_VERSION = 2
@@ -120,7 +120,7 @@ class History:
             raise ValueError(f"a record {kind!r} of iteration {record.get('iteration')} does not belong here")
 
 
-class Journal:
+class Journal(Closing):
     """An open journal. Only one process may hold it (see ``RunDirectory``).
 
     Args:
@@ -150,12 +150,8 @@ class Journal:
         self._file.append(line + b"\n", durable=durable)
         self._link = link
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 

@@ -50,9 +50,7 @@ def heldout_metrics(history: History, iteration: int) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     if iteration in history.kls:
         metrics["kl_to_base"] = history.kls[iteration]
-    record = history.evaluations.get(iteration)
-    if record is None:
-        return metrics
+    record = history.evaluations.get(iteration, {})
     if "reward" in record:
         metrics |= {
             "heldout_reward": record["reward"],

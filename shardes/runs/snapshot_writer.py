@@ -4,7 +4,7 @@ import contextlib
 import logging
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +65,7 @@ class SnapshotWriter:
         if not self._every:
             return
         directory = self._run_dir / "snapshots"
-        problem = None
-        if self._world.is_main:
-            try:
-                directory.mkdir(exist_ok=True)
-                for path in directory.glob(f"*{_INCOMPLETE}"):
-                    shutil.rmtree(path, ignore_errors=True)
-            except OSError as error:
-                problem = str(error)
-        problem = self._world.broadcast_json(problem)
+        problem = self._make(directory, without=directory.glob(f"*{_INCOMPLETE}"), exist_ok=True)
         if problem is not None:
             raise UserError(
                 f"run.snapshot_every: no snapshot can be written ({problem}); make room, or set it to 0: the "
@@ -101,14 +93,7 @@ class SnapshotWriter:
             states_digest: The digest of the optimizer's states.
         """
         directory = self._incomplete(iteration)
-        problem = None
-        if self._world.is_main:
-            try:
-                shutil.rmtree(directory, ignore_errors=True)
-                directory.mkdir(parents=True)
-            except OSError as error:
-                problem = str(error)
-        problem = self._world.broadcast_json(problem)
+        problem = self._make(directory, without=[directory])
         if problem is not None:
             self._warn(iteration, problem)
             return
@@ -146,6 +131,18 @@ class SnapshotWriter:
             self._writing.cancel()
             self._writing = None
         self._current = None
+
+    def _make(self, directory: Path, *, without: Iterable[Path], exist_ok: bool = False) -> str | None:
+        """Remove some directories and make one, on rank 0; return the problem there is, on all ranks."""
+        problem = None
+        if self._world.is_main:
+            try:
+                for path in without:
+                    shutil.rmtree(path, ignore_errors=True)
+                directory.mkdir(parents=True, exist_ok=exist_ok)
+            except OSError as error:
+                problem = str(error)
+        return self._world.broadcast_json(problem)
 
     def _incomplete(self, iteration: int) -> Path:
         final = snapshot_path(self._run_dir, iteration)

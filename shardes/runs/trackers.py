@@ -8,6 +8,7 @@ import importlib.util
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,14 +75,9 @@ def open_trackers(names: Sequence[str], run: TrackedRun) -> list[Tracker]:
     Raises:
         UserError: A tracker cannot be used.
     """
-    trackers: list[Tracker] = []
-    try:
-        for name in names:
-            trackers.append(TRACKERS[name](run))
-    except BaseException:
-        for tracker in trackers:
-            tracker.close()
-        raise
+    with ExitStack() as opened:
+        trackers = [opened.enter_context(closing(TRACKERS[name](run))) for name in names]
+        opened.pop_all()
     return trackers
 
 

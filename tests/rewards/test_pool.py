@@ -18,6 +18,7 @@ from shardes.errors import UserError
 from shardes.rewards import pool
 from shardes.rewards.fork_server import HEADER
 from shardes.rewards.pool import InProcessRewards, RewardProcessPool, make_reward_runner
+from shardes.rewards.processes import ForkServer
 from shardes.rewards.worker import RewardBatch
 from shardes.tasks.base import Component, Task
 from tests.helpers import hostile_rewards
@@ -267,7 +268,7 @@ main(int(sys.argv[1]), 0, os.getppid())
 
 
 def test_a_process_whose_reply_nobody_reads_ends_in_silence():
-    with contextlib.closing(pool._ForkServer(None)) as template:
+    with contextlib.closing(ForkServer(None)) as template:
         pid, connection = template.fork()
         setup = pickle.dumps([])
         connection.sendall(HEADER.pack(len(setup)) + setup)

@@ -1,0 +1,77 @@
+"""Console commands that look at runs and at the machine; nothing heavy is imported before one runs."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from shardes.runs.directory import read_run_journal
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("run_dir", type=_PATH)
+@click.option("--json", "as_json", is_flag=True, help="The records as JSON, one a line.")
+def journal(run_dir: Path, as_json: bool) -> None:
+    """Print RUN_DIR's journal for people: what the run is, and a line for every iteration.
+
+    Nothing is changed, and a run that is going on may be looked at.
+    """
+    from shardes.monitor.journal_table import report
+
+    _, history, good_bytes, num_bytes = read_run_journal(run_dir)
+    if as_json:
+        with (run_dir / "journal.jsonl").open("rb") as file:
+            click.echo(file.read(good_bytes).decode(), nl=False)
+    else:
+        click.echo("\n".join(report(history)))
+    if num_bytes > good_bytes:
+        torn = f"its last line is incomplete ({num_bytes - good_bytes} bytes) and does not count"
+        click.echo(f"{run_dir}: {torn}", err=True)
+
+
+@click.command()
+@click.argument("run_dirs", nargs=-1, required=True, type=_PATH)
+@click.option("--out", type=_PATH, default="reward.png", show_default=True, help="A .png or .svg file.")
+@click.option("--reward-only", is_flag=True, help="Leave out where the time goes, and the instruments.")
+def plot(run_dirs: tuple[Path, ...], out: Path, reward_only: bool) -> None:
+    """Draw the metrics of one or several runs: rewards, where the time goes, and the instruments."""
+    from shardes.monitor.plot import plot_runs
+
+    plot_runs(list(run_dirs), out, reward_only=reward_only)
+    click.echo(str(out))
+
+
+@click.command()
+@click.argument("run_dir", type=_PATH)
+@click.option("--once", is_flag=True, help="Print how the run is now, and end.")
+@click.option(
+    "--every",
+    "every_seconds",
+    type=click.FloatRange(min=0.1),
+    default=2.0,
+    show_default=True,
+    help="Seconds between two looks.",
+)
+def watch(run_dir: Path, once: bool, every_seconds: float) -> None:
+    """Follow the run in RUN_DIR until it is finished; all that takes is to see its files.
+
+    Control-C ends the watching, and nothing else.
+    """
+    from shardes.monitor.watch import watch as watch_run
+
+    is_terminal = sys.stdout.isatty()
+    for text in watch_run(run_dir, once=once, every_seconds=every_seconds, is_terminal=is_terminal):
+        click.echo(text, nl=False)
+
+
+@click.command()
+def env() -> None:
+    """Print versions, devices, and what can be used or why not, for bug reports."""
+    from shardes.monitor.env import describe
+
+    click.echo("\n".join(f"{name}: {value}" for name, value in describe().items()))
+
+
+COMMANDS = (journal, plot, watch, env)

@@ -1,0 +1,96 @@
+"""Handles of the fork server and of its workers, in the process that has the pool."""
+
+import asyncio
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from shardes.rewards.fork_server import HEADER
+
+# How long the fork server may take to fork or to kill.
+_FORK_SERVER_SECONDS = 60.0
+# No reply is larger; a longer one is not read.
+_MAX_REPLY_BYTES = 1 << 26
+
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from shardes.rewards.fork_server import main; main(*map(int, sys.argv[2:]))"
+)
+
+
+class ForkServer:
+    """Handle of the fork server, for the pool."""
+
+    def __init__(self, memory_bytes: int | None) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.settimeout(_FORK_SERVER_SECONDS)
+        numbers = [theirs.fileno(), memory_bytes or 0, os.getpid()]
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, json.dumps(sys.path), *map(str, numbers)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def fork(self) -> tuple[int, socket.socket]:
+        """Fork a worker; return its process id, and the socket to it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._control, [b"f"], [theirs.fileno()])
+            return self._reply(), ours
+
+    def kill(self, pid: int) -> int:
+        """End a worker; return the exit code, or minus the signal, that it ended with."""
+        self._control.send(f"k{pid}".encode())
+        return self._reply()
+
+    def _reply(self) -> int:
+        reply = self._control.recv(64)
+        if not reply:
+            raise ConnectionError("the process that starts reward processes is gone")
+        return int(reply)
+
+    def close(self) -> None:
+        """End the fork server, and every worker with it."""
+        self._control.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@dataclass
+class WorkerProcess:
+    """A worker, and the connection to it.
+
+    Attributes:
+        pid: Its process id.
+        reader: The end of the socket at which its replies arrive.
+        writer: The end at which it is sent messages.
+    """
+
+    pid: int
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    async def ask(self, message: Any) -> Any:
+        """Send a message and read the reply to it."""
+        payload = pickle.dumps(message)
+        self.writer.write(HEADER.pack(len(payload)) + payload)
+        await self.writer.drain()
+        (length,) = HEADER.unpack(await self.reader.readexactly(HEADER.size))
+        if length > _MAX_REPLY_BYTES:
+            raise ValueError(f"a reply of {length} bytes")
+        return json.loads(await self.reader.readexactly(length))
+
+
+def ending(code: int) -> str:
+    """Describe how a process ended, from its exit code or minus its signal."""
+    return f"signal {-code}" if code < 0 else f"exit status {code}"
