@@ -264,9 +264,7 @@ def test_a_tracker_is_one_entry_of_the_registry(tmp_path, model, monkeypatch):
         def close(self):
             told.append("closed")
 
-    with pytest.raises(
-        UserError, match=r"log\.report_to: got 'listing'; Known trackers: tensorboard, wandb"
-    ):
+    with pytest.raises(UserError, match=r"log\.report_to: got 'listing'; Known trackers: tensorboard, wandb"):
         train(tmp_path, model, log__report_to=["listing"])
     monkeypatch.setitem(TRACKERS, "listing", Listing)
     train(tmp_path, model, log__report_to=["listing"])
