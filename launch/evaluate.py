@@ -1,4 +1,4 @@
-"""What launchers start to evaluate a model: the same program as ``shardes evaluate``."""
+"""Start ``shardes evaluate`` as a script, for ``deepspeed``, ``torchrun`` and ``accelerate launch``."""
 
 from shardes.cli import evaluate, main
 

@@ -1,4 +1,4 @@
-"""What ``deepspeed``, ``torchrun`` and ``accelerate launch`` start: the same program as ``shardes train``."""
+"""Start ``shardes train`` as a script, for ``deepspeed``, ``torchrun`` and ``accelerate launch``."""
 
 from shardes.cli import main, train
 

@@ -1,7 +1,7 @@
-"""Training from Python, in one process: ``from shardes import Trainer, TrainConfig``.
+"""Train from Python, in one process: ``from shardes import Trainer, TrainConfig``.
 
-A facade over what the command line does. The run directory, the journal and the metrics are the same, so that
-a run that was begun here is resumed, exported, verified and plotted by the commands, and the other way round.
+A facade over the code behind the command line. The run directory, the journal and the metrics are the same,
+so a run that was begun here can be resumed, exported, verified and plotted by the commands, and vice versa.
 """
 
 import copy
@@ -28,17 +28,17 @@ from shardes.tasks.loading import load_tasks
 from shardes.utils.files import write_atomically
 
 Callback = Callable[[dict[str, Any]], object]
-"""Gets metrics, as docs/metrics.md names them; what it returns is ignored."""
+"""Receives metrics by the names in docs/metrics.md; its return value is ignored."""
 
 # One process holds the whole model, whatever a file says.
 _ONE_PROCESS = {"backend": "single", "shard_size": None, "deepspeed": None}
 
 
 class TrainConfig:
-    """What a run is told: the sections of a configuration file, as dictionaries.
+    """Configuration of a run: the sections of a configuration file, as dictionaries.
 
-    ``task`` may leave out what the ``Trainer`` is given: ``data``, ``heldout_data`` and ``reward``. Of
-    ``parallel``, what spreads a model over ranks is ignored.
+    ``task`` may leave out ``data``, ``heldout_data`` and ``reward``, which the ``Trainer`` can be given
+    instead. ``parallel.backend``, ``parallel.shard_size`` and ``parallel.deepspeed`` are ignored.
 
     Args:
         **sections: ``model``, ``run``, ``rollout``, ``es``, and any other section of
@@ -46,7 +46,7 @@ class TrainConfig:
 
     Attributes:
         run_dir: The run directory.
-        has_named_task: Whether the task is a built-in one, whose prompts another reward may judge.
+        has_named_task: True for a built-in task (``task.name``), whose prompts another reward may judge.
 
     Raises:
         UserError: A key or value is wrong; the message names it.
@@ -72,11 +72,11 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *overrides: str) -> "TrainConfig":
-        """Reads a YAML file.
+        """Read a YAML file.
 
         Args:
-            path: The file.
-            *overrides: Keys that are changed, as on the command line: ``"es.sigma=0.002"``.
+            path: Path of the file.
+            *overrides: Changes of keys, as on the command line: ``"es.sigma=0.002"``.
 
         Raises:
             UserError: The file cannot be read, or a key or value is wrong.
@@ -84,22 +84,25 @@ class TrainConfig:
         return cls(**read_tree(Path(path), list(overrides)))
 
     def resolve(self, task: Mapping[str, Any]) -> Config:
-        """The configuration with keys of ``task`` changed.
+        """Return the validated configuration, with some keys of ``task`` replaced.
+
+        Args:
+            task: Keys of the section ``task``, with their values.
 
         Raises:
-            UserError: Something is missing.
+            UserError: A required key is missing, or a value is wrong.
         """
         return parse_config(self._tree | {"task": self._tree["task"] | task}, source="TrainConfig, Trainer")
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How far a run is.
+    """State of a run when training returns.
 
     Attributes:
         run_dir: The run directory.
-        metrics: The lines of metrics.jsonl, as docs/metrics.md explains them.
-        is_finished: Whether all iterations are done; false if the run was stopped.
+        metrics: Lines of metrics.jsonl, parsed; docs/metrics.md explains them.
+        is_finished: True if all iterations are done; False if the run was stopped.
     """
 
     run_dir: Path
@@ -108,7 +111,7 @@ class TrainResult:
 
     @property
     def heldout_rewards(self) -> dict[int, float]:
-        """Held-out rewards of the centre by the number of updates that it had had."""
+        """Return the held-out rewards of the centre, by the number of updates before the evaluation."""
         return {
             line["iteration"]: line["heldout_reward"]
             for line in self.metrics
@@ -117,21 +120,22 @@ class TrainResult:
 
 
 class Trainer:
-    """Trains in this process; for several, start the command line with a launcher.
+    """Trainer of a run in this process; for several processes, start the command line with a launcher.
 
     Args:
-        config: What the run is told.
-        data: The problems, a dictionary of columns each; None: ``task.data`` names a file. They are written
-            into the run directory, so the run can be resumed and looked at without this program.
-        heldout_data: Problems that are never trained on; None: as the configuration says.
-        reward: ``f(prompts, completions, **columns) -> list[float | None]``. It is called in this process,
-            where nothing ends one that hangs. A text, ``"file.py:function"``, or None for what the
-            configuration says: rewards run in processes of their own, which are killed and replaced.
-        on_iteration: Called with each line of metrics.jsonl; one function or several.
-        on_evaluation: Called with what the centre earned on held-out problems, as soon as that is known.
+        config: Configuration of the run.
+        data: Problems to train on, each a dictionary of columns; None: the file ``task.data``. They are
+            written into the run directory, so the run can be resumed and inspected without this program.
+        heldout_data: Problems that are never trained on; None: the file ``task.heldout_data``, if any.
+        reward: Function ``f(prompts, completions, **columns) -> list[float | None]``, called in this process,
+            where a call that hangs is not ended; or its location as text, ``"file.py:function"``; None: the
+            rewards of the configuration. The latter two run in worker processes, which are killed and
+            replaced when they hang.
+        on_iteration: Function or functions called with each line of metrics.jsonl.
+        on_evaluation: Function or functions called with the centre's held-out rewards, once they are known.
 
     Attributes:
-        config: The configuration, resolved.
+        config: Validated configuration.
 
     Raises:
         UserError: The configuration or the data cannot be used.
@@ -172,10 +176,10 @@ class Trainer:
         self._stop = Stop()
 
     def train(self) -> TrainResult:
-        """Trains, or goes on with the run that ``run.dir`` holds, until it is finished or stopped.
+        """Train, or resume the run in ``run.dir``, until it is finished or stopped.
 
         Raises:
-            UserError: Something cannot be used; whatever was recorded before is kept.
+            UserError: The model, data, rewards or configuration cannot be used; records so far are kept.
             StorageError: A file of the run cannot be written.
         """
         config, self._stop = self.config, Stop()
@@ -203,21 +207,22 @@ class Trainer:
         return TrainResult(config.run.dir, read_lines(config.run.dir / "metrics.jsonl"), is_finished)
 
     def stop(self) -> None:
-        """Ends the training that goes on, after the member that is being evaluated; for callbacks.
+        """End the current training after the member that is being evaluated; for use in callbacks.
 
-        ``train`` then returns, and goes on from there when it is called again.
+        ``train`` then returns, and resumes from there when it is called again.
         """
         self._stop.reason = "Trainer.stop"
 
     def export(self, out: str | os.PathLike[str], *, iteration: int | str | None = None) -> Path:
-        """Writes weights of the run as a Hugging Face model directory.
+        """Write weights of the run as a Hugging Face model directory.
 
         Args:
             out: A directory that does not exist, or is empty.
-            iteration: After how many updates, or ``"best"`` by held-out reward; None: all.
+            iteration: Number of updates that are applied, or ``"best"`` for the best held-out reward; None:
+                all updates.
 
         Returns:
-            The directory.
+            Path of the directory.
 
         Raises:
             UserError: There is no such iteration, or ``out`` is taken.
@@ -260,7 +265,7 @@ class Trainer:
 
 
 def _as_lines(rows: Iterable[Row], key: str) -> str:
-    """Rows as JSONL."""
+    """Return rows as JSONL; ``key`` is the argument they were given by, for messages."""
     lines = []
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
@@ -280,7 +285,7 @@ def _as_lines(rows: Iterable[Row], key: str) -> str:
 
 
 def _reference(reward: RewardFunction | str) -> str:
-    """What the configuration says of a reward: where it is, or for a function where it was defined."""
+    """Return the location of a reward, ``file:function``, as the configuration records it."""
     if isinstance(reward, str):
         return reward
     name = getattr(reward, "__qualname__", type(reward).__qualname__)

@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before the configuration has been checked."""
+"""Run the commands of ``shardes``, importing nothing heavy before the configuration is checked."""
 
 import json
 import os
@@ -36,7 +36,7 @@ _PATH = click.Path(path_type=Path)
 
 
 class _Size(click.ParamType):
-    """A number of bytes, as people write it."""
+    """Option type for a number of bytes, as people write it: ``80GiB`` or ``5000000``."""
 
     name = "SIZE"
 
@@ -355,7 +355,7 @@ for _command in COMMANDS:
 
 
 def main(command: click.Command = cli) -> NoReturn:
-    """Run a command and end the process with its status."""
+    """Run a command, and end the process with its exit status."""
     is_launched = "WORLD_SIZE" in os.environ
     try:
         status = run(command)
@@ -374,7 +374,7 @@ def main(command: click.Command = cli) -> NoReturn:
 
 
 def run(command: click.Command) -> int:
-    """Run a command; a user's mistake is shown as one message and makes the exit status 2."""
+    """Run a command; return its exit status, which is 2 for a user's mistake, shown as one message."""
     try:
         status = command.main(prog_name="shardes" if command is cli else None, standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -388,7 +388,7 @@ def run(command: click.Command) -> int:
 
 
 def _show_mistake(message: str) -> None:
-    """Print the message once per job: by rank 0, and by another rank only if rank 0 has nothing to say."""
+    """Print a message once per job: on rank 0, and on another rank only if rank 0 prints none."""
     if os.environ.get("RANK", "0") != "0":
         # The launcher ends this rank as soon as rank 0 has exited with the same error.
         time.sleep(_WAIT_FOR_MAIN_SECONDS)

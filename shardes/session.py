@@ -1,4 +1,4 @@
-"""Putting the parts of a run together: what training, evaluation and export have in common."""
+"""Put the parts of a run together: the basis of training, evaluation and export."""
 
 import hashlib
 import json
@@ -38,13 +38,14 @@ class Session:
     """A model spread over ranks, with its base weights loaded.
 
     Attributes:
-        config: What the run was told.
-        mesh: The ranks.
-        backend: Where the shards live.
-        weights: The master shards.
-        identity: What the weights and the noise are; part of the journal's header.
-        timer: Where the time goes.
-        stop: Whether the job was asked to stop.
+        config: Validated configuration.
+        mesh: Ranks of the job, as replicas by ranks of a replica.
+        backend: Backend that holds the shards of the working weights.
+        weights: Master shards of this rank.
+        identity: Versions, digests and parameter table that identify base weights and noise, JSON-able; part
+            of the journal's header.
+        timer: Seconds by phase of an iteration.
+        stop: Flag that is set once the job has been asked to stop.
     """
 
     config: Config
@@ -56,13 +57,21 @@ class Session:
     stop: Stop
 
     def replay(self, updates: list[dict[str, Any]]) -> None:
-        """Applies past updates to the base weights: afterwards they are those of the run, bit for bit."""
+        """Apply past updates to the base weights, which gives the weights of the run bit for bit.
+
+        Args:
+            updates: ``update`` records of the journal, in order.
+        """
         for update in progress(updates, what="replaying the journal", total=len(updates), unit="iterations"):
             self.weights.update(Update.of_record(update))
         self.weights.centre()
 
     def check_base(self, header: dict[str, Any], run_dir: Path) -> None:
-        """Refuses to replay a journal over other weights than those it was written over.
+        """Check that the base weights are those that a journal was written over.
+
+        Args:
+            header: First record of the journal.
+            run_dir: Run directory, for messages.
 
         Raises:
             UserError: The base model or the noise definition is not the journal's.
@@ -75,11 +84,11 @@ class Session:
                 )
 
     def digest(self, *, is_rounded: bool = False, compare: bool = True) -> str:
-        """The weights digest of this rank's replica, in hexadecimal; a collective of all ranks.
+        """Return the weights digest of this rank's replica, 16 hexadecimal digits; a collective of all ranks.
 
         Args:
-            is_rounded: Of the centre, what an export holds, instead of the master.
-            compare: Whether replicas are compared.
+            is_rounded: Digest the centre, which an export holds, instead of the master.
+            compare: Compare the digests of all replicas.
 
         Raises:
             RuntimeError: Replicas hold different weights.
@@ -87,21 +96,24 @@ class Session:
         return self.combined(master_digest(self.weights, is_rounded=is_rounded), compare=compare)
 
     def summed(self, parts: list[float]) -> list[float]:
-        """Numbers of which every rank of a replica has a part; a collective of these."""
+        """Return float64 sums, element by element, over the ranks of a replica; a collective of these."""
         return self.mesh.shard.sum_float64(parts) if self.backend.is_sharded else parts
 
     def combined(self, part: int, *, compare: bool = True) -> str:
-        """The digest of which every rank has a part; see ``digest``."""
+        """Return the digest whose parts, one per rank of a replica, add up modulo 2^64; see ``digest``."""
         return _combined(self.mesh, self.backend, part, compare=compare)
 
 
 @contextmanager
 def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Session]:
-    """Joins the job, builds the model over its ranks, and loads the base weights.
+    """Join the job, build the model over its ranks, and load the base weights.
 
     Args:
-        config: What the run is told.
-        stop: What it is asked to stop by, besides other ranks.
+        config: Validated configuration.
+        stop: Flag by which this process can be asked to stop; other ranks can ask, too. None: a new one.
+
+    Yields:
+        The session, whose weights are the base weights. Its process group ends with the context.
 
     Raises:
         UserError: The model or the configuration cannot be used.
@@ -149,10 +161,10 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
 
 
 def _check_shapes(weights: Weights) -> None:
-    """Refuses parameters that the noise has no rule for.
+    """Check that the noise has a rule for the shape of each trained parameter.
 
     Raises:
-        UserError: There is one.
+        UserError: It has none for one of them.
     """
     for shard in weights.trained:
         try:

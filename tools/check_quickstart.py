@@ -1,4 +1,4 @@
-"""Checks a finished quickstart run and its export: that it learned, and that the export answers as it did.
+"""Check a finished quickstart run and its export: that it learned, and that the export answers as it did.
 
 python tools/check_quickstart.py RUN_DIR EXPORT_DIR --min-reward 0.5
 """
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSONL file."""
+    """Return the objects of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -1,9 +1,9 @@
-"""Derives the polynomial coefficients of the noise definition (docs/noise.md) and prints them.
+"""Derive the polynomial coefficients of the noise definition (docs/noise.md) and print them.
 
 The coefficients are part of the definition and never change; this script documents where they come from.
 Each polynomial is the weighted least-squares fit at Chebyshev nodes, in extended precision, which is close to
-the minimax fit. Coefficients are rounded to float32 one at a time from the lowest order up, and what a
-rounding loses is absorbed by fitting the higher orders again.
+the minimax fit. Coefficients are rounded to float32 one at a time from the lowest order up, and the
+higher orders are fitted again to absorb the error of each rounding.
 
     python tools/derive_noise_polynomials.py
 """
@@ -17,7 +17,7 @@ Array = np.ndarray
 
 
 def fit(function: Callable[[Array], Array], low: float, high: float, num_terms: int, weight: Array) -> list:
-    """Fits ``sum_k c_k x^k`` to ``function`` on [low, high] with float32 coefficients, lowest order first."""
+    """Fit ``sum_k c_k x^k`` to ``function`` on [low, high] with float32 coefficients, lowest order first."""
     nodes = np.cos(np.pi * (np.arange(weight.size) + 0.5) / weight.size).astype(np.longdouble)
     x = (high + low) / 2 + (high - low) / 2 * nodes
     target = function(x)
@@ -33,7 +33,7 @@ def fit(function: Callable[[Array], Array], low: float, high: float, num_terms: 
 def series(
     function: Callable[[Array], Array], limit: Callable[[Array], Array], *, near: float
 ) -> Callable[[Array], Array]:
-    """``function``, but its series ``limit`` for |x| < ``near``, where the division loses all digits."""
+    """Return ``function``, with its series ``limit`` for |x| < ``near``, where division loses all digits."""
     return lambda x: np.where(np.abs(x) < near, limit(x), function(np.where(np.abs(x) < near, 1.0, x)))
 
 

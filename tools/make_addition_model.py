@@ -1,4 +1,4 @@
-"""Makes the addition problems and their model: configs/addition/{model/, train.jsonl, heldout.jsonl}.
+"""Make the addition problems and their model: configs/addition/{model/, train.jsonl, heldout.jsonl}.
 
 A second small task for studies of the algorithm, of the quickstart's kind: the model adds two numbers of
 two digits ("37+48=" wants "085"), and the larger part of what it was trained on forgets the carry. Everything
@@ -28,7 +28,7 @@ NUM_HELDOUT, NUM_TRAIN = 400, 1600
 
 
 def answer(a: int, b: int, *, carries: bool) -> str:
-    """The sum in three digits, with or without the carry."""
+    """Return the sum in three digits, with or without the carry."""
     return f"{a + b:03d}" if carries else f"{(a // 10 + b // 10) % 10 * 10 + (a + b) % 10:03d}"
 
 

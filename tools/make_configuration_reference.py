@@ -1,6 +1,6 @@
 """Write docs/configuration.md, the reference of all configuration keys, from the schema.
 
-    python tools/make_configuration_reference.py           # writes the page
+    python tools/make_configuration_reference.py           # write the page
     python tools/make_configuration_reference.py --check   # exit status 1 if the page is out of date
 
 Types, ranges and defaults are those of the pydantic models, meanings are the docstrings of their fields.
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def render() -> str:
-    """Return the page."""
+    """Render the page as Markdown."""
     sections: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
     tables = [_table(f"`{name}`", model) for name, model in sections.items()]
     tables += [_table(heading, model) for model, heading in INNER.items()]

@@ -1,4 +1,4 @@
-"""Makes the quickstart's model and data: configs/quickstart/{model/, train.jsonl, heldout.jsonl}.
+"""Make the quickstart's model and data: configs/quickstart/{model/, train.jsonl, heldout.jsonl}.
 
 The model is small enough to live in the repository and to be fine-tuned on a laptop in a minute, and is
 made so that there is something to elicit. It has seen three ways to answer a Countdown problem: an
@@ -59,7 +59,7 @@ PROMPT_LENGTH, ANSWER_LENGTH = 9, 8
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE without merges: one token a character.
+    """Return a byte-level BPE tokenizer without merges: one token a character.
 
     It is a ``Qwen2Tokenizer`` because ``AutoTokenizer`` loads that class for every Qwen2 model whatever was
     saved: only what this class builds by itself comes back unchanged.
@@ -80,11 +80,11 @@ def make_tokenizer() -> Qwen2Tokenizer:
 
 
 def make_problems() -> dict[str, tuple[Row, list[str]]]:
-    """All problems of three numbers 1-9 and a target 10-99 that + - * solve without parentheses.
+    """Return all problems of three numbers 1-9 and a target 10-99 that + - * solve without parentheses.
 
     Returns:
-        For each problem, by its prompt: the row and all its solutions. The order of a row's numbers counts:
-        the permutations of a problem are several rows.
+        Row and solutions of each problem, by its prompt. The order of a row's numbers counts: the
+        permutations of a problem are several rows.
     """
     problems: dict[str, tuple[Row, list[str]]] = {}
     for multiset in combinations_with_replacement(range(1, 10), 3):
@@ -127,19 +127,19 @@ def split_problems(rows: Sequence[Row], *, shares: Sequence[float], seed: int) -
 
 
 def in_hash_order(rows: Sequence[Row]) -> list[Row]:
-    """Mixes the rows, so that any first few of them are a fair sample."""
+    """Sort the rows by a hash, so that the first few of them are a fair sample."""
     return sorted(rows, key=lambda row: hashlib.sha256(f"{SEED} {json.dumps(row)}".encode()).digest())
 
 
 class Corpus:
-    """Draws batches of prompts with answers, as token ids."""
+    """Corpus from which batches of prompts with answers are drawn, as token ids."""
 
     def __init__(self, problems: Sequence[tuple[Row, list[str]]], tokenizer: Qwen2Tokenizer) -> None:
-        """Encodes every text that can be drawn.
+        """Encode every text that can be drawn.
 
         Args:
             problems: Rows with their solutions.
-            tokenizer: Encodes them.
+            tokenizer: Tokenizer of the model.
         """
         texts: list[str] = []
         self.num_solutions = torch.tensor([len(solutions) for _, solutions in problems])
@@ -154,7 +154,7 @@ class Corpus:
         self.starts = num_texts.cumsum(0) - num_texts
 
     def draw(self, generator: torch.Generator) -> torch.Tensor:
-        """Draws ``BATCH_SIZE`` texts: a problem, then a way of answering, then one of its solutions."""
+        """Draw ``BATCH_SIZE`` texts: a problem, then a way of answering, then one of its solutions."""
         which, way, solution = torch.rand(3, BATCH_SIZE, generator=generator, dtype=torch.float64)
         problem = (which * len(self.starts)).long()
         nth_solution = 2 + (solution * self.num_solutions[problem]).long()
@@ -189,15 +189,13 @@ def train_model(
     num_steps: int,
     prompt_length: int,
 ) -> None:
-    """Trains on the answers alone; the prompts are uniform noise to a model this small.
-
-    It then answers greedily.
+    """Train on the answers alone, and set greedy decoding; prompts are uniform noise to a model this small.
 
     Args:
-        model: Trained in place.
-        draw: Gives a batch of texts, as token ids.
-        num_steps: How many are drawn.
-        prompt_length: Where answers begin.
+        model: Model, trained in place.
+        draw: Function that draws a batch of texts, as token ids int64 of shape [texts, length].
+        num_steps: Number of batches to train on.
+        prompt_length: Number of tokens before the answer.
     """
     generator = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
@@ -223,7 +221,7 @@ def train_model(
 def measure(
     model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, rows: Sequence[Row], *, sample: bool
 ) -> tuple[float, float]:
-    """Mean answer and format parts of the reward, decoded greedily or sampled at temperature 1."""
+    """Return the mean answer and format rewards, decoded greedily or sampled at temperature 1."""
     torch.manual_seed(SEED)
     prompts = tokenizer([short_prompt(row) for row in rows], return_tensors="pt", padding=True)
     ids = model.generate(**prompts, max_new_tokens=ANSWER_LENGTH, do_sample=sample)

@@ -1,7 +1,7 @@
-"""Tests the noise as generators of random numbers are tested, and prints the table of docs/noise.md.
+"""Test the noise as generators of random numbers are tested, and print the table of docs/noise.md.
 
-Every row is a statistic of many elements, what the ideal law gives, and by how many standard deviations of
-the statistic the two differ. Values beyond 5 would be a defect.
+Each row has a statistic of many elements, its value under the ideal law, and their difference in standard
+deviations of the statistic. Values beyond 5 would be a defect.
 
     python tools/noise_statistics.py --elements 100000000
 """
@@ -40,7 +40,7 @@ _NEIGHBOURS: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A statistic; ``deviations`` is its distance from the ideal in standard deviations of itself."""
+    """Statistic; ``deviations`` is its distance from the ideal, in standard deviations of the statistic."""
 
     name: str
     found: float
@@ -49,7 +49,7 @@ class Row:
 
 
 def sample(kind: NoiseKind, start: int, length: int, **changes: int) -> NDArray[np.float32]:
-    """The noise of elements [start, start + length) of a large parameter, by the CPU kernel."""
+    """Compute the noise of elements [start, start + length) of a large parameter, by the CPU kernel."""
     address: dict[str, Any] = {**_HOME, **changes}
     region = Region(address.pop("param_id"), 2**34, start, length)
     centre, eps = torch.zeros(length), torch.empty(length)
@@ -63,7 +63,7 @@ def _parts(num_elements: int) -> Iterator[tuple[int, int]]:
 
 
 def moments_and_tails(num_elements: int) -> list[Row]:
-    """Powers and counts beyond some sizes, over ``num_elements`` normals."""
+    """Measure moments, and counts beyond some sizes, over ``num_elements`` normals."""
     sums, counts = dict.fromkeys(_MOMENTS, 0.0), dict.fromkeys(_TAILS, 0)
     for start, length in _parts(num_elements):
         values = sample(GAUSSIAN, start, length).astype(np.float64)
@@ -84,7 +84,7 @@ def moments_and_tails(num_elements: int) -> list[Row]:
 
 
 def kolmogorov_smirnov(num_elements: int) -> float:
-    """The largest distance between the empirical and the normal distribution, times sqrt(n).
+    """Return the largest distance between the empirical and the normal distribution, times sqrt(n).
 
     In the ideal case it exceeds 1.63 with a probability of 1%, and 1.95 with 0.1%.
     """
@@ -101,7 +101,7 @@ def kolmogorov_smirnov(num_elements: int) -> float:
 
 
 def _correlations(name: str, pairs: list[tuple[NDArray[np.float32], NDArray[np.float32]]]) -> list[Row]:
-    """Of two samples in parts, and of their squares: a radius shared by two normals would show there."""
+    """Correlate two samples in parts, and their squares, where a radius shared by two normals would show."""
     count, plain, squared = 0, 0.0, 0.0
     for a, b in pairs:
         x, y = a.astype(np.float64), b.astype(np.float64)
@@ -116,7 +116,7 @@ def _correlations(name: str, pairs: list[tuple[NDArray[np.float32], NDArray[np.f
 
 
 def correlations(kind: NoiseKind, num_elements: int) -> list[Row]:
-    """Between an element and others that have some part of the address in common with it."""
+    """Correlate elements with others that share some part of the address with them."""
     rows = []
     for lag in _LAGS:
         pairs = []
@@ -134,7 +134,7 @@ def correlations(kind: NoiseKind, num_elements: int) -> list[Row]:
 
 
 def signs(num_elements: int) -> list[Row]:
-    """The balance of Rademacher noise."""
+    """Measure the balance of Rademacher noise over ``num_elements`` signs."""
     total = sum(float(sample(Rademacher(), *part).sum(dtype=np.float64)) for part in _parts(num_elements))
     return [Row("mean of signs", total / num_elements, 0.0, total / math.sqrt(num_elements))]
 

@@ -1,4 +1,4 @@
-"""Kills the ranks of small runs, again and again, and compares what the runs end with.
+"""Kill the ranks of small runs, again and again, and compare the results of the runs.
 
     python tools/soak.py --kills 200 --seed 0
 
@@ -54,7 +54,7 @@ RUN_SECONDS = 300
 
 
 def main() -> int:
-    """Runs until there were enough kills; returns the exit status."""
+    """Run until there were enough kills; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -72,7 +72,7 @@ def main() -> int:
 
 
 def soak(root: Path, arguments: argparse.Namespace) -> int:
-    """The same, in a directory."""
+    """Run in a directory until there were enough kills; return the exit status."""
     chance = random.Random(arguments.seed)
     preload(arguments.backend)
     wanted = undisturbed(root)
@@ -108,14 +108,14 @@ def soak(root: Path, arguments: argparse.Namespace) -> int:
 
 
 def report(number: int, attempt: "Attempt", problems: list[str]) -> None:
-    """The line of one kill."""
+    """Print the line of one kill."""
     journal = attempt.run_dir / "journal.jsonl"
     lines = journal.read_bytes().count(b"\n") if journal.exists() else 0
     print(f"kill {number}: {attempt}, {lines} lines: {'; '.join(problems) or 'ended'}", flush=True)
 
 
 def preload(backends: list[str]) -> None:
-    """Imports and compiles what ranks need, so that they find it there; starts no thread."""
+    """Import and compile in advance the code that ranks need, without starting a thread."""
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     needed = ["transformers.models.qwen2.modeling_qwen2", "shardes.trainer", "shardes.export.writer"]
     needed += ["shardes.noise.cpu", "shardes.weights.digest_cpu", "shardes.backends.fsdp"]
@@ -135,7 +135,7 @@ def preload(backends: list[str]) -> None:
 
 
 def undisturbed(root: Path) -> dict[str, Any]:
-    """What a run on one rank, without any kill, ends with."""
+    """Return the outcome of a run on one rank that nothing kills."""
     attempt = Attempt(
         root / "undisturbed", backend="single", num_ranks=1, chance=random.Random(0), place=None
     )
@@ -149,7 +149,7 @@ def undisturbed(root: Path) -> dict[str, Any]:
 
 
 def outcome(run_dir: Path, export: Path) -> dict[str, Any]:
-    """The exported bytes, and what the files of the run say."""
+    """Return the digest of the exported bytes, and the records of the run's files, for comparison."""
     shutil.rmtree(export, ignore_errors=True)
     child = fork(lambda: command(["shardes", "export", str(run_dir), str(export)]), run_dir / "export.log")
     _, status = os.waitpid(child, 0)
@@ -175,14 +175,14 @@ def outcome(run_dir: Path, export: Path) -> dict[str, Any]:
 
 
 class Attempt:
-    """One start of a run on some ranks.
+    """Start of a run on some ranks, until all of them have ended.
 
     Args:
-        run_dir: The run's directory.
-        backend: ``parallel.backend``.
-        num_ranks: How many.
-        chance: Where moments and ranks are drawn.
-        place: Where a rank kills itself; None: this process kills it at a random moment.
+        run_dir: Directory of the run.
+        backend: Value of ``parallel.backend``.
+        num_ranks: Number of ranks.
+        chance: Generator by which moments and ranks are drawn.
+        place: Name of the place where a rank kills itself; None: this process kills it at a random moment.
     """
 
     def __init__(
@@ -205,10 +205,10 @@ class Attempt:
         return f"{self.run_dir.name}, rank {self._victim} of {self._num_ranks}, {self._backend}, {where}"
 
     def run(self, *, kill: bool) -> tuple[bool, list[str]]:
-        """Starts the ranks, and sees them end.
+        """Start the ranks, and wait until they have ended.
 
         Returns:
-            Whether one was killed, and what went wrong.
+            True if a rank was killed, and a line for each thing that went wrong.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with socket.socket() as probe:
@@ -245,7 +245,7 @@ class Attempt:
         return killed_at is not None, self._problems(statuses, killed_at is not None)
 
     def output(self) -> str:
-        """What the ranks printed."""
+        """Return the output of the ranks."""
         return "\n".join(log.read_text(errors="replace") for log in self._logs)
 
     def _problems(self, statuses: dict[int, int], was_killed: bool) -> list[str]:
@@ -279,7 +279,7 @@ class Attempt:
 
 
 def fork(work: Callable[[], None], log: Path) -> int:
-    """A child that does some work, prints to a file, and never returns; its process id."""
+    """Fork a child that does some work, prints to a file and never returns; return its process id."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -298,7 +298,7 @@ def fork(work: Callable[[], None], log: Path) -> int:
 
 
 def command(words: list[str]) -> None:
-    """What the console command of these words does; ends the process."""
+    """Run the console command of these words, and end the process."""
     from shardes import cli
 
     sys.argv = words
@@ -306,7 +306,7 @@ def command(words: list[str]) -> None:
 
 
 def set_trap(place: str, call: int, after: float) -> None:
-    """Has this process kill itself at a call of what a place stands for."""
+    """Have this process kill itself at a call of the function that a place stands for."""
     from shardes.rollout.evaluator import Evaluator
     from shardes.runs import snapshot as snapshots
     from shardes.utils.files import AppendFile
@@ -360,7 +360,7 @@ def set_trap(place: str, call: int, after: float) -> None:
 
 
 def die() -> None:
-    """As if the kernel had run out of memory."""
+    """Kill this process, as the kernel does when it runs out of memory."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -39,7 +39,7 @@ _Import = ast.Import | ast.ImportFrom
 
 @dataclass(frozen=True)
 class Unit:
-    """A module, class or function, named ``module:Class.method``; decorators are not among its lines."""
+    """Module, class or function, named ``module:Class.method``; decorators are not among its lines."""
 
     kind: str
     name: str
@@ -49,10 +49,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Module:
-    """A module of the package, by its dotted name.
+    """Module of the package, by its dotted name.
 
     Attributes:
-        is_loose: Lies in the package's own folder and is not its ``__init__``.
+        is_loose: True if it lies in the package's own folder and is not its ``__init__``.
         units: The module itself, then its classes and functions, nested ones too.
         eager: Other modules of the package that importing this one imports.
         imported: ``eager`` and those imported in functions or under ``TYPE_CHECKING``.

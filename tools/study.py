@@ -1,4 +1,4 @@
-"""The study behind benchmarks/es.md: arms of the algorithm on two small tasks, at equal evaluations.
+"""Run the study behind benchmarks/es.md: arms of the algorithm on two small tasks, at equal evaluations.
 
 An arm is the base arm with something changed. Its step size is the best of three, tried on one seed; then it
 runs on five other seeds. Every run is a line of a file, so the study goes on where it was stopped.
@@ -48,14 +48,14 @@ TASKS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Arm:
-    """What is tried.
+    """Variant of the algorithm that is compared with others.
 
     Attributes:
-        group: What it is compared with.
-        changes: Keys that differ from the base arm's, besides alpha.
-        alpha: The step size that factors multiply: about as long a step as the base arm's.
-        reference: What is put in place of a part of shardes, by name; None: nothing.
-        tasks: On which it is tried.
+        group: Name of the group of arms that are compared with each other.
+        changes: Keys that differ from those of the base arm, besides alpha.
+        alpha: Step size that factors multiply; it gives about as long a step as that of the base arm.
+        reference: Name of the other implementation that replaces a part of shardes; None: none does.
+        tasks: Names of the tasks on which it runs.
     """
 
     group: str
@@ -119,7 +119,7 @@ ARMS = {
 
 
 def perturb_and_subtract() -> Any:
-    """What other implementations do: noise is added to the bfloat16 weights and subtracted again."""
+    """Add noise to the bfloat16 weights and subtract it again, as other implementations do."""
     import torch
 
     from shardes import noise
@@ -171,7 +171,7 @@ def perturb_and_subtract() -> Any:
 
 
 def adaptive_sigma() -> Any:
-    """Sigma grows while members cannot be told apart, and shrinks while they can."""
+    """Let sigma grow while members cannot be told apart, and shrink while they can."""
     from shardes.es.reward_stats import reward_stats
     from shardes.es.strategy import Strategy, reward_table
 
@@ -199,7 +199,7 @@ def adaptive_sigma() -> Any:
 
 
 def run_one(task: str, name: str, factor: float, seed: int) -> dict[str, Any]:
-    """Trains once; returns the run's line."""
+    """Train once; return the line of the run."""
     from shardes.config.loading import load_config
     from shardes.session import open_session
     from shardes.tasks.loading import load_task
@@ -246,13 +246,13 @@ def run_one(task: str, name: str, factor: float, seed: int) -> dict[str, Any]:
 
 
 def changes_of(task: str, arm: Arm) -> dict[str, Any]:
-    """What an arm is on a task: a line of another is no result of this one."""
+    """Return the settings of an arm on a task, which a line must have to be a result of the arm."""
     changes = {**TASKS[task], **arm.changes, "alpha": arm.alpha, "reference": arm.reference}
     return {key: value for key, value in changes.items() if not str(value).startswith(str(ROOT))}
 
 
 def best_factors(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """The step of each task and arm, once all were tried."""
+    """Return the best factor of the step size for each task and arm whose factors were all tried."""
     tried: dict[tuple[str, str], dict[float, float]] = {}
     for line in lines:
         if line["seed"] == TUNING_SEED and line["factor"] in FACTORS[line["task"]]:
@@ -267,7 +267,7 @@ def best_factors(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float
 def missing(
     lines: list[dict[str, Any]], tasks: list[str], arms: list[str]
 ) -> Iterator[tuple[str, str, float, int]]:
-    """What can be run next."""
+    """Yield task, arm, factor and seed of each run that can start now and has no line yet."""
     done = {(line["task"], line["arm"], line["factor"], line["seed"]) for line in lines}
     best = best_factors(lines)
     for task in tasks:
@@ -279,7 +279,7 @@ def missing(
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The results of arms as they are now; a line whose writer died has no end, and counts as none."""
+    """Return the whole lines of a file that are results of arms as they are defined now."""
     text = path.read_text() if path.exists() else ""
     lines = []
     for line in text.split("\n")[:-1]:
@@ -307,7 +307,7 @@ def main() -> None:
 @click.option("--task", "tasks", multiple=True, type=click.Choice(list(TASKS)), help="Only these tasks.")
 @click.option("--arm", "arms", multiple=True, type=click.Choice(list(ARMS)), help="Only these arms.")
 def run(out: Path, jobs: int, tasks: tuple[str, ...], arms: tuple[str, ...]) -> None:
-    """Runs what the file does not have yet."""
+    """Run everything that has no line in the file yet."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     failed: set[tuple[str, str, float, int]] = set()
@@ -338,7 +338,7 @@ def run(out: Path, jobs: int, tasks: tuple[str, ...], arms: tuple[str, ...]) -> 
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path, exists=True))
 def table(path: Path) -> None:
-    """Prints what is known as tables."""
+    """Print the results so far as tables."""
     lines = sorted(read(path), key=lambda line: line["seed"])
     best = best_factors(lines)
     for task in TASKS:
@@ -366,7 +366,7 @@ def table(path: Path) -> None:
 
 
 def shown(values: list[float], *, sign: str = "") -> str:
-    """The mean with half of its 95% interval."""
+    """Format the mean with half of its 95% interval."""
     half = T_QUANTILE * statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.fmean(values):{sign}.3f} ± {half:.3f}"
 

@@ -49,6 +49,6 @@ def resume_fingerprint(config: Config, *, data_sha256: str) -> dict[str, Any]:
     elif rollout.members_per_forward == "auto":
         kept["rollout.members_per_forward"] = 1
     # Journals of versions that had one engine do not name it.
-    if rollout.engine == "transformers":
+    if rollout.engine == type(rollout).model_fields["engine"].default:
         del kept["rollout.engine"]
     return kept | {"task.data sha256": data_sha256}

@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from shardes.config.section import Section
+from shardes.config.section import Registered, Section
 from shardes.runs.trackers import TRACKERS
 
 
@@ -23,14 +23,7 @@ class LogConfig(Section):
     ``kl_prompts`` prompts; 0 means never."""
     kl_prompts: int = Field(default=16, gt=0)
     """Number of prompts that the base model answers for that: held-out problems if there are any."""
-    report_to: list[Annotated[str, Field(json_schema_extra={"enum": list(TRACKERS)})]] = []
+    report_to: list[Annotated[str, Registered("tracker", lambda: TRACKERS)]] = []
     """Trackers that get the lines of metrics.jsonl. ``tensorboard``: event files in ``run.dir``. ``wandb``:
     Weights & Biases, as its own settings and environment variables (``WANDB_MODE``, ``WANDB_PROJECT``) say.
     Each is an extra to install."""
-
-    @field_validator("report_to")
-    @classmethod
-    def _trackers_are_known(cls, value: list[str]) -> list[str]:
-        if unknown := [name for name in value if name not in TRACKERS]:
-            raise ValueError(f"got {', '.join(unknown)}; known are: {', '.join(TRACKERS)}")
-        return value

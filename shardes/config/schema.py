@@ -4,16 +4,16 @@ docs/configuration.md is made of the docstrings of the keys. Nothing heavy is im
 answered at once.
 """
 
-import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, FiniteFloat, ValidationInfo, field_validator, model_validator
+from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_validator
 
 from shardes.backends.registry import BACKENDS
 from shardes.config.es import EsConfig
 from shardes.config.log import LogConfig
-from shardes.config.section import Section, registered
+from shardes.config.section import Registered, Section
 from shardes.errors import UserError
 from shardes.rollout.engines.registry import ENGINES
 
@@ -74,7 +74,7 @@ class RunConfig(Section):
 class ParallelConfig(Section):
     """Distribution of the model over ranks. No key changes a result."""
 
-    backend: str = "zero3"
+    backend: Annotated[str, Registered("backend", lambda: BACKENDS)] = "zero3"
     """``zero3``: DeepSpeed ZeRO-3 shards. ``fsdp``: PyTorch FSDP2 shards. ``tensor_parallel``: matrices are
     split by the model's own plan, shards stay where they are and activations are reduced; every rank works on
     the same prompts, and results agree with the other backends to rounding. ``single``: every rank holds the
@@ -93,15 +93,6 @@ class ParallelConfig(Section):
     """CPU threads of each rank; null: what the launcher and torch decide. Results are compared bit for bit
     only between runs with the same number of threads."""
 
-    @field_validator("backend")
-    @classmethod
-    def _backend_is_known(cls, value: str) -> str:
-        if value not in BACKENDS:
-            near = difflib.get_close_matches(value, BACKENDS, n=1, cutoff=0.5)
-            guess = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"got {value!r}; {guess}Known backends: {', '.join(BACKENDS)}")
-        return value
-
     @field_validator("deepspeed")
     @classmethod
     def _backend_takes_deepspeed_file(cls, value: Path | None, info: ValidationInfo) -> Path | None:
@@ -112,15 +103,10 @@ class ParallelConfig(Section):
         return value
 
 
-EngineName = Annotated[
-    str, AfterValidator(registered(ENGINES)), Field(json_schema_extra={"enum": [*ENGINES]})
-]
-
-
 class RolloutConfig(Section):
     """Generation of the members' answers."""
 
-    engine: EngineName = "transformers"
+    engine: Annotated[str, Registered("engine", lambda: ENGINES)] = "transformers"
     """What generates and scores: ``transformers``: the model's own forward in a decode loop."""
     gather: Literal["auto", "iteration", "member", "layer"] = "auto"
     """Unit of work for which weights are gathered from their shards. ``iteration``: the centre, once an
@@ -216,10 +202,16 @@ class RewardConfig(Section):
         return self
 
 
+def _task_names() -> Iterable[str]:
+    from shardes.tasks.registry import TASKS
+
+    return TASKS
+
+
 class ProblemSetConfig(Section):
     """A set of problems, and the rewards of answers to them."""
 
-    name: str | None = None
+    name: Annotated[str, Registered("task", _task_names)] | None = None
     """A built-in task (docs/tasks.md); null for your own reward."""
     data: Path
     """The problems: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; ``DIRECTORY[@SPLIT]``,
@@ -241,15 +233,6 @@ class ProblemSetConfig(Section):
     """Several, which add up, each with a weight. With ``name``, they replace the built-in task's own."""
     metric: Literal["accuracy", "cross_entropy", "log_likelihood"] | None = None
     """Reward of a task that compares likelihoods; null: the task's own."""
-
-    @field_validator("name")
-    @classmethod
-    def _task_is_known(cls, value: str | None) -> str | None:
-        from shardes.tasks.registry import check_task_name
-
-        if value is not None:
-            check_task_name(value)
-        return value
 
     @field_validator("label_words", mode="before")
     @classmethod

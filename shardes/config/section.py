@@ -2,23 +2,52 @@
 
 import difflib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
 
-def registered(names: Iterable[str]) -> Callable[[str], str]:
-    """Return a validator that accepts the names of a registry, and suggests the nearest for any other."""
-    known = list(names)
+@dataclass(frozen=True)
+class Registered:
+    """Annotation of a text that must be a name of a registry; it suggests the nearest for any other.
 
-    def check(value: str) -> str:
+    Attributes:
+        kind: What the names are of, in the singular.
+        names: Returns them; called when a value is checked, so that the registry may be imported late.
+    """
+
+    kind: str
+    names: Callable[[], Iterable[str]]
+
+    def check(self, value: str) -> str:
+        """Return the value if it is a name.
+
+        Raises:
+            ValueError: It is none; the message has the nearest name, and all of them.
+        """
+        known = list(self.names())
         if value not in known:
             near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
-            guess = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"got {value!r}{guess} Known are: {', '.join(known)}")
+            guess = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"got {value!r}; {guess}Known {self.kind}s: {', '.join(known)}")
         return value
 
-    return check
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return handler(schema) | {"enum": list(self.names())}
 
 
 class Section(BaseModel):

@@ -1,1 +1,1 @@
-"""Evaluation of models and of centres of runs, and their divergence from the base model."""
+"""Evaluate models and the centres of runs, and their divergence from the base model."""

@@ -1,4 +1,4 @@
-"""What the centre earns on held-out problems while a run goes on, and exporting the best."""
+"""Evaluate the centre on held-out problems during a run, and export the best one."""
 
 import logging
 import shutil
@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 
 
 class CentreEvaluator:
-    """Evaluates the centre every ``eval.every`` iterations and at the end.
+    """Evaluator of the centre, every ``eval.every`` iterations and at the end.
 
     Args:
-        session: The model.
-        rollout: Evaluates the centre.
-        heldout_sets: Further tasks by name, on whose rows the centre is evaluated, too.
-        recorder: Records the rewards.
-        reporter: Is told of them.
+        session: Session that holds the model.
+        rollout: Parts that evaluate members and the centre.
+        heldout_sets: Further tasks by name (``eval.sets``), on whose rows the centre is evaluated, too.
+        recorder: Recorder of the journal and of samples.
+        reporter: Reporter that writes the rewards to metrics.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class CentreEvaluator:
             logger.info("no held-out evaluation: neither task.heldout_data nor eval.sets is given")
 
     def resume(self, state: ResumeState) -> None:
-        """Take over what the journal knows."""
+        """Take over the best reward and the last evaluation from the journal."""
         self._best_reward = state.best_reward
         if state.evaluation is not None:
             self._known = {state.first_iteration: state.evaluation.get("reward")}
@@ -84,7 +84,12 @@ class CentreEvaluator:
         return record.get("reward")
 
     def _rewards(self, iteration: int, prompts: PromptBatch, **place: str) -> dict[str, Any]:
-        """Evaluate the centre on some held-out problems, and write samples of its answers."""
+        """Evaluate the centre on some held-out problems, and write samples of its answers.
+
+        Returns:
+            Fields of an ``evaluation`` record: mean reward (None if logits are not finite), number of failed
+            rewards, and means of components.
+        """
         evaluation = self._scheduler.evaluate_centre(prompts)
         on_error = self._config.task.on_reward_error
         rewards = apply_reward_error_policy(evaluation.rewards, evaluation.has_failed, on_error=on_error)

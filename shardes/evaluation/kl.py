@@ -1,4 +1,4 @@
-"""Estimating how far the centre's answers have moved from what the base model would have answered.
+"""Estimate the divergence of the centre from the base model, on the base model's own answers.
 
 The base model answers a few prompts once, its answers drawn at temperature 1. How much likelier it finds them
 than the centre does is then an estimate of the Kullback-Leibler divergence KL(base || centre): unbiased, from
@@ -20,12 +20,12 @@ from shardes.tasks.base import Component, Task
 
 
 class KLEstimator:
-    """Estimates the divergence on a few prompts, every ``log.kl_every`` iterations and at the end.
+    """Estimator of the divergence on a few prompts, every ``log.kl_every`` iterations and at the end.
 
     Args:
-        rollout: Evaluates the centre.
-        recorder: Records the base model's answers and the estimates.
-        world: All ranks.
+        rollout: Parts that evaluate members and the centre.
+        recorder: Recorder of the base model's answers and of the estimates.
+        world: All ranks of the job.
     """
 
     def __init__(self, rollout: Rollout, *, recorder: RunRecorder, world: Group) -> None:
@@ -46,9 +46,9 @@ class KLEstimator:
         self._known: set[int] = set()
 
     def resume(self, state: ResumeState) -> None:
-        """Take over what the journal knows; a new run has the base model answer. A collective of all ranks.
+        """Take over the probe from the journal, or make it in a new run; a collective of all ranks.
 
-        The centre must still be the base model.
+        The probe is answered by the centre, which in a new run must still be the base model.
         """
         self._known = {state.first_iteration} if state.has_kl else set()
         if not self._every:
@@ -70,10 +70,11 @@ class KLEstimator:
             self._recorder.record({"type": "kl", "iteration": iteration, "kl": self._measure()})
 
     def _sample(self) -> dict[str, Any]:
-        """Have the base model answer, which the centre must be; a collective of all ranks.
+        """Generate the base model's answers, while the centre is the base model; a collective of all ranks.
 
         Returns:
-            For the journal: the tokens of prompts and answers, and each answer's mean log-likelihood.
+            ``probe`` record of the journal: token ids of prompts and answers (``pairs``), and each answer's
+            mean log-likelihood per token, in nats (``log_likelihoods``).
         """
         sampled = self._evaluator.sampled()
         prompts = sampled.prepare(self._scorer.task.train, iteration=0, scorer=self._scorer)
@@ -87,10 +88,10 @@ class KLEstimator:
         return record | {"log_likelihoods": self._log_likelihoods_of(pairs)}
 
     def _measure(self) -> float | None:
-        """Return the divergence in nats per token; a collective of all ranks.
+        """Compute the divergence; a collective of all ranks.
 
         Returns:
-            None if the base model's answers are all empty, or the centre's logits are not finite.
+            Nats per token; None if all answers are empty, or the centre's logits are not finite.
         """
         assert self._prompts is not None, "resume comes first"
         total = sum(self._num_tokens)
@@ -106,7 +107,7 @@ class KLEstimator:
         return self._log_likelihoods(prepare(pairs, scorer=self._scorer)) if pairs else []
 
     def _log_likelihoods(self, prompts: PromptBatch) -> list[float]:
-        """Return each answer's mean log-likelihood per token under the centre."""
+        """Compute each answer's mean log-likelihood under the centre, in nats per token; NaN: not finite."""
         found = self._rollout.scheduler.evaluate_centre(prompts)
         return [float("nan") if value is None else value for value in found.components["log_likelihood"]]
 

@@ -1,4 +1,4 @@
-"""Models that ``--model DIR|RUN_DIR[@K]`` refers to. Nothing heavy is imported."""
+"""Resolve ``--model DIR|RUN_DIR[@K]``, importing nothing heavy."""
 
 import json
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model to evaluate.
+    """Reference to a model to evaluate.
 
     Attributes:
         config: Configuration that it is evaluated with.
-        run_dir: The run that has the weights; None for those of a model directory.
-        history: Content of the run's journal.
-        iteration: Number of the run's updates that are applied.
+        run_dir: Directory of the run that has the weights; None for a model directory.
+        history: Content of the run's journal; None for a model directory.
+        iteration: Number of the run's updates that are applied to the base weights.
     """
 
     config: Config
@@ -34,7 +34,7 @@ class ModelRef:
         """Bring a session's model to the weights to evaluate; a collective of all ranks.
 
         Raises:
-            UserError: The base model is not the run's.
+            UserError: The base model or the noise definition is not that of the run.
         """
         if self.history is not None and self.run_dir is not None:
             from shardes.runs.resume import restore_weights
@@ -52,8 +52,13 @@ class ModelRef:
 def resolve_model(model: str, *, config_path: Path | None, overrides: list[str]) -> ModelRef:
     """Return the model that ``--model DIR|RUN_DIR[@K]`` and ``--config FILE`` refer to.
 
-    A run brings its model, its noise and its master weights with it, the file says what is asked and how; a
-    run's own configuration is that file if none is given.
+    The sections ``model``, ``es`` and ``weights`` are those of the run, all others those of the file, which
+    is the run's own configuration if none is given.
+
+    Args:
+        model: Value of ``--model``.
+        config_path: YAML file of the configuration; None: that of the run.
+        overrides: Changes of keys, as ``KEY=VALUE``.
 
     Raises:
         UserError: There is no such model, run or iteration.

@@ -1,4 +1,4 @@
-"""Evaluation of a model for ``shardes evaluate``: every answer, and means with confidence intervals."""
+"""Evaluate a model for ``shardes evaluate``: all answers, and means with confidence intervals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ NUM_RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, with the 95% confidence interval over problems of the same kind.
+    """Mean with its 95% confidence interval over problems of the same kind.
 
     Attributes:
-        mean: The mean over answers; None if no answer counts.
-        low: The 2.5th percentile of the means of resampled problems.
-        high: The 97.5th percentile.
+        mean: Mean over answers; None if there are no values.
+        low: 2.5th percentile of the means over resampled problems.
+        high: 97.5th percentile of these means.
     """
 
     mean: float | None
@@ -40,8 +40,8 @@ def estimate(values: Sequence[float | None], *, samples_per_problem: int) -> Est
     Its random numbers have a fixed seed, so equal values give equal intervals.
 
     Args:
-        values: One per answer, those to one problem side by side; None where there is none.
-        samples_per_problem: Answers to each problem.
+        values: Value of each answer, those to one problem side by side; None: the answer is left out.
+        samples_per_problem: Number of answers to each problem.
     """
     known = np.array([value is not None for value in values]).reshape(-1, samples_per_problem)
     numbers = np.array([value or 0.0 for value in values]).reshape(-1, samples_per_problem)
@@ -60,13 +60,13 @@ def estimate(values: Sequence[float | None], *, samples_per_problem: int) -> Est
 def summarise(
     evaluation: Evaluation, *, samples_per_problem: int, pass_reward: float | None, on_error: str | float
 ) -> dict[str, Any]:
-    """Return the numbers of one evaluation, JSON-able and by name.
+    """Return the statistics of one evaluation by name, JSON-able.
 
     Args:
-        evaluation: The model's answers and their rewards.
-        samples_per_problem: Answers to each problem.
-        pass_reward: An answer with at least this reward passes; None: nothing is said about passing.
-        on_error: ``task.on_reward_error``.
+        evaluation: Answers of the model with their rewards.
+        samples_per_problem: Number of answers to each problem.
+        pass_reward: Least reward of an answer that passes; None: pass rates are left out.
+        on_error: Value of ``task.on_reward_error``.
     """
     count = samples_per_problem
     rewards = apply_reward_error_policy(evaluation.rewards, evaluation.has_failed, on_error=on_error)
@@ -106,13 +106,13 @@ def evaluate_model(
     """Evaluate the centre on held-out problems, or on all if none are; a collective of all ranks.
 
     Args:
-        session: The model, at the weights to evaluate.
-        task: The task whose held-out rows are answered; if it has none, its other rows.
-        rewards: Runner of rewards; None: in this process.
+        session: Session whose model is at the weights to evaluate.
+        task: Task whose held-out rows are answered, or its other rows if it has none.
+        rewards: Runner of the rewards; None: rewards run in this process.
         heldout_sets: Further tasks by name, whose rows are answered as well.
 
     Returns:
-        A summary by set, and a line for each answer; the lines are on rank 0 only.
+        Statistics by name of the set, and a line for each answer on rank 0; no lines on other ranks.
     """
     config = session.config
     evaluator, scorer, scorers = make_evaluator(session, task, rewards=rewards, others=heldout_sets)

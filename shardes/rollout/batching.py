@@ -1,4 +1,4 @@
-"""Prompts, and prompts with completions, as tokens: cut into micro-batches from the data alone."""
+"""Tokenise prompts and completions, and cut them into micro-batches by the data alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,14 +18,15 @@ class MicroBatch:
     """Prompts that go through the model together, padded on the left.
 
     Attributes:
-        rows: Which prompts, as indices into the sequence that was cut.
-        input_ids: int64 of shape [rows, length].
-        attention_mask: int64 of the same shape; 0 on padding.
-        lengths: Tokens of each prompt, ascending.
-        budgets: Tokens that each answer may have, int64 of shape [rows], where the model's positions leave
-            some less than wanted; else None.
-        uniforms: Random numbers, if tokens are drawn: float32 of shape [rows, longest answer]; else None.
-        num_members: How often each prompt is there, side by side: row i is member ``i % num_members``'s.
+        rows: Indices of the prompts in the sequence that was cut.
+        input_ids: Token ids, int64 of shape [rows, length].
+        attention_mask: 1 on tokens and 0 on padding, int64 of shape [rows, length].
+        lengths: Number of tokens of each prompt, ascending.
+        budgets: Largest number of tokens of each answer, int64 of shape [rows], where the model's positions
+            leave some fewer than wanted; else None.
+        uniforms: Random numbers by which tokens are drawn, float32 in [0, 1) of shape
+            [rows, longest answer]; None for greedy decoding.
+        num_members: Number of copies of each prompt, side by side: row i is of member ``i % num_members``.
     """
 
     rows: tuple[int, ...]
@@ -37,7 +38,7 @@ class MicroBatch:
     num_members: int = 1
 
     def for_members(self, count: int) -> Self:
-        """Return the same prompts, each once for every one of some members, side by side."""
+        """Return the prompts with ``count`` copies of each, side by side, one for each member."""
         if count == 1:
             return self
 
@@ -56,7 +57,7 @@ class MicroBatch:
         )
 
     def to(self, device: torch.device) -> Self:
-        """Return a copy on a device."""
+        """Return a copy whose tensors are on a device."""
         return replace(
             self,
             input_ids=self.input_ids.to(device),
@@ -67,10 +68,10 @@ class MicroBatch:
 
 
 def tokenize(prompt: Prompt, tokenizer: Any) -> list[int]:
-    """The tokens of a prompt; chat messages go through the tokenizer's chat template.
+    """Return the token ids of a prompt; chat messages go through the tokenizer's chat template.
 
     Raises:
-        UserError: Chat messages, but the tokenizer has no template; or a prompt of no tokens.
+        UserError: The prompt is chat messages and the tokenizer has no template, or it has no tokens.
     """
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
@@ -96,20 +97,20 @@ def compose(
     max_new_tokens: int,
     max_positions: int | None = None,
 ) -> list[MicroBatch]:
-    """Cuts tokenised prompts, sorted by length (then by index), into micro-batches.
+    """Cut tokenised prompts, sorted by length (then by index), into micro-batches.
 
     The cut depends on nothing but its arguments, so the tensors that a forward sees, and with them the bits
     it computes, are the same for every number of ranks.
 
     Args:
-        prompts: Tokens of each.
-        micro_batch_size: The most prompts of a micro-batch.
-        pad_id: Fills the rows on the left.
-        max_new_tokens: The longest answer.
-        max_positions: Tokens that the model can tell the places of; None: any number.
+        prompts: Token ids of each prompt.
+        micro_batch_size: Largest number of prompts in a micro-batch.
+        pad_id: Token id that fills the rows on the left.
+        max_new_tokens: Largest number of tokens of an answer.
+        max_positions: Number of positions of the model; None: no limit.
 
     Raises:
-        UserError: A prompt leaves no place for an answer.
+        UserError: A prompt leaves no position for an answer.
     """
     longest = max(map(len, prompts), default=0)
     if max_positions is not None and longest >= max_positions:
@@ -137,7 +138,7 @@ def compose(
 
 
 def shared_prefix(prompts: Sequence[list[int]]) -> list[int]:
-    """The tokens with which all prompts begin, if it pays to compute them once; none of them whole."""
+    """Return the token ids that all prompts begin with, short of a whole prompt; [] if too few to pay off."""
     if len(prompts) < 2:
         return []
     first, last = min(prompts), max(prompts)  # in the order of lists, so all others begin as these two do
@@ -151,10 +152,10 @@ class LikelihoodBatch:
     """Prompts, each with a completion, that go through the model together, padded on the right.
 
     Attributes:
-        rows: Which pairs, as indices into the sequences that were cut.
-        input_ids: int64 of shape [rows, length].
-        prompt_lengths: Tokens of each prompt.
-        lengths: Tokens of each prompt and its completion.
+        rows: Indices of the pairs in the sequences that were cut.
+        input_ids: Token ids, int64 of shape [rows, length].
+        prompt_lengths: Number of tokens of each prompt.
+        lengths: Number of tokens of each prompt and its completion together.
     """
 
     rows: tuple[int, ...]
@@ -163,7 +164,7 @@ class LikelihoodBatch:
     lengths: tuple[int, ...]
 
     def for_members(self, count: int) -> Self:
-        """Return the same pairs, each once for every one of some members, side by side."""
+        """Return the pairs with ``count`` copies of each, side by side, one for each member."""
         if count == 1:
             return self
         return replace(
@@ -175,19 +176,25 @@ class LikelihoodBatch:
         )
 
     def to(self, device: torch.device) -> Self:
-        """Return a copy on a device."""
+        """Return a copy whose tensors are on a device."""
         return replace(self, input_ids=self.input_ids.to(device))
 
 
 def compose_likelihood_batches(
     prompts: Sequence[list[int]], completions: Sequence[list[int]], *, micro_batch_size: int, pad_id: int
 ) -> list[LikelihoodBatch]:
-    """Cuts pairs of a prompt and a completion, sorted by length (then by index), into micro-batches.
+    """Cut pairs of a prompt and a completion, sorted by length (then by index), into micro-batches.
 
-    As with prompts to be answered, the cut depends on nothing but its arguments.
+    As in ``compose``, the cut depends on nothing but its arguments.
+
+    Args:
+        prompts: Token ids of each prompt.
+        completions: Token ids of the completion of each prompt.
+        micro_batch_size: Largest number of pairs in a micro-batch.
+        pad_id: Token id that fills the rows on the right.
 
     Raises:
-        ValueError: A prompt or a completion without tokens: its first token has nothing to be predicted from.
+        ValueError: A prompt or a completion has no tokens, so there is nothing to predict or to predict from.
     """
     pairs = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     empty = next((i for i, pair in enumerate(zip(prompts, completions, strict=True)) if not all(pair)), None)

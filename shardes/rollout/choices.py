@@ -1,4 +1,4 @@
-"""What may follow the prompts of a likelihood task, as tokens."""
+"""Tokenise the prompts of a likelihood task and the completions that may follow them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from shardes.tasks.base import Choices, Prompt, as_text
 
 @dataclass(frozen=True)
 class ChoiceSet:
-    """Pairs of a prompt and a completion that a batch of likelihood problems consists of.
+    """Pairs of a prompt and a completion that make up a batch of likelihood problems.
 
     Attributes:
-        prompts: What is asked, one for each row.
-        choices: What may follow, one for each row.
-        pairs: Tokens of every prompt and completion; those of one row side by side.
-        first_pairs: The index of each row's first pair, and the number of all pairs at the end.
+        prompts: Prompt of each row.
+        choices: Completions of each row, and the index of the right one.
+        pairs: Token ids of prompt and completion of each pair; the pairs of a row are consecutive.
+        first_pairs: Index of each row's first pair, then the total number of pairs; length rows + 1.
     """
 
     prompts: Sequence[Prompt]
@@ -29,11 +29,17 @@ class ChoiceSet:
 def make_choice_set(
     prompts: Sequence[Prompt], choices: Sequence[Choices], tokenizer: Any, *, max_positions: int | None
 ) -> ChoiceSet:
-    """Tokenise what may follow each prompt.
+    """Tokenise each prompt and its completions.
 
-    Prompt and completion are tokenised apart, so that a prompt's tokens are the same whatever follows. A
+    Prompt and completion are tokenised apart, so that a prompt's tokens do not depend on the completion. A
     prompt without text becomes the tokenizer's first token (``bos``); where there is none, the completion's
     first token takes its place and is not scored itself.
+
+    Args:
+        prompts: Prompt of each row.
+        choices: Completions of each row.
+        tokenizer: Tokenizer of the model.
+        max_positions: Number of positions of the model; None: no limit.
 
     Raises:
         UserError: A completion has no tokens to score, or more than the model has positions for.

@@ -1,4 +1,4 @@
-"""What completions earn that are given and not generated: collected and judged by their likelihoods."""
+"""Collect the log-likelihoods of given completions, and judge rows by them."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from shardes.tasks.base import Metric, as_text
 
 
 class LogLikelihoodAccumulator:
-    """Collects how likely the right completions are, and whether they are the likeliest.
+    """Accumulator of the log-likelihoods of given completions, which judges the rows at the end.
 
     Args:
-        choices: The pairs, and which of them belong together.
-        metric: Which of the numbers is the reward.
-        num_samples: How many rows are kept as samples.
+        choices: Pairs of a prompt and a completion, grouped by row.
+        metric: Name of the metric that is the reward.
+        num_samples: Number of rows that are kept as samples.
     """
 
     def __init__(self, choices: ChoiceSet, *, metric: Metric, num_samples: int) -> None:
@@ -27,7 +27,13 @@ class LogLikelihoodAccumulator:
         self._num_tokens = 0
 
     def take(self, indices: Sequence[int], output: EngineOutput, *, is_first: bool) -> None:
-        """Take in the log-likelihoods of the completions' tokens, for the pairs of a micro-batch."""
+        """Add the log-likelihoods of a micro-batch's completions.
+
+        Args:
+            indices: Index of each pair among all pairs.
+            output: Log-likelihoods of the tokens of each completion, float32 of shape [tokens].
+            is_first: Unused: all samples are made by ``merge``.
+        """
         assert not isinstance(output, Completions), "completions are given"
         for index, values in zip(indices, output, strict=True):
             self._part.indices.append(index)
@@ -42,7 +48,14 @@ class LogLikelihoodAccumulator:
         return replace(self._part, num_tokens=self._num_tokens)
 
     def merge(self, parts: Sequence[PartialResult]) -> Evaluation:
-        """Judge each row by the log-likelihoods of its pairs."""
+        """Judge each row by the log-likelihoods of its pairs.
+
+        Args:
+            parts: Partial results whose pairs together are all pairs.
+
+        Returns:
+            Rewards, metrics and samples by row.
+        """
         choices, first = self._choices, self._choices.first_pairs
         totals = [0.0] * len(choices.pairs)
         for part in parts:
@@ -72,7 +85,17 @@ class LogLikelihoodAccumulator:
 
 
 def _judge(sums: Sequence[float], gold: int, num_gold_tokens: int) -> dict[str, float | None]:
-    """Return the three metrics of one row, from the log-likelihoods of its completions."""
+    """Compute the three metrics of a row.
+
+    Args:
+        sums: Log-likelihood of each completion, in nats.
+        gold: Index of the right completion.
+        num_gold_tokens: Number of tokens of the right completion.
+
+    Returns:
+        ``accuracy`` (0 or 1), ``cross_entropy`` (nats) and ``log_likelihood`` (nats per token); all None if
+        one of ``sums`` is not finite.
+    """
     if not all(map(math.isfinite, sums)):
         return {"accuracy": None, "cross_entropy": None, "log_likelihood": None}
     largest = max(sums)

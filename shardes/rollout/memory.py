@@ -1,4 +1,4 @@
-"""How much memory there is, how much generating takes, and whether it was too little."""
+"""Estimate the memory that is free and that micro-batches take, and recognise shortages."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-# What allocators that are not CUDA's own say: those of CPUs, and of libraries that a CUDA kernel calls.
+# Messages of allocators other than CUDA's own: those of CPUs, and of libraries that a CUDA kernel calls.
 _COMPLAINTS = ("can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
@@ -15,18 +15,18 @@ class MemoryShortageError(Exception):
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether an exception says that there is too little memory."""
+    """Return True if an exception reports that memory ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _COMPLAINTS)
 
 
 def free_bytes(device: torch.device, *, meminfo: Path = Path("/proc/meminfo")) -> int:
-    """The memory that this rank can still use: of its accelerator, or else its share of the machine's.
+    """Return the bytes that this rank can still use: of its accelerator, or a share of the machine's memory.
 
     Args:
-        device: Where its tensors are.
-        meminfo: Where Linux says what it has.
+        device: Device of the rank's tensors.
+        meminfo: File in which Linux reports memory; without it, 0 bytes are free on a CPU.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -40,7 +40,7 @@ def free_bytes(device: torch.device, *, meminfo: Path = Path("/proc/meminfo")) -
 
 
 def _container_bytes(group: Path) -> list[int]:
-    """What a container's limit leaves, if there is one."""
+    """Return the bytes that the memory limit of a control group leaves, in a list; empty without a limit."""
     try:
         limit = int((group / "memory.max").read_text())
         return [max(0, limit - int((group / "memory.current").read_text()))]
@@ -49,14 +49,14 @@ def _container_bytes(group: Path) -> list[int]:
 
 
 def mode_bytes(*, copy: int, centre: int, is_sharded: bool) -> dict[str, int]:
-    """What modes of evaluation hold besides a rank's shards, the fastest mode first.
+    """Return the bytes that gather modes hold besides a rank's shards, by mode, the fastest mode first.
 
-    A mode that is not named holds nothing but what a forward gathers.
+    A mode that is missing holds nothing but the weights that a forward gathers.
 
     Args:
         copy: Bytes of the whole model.
-        centre: Bytes of the parameters that are trained.
-        is_sharded: Whether ranks hold different elements.
+        centre: Bytes of the trained parameters.
+        is_sharded: True if the ranks of a replica hold different elements.
     """
     # Where a replica is one rank's, gathering it costs nothing and the centre need not be kept.
     return ({"iteration": copy + centre} if is_sharded else {}) | {"member": copy}
@@ -65,7 +65,7 @@ def mode_bytes(*, copy: int, centre: int, is_sharded: bool) -> dict[str, int]:
 def cache_bytes(
     model_config: Any, *, rows: int, length: int, dtype: torch.dtype, num_sharers: int = 1
 ) -> int:
-    """What the keys and values of a micro-batch take; arguments as in ``generation_bytes``."""
+    """Compute the bytes of a micro-batch's keys and values; arguments as in ``generation_bytes``."""
     config = model_config.get_text_config()
     heads = config.num_attention_heads
     kept_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -77,14 +77,14 @@ def cache_bytes(
 def generation_bytes(
     model_config: Any, *, rows: int, length: int, dtype: torch.dtype, num_sharers: int = 1
 ) -> int:
-    """About what a micro-batch takes besides the weights: the cache, activations and logits.
+    """Estimate the bytes of a micro-batch besides the weights: its cache, activations and logits.
 
     Args:
-        model_config: The model's, of transformers.
-        rows: Prompts in the micro-batch.
-        length: Tokens of a prompt and its answer.
-        dtype: The model's.
-        num_sharers: Ranks that share the heads and the inner neurons of every layer.
+        model_config: Configuration of the model, a transformers ``PretrainedConfig``.
+        rows: Number of rows in the micro-batch.
+        length: Tokens of a prompt and its answer together.
+        dtype: Dtype of weights and activations.
+        num_sharers: Number of ranks that share the heads and the inner neurons of each layer.
     """
     config = model_config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
@@ -96,9 +96,9 @@ def generation_bytes(
 def likelihood_bytes(
     model_config: Any, *, rows: int, length: int, dtype: torch.dtype, num_sharers: int = 1
 ) -> int:
-    """About what scoring a micro-batch takes besides the weights; arguments as in ``generation_bytes``.
+    """Estimate the bytes of scoring a micro-batch besides the weights; arguments as in ``generation_bytes``.
 
-    Logits are kept at every place instead of one.
+    Logits are kept for each token, instead of for the last one.
     """
     logits = rows * length * model_config.get_text_config().vocab_size * dtype.itemsize
     return logits + generation_bytes(

@@ -1,4 +1,4 @@
-"""Choosing the next token: the most likely one, or one drawn with random numbers that replay."""
+"""Draw the next token with random numbers that can be computed again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from shardes.noise import sampling_uniforms
 
 @dataclass(frozen=True)
 class TokenSampler:
-    """How tokens are drawn.
+    """Sampler of tokens at a temperature, by given random numbers.
 
     The draws are a pure function of seed, iteration, prompt, sample and position, so that all members are
-    judged with the same random numbers, whatever rank answers and in whichever order.
+    judged with the same random numbers, on any rank and in any order.
 
     Attributes:
-        seed: The run's.
-        temperature: Divides the logits; above 0.
-        top_k: Only that many of the most likely tokens are drawn from; None: all.
-        top_p: Only the most likely tokens that together reach this probability are.
+        seed: Seed of the run, ``es.seed``.
+        temperature: Divisor of the logits; above 0.
+        top_k: Number of the most likely tokens that are drawn from; None: all.
+        top_p: Probability that the tokens drawn from, the most likely ones, reach together; 1: all tokens.
     """
 
     seed: int
@@ -32,16 +32,16 @@ class TokenSampler:
     def uniforms(
         self, *, iteration: int, prompts: Sequence[int], samples: Sequence[int], num_tokens: int
     ) -> torch.Tensor:
-        """The random numbers of some answers.
+        """Compute the random numbers by which the tokens of some answers are drawn.
 
         Args:
-            iteration: The weights' number of updates.
-            prompts: Each answer's prompt, as its place in the batch of problems.
-            samples: Each answer's place among those of its prompt.
-            num_tokens: The longest answer.
+            iteration: Number of updates of the weights.
+            prompts: Index of each answer's prompt in the batch of problems.
+            samples: Index of each answer among those to its prompt.
+            num_tokens: Largest number of tokens of an answer.
 
         Returns:
-            float32 in [0, 1) of shape [answers, num_tokens], on the CPU.
+            Uniform numbers, float32 in [0, 1) of shape [answers, num_tokens], on the CPU.
         """
         rows = [
             sampling_uniforms(
@@ -52,14 +52,14 @@ class TokenSampler:
         return torch.from_numpy(np.stack(rows))
 
     def draw(self, logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-        """One token for each row, by inverting the cumulative distribution.
+        """Draw one token for each row, by inverting the cumulative distribution.
 
         Args:
-            logits: [rows, vocabulary].
-            uniforms: float32 in [0, 1) of shape [rows].
+            logits: Logits of the next token, floating point of shape [rows, vocabulary].
+            uniforms: Random number of each row, float32 in [0, 1) of shape [rows].
 
         Returns:
-            int64 of shape [rows].
+            Token ids, int64 of shape [rows].
         """
         scaled = logits.float() / self.temperature
         order = None
@@ -79,7 +79,7 @@ class TokenSampler:
 
 
 def make_sampler(settings: RolloutConfig, *, seed: int) -> TokenSampler | None:
-    """Return what draws tokens by the settings; None if the most likely ones are taken."""
+    """Return the sampler that the section ``rollout`` describes; None at temperature 0 (greedy decoding)."""
     if settings.temperature == 0:
         return None
     return TokenSampler(seed, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)

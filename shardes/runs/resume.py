@@ -4,17 +4,15 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
-from shardes.config.schema import Config
-from shardes.distributed.group import Mesh
 from shardes.errors import UserError
 from shardes.es.member import MemberResult
 from shardes.es.update import Update
 from shardes.models.checkpoint import Checkpoint
 from shardes.runs.journal import History
 from shardes.runs.snapshot import Snapshot, SnapshotError, find_snapshots, snapshot_path
-from shardes.weights.master import Weights
+from shardes.session import Session
 from shardes.weights.master_digest import optimizer_digest
 from shardes.weights.snapshot_view import load_snapshot
 
@@ -82,33 +80,8 @@ class ResumeState:
         return cls(**{**state, "digests": dict(state["digests"]), "results": by_member})
 
 
-class RestorableSession(Protocol):
-    """The parts of a session that bring weights back."""
-
-    @property
-    def config(self) -> Config:
-        """Configuration of the run."""
-
-    @property
-    def mesh(self) -> Mesh:
-        """All ranks, and those of this rank's replica."""
-
-    @property
-    def weights(self) -> Weights:
-        """The master shards of this rank."""
-
-    def replay(self, updates: list[dict[str, Any]]) -> None:
-        """Apply past updates to the weights."""
-
-    def digest(self) -> str:
-        """Return the digest of this rank's replica; a collective of all ranks."""
-
-    def combined(self, part: int) -> str:
-        """Return the digest of which every rank has a part; a collective of all ranks."""
-
-
 def restore_weights(
-    session: RestorableSession,
+    session: Session,
     updates: list[dict[str, Any]],
     *,
     digests: Mapping[int, str],
@@ -158,7 +131,7 @@ def restore_weights(
         )
 
 
-def _load(session: RestorableSession, path: Path, digest: str, *, last_update: Update) -> str | None:
+def _load(session: Session, path: Path, digest: str, *, last_update: Update) -> str | None:
     """Read a snapshot into the masters; return what is wrong with it, the same on every rank, or None."""
     problem = None
     try:

@@ -1,6 +1,5 @@
 """Registry of the built-in tasks and rewards, by the names that a configuration uses."""
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
@@ -19,18 +18,6 @@ REWARDS: Mapping[str, RewardFunction] = {
     name: function for module in _MODULES for name, function in getattr(module, "REWARDS", {}).items()
 }
 """Built-in reward functions by the name that ``task.rewards`` gives."""
-
-
-def check_task_name(name: str) -> None:
-    """Refuse a name that no built-in task has.
-
-    Raises:
-        ValueError: The name is unknown; the message has the nearest known name, and all of them.
-    """
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
-        guess = f"did you mean '{near[0]}'? " if near else ""
-        raise ValueError(f"got {name!r}, an unknown task; {guess}Known tasks: {', '.join(TASKS)}")
 
 
 def definition_of(name: str | None, *, label_words: Sequence[str] | None = None) -> TaskDefinition | None:

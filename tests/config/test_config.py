@@ -213,7 +213,7 @@ def test_label_words_are_for_tasks_that_have_labels(changes, words):
     [("coundown", "did you mean 'countdown'? "), ("zzz", "")],
 )
 def test_an_unknown_task_is_refused_with_the_nearest_known_one(name, nearest):
-    line = f"task.name: got {name!r}, an unknown task; {nearest}Known tasks: arc, arithmetic, boolq, "
+    line = f"task.name: got {name!r}; {nearest}Known tasks: arc, arithmetic, boolq, "
     assert line in refusal("task", {"data": "d", "name": name})
     for known in TASKS:
         assert f" {known}," in f"{refusal('task', {'data': 'd', 'name': name})},"

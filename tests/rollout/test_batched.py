@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 
 from shardes.errors import UserError
+from shardes.noise import LowRank
 from shardes.rollout.engines.transformers import decoder as decode
 from shardes.rollout.lowrank import hooks as hooks
 from shardes.session import open_session
@@ -230,12 +231,10 @@ def test_a_parameter_without_a_rule_is_named_unless_it_is_frozen(tmp_path, model
 
 
 def test_a_parameter_of_more_dimensions_is_named(tmp_path, models, monkeypatch):
-    from shardes import session
-
-    def refuse(shape):
+    def refuse(self, shape):
         raise ValueError(f"no rule for {list(shape)}")
 
-    monkeypatch.setattr(session, "matrix_shape", refuse)
+    monkeypatch.setattr(LowRank, "check_shape", refuse)
     with pytest.raises(UserError, match=r"es\.noise: .*: no rule for \[.*freeze it \(es\.trainable"):
         train(tmp_path, models["qwen2"])
 

@@ -1,7 +1,6 @@
 """What a run says while it goes on: its line, and TensorBoard and W&B, which get what metrics.jsonl has."""
 
 import importlib.machinery
-import io
 import json
 import logging
 import re
@@ -15,7 +14,6 @@ from shardes.runs.trackers import TRACKERS, check_trackers, scalars
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import make_training_loop
-from shardes.utils.progress import duration, progress
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model
 
@@ -197,58 +195,6 @@ def test_what_wandb_refuses_is_told_with_the_remedy(tmp_path, model, monkeypatch
         train(tmp_path, model, log__report_to=["wandb"])
 
 
-def test_long_work_tells_now_and_then_how_far_it_is(monkeypatch, caplog):
-    clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr("shardes.utils.progress.time.monotonic", lambda: next(clock))
-    with caplog.at_level(logging.INFO, logger="shardes.utils.progress"):
-        assert list(progress("abcdefgh", what="loading", total=8, unit="parts")) == list("abcdefgh")
-    # One item takes 4 seconds: a line after 12, of what is done, and then every 12.
-    assert [r.getMessage() for r in caplog.records] == [
-        "loading: 2 of 8 parts, about 36 s left",
-        "loading: 5 of 8 parts, about 14 s left",
-    ]
-
-
-def test_on_a_terminal_it_is_a_bar(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stderr", terminal)
-    monkeypatch.setattr("shardes.utils.progress._SECONDS_BEFORE_BAR", 0)
-    assert list(progress("abc", what="loading", total=3, unit="parts")) == list("abc")
-    assert re.search(r"loading: +\d+%\|.*/3 ", terminal.getvalue())
-
-
-def test_other_ranks_and_short_work_say_nothing(monkeypatch, caplog):
-    with caplog.at_level(logging.INFO, logger="shardes.utils.progress"):
-        assert list(progress(range(3), what="loading", total=3, unit="parts")) == [0, 1, 2]
-        monkeypatch.setenv("RANK", "1")
-        monkeypatch.setattr("shardes.utils.progress.time.monotonic", iter(range(0, 9000, 100)).__next__)
-        assert list(progress(range(3), what="loading", total=3, unit="parts")) == [0, 1, 2]
-    assert not caplog.records
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.04, "0.0 s"),
-        (9.94, "9.9 s"),
-        (9.96, "10 s"),
-        (99.4, "99 s"),
-        (100, "2 min"),
-        (3569, "59 min"),
-        (3600, "1 h"),
-        (12000, "3 h 20 min"),
-        (172800, "2 d"),
-        (360000, "4 d 4 h"),
-    ],
-)
-def test_durations_have_two_units(seconds, text):
-    assert duration(seconds) == text
-
-
 def test_a_tracker_is_one_entry_of_the_registry(tmp_path, model, monkeypatch):
     told = []
 
@@ -264,7 +210,7 @@ def test_a_tracker_is_one_entry_of_the_registry(tmp_path, model, monkeypatch):
         def close(self):
             told.append("closed")
 
-    with pytest.raises(UserError, match=r"log\.report_to: got listing; known are: tensorboard, wandb"):
+    with pytest.raises(UserError, match=r"log\.report_to: got 'listing'; Known trackers: tensorboard, wandb"):
         train(tmp_path, model, log__report_to=["listing"])
     monkeypatch.setitem(TRACKERS, "listing", Listing)
     train(tmp_path, model, log__report_to=["listing"])

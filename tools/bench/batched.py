@@ -1,4 +1,4 @@
-"""Measures members in chunks against members one by one, on sharded weights: seconds, and bytes received.
+"""Measure members in chunks against members one by one, on sharded weights: seconds, and bytes received.
 
 A Llama of about 37 million random parameters, whose answers never end early, is written to a temporary
 directory. For every number of ranks and every backend one job under torchrun measures the modes that evaluate
@@ -44,7 +44,7 @@ SIZES = {
 
 @contextmanager
 def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
-    """Adds up what the forwards before the first token take, and what all of an answer takes."""
+    """Add up the seconds of the forwards before the first token, and of whole answers."""
     from shardes.rollout.engines.transformers.decoder import Decoder, _Rows
 
     prefill, decode = _Rows.prefill, Decoder.decode
@@ -64,7 +64,7 @@ def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
 
 
 def measure(tree: dict[str, Any]) -> Row:
-    """One way to evaluate members, on every rank of a job."""
+    """Measure one way to evaluate members, on every rank of a job."""
     from shardes.es.strategy import Strategy
     from shardes.rollout.build import make_evaluator, make_scheduler
     from shardes.rollout.iteration import IterationSpec
@@ -111,7 +111,7 @@ def measure(tree: dict[str, Any]) -> Row:
 
 
 def measure_update(num_directions: int) -> Row:
-    """Seconds of a matrix's update: of full rank, of rank 1, of its matrix product alone, and by torch."""
+    """Measure seconds of a matrix's update: full rank, rank 1, its matrix product alone, and by torch."""
     from shardes import noise
     from shardes.noise import GAUSSIAN, LowRank, NoiseKind, Region
 
@@ -159,13 +159,13 @@ def measure_update(num_directions: int) -> Row:
 
 
 def start(trees: list[Row], *, world_size: int, folder: Path) -> list[Row]:
-    """Runs a job that measures several ways, to its end; what rank 0 found, or why it failed."""
+    """Run a job that measures several ways; return the rows of rank 0, or the reason why it failed."""
     found = run_job(__file__, trees, world_size=world_size, folder=folder)
     return [{"failure": found} for _ in trees] if isinstance(found, str) else found
 
 
 def measure_all(spec: Path, out: Path) -> None:
-    """Measures on one rank of a job what its file says."""
+    """Measure on one rank of a job the ways that its file lists."""
     rows = [measure(tree) for tree in json.loads(spec.read_text())]
     if os.environ["RANK"] == "0":
         out.write_text(json.dumps(rows))
@@ -180,7 +180,7 @@ HEADER = (
 
 
 def formatted(row: Row) -> str:
-    """A row under ``HEADER``."""
+    """Format a row under ``HEADER``."""
     place = f"{row['ranks']:>5}  {row['backend']:<7}  {row['gather']:<14} {row['k'] or '':>3}"
     if "failure" in row:
         return f"{place} | {row['failure']}"
@@ -280,7 +280,7 @@ def main(
 
 
 def constant(prompts: list[Any], completions: list[str], **_: Any) -> list[float]:
-    """A reward that costs nothing."""
+    """Return the same reward for all completions, at no cost."""
     return [0.0] * len(completions)
 
 

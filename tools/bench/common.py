@@ -1,4 +1,4 @@
-"""What the benchmarks share: a random model, facts about the machine, and how figures are written down."""
+"""Share code among the benchmarks: a random model, facts about the machine, and reports."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def random_model(
     eos_id: int | None = None,
     **sizes: int,
 ) -> Any:
-    """A Llama of random parameters, of ``SIZES`` and others; without ``eos_id`` no answer ends."""
+    """Make a Llama of random parameters, of ``SIZES`` and others; without ``eos_id`` no answer ends."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -55,7 +55,7 @@ def random_model(
 
 
 def write_model(path: Path, *, layers: int, eos_id: int | None = 1, **sizes: int) -> int:
-    """Writes a random model and a tokenizer for it; returns the number of parameters."""
+    """Write a random model and a tokenizer for it; return the number of parameters."""
     from transformers import AutoTokenizer
 
     model = random_model(layers=layers, dtype=torch.float32, num_positions=512, eos_id=eos_id, **sizes)
@@ -68,16 +68,16 @@ def write_model(path: Path, *, layers: int, eos_id: int | None = 1, **sizes: int
 
 
 def run_job(script: str, spec: Any, *, world_size: int, folder: Path) -> Any:
-    """Runs a script as a job, ``SCRIPT --job SPEC OUT``, to its end.
+    """Run a script as a job, ``SCRIPT --job SPEC OUT``, to its end.
 
     Args:
-        script: It writes what it finds to OUT, as JSON.
-        spec: What it is told.
-        world_size: Its ranks; 0: one process without a launcher.
-        folder: For both files.
+        script: Path of the script, which writes its results to OUT as JSON.
+        spec: Content of SPEC, JSON-able.
+        world_size: Number of ranks; 0: one process without a launcher.
+        folder: Directory of both files.
 
     Returns:
-        What it found, or as text why it failed.
+        Content of OUT, or as text the reason why the job failed.
     """
     told, out = folder / "job.json", folder / "found.json"
     out.unlink(missing_ok=True)
@@ -96,17 +96,17 @@ def run_job(script: str, spec: Any, *, world_size: int, folder: Path) -> Any:
 
 
 def num_parameters(model: Any) -> int:
-    """How many numbers a model has, tied ones once."""
+    """Count the elements of a model's parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def num_cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine_facts(device: str) -> dict[str, Any]:
-    """What figures on ``cpu`` or ``cuda`` depend on, whatever is measured."""
+    """Return the facts about the machine that all figures on ``cpu`` or ``cuda`` depend on."""
     return {
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "cores": num_cores(),
@@ -119,13 +119,13 @@ def machine_facts(device: str) -> dict[str, Any]:
 
 
 def show(facts: dict[str, Any]) -> None:
-    """Prints facts, one a line."""
+    """Print facts, one a line."""
     for key, value in facts.items():
         click.echo(f"{key}: {value}")
 
 
 def write_report(path: Path | None, *, facts: dict[str, Any], rows: list[Row]) -> None:
-    """Writes all figures as JSON, with the command that made them; nothing without a path."""
+    """Write all figures as JSON, with the command that made them; do nothing without a path."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

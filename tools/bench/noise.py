@@ -1,4 +1,4 @@
-"""Measures the noise's kernels against torch's generator and against a plain copy.
+"""Measure the noise's kernels against torch's generator and against a plain copy.
 
 Every operation starts from float32 master weights, unless the update's master is narrow:
 
@@ -46,7 +46,7 @@ Side = Callable[[], object]
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """Return the name of the processor as the system reports it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -54,7 +54,7 @@ def cpu_name() -> str:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return the facts about machine and versions that the figures depend on."""
     facts = machine_facts(device) | {
         "cpu": cpu_name(),
         "simd": torch.backends.cpu.get_cpu_capability(),
@@ -69,7 +69,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def take_turns(sides: dict[str, Side], *, device: str, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every side in every turn, after one turn that compiles and touches the memory."""
+    """Return the seconds of every side in every turn, after one turn that compiles and touches memory."""
     synchronise = torch.cuda.synchronize if device == "cuda" else (lambda: None)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
@@ -85,7 +85,7 @@ def take_turns(sides: dict[str, Side], *, device: str, repeats: int) -> dict[str
 
 
 def perturb_sides(size: int, dtype: torch.dtype, kind: NoiseKind, device: str) -> dict[str, Side]:
-    """The sides of perturb."""
+    """Return the sides of perturb, by name."""
     generator = torch.Generator(device).manual_seed(SEED)
     master = torch.randn(size, generator=generator, device=device)
     target, copied, weights, buffer = (torch.zeros(size, dtype=dtype, device=device) for _ in range(4))
@@ -109,7 +109,7 @@ def perturb_sides(size: int, dtype: torch.dtype, kind: NoiseKind, device: str) -
 def update_sides(
     size: int, dtype: torch.dtype, kind: NoiseKind, device: str, directions: int
 ) -> dict[str, Side]:
-    """The sides of update; torch always has a float32 master, as it could not add up in a narrow one."""
+    """Return the sides of update; torch's master is always float32, as a narrow one could not add up."""
     generator = torch.Generator(device).manual_seed(SEED)
     master = torch.zeros(size, dtype=dtype, device=device)
     copied = torch.zeros_like(master)
@@ -146,7 +146,7 @@ def update_sides(
 
 @numba.njit(error_model="numpy")
 def _raw(num_blocks, directions, c1, c3, k0, k1):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """Philox and Box-Muller alone; the sum keeps the compiler from leaving anything out."""
+    """Compute Philox and Box-Muller alone; the sum keeps the compiler from leaving anything out."""
     total = np.zeros(BLOCK, np.float32)
     for block in range(num_blocks):
         for n in range(0, directions.size - 1, 2):
@@ -162,7 +162,7 @@ def _raw(num_blocks, directions, c1, c3, k0, k1):  # type: ignore[no-untyped-def
 
 
 def digest_sides(size: int, dtype: torch.dtype, device: str) -> dict[str, Side]:
-    """The sides of digest; torch has none."""
+    """Return the sides of digest; torch has none."""
     master = torch.randn(size, device=device).to(dtype)
     copied, total = torch.zeros_like(master), torch.zeros(1, dtype=torch.int64, device=device)
     region = Region(0, size, 0, size)
@@ -183,7 +183,7 @@ def measure(
     threads: int,
     repeats: int,
 ) -> Row:
-    """One row of the table. Speeds are in elements of noise a second: elements times directions."""
+    """Measure one row of the table; speeds are in elements of noise a second: elements times directions."""
     torch.set_num_threads(threads)
     if operation == "update":
         sides = update_sides(size, dtype, kind, device, directions)
@@ -217,7 +217,7 @@ HEADER = (
 
 
 def formatted(row: Row) -> str:
-    """A row under ``HEADER``: the best turns."""
+    """Format a row under ``HEADER``: the best turns."""
 
     def number(value: float | None, width: int) -> str:
         return " " * width if value is None else f"{value:>{width}.2f}"

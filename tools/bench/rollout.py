@@ -1,4 +1,4 @@
-"""Measures answering: tokens per second of shardes' decode loop and of transformers' ``generate``.
+"""Measure generation: tokens per second of shardes' decode loop and of transformers' ``generate``.
 
 Both answer the same prompts with the same model, alternately, in one process. The model is a Llama of random
 parameters, so that answers never end by themselves; where each ends is drawn beforehand, from a geometric
@@ -27,7 +27,7 @@ PREFIX_LENGTH = 48
 
 
 def random_prompts(num_prompts: int, *, prefix_length: int) -> list[list[int]]:
-    """Prompts of 8 to 40 tokens after what they share."""
+    """Make prompts of 8 to 40 tokens after a shared prefix."""
     generator = torch.Generator().manual_seed(1)
 
     def some(count: int) -> list[int]:
@@ -38,7 +38,7 @@ def random_prompts(num_prompts: int, *, prefix_length: int) -> list[list[int]]:
 
 
 def answer_lengths(num_prompts: int, *, longest: int, spread: bool) -> list[int]:
-    """Tokens of each answer: all the longest, or geometric with a third of it as the mean."""
+    """Return the tokens of each answer: all ``longest``, or geometric with a third of it as the mean."""
     if not spread:
         return [longest] * num_prompts
     generator = torch.Generator().manual_seed(2)
@@ -48,7 +48,7 @@ def answer_lengths(num_prompts: int, *, longest: int, spread: bool) -> list[int]
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for what a device has been told to do."""
+    """Wait until a device has done all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -56,7 +56,7 @@ def synchronize(device: torch.device) -> None:
 def best_seconds(
     sides: dict[str, Callable[[], Any]], device: torch.device, *, num_turns: int
 ) -> dict[str, float]:
-    """The least time of each side; they take turns."""
+    """Return the least seconds of each side; the sides take turns."""
     seconds = dict.fromkeys(sides, math.inf)
     for _ in range(num_turns):
         for name, run in sides.items():
@@ -78,7 +78,7 @@ def compare(
     shared: bool,
     num_turns: int,
 ) -> Row:
-    """Both sides on one set of prompts."""
+    """Measure both sides on one set of prompts."""
     from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
     from shardes.rollout.batching import compose, shared_prefix
@@ -137,7 +137,7 @@ def compare(
 
 
 def compare_on_the_quickstart(micro_batch_size: int) -> Row:
-    """An iteration of it, with the loop and with ``generate`` in its place."""
+    """Measure an iteration of the quickstart, with the loop and with ``generate`` in its place."""
     from shardes.config.loading import load_config
     from shardes.es.strategy import Strategy
     from shardes.rollout.build import make_evaluator, make_scheduler

@@ -1,10 +1,9 @@
-"""Measures what a member costs: seconds by part, bytes received and memory, for backends and ways to gather.
+"""Measure the cost of a member: seconds by part, bytes received and memory, for backends and ways to gather.
 
 A Llama of about 100 million random parameters is written to a temporary directory. Every combination of
 number of ranks, backend and way to gather is a job of its own under torchrun: one iteration to warm up, one
-that is
-measured, and one whose collectives are counted. The same prompts go through transformers' ``generate`` in
-one process.
+that is measured, and one whose collectives are counted. The same prompts go through transformers'
+``generate`` in one process.
 
     python tools/bench/sharding.py --world-size 1 --world-size 2 --json benchmarks/sharding.json
 
@@ -45,7 +44,7 @@ SIGMA = 1e-3
 
 
 def possible(backend: str, gather: str, *, shard_size: int) -> bool:
-    """Whether a way to gather is one of a backend's, and not the same as another of them."""
+    """Return True if a backend has a way to gather that differs from its others."""
     if backend == "single":
         return gather == "member"
     if gather == "iteration" and shard_size == 1:
@@ -54,18 +53,18 @@ def possible(backend: str, gather: str, *, shard_size: int) -> bool:
 
 
 def write_problems(path: Path, *, num_prompts: int) -> None:
-    """Prompts of different lengths."""
+    """Write prompts of different lengths."""
     rows = [{"prompt": f"{i}" + "+7" * (1 + i % 6) + "="} for i in range(num_prompts)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def constant(prompts: list[Any], completions: list[str], **_: Any) -> list[float]:
-    """A reward that costs nothing."""
+    """Return the same reward for all completions, at no cost."""
     return [0.0] * len(completions)
 
 
 class ReceivedBytes(TorchDispatchMode):
-    """Adds up what this rank receives in collectives, taking them for those of the ranks of a replica."""
+    """Counter of the bytes that this rank receives in collectives, all taken to be of a replica's ranks."""
 
     def __init__(self, shard_size: int) -> None:
         super().__init__()
@@ -105,7 +104,7 @@ class ReceivedBytes(TorchDispatchMode):
 
 
 def peak_memory_bytes() -> int:
-    """Of the accelerator, if there is one, else of the process."""
+    """Return the peak memory of the accelerator, if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -113,7 +112,7 @@ def peak_memory_bytes() -> int:
 
 @contextmanager
 def stopwatch(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the seconds of a block to ``seconds[name]``."""
+    """Add the seconds of a block to ``seconds[name]``."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -124,7 +123,7 @@ def stopwatch(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def measure(tree: dict[str, Any], out: Path) -> None:
-    """One job, on each of its ranks; rank 0 writes what it found."""
+    """Measure one job on each of its ranks; rank 0 writes the figures."""
     from shardes.es.strategy import Strategy
     from shardes.es.update import Update
     from shardes.rollout.build import make_evaluator, make_scheduler
@@ -181,7 +180,7 @@ def measure(tree: dict[str, Any], out: Path) -> None:
 
 
 def measure_plain(tree: dict[str, Any], out: Path) -> None:
-    """The same prompts through transformers' own ``generate``, micro-batch by micro-batch."""
+    """Measure the same prompts with transformers' own ``generate``, micro-batch by micro-batch."""
     from transformers import AutoModelForCausalLM
 
     from shardes.models.build import load_tokenizer
@@ -217,7 +216,7 @@ def measure_plain(tree: dict[str, Any], out: Path) -> None:
 
 
 def start(tree: dict[str, Any], *, world_size: int, folder: Path) -> Row:
-    """Runs a job to its end; what rank 0 found, or why it failed."""
+    """Run a job to its end; return the figures of rank 0, or the reason why it failed."""
     found = run_job(__file__, tree, world_size=world_size, folder=folder)
     return {"failure": found} if isinstance(found, str) else found
 
@@ -229,7 +228,7 @@ HEADER = (
 
 
 def formatted(row: Row) -> str:
-    """A row under ``HEADER``."""
+    """Format a row under ``HEADER``."""
     place = f"{row['ranks']:>5}  {row['shard_size']:>5}  {row['backend']:<15}  {row['gather']:<8}"
     if "failure" in row:
         return f"{place} | {row['failure']}"

@@ -1,4 +1,4 @@
-"""Measures the host's search for stop texts: in windows of last tokens, and by decoding whole answers.
+"""Measure the host's search for stop texts: in windows of last tokens, and by decoding whole answers.
 
 Answers are pieces of this repository's documents, in a byte-level BPE that is trained on them, and their last
 tokens are a stop text. They are checked together as they grow: after every token, as the decode loop does on
@@ -30,14 +30,14 @@ Search = Callable[[torch.Tensor, int], int]
 
 
 def documents() -> str:
-    """The text that answers are made of."""
+    """Return the text that answers are made of."""
     paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "\n".join(path.read_text() for path in paths)
     return text.replace("</answer>", "")
 
 
 def trained_tokenizer(text: str) -> Any:
-    """A byte-level BPE of 8192 tokens."""
+    """Train a byte-level BPE of 8192 tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,7 +49,7 @@ def trained_tokenizer(text: str) -> Any:
 
 
 def answers(tokenizer: Any, text: str, *, count: int, length: int) -> torch.Tensor:
-    """Pieces of the text, each ending with a stop text, int64 of shape [count, length]."""
+    """Return pieces of the text, each ending with a stop text, int64 of shape [count, length]."""
     tokens, end = tokenizer(text)["input_ids"], tokenizer(STOPS[0])["input_ids"]
     length -= len(end)
     stride = (len(tokens) - length) // count
@@ -57,7 +57,7 @@ def answers(tokenizer: Any, text: str, *, count: int, length: int) -> torch.Tens
 
 
 def search_whole(stop: StopStrings) -> tuple[Search, Callable[[list[int]], int | None]]:
-    """A check that decodes all of every answer, and a search for the end that decodes every beginning."""
+    """Return a check that decodes whole answers, and a search for the end that decodes all beginnings."""
 
     def check(tokens: torch.Tensor, num_tokens: int) -> int:
         return sum(map(stop.is_in, tokens[:, :num_tokens].tolist()))
@@ -69,7 +69,7 @@ def search_whole(stop: StopStrings) -> tuple[Search, Callable[[list[int]], int |
 
 
 def search_windows(stop: StopStrings, num_answers: int) -> tuple[Search, Callable[[list[int]], int | None]]:
-    """The library's check and search."""
+    """Return the library's check and search."""
     growing = [GrowingAnswer(stop) for _ in range(num_answers)]
     num_checked = 0
 
@@ -83,7 +83,12 @@ def search_windows(stop: StopStrings, num_answers: int) -> tuple[Search, Callabl
 
 
 def measure(side: str, stop: StopStrings, tokens: torch.Tensor, *, every: int) -> tuple[Row, list[Any]]:
-    """One row of the table, and what was found: answers with a text at each check, and where each ends."""
+    """Measure one row of the table.
+
+    Returns:
+        The row, and the results of the search: the number of answers with a stop text at each check, then
+        the number of tokens of each answer.
+    """
     check, find = search_whole(stop) if side == "whole" else search_windows(stop, len(tokens))
     start = time.process_time()
     found: list[Any] = [check(tokens, end) for end in range(every, tokens.shape[1] + 1, every)]

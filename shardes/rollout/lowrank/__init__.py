@@ -1,1 +1,1 @@
-"""Low-rank members as terms added to the outputs of layers."""
+"""Evaluate low-rank members as terms added to the outputs of layers."""

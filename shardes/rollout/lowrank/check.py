@@ -1,4 +1,4 @@
-"""Whether members as terms compute what members as weights do: looked at when a run begins."""
+"""Compare members as low-rank terms with members as weights, when a run begins."""
 
 from typing import Any
 
@@ -16,19 +16,20 @@ _NUM_TOKENS = 8
 
 @torch.no_grad()
 def check_hooks(mode: GatherMode, *, backend: Backend, weights: Weights, world: Group, sigma: float) -> None:
-    """Compares the logits of two members; a collective of all ranks. It leaves the model at its centre.
+    """Compare the logits of two members, computed both ways; a collective of all ranks.
 
-    Rounding explains a small part of what the perturbations change, and a few steps of the dtype.
+    Rounding explains a small part of the change that the perturbations make, and a few steps of the dtype.
+    The model is left at its centre.
 
     Args:
-        mode: A batched one.
-        backend: The model.
-        weights: Its weights.
-        world: All ranks.
-        sigma: Scale of the noise.
+        mode: Gather mode, which must be a ``BatchedGather``.
+        backend: Backend that holds the model.
+        weights: Master shards of this rank.
+        world: All ranks of the job.
+        sigma: Scale of the noise of the two members.
 
     Raises:
-        UserError: They differ by more than rounding explains.
+        UserError: The logits differ by more than rounding explains.
     """
     assert isinstance(mode, BatchedGather), "other modes have no terms"
     members = [Perturbation(0, 0, sigma), Perturbation(0, 1, -sigma)]

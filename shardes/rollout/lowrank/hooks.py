@@ -1,9 +1,9 @@
-"""Members of low rank as terms that are added to what a model's layers compute.
+"""Add the low-rank terms of members to the outputs of a model's layers.
 
 The model stays at the centre. Where a layer computes ``x W^T``, a member's layer computes ``x W^T`` plus
 ``sigma (x B) A^T``: two products with a few columns. Rows of one forward may be different members', and the
-weights, which engines gather and free as they like, are never touched. Hooks need only what goes into a layer
-and what comes out, so those of engines and these do not meet.
+weights, which backends gather and free as they like, are never touched. Hooks need only the inputs and the
+outputs of a layer, so they do not interfere with those of backends.
 """
 
 import functools
@@ -29,21 +29,21 @@ from shardes.noise import GAUSSIAN, LowRank, Region, matrix_shape
 from shardes.weights.master import Weights
 
 Names = dict[str, str]
-"""From what a module calls its parameters to what the model calls those that are trained."""
+"""Names of trained parameters in the model, by their names in the module."""
 
 Patch = Callable[[nn.Module, Names], Callable[[], None]]
-"""Has a module compute the members' outputs; returns what undoes it."""
+"""Has a module compute the members' outputs; returns a function that undoes it."""
 
 
 class LowRankHooks:
-    """Has rows of a forward be of different members.
+    """Hooks by which the rows of a forward belong to different members.
 
     Args:
-        backend: The model, at its centre.
-        weights: The noise.
+        backend: Backend whose model is at the centre.
+        weights: Master shards, whose noise is of kind ``LowRank``.
 
     Raises:
-        UserError: A trained parameter is used in a way for which there is no rule.
+        UserError: A trained parameter is in a kind of module for which there is no rule.
     """
 
     def __init__(self, backend: Backend, weights: Weights) -> None:
@@ -62,7 +62,7 @@ class LowRankHooks:
         self._uses = self._find_uses(backend.sharded_model)
 
     def _find_uses(self, model: nn.Module) -> dict[str, tuple[Patch, Names]]:
-        """By module: how its outputs change, and which of its parameters are trained."""
+        """Return the patch and the trained parameters of each module that has any, by the module's path."""
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         uses: dict[str, tuple[Patch, Names]] = {}
         for path, module in model.named_modules():
@@ -88,7 +88,7 @@ class LowRankHooks:
         return uses
 
     def _rule(self, module: nn.Module) -> Patch | None:
-        """How a module's outputs are changed; None if that is not known."""
+        """Return the patch for a kind of module; None if there is no rule for it."""
         name, keys = _class_name(module), set(module._parameters)
         forward = type(module).forward
         if _part_of(module) is not None:
@@ -116,7 +116,7 @@ class LowRankHooks:
 
     @property
     def num_bytes(self) -> int:
-        """What a member's factors take."""
+        """Return the bytes of one member's factors and vectors, in the model's dtype."""
         count = 0
         for shard in self._shards.values():
             view = matrix_shape(shard.shape)
@@ -125,7 +125,7 @@ class LowRankHooks:
         return count * self._dtype.itemsize
 
     def load(self, members: Sequence[Perturbation]) -> None:
-        """Fills the factors of some members; those of the ones before are dropped."""
+        """Compute the factors and vectors of some members, in place of those loaded before."""
         self._num_members = len(members)
         sigmas = torch.tensor([member.sigma for member in members], device=self._device)
         for name, shard in self._shards.items():
@@ -137,7 +137,7 @@ class LowRankHooks:
             self._left[name], self._right[name] = scaled.to(self._dtype), right.to(self._dtype)
 
     def _factors_of(self, shard: Shard, members: Sequence[Perturbation]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors of every member, float32."""
+        """Return each member's left and right factors, float32 of shape [members, ..., features, rank]."""
         parts = []
         places: list[int] = []
         for iteration, mine in _by_iteration(members).items():
@@ -159,7 +159,7 @@ class LowRankHooks:
         return left, right
 
     def _vectors_of(self, shard: Shard, members: Sequence[Perturbation]) -> torch.Tensor:
-        """The noise of every member, float32 of shape [members, elements]."""
+        """Return the noise of each member for a vector, float32 of shape [members, elements]."""
         size = shard.num_elements
         out = torch.empty(len(members), size, device=self._device)
         nothing = torch.full((size,), -0.0, device=self._device)
@@ -177,12 +177,15 @@ class LowRankHooks:
         return out
 
     def on_rows(self, rows: torch.Tensor) -> None:
-        """Says which rows of a micro-batch the next forward is of; row i is of member ``i % members``."""
+        """Set the rows of the micro-batch that the next forward computes, int64 of shape [rows].
+
+        Row i is of member ``i % members``.
+        """
         self._members = rows % self._num_members
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
-        """Within it, a model at the centre computes the members' outputs."""
+        """Have a model at the centre compute the members' outputs, within the context."""
         undo = []
         try:
             for path, module in model.named_modules():
@@ -197,18 +200,18 @@ class LowRankHooks:
     # What is added. ``x`` and ``out`` begin with the rows of the forward, or with rows times tokens.
 
     def _by_row(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, tokens, features]."""
+        """Return a view of ``x`` of shape [rows, tokens, features]."""
         num_rows = len(self._members)
         return x.reshape(num_rows, math.prod(x.shape[:-1]) // num_rows, x.shape[-1])
 
     def _of_rows(self, of_members: torch.Tensor) -> torch.Tensor:
-        """What each member has, for each row."""
+        """Return the member's entry for each row of the forward, of shape [rows, ...]."""
         return of_members.index_select(0, self._members)
 
     def _moved(
         self, x: torch.Tensor, out: torch.Tensor, right: torch.Tensor, left: torch.Tensor
     ) -> torch.Tensor:
-        """``out + (x right) left^T``, in place; the factors are [members, features, rank]."""
+        """Add ``(x right) left^T`` to ``out`` in place; factors are of shape [members, features, rank]."""
         inputs, outputs = self._by_row(x), self._by_row(out)
         right, left = self._of_rows(right), self._of_rows(left)
         if self._kind.rank == 1:
@@ -220,7 +223,7 @@ class LowRankHooks:
         return outputs.view_as(out)
 
     def _shifted(self, out: torch.Tensor, name: str | None, *, outputs: slice = slice(None)) -> torch.Tensor:
-        """``out`` plus a vector's noise, or a part of it, if the vector is trained."""
+        """Return ``out`` plus the noise of a vector, or of a part of it; ``out`` itself if not trained."""
         if name is None:
             return out
         noise_of_rows = self._of_rows(self._vectors[name][:, outputs])
@@ -232,7 +235,7 @@ class LowRankHooks:
         return self._shifted(out, names.get("bias"))
 
     def _patch_part(self, module: Any, names: Names) -> Callable[[], None]:
-        """Adds to what a rank computes of a linear layer, before ranks bring that together."""
+        """Add the terms to this rank's part of a split linear layer, before the ranks combine theirs."""
         part = _part_of(module)
         assert part is not None
         weight, bias = names.get("weight"), names.get("bias")
@@ -253,7 +256,7 @@ class LowRankHooks:
         return undo
 
     def _conv1d(self, module: Any, x: torch.Tensor, out: torch.Tensor, names: Names) -> torch.Tensor:
-        # y = x W: what the weight's rows are, its columns are to a linear layer.
+        # y = x W: the weight is the transpose of that of a linear layer, so the factors change places.
         if (name := names.get("weight")) is not None:
             out = self._moved(x, out, self._left[name], self._right[name])
         return self._shifted(out, names.get("bias"))
@@ -279,12 +282,12 @@ class LowRankHooks:
         return out + self._scaled(normal, names["weight"]).to(out.dtype)
 
     def _scaled(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """``x`` times a vector's noise; ``x`` may have more dimensions in between, such as heads."""
+        """Return ``x`` times the noise of a vector; ``x`` may have dimensions in between, such as heads."""
         noise_of_rows = self._of_rows(self._vectors[name])
         return (self._by_row(x) * noise_of_rows[:, None]).view_as(x)
 
     def _patch_router(self, module: Any, names: Names) -> Callable[[], None]:
-        """Adds to the one linear product in it; what a router makes of that is its own affair."""
+        """Add the terms to the one linear product in a router, whose other computations stay as they are."""
         name, forward = names["weight"], module.forward
 
         def add(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -297,7 +300,7 @@ class LowRankHooks:
         return _replaced(module, moved)
 
     def _patch_experts(self, module: Any, names: Names) -> Callable[[], None]:
-        """Has the experts computed one after the other, each with the terms of the rows that come to it."""
+        """Compute the experts one after the other, each with the terms of the rows routed to it."""
 
         def product(key: str, expert: int, x: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
             out = functional.linear(x, getattr(module, key)[expert])
@@ -321,7 +324,7 @@ class LowRankHooks:
 
 
 class _AddToLinear(TorchFunctionMode):
-    """Within it, ``functional.linear`` adds something to its result."""
+    """Context in which results of ``functional.linear`` have terms added to them."""
 
     def __init__(self, add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -333,7 +336,7 @@ class _AddToLinear(TorchFunctionMode):
 
 
 def _hooked(change: Callable[..., torch.Tensor], module: nn.Module, names: Names) -> Callable[[], None]:
-    """Changes what a module puts out."""
+    """Change the outputs of a module by a forward hook; return the function that removes it."""
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
         return change(module, arguments[0], out, names)
@@ -342,13 +345,13 @@ def _hooked(change: Callable[..., torch.Tensor], module: nn.Module, names: Names
 
 
 def _replaced(module: Any, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Replaces a module's forward; the hooks around it stay."""
+    """Replace the forward of a module, but not the hooks around it; return the function that undoes it."""
     module.forward = forward
     return lambda: module.__dict__.pop("forward")
 
 
 def _by_iteration(members: Sequence[Perturbation]) -> dict[int, list[int]]:
-    """The places of the members whose noise is an iteration's."""
+    """Return the indices of the members by the iteration of their noise."""
     found: dict[int, list[int]] = {}
     for place, member in enumerate(members):
         found.setdefault(member.iteration, []).append(place)
@@ -360,18 +363,18 @@ def _class_name(module: nn.Module) -> str:
 
 
 def _part_of(module: nn.Module) -> LinearPart | None:
-    """What computes this rank's part of a linear layer; None if the module is no such layer."""
+    """Return this rank's part of a split linear layer; None if the module is no such layer."""
     forward = module.__dict__.get("forward")
     return forward if isinstance(forward, LinearPart) else None
 
 
 def _norm_epsilon(module: Any) -> Any:
-    """What an RMS norm adds to the mean square, by either of its usual names; None if it has neither."""
+    """Return the epsilon of an RMS norm, by either of its usual names; None if it has neither."""
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
 def _is_plain_experts(module: Any) -> bool:
-    """Whether experts are stored and computed as most are: gate and up joined, not transposed, no biases."""
+    """Return True for experts of the usual form: gate and up joined, not transposed, without biases."""
     return (
         getattr(module, "has_gate", False)
         and getattr(module, "is_concatenated", False)

@@ -5,6 +5,7 @@ No fast-math: the compiler may use vector instructions but may not change a bit.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numba as nb
 import numpy as np
@@ -24,10 +25,10 @@ from shardes.noise.cpu_math import (
     u32,
     u64,
 )
-from shardes.noise.definition import BLOCK, Ints, NoiseKey
+from shardes.noise.definition import BLOCK, Ints
 from shardes.noise.kinds.gaussian import cpu as gaussian_cpu
 from shardes.noise.kinds.gaussian.cpu import PAIR, fill_normals
-from shardes.noise.kinds.low_rank.tables import Tile
+from shardes.noise.kinds.low_rank.tables import Factors, Tile
 from shardes.utils.threads import split_over_threads
 
 # Rows and columns whose sums are computed together; with three terms at a time they fit the registers.
@@ -41,11 +42,11 @@ def _table_kernel() -> Callable[..., None]:
     sources = _SOURCES
 
     @nb.njit(nogil=True, cache=True, error_model="numpy")
-    def table(first, last, out, begin, rank, scale, directions, c1, c3, key):
+    def table(first, last, out, begin, scale, directions, words, key):
         _ = sources
         eps = np.empty(PAIR, np.float32)
-        k0, k1 = key
-        count = out.shape[2]
+        (c1, c3), (k0, k1) = words, key
+        _, rank, count = out.shape
         begin = begin * rank
         end = begin + count * rank
         for n in range(first, last):
@@ -159,78 +160,40 @@ def _accumulate_kernel(master_format: int) -> Callable[..., None]:
     return accumulate
 
 
-def table(
-    first: int,
-    count: int,
-    *,
-    rank: int,
-    scale: float,
-    param_id: int,
-    words2: Ints,
-    key: NoiseKey,
-    device: torch.device,
-) -> Tensor:
+def table(first: int, count: int, *, factors: Factors, words2: Ints, scale: float) -> Tensor:
     """Compute rows of a factor in some directions, each element times ``scale``.
 
     Returns:
         float32 of shape [directions, rank, count].
     """
-    out = torch.empty(len(words2), rank, count, device=device)
-    (c1, c3), key_words = update_words(param_id, key)
-    directions = np.asarray(words2, np.uint32)
-    split_over_threads(
-        _table_kernel(),
-        len(words2),
-        out.numpy(),
-        first,
-        rank,
-        f32(scale),
-        directions,
-        c1,
-        c3,
-        key_words,
-        at_least=max(MIN_PER_THREAD // max(rank * count, 1), 1),
-    )
+    out = torch.empty(len(words2), factors.rank, count, device=factors.device)
+    at_least = max(MIN_PER_THREAD // max(factors.rank * count, 1), 1)
+    terms = f32(scale), np.asarray(words2, np.uint32), *update_words(factors.param_id, factors.key)
+    split_over_threads(_table_kernel(), len(words2), out.numpy(), first, *terms, at_least=at_least)
     return out
 
 
 def perturb(source: Tensor, target: Tensor, tile: Tile, left: Tensor, right: Tensor, *, sigma: float) -> None:
     """Perturb a tile; the factors are of shape [rank, rows] and [rank, columns]."""
-    split_over_threads(
-        _perturb_kernel(FORMATS[source.dtype], FORMATS[target.dtype]),
-        tile.rows,
-        stored(source),
-        stored(target),
-        tile.offset,
-        tile.pitch,
-        left.numpy(),
-        right.numpy(),
-        f32(sigma),
-        at_least=max(MIN_PER_THREAD // tile.columns, 1),
-    )
+    kernel = _perturb_kernel(FORMATS[source.dtype], FORMATS[target.dtype])
+    _over_bands(kernel, 1, (source, target), tile, (left, right), f32(sigma))
 
 
-def accumulate(
-    master: Tensor,
-    tile: Tile,
-    left: Tensor,
-    right: Tensor,
-    *,
-    index: int,
-    width: int,
-    param_id: int,
-    key: NoiseKey,
-) -> None:
+def accumulate(master: Tensor, tile: Tile, left: Tensor, right: Tensor, *, factors: Factors) -> None:
     """Add a weighted sum of eps to a tile; the factors are of shape [terms, rows] and [terms, columns]."""
-    split_over_threads(
-        _accumulate_kernel(FORMATS[master.dtype]),
-        -(-tile.rows // _ROWS),
-        stored(master),
-        tile.offset,
-        tile.pitch,
-        left.numpy(),
-        right.numpy(),
-        (index, width),
-        *update_words(param_id, key),
-        at_least=max(MIN_PER_THREAD // (_ROWS * tile.columns), 1),
-    )
+    kernel, words = _accumulate_kernel(FORMATS[master.dtype]), update_words(factors.param_id, factors.key)
+    _over_bands(kernel, _ROWS, (master,), tile, (left, right), factors.place(tile), *words)
+
+
+def _over_bands(
+    kernel: Callable[..., None],
+    rows: int,
+    tensors: tuple[Tensor, ...],
+    tile: Tile,
+    factors: tuple[Tensor, Tensor],
+    *arguments: Any,
+) -> None:
+    """Run a kernel over a tile, of which each part is a band of ``rows`` rows, on several threads."""
+    held, at_least = map(stored, tensors), max(MIN_PER_THREAD // (rows * tile.columns), 1)
+    place = tile.offset, tile.pitch, *(factor.numpy() for factor in factors)
+    split_over_threads(kernel, -(-tile.rows // rows), *held, *place, *arguments, at_least=at_least)

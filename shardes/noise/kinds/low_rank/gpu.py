@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from shardes.noise import gpu
-from shardes.noise.definition import BLOCK, LANES, MAX_ELEMENTS, Ints, NoiseKey, Stream
+from shardes.noise.definition import BLOCK, LANES, MAX_ELEMENTS, Ints, Stream
 from shardes.noise.gpu_math import as_float, perturbed, philox, round_randomly, tl, triton, widen
 from shardes.noise.kinds.gaussian.gpu import FILL as NORMALS
-from shardes.noise.kinds.low_rank.tables import Tile
+from shardes.noise.kinds.low_rank.tables import Factors, Tile
 from shardes.noise.region import Region
 
 _LANES, _BLOCK = tl.constexpr(LANES), tl.constexpr(BLOCK)
@@ -101,28 +101,19 @@ def _accumulate(
         tl.store(master + place, round_randomly(moved, word >> 16, dtype), mask=mask)
 
 
-def table(
-    first: int,
-    count: int,
-    *,
-    rank: int,
-    scale: float,
-    param_id: int,
-    words2: Ints,
-    key: NoiseKey,
-    device: torch.device,
-) -> Tensor:
+def table(first: int, count: int, *, factors: Factors, words2: Ints, scale: float) -> Tensor:
     """Compute rows of a factor in some directions, each element times ``scale``.
 
     Returns:
         float32 of shape [directions, rank, count].
     """
     # Adding to -0 keeps every bit, even the sign of a zero.
+    rank, device = factors.rank, factors.device
     nothing = torch.full((count * rank,), -0.0, device=device)
     out = torch.empty(len(words2), count * rank, device=device)
-    region = Region(param_id, MAX_ELEMENTS, first * rank, count * rank)
+    region = Region(factors.param_id, MAX_ELEMENTS, first * rank, count * rank)
     for row, word in zip(out, words2, strict=True):
-        gpu.perturb(nothing, row, region, sigma=scale, fill=NORMALS, word2=word, key=key)
+        gpu.perturb(nothing, row, region, sigma=scale, fill=NORMALS, word2=word, key=factors.key)
     return out.view(-1, count, rank).transpose(1, 2).contiguous()
 
 
@@ -132,19 +123,10 @@ def perturb(source: Tensor, target: Tensor, tile: Tile, left: Tensor, right: Ten
     _launch(_perturb, (source, target, left, right), tile, (sigma_bits,))
 
 
-def accumulate(
-    master: Tensor,
-    tile: Tile,
-    left: Tensor,
-    right: Tensor,
-    *,
-    index: int,
-    width: int,
-    param_id: int,
-    key: NoiseKey,
-) -> None:
+def accumulate(master: Tensor, tile: Tile, left: Tensor, right: Tensor, *, factors: Factors) -> None:
     """Add a weighted sum of eps to a tile; the factors are of shape [terms, rows] and [terms, columns]."""
-    _launch(_accumulate, (master, left, right), tile, (index, width, *gpu.update_words(param_id, key)))
+    words = gpu.update_words(factors.param_id, factors.key)
+    _launch(_accumulate, (master, left, right), tile, (*factors.place(tile), *words))
 
 
 def _launch(function: Any, tensors: tuple[Tensor, ...], tile: Tile, numbers: tuple[int, ...]) -> None:

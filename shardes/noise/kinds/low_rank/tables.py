@@ -135,27 +135,16 @@ class Factors:
         return self._table(Stream.RIGHT, first, tile.columns, scale=1.0)
 
     def _table(self, stream: Stream, first: int, count: int, *, scale: float) -> Tensor:
-        table: Tensor = self.kernels.table(
-            first,
-            count,
-            rank=self.rank,
-            scale=scale,
-            param_id=self.param_id,
-            words2=[direction << 8 | stream for direction in self.directions],
-            key=self.key,
-            device=self.device,
-        )
+        words2 = [direction << 8 | stream for direction in self.directions]
+        table: Tensor = self.kernels.table(first, count, factors=self, words2=words2, scale=scale)
         return table
 
+    def place(self, tile: Tile) -> tuple[int, int]:
+        """Return the index in the parameter of a tile's first element, and the distance to the one below."""
+        return tile.first_row * self.width + tile.first_column, self.width
 
-def perturb(
-    source: Tensor,
-    target: Tensor,
-    *,
-    region: Region,
-    sigma: float,
-    factors: Factors,
-) -> None:
+
+def perturb(source: Tensor, target: Tensor, *, region: Region, sigma: float, factors: Factors) -> None:
     """Write ``round(centre + sigma * eps)`` of a region of matrices to ``target``."""
     side = max(MAX_TABLE // factors.rank, 1)
     for tile in (part for whole in tiles(region) for part in whole.cut(side)):
@@ -169,14 +158,4 @@ def accumulate(master: Tensor, *, region: Region, coefficients: Floats, factors:
     scales = torch.tensor(coefficients, dtype=torch.float32, device=master.device).view(-1, 1, 1)
     for tile in (part for whole in tiles(region) for part in whole.cut(side)):
         left, right = factors.left(tile).mul_(scales), factors.right(tile)
-        factors.kernels.accumulate(
-            master,
-            tile,
-            left.flatten(0, 1),
-            right.flatten(0, 1),
-            # Index in the parameter of the tile's first element, and the distance to the one below it.
-            index=tile.first_row * factors.width + tile.first_column,
-            width=factors.width,
-            param_id=factors.param_id,
-            key=factors.key,
-        )
+        factors.kernels.accumulate(master, tile, left.flatten(0, 1), right.flatten(0, 1), factors=factors)

@@ -1,11 +1,11 @@
-"""CUDA graphs of the decoding step: captured once for each number of rows, replayed for all members.
+"""Capture the decoding step as CUDA graphs, one for each number of rows, replayed for all members.
 
 A step of a large model is thousands of small kernels, which take the host longer to launch than the device to
 run. Between members only the values of weights and cache change, never their addresses, so that one capture
 serves the whole run.
 
-A graph's shapes are fixed: the step attends to the whole storage of the cache, with what is not written yet
-masked, and a batch shrinks only to the sizes of ``ladder``.
+A graph's shapes are fixed: the step attends to the whole storage of the cache, with the columns that are not
+written yet masked, and a batch shrinks only to the sizes of ``ladder``.
 """
 
 import logging
@@ -25,7 +25,7 @@ LEAST_ROWS = 8
 
 
 def ladder(num_rows: int) -> list[int]:
-    """The batch sizes that are captured: a batch's own, and halves of it down to ``LEAST_ROWS``."""
+    """Return the batch sizes that are captured: ``num_rows``, and halves of it down to ``LEAST_ROWS``."""
     sizes = [num_rows]
     while sizes[-1] >= 2 * LEAST_ROWS:
         sizes.append(-(-sizes[-1] // 2))
@@ -33,10 +33,10 @@ def ladder(num_rows: int) -> list[int]:
 
 
 class CudaGraph:
-    """A captured function.
+    """CUDA graph of a function.
 
     Args:
-        function: What to capture; takes and returns nothing, and works on tensors that stay where they are.
+        function: Function to capture; it works on tensors whose addresses do not change.
     """
 
     _pool: Any = None
@@ -55,24 +55,24 @@ class CudaGraph:
             function()
 
     def replay(self) -> None:
-        """Runs it again."""
+        """Run the captured function again."""
         self._graph.replay()
 
 
 MakeGraph = Callable[[Callable[[], None]], Any]
-"""Captures a function; what it returns has a method ``replay``."""
+"""Captures a function; returns an object with a method ``replay``."""
 
 
 class StepGraphs:
-    """The decoding steps of one model over one slab.
+    """Captured decoding steps of one model over one cache.
 
     Args:
-        model: A causal language model whose layers all attend to all tokens.
-        slab: Its cache, holding a batch.
-        make_graph: What captures a function.
+        model: Causal language model whose layers all attend to all tokens.
+        slab: Cache of the model, holding a batch.
+        make_graph: Function that captures a function.
 
     Attributes:
-        is_usable: False once a step could not be captured, or gave other logits than the model's own.
+        is_usable: False once a step could not be captured, or gave other logits than the model.
     """
 
     def __init__(self, model: nn.Module, slab: SlabCache, *, make_graph: MakeGraph = CudaGraph) -> None:
@@ -91,21 +91,22 @@ class StepGraphs:
         self._logits: dict[int, torch.Tensor] = {}
 
     def fits(self, model: nn.Module, slab: SlabCache) -> bool:
-        """Whether the model and the slab's storage are those that the graphs were captured with."""
+        """Return True if the graphs were captured with this model and with the cache's present storage."""
         return model is self._model and slab is self._slab and slab.addresses() == self._storage
 
     def step(
         self, token: torch.Tensor, *, positions: torch.Tensor, attention_mask: torch.Tensor
     ) -> torch.Tensor | None:
-        """The logits after one token of each row; None if it cannot be captured, and nothing was done.
+        """Return the logits after one token of each row; None, with nothing done, if it cannot be captured.
 
         Args:
-            token: int64 of shape [rows].
-            positions: int64 of shape [rows, 1].
-            attention_mask: int64 of shape [rows, tokens so far, this one's included].
+            token: Token id of each row, int64 of shape [rows].
+            positions: Position of each token, int64 of shape [rows, 1].
+            attention_mask: 1 on tokens and 0 on padding, int64 of shape [rows, length], where ``length``
+                counts the tokens so far, including this one.
 
         Returns:
-            [rows, vocabulary]; overwritten by the next step of as many rows.
+            Logits of shape [rows, vocabulary], overwritten by the next step of as many rows.
         """
         if not self.is_usable:
             return None
@@ -122,7 +123,7 @@ class StepGraphs:
         return self._logits[rows]
 
     def _capture(self, rows: int) -> bool:
-        """Captures the step of some number of rows, and compares it with the model's own."""
+        """Capture the step of ``rows`` rows, and compare it with the model's; return True if it is usable."""
 
         def run() -> None:
             self._logits[rows] = self._forward(rows)
@@ -162,6 +163,6 @@ class StepGraphs:
 
 
 def can_be_captured(model: Any, slab: SlabCache | None) -> bool:
-    """Whether a model's step may be tried: all layers attend to all tokens, by torch's own attention."""
+    """Return True if a step may be captured: all layers attend to all tokens, by torch's attention."""
     is_known = getattr(model.config, "_attn_implementation", None) == "sdpa"
     return slab is not None and is_known and not slab.has_windows

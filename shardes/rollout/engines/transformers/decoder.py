@@ -1,4 +1,4 @@
-"""Decoding over a transformers model: its forward and its cache classes, in a loop of our own.
+"""Decode with a transformers model: its forward and its cache classes, in a loop of our own.
 
 Rows that have ended leave the batch and the cache at once, so that an iteration costs the tokens it generates
 and not rows times the longest answer.
@@ -42,15 +42,16 @@ OnRows = Callable[[torch.Tensor], None]
 
 
 class Decoder:
-    """Answers micro-batches. Its cache is allocated once and serves all members.
+    """Decoder of micro-batches, whose cache is allocated once and serves all members.
 
     Args:
-        eos_ids: Tokens that end an answer.
-        pad_id: Stands where there is no token.
-        max_new_tokens: The longest answer.
-        stop: Texts that end an answer.
-        sampling: How tokens are drawn; None: the most likely one is taken.
-        make_graph: What captures a step, on the CPU; on CUDA devices it is ``CudaGraph``.
+        eos_ids: Ids of the tokens that end an answer.
+        pad_id: Id that stands where there is no token.
+        max_new_tokens: Largest number of tokens of an answer.
+        stop: Texts that end an answer; None: there are none.
+        sampling: Sampler of tokens; None: the most likely token is taken (greedy decoding).
+        make_graph: Function that captures a step on the CPU, for tests; None: none does. On CUDA devices
+            it is always ``CudaGraph``.
     """
 
     def __init__(
@@ -78,13 +79,13 @@ class Decoder:
     def begin(
         self, model: nn.Module, prefix: torch.Tensor | None = None, *, on_rows: OnRows | None = None
     ) -> None:
-        """Comes before the micro-batches that are answered with the same weights.
+        """Prepare for the micro-batches that are answered with the same weights; call it before them.
 
         Args:
-            model: A causal language model.
-            prefix: Tokens with which every prompt begins, int64 of shape [1, length], or [members, length];
-                what they leave in the cache is computed here, once.
-            on_rows: As in ``decode``, of the prefix's rows.
+            model: Causal language model, at these weights.
+            prefix: Token ids that every prompt begins with, int64 of shape [1, length], or
+                [members, length]; their keys and values are computed here, once. None: no such tokens.
+            on_rows: As in ``decode``, called with the rows of the prefix.
         """
         if not self._has_begun:
             self._slab = make_slab(model.config)
@@ -102,7 +103,7 @@ class Decoder:
         )
 
     def release(self) -> None:
-        """Frees the storage; the next batch allocates it anew."""
+        """Free the storage; the next batch allocates it anew."""
         self._slab = self._prefix = self._graphs = None
         self._has_begun = False
 
@@ -117,15 +118,20 @@ class Decoder:
         most_tokens: int | None = None,
         on_rows: OnRows | None = None,
     ) -> Completions:
-        """Answers a micro-batch.
+        """Decode a completion of each prompt of a micro-batch.
 
         Args:
-            model: The model that ``begin`` was called with.
-            batch: The prompts.
-            any_rank: In lock-step, tells whether the flag is set on any rank; all go on until it is on none.
-            num_prefills: In lock-step, the forwards that all ranks make before the first token.
-            most_tokens: Where answers are cut short, to see whether there is the memory to give them.
-            on_rows: Told before each forward which rows of the micro-batch it is of.
+            model: Model that ``begin`` was called with.
+            batch: Prompts, on the device of the model.
+            any_rank: Where ranks decode in lock-step, a collective that returns True if its argument is True
+                on any rank: all ranks go on while any has rows left. None: this rank decodes on its own.
+            num_prefills: Number of forwards before the first token that all ranks make in lock-step.
+            most_tokens: Number of tokens after which answers are cut, to probe the memory; None: no cut.
+            on_rows: Function called before each forward with the indices of the rows of the micro-batch
+                that it computes, int64 of shape [rows]; None: nothing is called.
+
+        Returns:
+            Token ids of each row's completion, and for each row whether all its logits were finite.
 
         Raises:
             UserError: The model keeps no cache.
@@ -180,7 +186,7 @@ class Decoder:
         return Completions(answers, are_finite)
 
     def _prepared(self, model: nn.Module, batch: MicroBatch) -> Cache:
-        """A cache for a micro-batch, with the shared prefix in it."""
+        """Return a cache for a micro-batch, with the shared prefix in it."""
         if self._slab is None:
             return DynamicCache(config=model.config)
         rows, width = batch.input_ids.shape
@@ -190,7 +196,7 @@ class Decoder:
         return self._slab
 
     def _graphs_of(self, model: nn.Module, device: torch.device) -> StepGraphs | None:
-        """What replays the model's steps; None if nothing does."""
+        """Return the graphs of the model's steps; None if steps cannot be captured."""
         make_graph = CudaGraph if device.type == "cuda" else self._make_graph
         if make_graph is None or self._slab is None or not can_be_captured(model, self._slab):
             return None
@@ -199,7 +205,7 @@ class Decoder:
         return self._graphs if self._graphs.is_usable else None
 
     def _cut(self, tokens: list[int]) -> list[int]:
-        """An answer up to and including what ended it."""
+        """Cut an answer after the token or the text that ended it."""
         ends = set(self._eos_ids)
         length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
         if self._stop and (stop := self._stop.find(tokens[:length])) is not None:
@@ -208,13 +214,13 @@ class Decoder:
 
 
 class _Rows:
-    """The rows of a micro-batch that are being answered, and the state of each.
+    """State of the rows of a micro-batch while they are being decoded.
 
     Attributes:
-        indices: Which row of the micro-batch each is, int64 of shape [live].
-        has_ended: bool of shape [live].
-        tokens: All answers so far, int64 of shape [rows of the micro-batch, num_steps].
-        are_finite: Whether the logits were so far, bool of shape [rows of the micro-batch].
+        indices: Index in the micro-batch of each live row, int64 of shape [live].
+        has_ended: True for live rows that have ended, bool of shape [live].
+        tokens: Token ids of all answers so far, int64 of shape [rows of the micro-batch, num_steps].
+        are_finite: True where all logits so far were finite, bool of shape [rows of the micro-batch].
     """
 
     def __init__(
@@ -239,11 +245,11 @@ class _Rows:
         self._token = batch.input_ids[:, -1]
 
     def prefill(self, model: nn.Module, *, num_forwards: int) -> torch.Tensor:
-        """The logits after the prompts, of shape [live, vocabulary].
+        """Return the logits after the prompts, of shape [live, vocabulary].
 
         Args:
-            model: The model.
-            num_forwards: The last one is repeated until there are as many.
+            model: Causal language model.
+            num_forwards: Number of forwards to make; the last one is repeated until there are as many.
         """
         if not isinstance(self._cache, SlabCache):
             return self._prefill_part(model, slice(len(self._batch.rows)), low=0, start=0)
@@ -264,7 +270,11 @@ class _Rows:
         return torch.cat(parts)
 
     def _prefill_part(self, model: nn.Module, rows: slice, *, low: int, start: int) -> torch.Tensor:
-        """The same of some rows, whose columns from ``low`` to ``start`` are in the cache."""
+        """Return the logits after some of the prompts, whose columns ``low`` to ``start`` are in the cache.
+
+        Raises:
+            UserError: The model keeps no key-value cache.
+        """
         if self._on_rows is not None:
             self._on_rows(self.indices[rows])
         logits = _forward(
@@ -282,7 +292,7 @@ class _Rows:
         return logits
 
     def step(self, model: nn.Module) -> torch.Tensor:
-        """The logits after the last token of each row, of shape [live, vocabulary]."""
+        """Return the logits after the last token of each row, of shape [live, vocabulary]."""
         if self._on_rows is not None:
             self._on_rows(self.indices)
         return _forward(
@@ -294,16 +304,16 @@ class _Rows:
         )
 
     def replay(self, graphs: StepGraphs) -> torch.Tensor | None:
-        """The same by a captured step; None if there is none."""
+        """Return the logits of ``step``, computed by a captured step; None if it cannot be captured."""
         mask = self._mask[:, : self._width + self._num_tokens]
         return graphs.step(self._token, positions=self._positions, attention_mask=mask)
 
     def note(self, is_finite: torch.Tensor) -> None:
-        """Takes in whether the logits of each row are; of rows that have ended it does not matter."""
+        """Record where logits are finite, bool of shape [live]; rows that have ended are left out."""
         self.are_finite[self.indices] &= is_finite | self.has_ended
 
     def append(self, token: torch.Tensor, eos_ids: Sequence[int]) -> None:
-        """Takes in the next token of each row; those of rows that have ended are dropped."""
+        """Append the next token of each row, int64 of shape [live]; rows that have ended get padding."""
         self._token = token.masked_fill(self.has_ended, self._pad_id)
         self.tokens[self.indices, self._num_tokens] = self._token
         self._num_tokens += 1
@@ -332,10 +342,10 @@ class _Rows:
         self.has_ended |= torch.tensor(over, device=self.has_ended.device)
 
     def compact(self, sizes: Sequence[int] | None = None) -> bool:
-        """Lets go of rows that have ended; returns whether any has not.
+        """Drop rows that have ended; return True if any has not.
 
         Args:
-            sizes: The numbers of rows that may be left, from the largest; None: any down to ``LEAST_ROWS``.
+            sizes: Numbers of rows that may be left, in descending order; None: any, down to ``LEAST_ROWS``.
         """
         ended = self.has_ended.tolist()
         num_live = ended.count(False)
@@ -367,15 +377,15 @@ class _Rows:
 
 
 def prefill_parts(lengths: tuple[int, ...], *, num_members: int) -> list[slice]:
-    """The prompts of a micro-batch that are computed together before the first token.
+    """Split the prompts of a micro-batch into parts that are computed together before the first token.
 
     Args:
-        lengths: Tokens of each prompt, ascending.
-        num_members: How many rows each prompt is.
+        lengths: Number of tokens of each prompt, ascending.
+        num_members: Number of rows of each prompt.
 
     Returns:
-        As many even parts as cost least, if a part costs what ``TOKENS_PER_PART`` tokens of padding do. The
-        more members, the more parts.
+        As many even parts as cost least, if a part costs as much as ``TOKENS_PER_PART`` tokens of padding.
+        The more members, the more parts.
     """
 
     def even(count: int) -> list[slice]:
@@ -401,7 +411,7 @@ def _forward(
     attention_mask: torch.Tensor,
     positions: torch.Tensor,
 ) -> torch.Tensor:
-    """The logits after the last of the tokens, of shape [rows, vocabulary]; the cache takes the tokens in."""
+    """Return the logits after the last token, of shape [rows, vocabulary]; add the tokens to the cache."""
     output: Any = model(
         input_ids=input_ids,
         attention_mask=attention_mask,

@@ -1,4 +1,4 @@
-"""A key-value cache that is allocated once, written in place, and lets go of finished rows."""
+"""Cache keys and values in storage that is allocated once, written in place, and drops finished rows."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,13 +12,13 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 class SlabLayer(CacheLayerMixin):
     """Keys and values of one layer, in storage that outlives the batch.
 
-    Tensors are [rows, heads, tokens, head size]. All tokens are kept, also those outside of a sliding window,
-    which is a matter of the attention mask.
+    Tensors are of shape [rows, heads, tokens, head size]. All tokens are kept, also those outside of a
+    sliding window, which the attention mask hides.
 
     Attributes:
-        length: Columns filled.
-        column: Where the next token goes, int64 of shape [1], if a step is to have the same shapes whatever
-            the length: that then stays, and the whole storage is returned.
+        length: Number of columns that are filled.
+        column: Column of the next token, int64 of shape [1], if the shapes of a step must not depend on
+            the length: ``length`` then stays, and ``update`` returns the whole storage. None otherwise.
     """
 
     # Masks are then always made while decoding, where transformers would otherwise look at the device's data
@@ -38,7 +38,7 @@ class SlabLayer(CacheLayerMixin):
         self._shape = (0, 0)
 
     def restart(self, *, rows: int, max_length: int) -> None:
-        """Forgets all tokens; the storage is replaced only if it is too small."""
+        """Forget all tokens; the storage is replaced only if it is too small."""
         self.look_at(slice(rows), low=0, length=0)
         if self.is_initialized and (self.keys.shape[0] < rows or self.keys.shape[2] < max_length):
             self.keys = self.values = None
@@ -46,11 +46,11 @@ class SlabLayer(CacheLayerMixin):
         self._shape = (max(rows, self._shape[0]), max(max_length, self._shape[1]))
 
     def look_at(self, rows: slice, *, low: int, length: int) -> None:
-        """Goes on with some rows, of which the columns from ``low`` to ``length`` are filled."""
+        """Select some rows, whose columns from ``low`` to ``length`` are filled, for the next forwards."""
         self._rows, self._low, self.length = rows, low, length
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocates; called with the first keys and values, whose sizes were not known before."""
+        """Allocate the storage, by the shapes and dtypes of the first keys and values."""
         rows, max_length = self._shape
         self.keys = key_states.new_zeros(rows, key_states.shape[1], max_length, key_states.shape[3])
         self.values = value_states.new_zeros(rows, value_states.shape[1], max_length, value_states.shape[3])
@@ -59,7 +59,7 @@ class SlabLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends tokens to the rows looked at; returns all of theirs, as views of the storage."""
+        """Append tokens to the selected rows; return all their keys and values, as views of the storage."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.column is not None:
@@ -74,17 +74,21 @@ class SlabLayer(CacheLayerMixin):
         return self.keys[self._rows, :, self._low : end], self.values[self._rows, :, self._low : end]
 
     def keep(self, *, rows: int, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        """Keeps the first ``rows`` rows, after ``sources`` were copied over ``targets``."""
+        """Keep the first ``rows`` rows, after copying rows ``sources`` over rows ``targets``."""
         if len(sources):
             for storage in (self.keys, self.values):
                 storage[targets, :, : self.length] = storage[sources, :, : self.length]
         self._rows = slice(rows)
 
     def take_prefix(self, prefix: Self, shifts: Sequence[int]) -> None:
-        """Fills each row from another layer, moved to the right by as many tokens as it is padded.
+        """Fill each row from another layer, shifted to the right by the padding of the row.
 
-        The other layer's rows are taken in turn: its only one, or one for each member. What a shift moves
-        beyond the prefix's length is left out, so that all rows have that length.
+        The other layer's rows are taken in turn: its only one, or one for each member. Tokens that a shift
+        moves beyond the prefix's length are left out, so that all rows have that length.
+
+        Args:
+            prefix: Layer of the same sizes that holds the prefix.
+            shifts: Number of padding tokens of each row, in descending order.
         """
         if not self.is_initialized:
             self.lazy_initialization(prefix.keys, prefix.values)
@@ -104,15 +108,15 @@ class SlabLayer(CacheLayerMixin):
             low = high
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that the next tokens see."""
+        """Return the length and the offset of the keys that the next ``query_length`` tokens see."""
         return self.length - self._low + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens held of the rows looked at."""
+        """Return the number of tokens held of the selected rows."""
         return self.length - self._low
 
     def get_max_length(self) -> int:
-        """Tokens that fit."""
+        """Return the number of tokens that fit into a row."""
         return self._shape[1]
 
 
@@ -120,8 +124,8 @@ class SlabCache(Cache):
     """One ``SlabLayer`` for each layer of a model.
 
     Args:
-        num_layers: How many.
-        has_windows: Whether some of the layers attend to the last tokens only.
+        num_layers: Number of layers of the model.
+        has_windows: True if some of the layers attend to a sliding window only.
     """
 
     def __init__(self, num_layers: int, *, has_windows: bool = False) -> None:
@@ -129,23 +133,23 @@ class SlabCache(Cache):
         self.has_windows = has_windows
 
     def restart(self, *, rows: int, max_length: int) -> None:
-        """Makes room for a batch, and forgets the one before."""
+        """Make room for a batch of ``rows`` rows of ``max_length`` tokens, and forget the one before."""
         for layer in self.layers:
             layer.restart(rows=rows, max_length=max_length)
 
     def look_at(self, rows: slice, *, low: int, length: int) -> None:
-        """Goes on with some rows, of which the columns from ``low`` to ``length`` are filled."""
+        """Select some rows, whose columns from ``low`` to ``length`` are filled, for the next forwards."""
         for layer in self.layers:
             layer.look_at(rows, low=low, length=length)
 
     def keep(self, *, rows: int, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        """Drops all but the first ``rows`` rows, after ``sources`` were copied over ``targets``."""
+        """Keep the first ``rows`` rows, after copying rows ``sources`` over rows ``targets``."""
         for layer in self.layers:
             layer.keep(rows=rows, sources=sources, targets=targets)
 
     @contextmanager
     def at(self, column: torch.Tensor) -> Iterator[None]:
-        """Within it, a token goes where ``column`` says, and its shapes do not depend on that."""
+        """Write tokens to ``column``, int64 of shape [1], within the context, so that no shape varies."""
         for layer in self.layers:
             layer.column = column
         try:
@@ -155,37 +159,37 @@ class SlabCache(Cache):
                 layer.column = None
 
     def clear(self) -> None:
-        """Overwrites the storage: what is not finite would get through a mask."""
+        """Fill the storage with zeros: values that are not finite would get through a mask."""
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keys.zero_()
                 layer.values.zero_()
 
     def advance(self) -> None:
-        """Counts a token that was written ``at`` the end."""
+        """Count a token that was written to the end within ``at``."""
         for layer in self.layers:
             layer.length += 1
 
     def capacity(self) -> tuple[int, int]:
-        """Rows and tokens that fit."""
+        """Return the numbers of rows and of tokens that fit."""
         return self.layers[0].keys.shape[0], self.layers[0].keys.shape[2]
 
     def device(self) -> torch.device:
-        """Where the storage is."""
+        """Return the device of the storage."""
         return self.layers[0].keys.device
 
     def addresses(self) -> list[int]:
-        """Where the storage begins, of each layer."""
+        """Return the addresses of each layer's storage of keys and of values."""
         return [storage.data_ptr() for layer in self.layers for storage in (layer.keys, layer.values)]
 
     def take_prefix(self, prefix: Self, shifts: Sequence[int]) -> None:
-        """Begins every row with the tokens of another cache's rows (see ``SlabLayer``)."""
+        """Begin each row with the tokens of another cache's rows; see ``SlabLayer.take_prefix``."""
         for layer, source in zip(self.layers, prefix.layers, strict=True):
             layer.take_prefix(source, shifts)
 
 
 def make_slab(model_config: Any) -> SlabCache | None:
-    """A slab for a model; None if one of its layers keeps something else than keys and values."""
+    """Return an empty cache for a model; None if one of its layers keeps more than keys and values."""
     layers = DynamicCache(config=model_config).layers
     kinds = {type(layer) for layer in layers}
     if not layers or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
