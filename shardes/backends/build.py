@@ -1,12 +1,10 @@
 """Building the backend that a configuration names."""
 
-import torch
-
 from shardes.backends.base import Backend
 from shardes.backends.registry import BACKENDS
 from shardes.config.schema import Config
 from shardes.distributed.group import Group
-from shardes.models.build import build_skeleton, load_generation_config, load_model_config
+from shardes.models.build import load_generation_config, skeleton_of
 from shardes.models.conversion import Conversion
 
 
@@ -16,11 +14,8 @@ def make_backend(config: Config, *, group: Group) -> Backend:
     Raises:
         UserError: The model directory or the backend's configuration cannot be used.
     """
-    trust = config.model.trust_remote_code
-    model_config = load_model_config(config.model.path, trust_remote_code=trust)
-    dtype: torch.dtype = getattr(torch, config.model.dtype)
-    skeleton = build_skeleton(model_config, dtype=dtype, trust_remote_code=trust)
-    skeleton.generation_config = load_generation_config(config.model.path, model_config)
+    skeleton = skeleton_of(config)
+    skeleton.generation_config = load_generation_config(config.model.path, skeleton.config)
     conversion = Conversion(skeleton)  # before the backend takes the skeleton over
     backend: Backend = BACKENDS[config.parallel.backend].load().build(skeleton, config=config, group=group)
     backend.conversion = conversion

@@ -2,22 +2,12 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shardes.errors import UserError
-
-
-@dataclass(frozen=True)
-class _Unusable:
-    """A key that is refused where ``is_set`` is true of its value, and the reason."""
-
-    key: str
-    is_set: Callable[[Any], bool]
-    reason: str
 
 
 def _enabled(value: Any) -> bool:
@@ -32,42 +22,36 @@ def _above_one(value: Any) -> bool:
     return isinstance(value, int) and value > 1
 
 
-_UNUSABLE = (
-    _Unusable("optimizer", bool, "ES has a step of its own: set es.alpha and es.alpha_schedule instead"),
-    _Unusable("scheduler", bool, "ES has a step of its own: set es.alpha_schedule instead"),
-    _Unusable(
+_QUANTISED = "quantised gathers round away the noise that ES adds"
+# Keys that are refused, each with the function that is true of the values meant, and the reason.
+_UNUSABLE: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("optimizer", bool, "ES has a step of its own: set es.alpha and es.alpha_schedule instead"),
+    ("scheduler", bool, "ES has a step of its own: set es.alpha_schedule instead"),
+    (
         "zero_optimization.zero_hpz_partition_size",
         _above_one,
         "hpZ forwards read a secondary copy of the weights that perturbations do not reach",
     ),
-    _Unusable(
+    (
         "zero_optimization.mics_shard_size",
         _above_one,
         "MiCS keeps several copies of each shard, and perturbations would reach only one",
     ),
-    _Unusable(
-        "zero_optimization.zero_quantized_weights",
-        bool,
-        "quantised gathers round away the noise that ES adds",
-    ),
-    _Unusable(
-        "zero_optimization.zero_quantized_nontrainable_weights",
-        bool,
-        "quantised gathers round away the noise that ES adds",
-    ),
-    _Unusable("zero_optimization.offload_param", _offloads, "offloaded shards were not tried with shardes"),
-    _Unusable("zero_optimization.offload_optimizer", _offloads, "there is no optimizer state to offload"),
-    _Unusable(
+    ("zero_optimization.zero_quantized_weights", bool, _QUANTISED),
+    ("zero_optimization.zero_quantized_nontrainable_weights", bool, _QUANTISED),
+    ("zero_optimization.offload_param", _offloads, "offloaded shards were not tried with shardes"),
+    ("zero_optimization.offload_optimizer", _offloads, "there is no optimizer state to offload"),
+    (
         "zero_optimization.memory_efficient_linear",
         bool,
         "it replaces torch's linear function for the whole process",
     ),
-    _Unusable("compression_training", bool, "compressed weights cannot be perturbed exactly"),
-    _Unusable("quantize_training", bool, "quantised weights cannot be perturbed exactly"),
-    _Unusable("amp", _enabled, "the dtype of the weights is model.dtype"),
-    _Unusable("pipeline", bool, "the model is sharded by ZeRO-3 only"),
-    _Unusable("tensor_parallel", bool, "the model is sharded by ZeRO-3 only"),
-    _Unusable("sequence_parallel_size", _above_one, "prompts are split over ranks, not sequences"),
+    ("compression_training", bool, "compressed weights cannot be perturbed exactly"),
+    ("quantize_training", bool, "quantised weights cannot be perturbed exactly"),
+    ("amp", _enabled, "the dtype of the weights is model.dtype"),
+    ("pipeline", bool, "the model is sharded by ZeRO-3 only"),
+    ("tensor_parallel", bool, "the model is sharded by ZeRO-3 only"),
+    ("sequence_parallel_size", _above_one, "prompts are split over ranks, not sequences"),
 )
 
 
@@ -164,12 +148,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _refuse_unusable(tree: dict[str, Any], path: Path) -> None:
     problems = []
-    for unusable in _UNUSABLE:
+    for key, is_set, reason in _UNUSABLE:
         value: Any = tree
-        for part in unusable.key.split("."):
+        for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        if value is not None and value != "auto" and unusable.is_set(value):
-            problems.append(f"  {unusable.key} = {json.dumps(value)}: {unusable.reason}; remove it")
+        if value is not None and value != "auto" and is_set(value):
+            problems.append(f"  {key} = {json.dumps(value)}: {reason}; remove it")
     if problems:
         raise UserError("\n".join([f"parallel.deepspeed: {path} has keys that cannot be used:", *problems]))
 

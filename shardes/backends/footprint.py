@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from shardes.backends.gathered_model import make_buckets
+from shardes.backends.gathered_model import BUCKET_BYTES, make_buckets
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RankFootprint:
             device_type: ``cuda`` or ``cpu``, which decides on the size of a bucket.
         """
         sizes = {name: size * itemsize for name, size in self.held.items()}
-        buckets = make_buckets(sizes, device_type=device_type)
+        buckets = make_buckets(sizes, max_bytes=BUCKET_BYTES[device_type])
         of_buckets = [sum(self.held[name] for name in bucket) for bucket in buckets if len(bucket) > 1]
         return (1 + self.num_ranks) * max(of_buckets, default=0) * itemsize
 

@@ -11,7 +11,7 @@ from shardes.models.build import fill_parameters
 
 # Bytes of a rank's shards that are copied together to be gathered at once. On the CPU a collective takes as
 # long to begin as a copy of this size.
-_BUCKET_BYTES = {"cuda": 16 * 2**20, "cpu": 2**20}
+BUCKET_BYTES = {"cuda": 16 * 2**20, "cpu": 2**20}
 
 
 class GatheredModel:
@@ -47,7 +47,7 @@ class GatheredModel:
         # is then at the end of what a gather gives.
         self._sizes = {name: sum(span.num_elements for span in layouts[name].spans((0,))) for name in shards}
         sizes = {name: self._sizes[name] * shards[name].element_size() for name in shards}
-        self._buckets = make_buckets(sizes, device_type=group.device.type)
+        self._buckets = make_buckets(sizes, max_bytes=BUCKET_BYTES[group.device.type])
         self._storage: dict[str, torch.Tensor] = {}
 
     def fill(self) -> nn.Module:
@@ -104,21 +104,20 @@ def padded(part: torch.Tensor, size: int) -> torch.Tensor:
     return longer
 
 
-def make_buckets(sizes: Mapping[str, int], *, device_type: str) -> list[list[str]]:
-    """Group neighbouring parameters whose shards together fit into a bucket.
+def make_buckets(sizes: Mapping[str, int], *, max_bytes: int) -> list[list[str]]:
+    """Group neighbouring parameters that together fit into a bucket.
 
     Args:
-        sizes: Bytes of a rank's shard of each parameter, by name.
-        device_type: ``cuda`` or ``cpu``, which decides on the size of a bucket.
+        sizes: Bytes of each parameter, or of a rank's shard of it, by name.
+        max_bytes: Size of a bucket.
 
     Returns:
-        Names by bucket; a larger shard has a bucket of its own.
+        Names by bucket; a larger parameter has a bucket of its own.
     """
     buckets: list[list[str]] = []
-    most_bytes = _BUCKET_BYTES[device_type]
-    total = most_bytes
+    total = 0
     for name, num_bytes in sizes.items():
-        if total + num_bytes > most_bytes:
+        if not buckets or total + num_bytes > max_bytes:
             buckets.append([])
             total = 0
         buckets[-1].append(name)

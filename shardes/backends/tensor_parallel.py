@@ -22,6 +22,7 @@ from shardes.backends.sharded import ShardedBackend, make_shards
 from shardes.backends.split_linear import linears_of, use_plain_tensors
 from shardes.distributed.group import Group
 from shardes.errors import UserError
+from shardes.models.build import fill_parameters
 
 # Attention modules compute whole heads, so a plan that splits their outputs deals heads to ranks.
 _DEALS_HEADS = re.compile(r".*\b(self_attn|attention|attn)\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value)")
@@ -206,27 +207,20 @@ def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
     """Allocate the local part of every parameter, zeros; buffers are real already and move to ``device``."""
-    made: dict[int, nn.Parameter] = {}
+    fill_parameters(model, {name: _with_storage(held, device) for name, held in model.named_parameters()})
     for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in made:
-                    made[id(parameter)] = _with_storage(parameter, device)
-                module._parameters[key] = made[id(parameter)]
         for key, buffer in module._buffers.items():
             module._buffers[key] = None if buffer is None else buffer.to(device)
 
 
-def _with_storage(parameter: torch.Tensor, device: torch.device) -> nn.Parameter:
+def _with_storage(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
     if not isinstance(parameter, DTensor):
-        return nn.Parameter(torch.zeros_like(parameter, device=device), requires_grad=False)
-    local = torch.zeros(parameter.to_local().shape, dtype=parameter.dtype, device=device)
-    spread = DTensor.from_local(
-        local,
+        return torch.zeros_like(parameter, device=device)
+    return DTensor.from_local(
+        torch.zeros(parameter.to_local().shape, dtype=parameter.dtype, device=device),
         parameter.device_mesh,
         parameter.placements,
         run_check=False,
         shape=parameter.shape,
         stride=parameter.stride(),
     )
-    return nn.Parameter(spread, requires_grad=False)

@@ -6,7 +6,7 @@ import os
 import platform
 import secrets
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ import torch.distributed as dist
 from shardes.distributed import shared_memory
 from shardes.distributed.shared_memory import SharedMemory
 from shardes.errors import UserError
+
+_N = TypeVar("_N", int, float)
 
 
 @dataclass(frozen=True)
@@ -43,28 +45,17 @@ class Group:
 
     def sum_float64(self, values: list[float]) -> list[float]:
         """Sum over ranks element by element; exact if at most one rank has a non-zero entry at each index."""
-        if self.world_size == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self.process_group)
-        return total.tolist()
+        return self._reduce(values, torch.float64, dist.ReduceOp.SUM)
 
     def sum_int64(self, value: int) -> int:
         """Sum over ranks modulo 2**64; return an unsigned number."""
         wrapped = value & 0xFFFFFFFFFFFFFFFF
-        if self.world_size > 1:
-            total = torch.tensor([wrapped - (wrapped >> 63 << 64)], dtype=torch.int64, device=self.device)
-            dist.all_reduce(total, group=self.process_group)
-            wrapped = int(total.item()) & 0xFFFFFFFFFFFFFFFF
-        return wrapped
+        (total,) = self._reduce([wrapped - (wrapped >> 63 << 64)], torch.int64, dist.ReduceOp.SUM)
+        return total & 0xFFFFFFFFFFFFFFFF
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank."""
-        if self.world_size == 1:
-            return flag
-        total = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
-        dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self.process_group)
-        return bool(total.item())
+        return bool(self._reduce([int(flag)], torch.int32, dist.ReduceOp.MAX)[0])
 
     def gather_int64(self, values: list[int]) -> list[list[int]]:
         """Gather every rank's values, equally many of each, by rank."""
@@ -77,11 +68,15 @@ class Group:
 
     def min(self, value: int) -> int:
         """Return the smallest of the ranks' values."""
+        return self._reduce([value], torch.int64, dist.ReduceOp.MIN)[0]
+
+    def _reduce(self, values: list[_N], dtype: torch.dtype, operation: Any) -> list[_N]:
+        """Reduce the ranks' values, equally many of each, element by element."""
         if self.world_size == 1:
-            return value
-        least = torch.tensor([value], dtype=torch.int64, device=self.device)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.process_group)
-        return int(least.item())
+            return values
+        reduced = torch.tensor(values, dtype=dtype, device=self.device)
+        dist.all_reduce(reduced, op=operation, group=self.process_group)
+        return reduced.tolist()
 
     def broadcast_json(self, value: Any) -> Any:
         """Return rank 0's value on every rank; it must be representable as JSON. Nothing is pickled."""
@@ -101,17 +96,12 @@ class Group:
         if self.world_size == 1:
             return [json.loads(json.dumps(value))]
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
-        sizes[self.rank] = len(payload)
-        dist.all_reduce(sizes, group=self.process_group)
-        buffer = torch.zeros(int(sizes.max().item()), dtype=torch.uint8, device=self.device)
+        sizes = [size for (size,) in self.gather_int64([len(payload)])]
+        buffer = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
         buffer[: len(payload)] = payload.to(self.device)
         parts = [torch.empty_like(buffer) for _ in range(self.world_size)]
         dist.all_gather(parts, buffer, group=self.process_group)
-        return [
-            json.loads(bytes(part[:size].cpu().numpy()))
-            for part, size in zip(parts, sizes.tolist(), strict=True)
-        ]
+        return [json.loads(bytes(part[:size].cpu().numpy())) for part, size in zip(parts, sizes, strict=True)]
 
     def gather_tensor(self, local: torch.Tensor, output: torch.Tensor) -> None:
         """Concatenate the ranks' tensors in ``output``; with one rank, copy.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
+from torch import Tensor
 
 
 class Optimizer(ABC):
@@ -30,9 +30,7 @@ class Optimizer(ABC):
         return alpha
 
     @abstractmethod
-    def step(
-        self, gradient: torch.Tensor, states: Sequence[torch.Tensor], *, alpha: float, number: int
-    ) -> torch.Tensor:
+    def step(self, gradient: Tensor, states: Sequence[Tensor], *, alpha: float, number: int) -> Tensor:
         """Compute the step that is added to some weights: float32, like ``gradient``.
 
         Args:
@@ -42,8 +40,7 @@ class Optimizer(ABC):
             number: Number of steps before this one.
         """
 
-    @abstractmethod
-    def last_step(self, states: Sequence[torch.Tensor], *, alpha: float, number: int) -> torch.Tensor | None:
+    def last_step(self, states: Sequence[Tensor], *, alpha: float, number: int) -> Tensor | None:
         """Compute the step that led to some states; None if they do not determine it.
 
         Args:
@@ -51,6 +48,7 @@ class Optimizer(ABC):
             alpha: Step size of the step.
             number: Number of steps before it.
         """
+        return None
 
     @abstractmethod
     def largest_step(self, gradient: float, states: Sequence[float], *, alpha: float) -> float:
@@ -62,15 +60,9 @@ class PlainStep(Optimizer):
 
     steps_are_gradients = True
 
-    def step(
-        self, gradient: torch.Tensor, states: Sequence[torch.Tensor], *, alpha: float, number: int
-    ) -> torch.Tensor:
+    def step(self, gradient: Tensor, states: Sequence[Tensor], *, alpha: float, number: int) -> Tensor:
         """Return the gradient."""
         return gradient
-
-    def last_step(self, states: Sequence[torch.Tensor], *, alpha: float, number: int) -> torch.Tensor | None:
-        """Return None: there are no states."""
-        return None
 
     def largest_step(self, gradient: float, states: Sequence[float], *, alpha: float) -> float:
         """Return the gradient's bound."""
@@ -90,14 +82,12 @@ class Momentum(Optimizer):
     momentum: float
     state_names: ClassVar[tuple[str, ...]] = ("momentum",)
 
-    def step(
-        self, gradient: torch.Tensor, states: Sequence[torch.Tensor], *, alpha: float, number: int
-    ) -> torch.Tensor:
+    def step(self, gradient: Tensor, states: Sequence[Tensor], *, alpha: float, number: int) -> Tensor:
         """Update m and return it."""
         (momentum,) = states
         return momentum.mul_(self.momentum).add_(gradient)
 
-    def last_step(self, states: Sequence[torch.Tensor], *, alpha: float, number: int) -> torch.Tensor | None:
+    def last_step(self, states: Sequence[Tensor], *, alpha: float, number: int) -> Tensor | None:
         """Return m, which was the step."""
         return states[0]
 
@@ -126,21 +116,19 @@ class Adam(Optimizer):
         """Return 1: alpha is a factor of the step."""
         return 1.0
 
-    def step(
-        self, gradient: torch.Tensor, states: Sequence[torch.Tensor], *, alpha: float, number: int
-    ) -> torch.Tensor:
+    def step(self, gradient: Tensor, states: Sequence[Tensor], *, alpha: float, number: int) -> Tensor:
         """Update the moments and compute the step from them."""
         first, second = states
         first.mul_(self.betas[0]).add_(gradient * (1 - self.betas[0]))
         second.mul_(self.betas[1]).add_(gradient.square_().mul_(1 - self.betas[1]))
         return self._step(first, second, alpha=alpha, number=number)
 
-    def last_step(self, states: Sequence[torch.Tensor], *, alpha: float, number: int) -> torch.Tensor | None:
+    def last_step(self, states: Sequence[Tensor], *, alpha: float, number: int) -> Tensor | None:
         """Compute the step from the moments again."""
         first, second = states
         return self._step(first, second, alpha=alpha, number=number)
 
-    def _step(self, first: torch.Tensor, second: torch.Tensor, *, alpha: float, number: int) -> torch.Tensor:
+    def _step(self, first: Tensor, second: Tensor, *, alpha: float, number: int) -> Tensor:
         rescale = [float(np.float32(1 / (1 - beta ** (number + 1)))) for beta in self.betas]
         root = (second * rescale[1]).sqrt_().add_(self.epsilon)
         return (first * rescale[0]).div_(root).mul_(alpha)

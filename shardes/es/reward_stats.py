@@ -2,11 +2,11 @@
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from shardes.es.shaping import RewardTable
+from shardes.es.shaping import RewardTable, rewards_by_prompt
 
 # Below this share of the largest reward, a difference is what float64 leaves of none.
 _ROUNDING = 1e-12
@@ -70,10 +70,5 @@ def _share_tied(rewards: Sequence[float]) -> float | None:
 
 
 def _share_agreed(table: RewardTable) -> float | None:
-    by_prompt: dict[Hashable, list[float]] = {}
-    for row in table:
-        for prompt, reward in row.items():
-            if reward is not None:
-                by_prompt.setdefault(prompt, []).append(reward)
-    compared = [rewards for rewards in by_prompt.values() if len(rewards) > 1]
+    compared = [rewards for rewards in rewards_by_prompt(table).values() if len(rewards) > 1]
     return sum(len(set(rewards)) == 1 for rewards in compared) / len(compared) if compared else None

@@ -79,13 +79,18 @@ def _centered_ranks(rewards: Sequence[float]) -> list[float]:
     return [(first[reward] + last[reward] - (len(rewards) - 1)) / (2 * span) for reward in rewards]
 
 
-def _per_prompt(table: RewardTable) -> list[float]:
+def rewards_by_prompt(table: RewardTable) -> dict[Hashable, list[float]]:
+    """Return the rewards that count of each prompt's answers, in the order of members."""
     by_prompt: dict[Hashable, list[float]] = {}
     for row in table:
         for prompt, reward in row.items():
             if reward is not None:
                 by_prompt.setdefault(prompt, []).append(reward)
-    means = {prompt: mean_and_deviation(rewards)[0] for prompt, rewards in by_prompt.items()}
+    return by_prompt
+
+
+def _per_prompt(table: RewardTable) -> list[float]:
+    means = {prompt: mean_and_deviation(rewards)[0] for prompt, rewards in rewards_by_prompt(table).items()}
     centred = [
         [reward - means[prompt] for prompt, reward in row.items() if reward is not None] for row in table
     ]

@@ -2,14 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from shardes.backends.gathered_model import make_buckets
 from shardes.backends.shard import Shard
 from shardes.errors import UserError
 from shardes.export.model_card import model_card
@@ -35,14 +35,6 @@ _COMPANIONS = (
     "chat_template*",
     "*.py",
 )
-
-
-@dataclass(frozen=True)
-class _File:
-    """Name of a safetensors file, and the parameters that it holds."""
-
-    name: str
-    shards: tuple[Shard, ...]
 
 
 def check_destination(out: Path) -> None:
@@ -102,19 +94,19 @@ def export_model(
     files = _plan(session.backend.shards, dtype.itemsize, max_file_bytes)
     what, num_shards = f"writing {out.name}", len(session.backend.shards)
     shown = progress(session.backend.shards, what=what, total=num_shards, unit="parameters")
-    for file in files:
+    for file, shards in files.items():
         if is_main:
-            with (temporary / file.name).open("wb") as stream:
-                tensors = [each for shard in file.shards for each in stored_as(session.weights, shard)]
+            with (temporary / file).open("wb") as stream:
+                tensors = [each for shard in shards for each in stored_as(session.weights, shard)]
                 write_header(stream, [(name, dtype, shape) for name, shape in tensors])
                 # Files have the parameters in their order.
-                for shard in islice(shown, len(file.shards)):
+                for shard in islice(shown, len(shards)):
                     values = gather_centre(session.weights, shard, dtype=dtype)
                     assert values is not None, "rank 0 receives every gathered parameter"
                     write_values(stream, values)
                 flush_to_disk(stream)
         elif session.mesh.replica == 0:
-            for shard in file.shards:
+            for shard in shards:
                 gather_centre(session.weights, shard, dtype=dtype)
     if is_main:
         if len(files) > 1:
@@ -126,29 +118,27 @@ def export_model(
     session.mesh.world.barrier()
 
 
-def _plan(shards: tuple[Shard, ...], itemsize: int, max_file_bytes: int) -> list[_File]:
-    groups: list[list[Shard]] = [[]]
-    size = 0
-    for shard in shards:
-        num_bytes = shard.num_elements * itemsize
-        if groups[-1] and size + num_bytes > max_file_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(shard)
-        size += num_bytes
+def _plan(shards: Sequence[Shard], itemsize: int, max_file_bytes: int) -> dict[str, list[Shard]]:
+    """Return the parameters that each safetensors file holds, by the file's name."""
+    by_name = {shard.name: shard for shard in shards}
+    sizes = {name: shard.num_elements * itemsize for name, shard in by_name.items()}
+    groups = make_buckets(sizes, max_bytes=max_file_bytes)
+    files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     if len(groups) == 1:
-        return [_File("model.safetensors", tuple(groups[0]))]
-    return [
-        _File(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
-        for i, group in enumerate(groups, start=1)
-    ]
+        files = ["model.safetensors"]
+    return {file: [by_name[name] for name in names] for file, names in zip(files, groups, strict=True)}
 
 
-def _write_index(directory: Path, files: list[_File], weights: Weights, *, itemsize: int) -> None:
+def _write_index(
+    directory: Path, files: Mapping[str, Sequence[Shard]], weights: Weights, *, itemsize: int
+) -> None:
     weight_map = {
-        name: file.name for file in files for shard in file.shards for name, _ in stored_as(weights, shard)
+        name: file
+        for file, shards in files.items()
+        for shard in shards
+        for name, _ in stored_as(weights, shard)
     }
-    num_elements = sum(shard.num_elements for file in files for shard in file.shards)
+    num_elements = sum(shard.num_elements for shards in files.values() for shard in shards)
     index = {"metadata": {"total_size": num_elements * itemsize}, "weight_map": weight_map}
     write_atomically(
         directory / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n"

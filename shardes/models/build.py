@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from shardes.config.schema import check_model_directory
+from shardes.config.schema import Config, check_model_directory
 from shardes.errors import UserError
 
 
@@ -109,6 +109,19 @@ def build_skeleton(model_config: Any, *, dtype: torch.dtype, trust_remote_code: 
         )
     model.tie_weights()
     return model.eval()
+
+
+def skeleton_of(config: Config, *, source: Path | None = None) -> PreTrainedModel:
+    """Build a run's model without weights, its parameters on meta.
+
+    Args:
+        config: Configuration of the run.
+        source: ``config.json``, or its directory; None for that of ``model.path``.
+    """
+    trust = config.model.trust_remote_code
+    model_config = load_model_config(source or config.model.path, trust_remote_code=trust)
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    return build_skeleton(model_config, dtype=dtype, trust_remote_code=trust)
 
 
 def fill_parameters(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

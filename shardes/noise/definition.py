@@ -110,16 +110,16 @@ def seed_key(seed: int) -> tuple[int, int]:
     return seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
 
 
-def counter_words(
-    call: NDArray[np.uint64], *, iteration: int, direction: int, param_id: int, stream: Stream
+def call_words(
+    call: NDArray[np.uint64], *, seed: int, iteration: int, direction: int, param_id: int, stream: Stream
 ) -> NDArray[np.uint32]:
-    """Return the 128-bit counters of ``call`` (each below 2**40), as uint32 of shape [4, n]."""
+    """Compute the four words of each ``call`` (below 2**40), as uint32 of shape [4, n]."""
     counter = np.empty((4, call.size), np.uint32)
     counter[0] = call.astype(np.uint32)
     counter[1] = (call >> np.uint64(32)).astype(np.uint32) | np.uint32(param_id << 8)
     counter[2] = direction << 8 | stream
     counter[3] = iteration
-    return counter
+    return philox(counter, seed_key(seed))
 
 
 def box_muller(
@@ -150,12 +150,9 @@ def minus_two_log(u: NDArray[np.float32]) -> NDArray[np.float32]:
     bits = u.view(np.int32)
     exponent = (bits - np.int32(SQRT_HALF_BITS)) >> np.int32(23)
     z = (bits - (exponent << np.int32(23))).view(np.float32) - np.float32(1)
-    tail = np.full_like(z, LOG_TAIL[-1])
-    for coefficient in LOG_TAIL[-2::-1]:
-        tail = tail * z + np.float32(coefficient)
     square = z * z
     e = exponent.astype(np.float32)
-    small = (square * z) * tail + e * np.float32(LN2_LO)
+    small = (square * z) * _polynomial(LOG_TAIL, z) + e * np.float32(LN2_LO)
     log = ((small - np.float32(0.5) * square) + z) + e * np.float32(LN2_HI)
     # From 0, so that u = 1 gives +0 and not -0.
     return np.float32(0) - np.float32(2) * log
@@ -166,14 +163,8 @@ def cos_sin_turns(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Compute cosine and sine of 2 pi (quadrant/4 + turns)."""
     square = turns * turns
-    tail = np.full_like(turns, SIN_TURNS[-1])
-    for coefficient in SIN_TURNS[-2::-1]:
-        tail = tail * square + np.float32(coefficient)
-    sine = turns * tail
-    tail = np.full_like(turns, COS_TURNS[-1])
-    for coefficient in COS_TURNS[-2::-1]:
-        tail = tail * square + np.float32(coefficient)
-    cosine = square * tail + np.float32(1)
+    sine = turns * _polynomial(SIN_TURNS, square)
+    cosine = square * _polynomial(COS_TURNS, square) + np.float32(1)
     odd = (quadrant & np.uint32(1)) != 0
     real = np.where(odd, sine, cosine)
     imaginary = np.where(odd, cosine, sine)
@@ -182,36 +173,47 @@ def cos_sin_turns(
     return real, imaginary
 
 
+def _polynomial(coefficients: Floats, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Compute the polynomial with these coefficients, that of the highest power last, by Horner's rule."""
+    value = np.full_like(x, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        value = value * x + np.float32(coefficient)
+    return value
+
+
 def element_words(
-    *, seed: int, iteration: int, direction: int, param_id: int, stream: Stream, start: int, length: int
+    *, start: int, length: int, stream: Stream, block: int = BLOCK, **address: int
 ) -> NDArray[np.uint32]:
     """Compute the four words of every call of the blocks that a range of elements touches.
+
+    Args:
+        start: Row-major index of the first element in the whole parameter.
+        length: Number of elements.
+        stream: Counters to draw from.
+        block: Elements of a block.
+        **address: seed, iteration, direction and param_id, as for ``gaussian.normals``.
 
     Returns:
         uint32 of shape [4, blocks, LANES].
     """
-    first_block = start // BLOCK
-    num_blocks = -(-(start + length) // BLOCK) - first_block
+    first_block = start // block
+    num_blocks = -(-(start + length) // block) - first_block
     call = np.arange(num_blocks * LANES, dtype=np.uint64) + np.uint64(first_block * LANES)
-    counter = counter_words(call, iteration=iteration, direction=direction, param_id=param_id, stream=stream)
-    return philox(counter, seed_key(seed)).reshape(4, num_blocks, LANES)
+    return call_words(call, stream=stream, **address).reshape(4, num_blocks, LANES)
 
 
-def rounding_bits(*, seed: int, iteration: int, param_id: int, start: int, length: int) -> NDArray[np.uint32]:
-    """Compute the 16 random bits with which an update rounds each element; arguments as for normals.
+def rounding_bits(*, start: int, length: int, **address: int) -> NDArray[np.uint32]:
+    """Compute the 16 random bits with which an update rounds each element.
+
+    Args:
+        start: Row-major index of the first element in the whole parameter.
+        length: Number of elements.
+        **address: seed, iteration and param_id, as for ``gaussian.normals``.
 
     Returns:
         uint32 of shape [length], each below 2**16.
     """
-    words = element_words(
-        seed=seed,
-        iteration=iteration,
-        direction=0,
-        param_id=param_id,
-        stream=Stream.ROUNDING,
-        start=start,
-        length=length,
-    )
+    words = element_words(start=start, length=length, direction=0, stream=Stream.ROUNDING, **address)
     return words.transpose(1, 0, 2).reshape(-1)[start % BLOCK :][:length] >> np.uint32(16)
 
 
@@ -257,9 +259,8 @@ def data_order(size: int, *, seed: int, iteration: int, count: int) -> NDArray[n
     Each index gets a 64-bit random key, and the ``count`` smallest keys win (ties by index).
     """
     call = np.arange(size, dtype=np.uint64)
-    words = philox(
-        counter_words(call, iteration=iteration, direction=0, param_id=0, stream=Stream.DATA_ORDER),
-        seed_key(seed),
+    words = call_words(
+        call, seed=seed, iteration=iteration, direction=0, param_id=0, stream=Stream.DATA_ORDER
     )
     keys = words[0].astype(np.uint64) << np.uint64(32) | words[1].astype(np.uint64)
     return np.argsort(keys, kind="stable")[:count].astype(np.int64)
@@ -281,8 +282,7 @@ def sampling_uniforms(
         float32 in [0, 1), multiples of 2**-24, of shape [count].
     """
     call = np.arange(-(-count // 4), dtype=np.uint64)
-    words = philox(
-        counter_words(call, iteration=iteration, direction=sample, param_id=prompt, stream=Stream.SAMPLING),
-        seed_key(seed),
+    words = call_words(
+        call, seed=seed, iteration=iteration, direction=sample, param_id=prompt, stream=Stream.SAMPLING
     )
     return (words.T.reshape(-1)[:count] >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)

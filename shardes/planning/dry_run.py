@@ -6,11 +6,11 @@ from functools import partial
 
 import torch
 
-from shardes.models.build import load_tokenizer
+from shardes.models.build import load_tokenizer, skeleton_of
 from shardes.planning.machine import Machine
 from shardes.planning.plan import Plan
 from shardes.planning.report import report
-from shardes.planning.sources import check_files, skeleton
+from shardes.planning.sources import check_files
 from shardes.planning.workload import make_workload
 from shardes.rewards.pool import RewardRunner
 from shardes.rollout.build import make_rollout
@@ -47,7 +47,7 @@ def dry_run(session: Session, task: Task, *, rewards: RewardRunner) -> list[str]
     seconds, peak = time.monotonic() - start, peak_memory_bytes(world.device)
     config = rollout.config
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    model = skeleton(config)
+    model = skeleton_of(config)
     plan = Plan(
         config,
         model,

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from shardes.config.schema import Config, is_hub_reference
 from shardes.errors import UserError
-from shardes.models.build import build_skeleton, load_model_config, load_tokenizer, parameter_aliases
+from shardes.models.build import load_tokenizer, parameter_aliases, skeleton_of
 from shardes.models.checkpoint import Checkpoint
 from shardes.models.conversion import Conversion
 from shardes.planning.machine import Machine
@@ -49,7 +48,7 @@ def plan_run(
             f"model.path: {path / 'config.json'} does not exist; for a plan that file is enough (hf download "
             "ORGANISATION/MODEL config.json --local-dir DIRECTORY), or give another with --model-config"
         )
-    model = skeleton(config, source=model_config)
+    model = skeleton_of(config, source=model_config)
     files = "not looked at" if model_config is not None else check_files(path, model)
     is_there = model_config is None and any(
         (path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
@@ -63,19 +62,6 @@ def plan_run(
         config, task=task, tokenizer=tokenizer, num_prompts=num_prompts, prompt_tokens=prompt_tokens
     )
     return Plan(config, model, workload=workload, machine=machine, world_size=world_size), files
-
-
-def skeleton(config: Config, *, source: Path | None = None) -> PreTrainedModel:
-    """Build a run's model without weights, its parameters on meta.
-
-    Args:
-        config: Configuration of the run.
-        source: ``config.json``, or its directory; None for that of ``model.path``.
-    """
-    trust = config.model.trust_remote_code
-    model_config = load_model_config(source or config.model.path, trust_remote_code=trust)
-    dtype: torch.dtype = getattr(torch, config.model.dtype)
-    return build_skeleton(model_config, dtype=dtype, trust_remote_code=trust)
 
 
 def check_files(path: Path, model: PreTrainedModel) -> str:

@@ -15,12 +15,8 @@ from shardes.noise.region import Region
 from shardes.utils.threads import split_over_threads
 
 u64 = np.uint64
-_A, _B, _INDEX, _PARAM = (
-    u64(DIGEST_MIX_A),
-    u64(DIGEST_MIX_B),
-    u64(DIGEST_INDEX_FACTOR),
-    u64(DIGEST_PARAM_FACTOR),
-)
+_A, _B = u64(DIGEST_MIX_A), u64(DIGEST_MIX_B)
+_INDEX, _PARAM = u64(DIGEST_INDEX_FACTOR), u64(DIGEST_PARAM_FACTOR)
 # Elements handled before the next look at rows, and the least that is worth a thread.
 _PART, _PARTS_PER_THREAD = 1 << 12, 8
 

@@ -2,7 +2,6 @@
 
 import torch
 
-from shardes import noise
 from shardes.backends.base import Backend
 from shardes.es.update import Perturbation
 from shardes.noise import Region
@@ -62,16 +61,9 @@ class GatheredWeights:
     def perturb(self, perturbation: Perturbation) -> None:
         """Set the model to the centre plus the perturbation's sigma times its direction's noise."""
         for shard in self._weights.trained:
-            noise.perturb(
-                self._centre[shard.name],
-                self._parameters[shard.name],
-                region=Region(shard.param_id, shard.num_elements, 0, shard.num_elements, shape=shard.shape),
-                sigma=perturbation.sigma,
-                seed=self._weights.seed,
-                iteration=perturbation.iteration,
-                direction=perturbation.direction,
-                kind=self._weights.kind,
-            )
+            region = Region(shard.param_id, shard.num_elements, 0, shard.num_elements, shape=shard.shape)
+            centre, parameter = self._centre[shard.name], self._parameters[shard.name]
+            self._weights.perturb_region(region, perturbation, source=centre, target=parameter)
 
     @torch.no_grad()
     def centre(self) -> None:

@@ -195,17 +195,14 @@ class Weights:
     def perturb(self, perturbation: Perturbation) -> None:
         """Set the model to the centre plus the perturbation's sigma times its direction's noise."""
         for _, region, working, master in self.on_device():
-            noise.perturb(
-                master,
-                working,
-                region=region,
-                sigma=perturbation.sigma,
-                seed=self.seed,
-                iteration=perturbation.iteration,
-                direction=perturbation.direction,
-                kind=self.kind,
-            )
+            self.perturb_region(region, perturbation, source=master, target=working)
         self.backend.commit()
+
+    def perturb_region(
+        self, region: Region, perturbation: Perturbation, *, source: torch.Tensor, target: torch.Tensor
+    ) -> None:
+        """Write the perturbed elements of a region to ``target``; ``source`` has the centre or the master."""
+        noise.perturb(source, target, region=region, seed=self.seed, kind=self.kind, **vars(perturbation))
 
     @torch.no_grad()
     def centre(self) -> None:

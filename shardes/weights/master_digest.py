@@ -53,11 +53,10 @@ def checkpoint_digest(weights: Weights, checkpoint: Checkpoint) -> int:
             if stored.dtype != backend.dtype:
                 raise UserError(f"{name} is stored as {stored.dtype}; wanted {backend.dtype}")
     total = torch.zeros(1, dtype=torch.int64, device=backend.device)
-    for shard in backend.shards:
-        for span in () if shard.is_copy else shard.spans:
-            for part in span.parts(CHUNK_ELEMENTS):
-                region = shard.region(part)
-                values = torch.empty(part.num_elements, dtype=backend.dtype, device=backend.device)
-                checkpoint.read(shard.name, region=region, out=values)
-                add_digest(total, values, region=region)
+    counted = [shard for shard in backend.shards if not shard.is_copy]
+    for shard, part in weights.spans(counted, most_elements=CHUNK_ELEMENTS):
+        region = shard.region(part)
+        values = torch.empty(part.num_elements, dtype=backend.dtype, device=backend.device)
+        checkpoint.read(shard.name, region=region, out=values)
+        add_digest(total, values, region=region)
     return int(total.item()) & _LOW_64_BITS

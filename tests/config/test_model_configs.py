@@ -10,9 +10,9 @@ from runpy import run_path
 import pytest
 
 from shardes.config.loading import load_config
+from shardes.models.build import skeleton_of
 from shardes.planning.machine import Machine
 from shardes.planning.plan import Plan
-from shardes.planning.sources import skeleton
 from shardes.planning.workload import make_workload
 from shardes.tasks.loading import load_task
 from tests.helpers.inprocess import call
@@ -67,7 +67,7 @@ def skeletons():
 
     @functools.cache
     def make(name):
-        return skeleton(load_config(ALL["own_task"], []), source=SKELETONS / f"{name}.json")
+        return skeleton_of(load_config(ALL["own_task"], []), source=SKELETONS / f"{name}.json")
 
     return make
 

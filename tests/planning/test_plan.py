@@ -13,9 +13,10 @@ import yaml
 from shardes.config.loading import parse_config
 from shardes.distributed.group import Group, Mesh
 from shardes.errors import UserError
+from shardes.models.build import skeleton_of
 from shardes.planning.machine import Machine
 from shardes.planning.plan import Plan
-from shardes.planning.sources import plan_run, skeleton
+from shardes.planning.sources import plan_run
 from shardes.planning.workload import Workload, make_workload
 from shardes.rollout import gather_modes
 from shardes.rollout.memory import generation_bytes
@@ -66,7 +67,7 @@ def models():
 
     def make(name):
         if name not in made:
-            made[name] = skeleton(config_of(), source=MODELS / f"{name}.json")
+            made[name] = skeleton_of(config_of(), source=MODELS / f"{name}.json")
         return made[name]
 
     return make

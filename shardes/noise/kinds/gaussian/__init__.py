@@ -12,38 +12,22 @@ from shardes.noise.kinds.base import ElementwiseNoise
 
 
 def normals(
-    *,
-    seed: int,
-    iteration: int,
-    direction: int,
-    param_id: int,
-    start: int,
-    length: int,
-    stream: Stream = Stream.GAUSSIAN,
+    *, start: int, length: int, stream: Stream = Stream.GAUSSIAN, **address: int
 ) -> NDArray[np.float32]:
     """Compute the standard normals of elements [start, start + length) of one parameter.
 
     Args:
-        seed: The run's seed, below 2**64.
-        iteration: Iteration, below 2**32.
-        direction: Index of the direction within the iteration, below 2**24.
-        param_id: Index of the parameter in the name-sorted list, below 2**24.
         start: Row-major index of the first element in the whole parameter.
         length: Number of elements.
         stream: Counters to draw from; for a factor of low-rank noise, elements are the factor's.
+        **address: seed, the run's, below 2**64; iteration, below 2**32; direction, the index of the direction
+            within the iteration, below 2**24; param_id, the index of the parameter in the name-sorted list,
+            below 2**24.
 
     Returns:
         float32 of shape [length].
     """
-    words = element_words(
-        seed=seed,
-        iteration=iteration,
-        direction=direction,
-        param_id=param_id,
-        stream=stream,
-        start=start,
-        length=length,
-    )
+    words = element_words(start=start, length=length, stream=stream, **address)
     quarters = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
     return np.stack(quarters, axis=1).reshape(-1)[start % BLOCK :][:length]
 

@@ -7,29 +7,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardes.noise.definition import LANES, SIGN_BLOCK, Stream, counter_words, philox, seed_key
+from shardes.noise.definition import SIGN_BLOCK, Stream, element_words
 from shardes.noise.kinds.base import ElementwiseNoise
 
 
-def signs(
-    *, seed: int, iteration: int, direction: int, param_id: int, start: int, length: int
-) -> NDArray[np.float32]:
+def signs(*, start: int, length: int, **address: int) -> NDArray[np.float32]:
     """Compute the signs of elements [start, start + length), one bit an element; arguments as in ``normals``.
 
     Returns:
         float32 of shape [length]: +1 or -1.
     """
-    first_block = start // SIGN_BLOCK
-    num_blocks = -(-(start + length) // SIGN_BLOCK) - first_block
-    call = np.arange(num_blocks * LANES, dtype=np.uint64) + np.uint64(first_block * LANES)
-    counter = counter_words(
-        call, iteration=iteration, direction=direction, param_id=param_id, stream=Stream.RADEMACHER
-    )
-    words = philox(counter, seed_key(seed)).reshape(4, num_blocks, LANES)
+    words = element_words(start=start, length=length, stream=Stream.RADEMACHER, block=SIGN_BLOCK, **address)
     bits = words[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
     in_order = bits.transpose(1, 0, 3, 2).reshape(-1)  # block, word, bit, lane
-    offset = start - first_block * SIGN_BLOCK
-    return (np.float32(1) - np.float32(2) * in_order.astype(np.float32))[offset : offset + length]
+    return (np.float32(1) - np.float32(2) * in_order.astype(np.float32))[start % SIGN_BLOCK :][:length]
 
 
 @dataclass(frozen=True)
