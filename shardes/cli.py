@@ -112,8 +112,8 @@ def evaluate(model: str, config_path: Path | None, out: Path | None, overrides: 
     """
     from shardes.evaluation.model_ref import resolve_model
 
-    subject = resolve_model(model, config_path=config_path, overrides=list(overrides))
-    config = subject.config
+    model_ref = resolve_model(model, config_path=config_path, overrides=list(overrides))
+    config = model_ref.config
     check_model_directory(config.model.path)
     task, heldout_sets = load_tasks(config)
     with make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards:
@@ -123,14 +123,14 @@ def evaluate(model: str, config_path: Path | None, out: Path | None, overrides: 
 
         configure_logging()
         with open_session(config) as session:
-            subject.restore(session)
+            model_ref.restore(session)
             sets, lines = evaluate_model(session, task, rewards=rewards, heldout_sets=heldout_sets)
             if session.mesh.world.is_main:
                 if out is not None:
                     out.parent.mkdir(parents=True, exist_ok=True)
                     write_lines(out, lines)
                 click.echo(
-                    json.dumps({"model": model, "iteration": subject.iteration, "sets": sets}, indent=2)
+                    json.dumps({"model": model, "iteration": model_ref.iteration, "sets": sets}, indent=2)
                 )
 
 
