@@ -1,4 +1,7 @@
-"""Run on four ranks: replicas of two gather through shared memory, unless something is in the way of that."""
+"""Run on four ranks: collectives of all, and gathers of replicas of two.
+
+The latter go through shared memory, unless something is in the way of that.
+"""
 
 import os
 import platform
@@ -25,6 +28,16 @@ def obstacles(rank):
     yield mock.patch.object(os, "open", lambda path, flags: os.memfd_create("another")), (0, 3)
 
 
+def check_reductions(group):
+    """Each small collective on a value that tells its operation and its ranks."""
+    size, rank = group.world_size, group.rank
+    assert group.sum_float64([0.5, float(rank)]) == [size / 2, size * (size - 1) / 2]
+    assert group.sum_int64(2**64 - 1 - rank) == 2**64 - size - size * (size - 1) // 2
+    assert [group.any(rank == size - 1), group.any(False)] == [True, False]
+    assert [group.min(rank + 3), group.min(-rank)] == [3, 1 - size]
+    assert group.gather_json(["x" * rank]) == [["x" * other] for other in range(size)]
+
+
 def check(group, generator):
     """What comes through shared memory, or through the group, is what comes through the group alone."""
     plain = replace(group, memory=None)
@@ -41,6 +54,7 @@ def check(group, generator):
 def main():
     with process_group(timeout_seconds=60, always=True, stop=Stop(), stop_seconds=60) as world:
         generator = torch.Generator().manual_seed(world.rank)
+        check_reductions(world)
 
         def checked():
             mesh = make_mesh(world, shard_size=2, timeout_seconds=60)
