@@ -182,7 +182,6 @@ class CompletionAccumulator:
         self._unsent: list[RewardBatch] = []
         self._last_sent = time.monotonic()
         self._num_tokens = 0
-        self._is_finite = True
         self._samples: dict[int, Sample] = {}
 
     def take(self, indices: Sequence[int], output: EngineOutput, *, is_first: bool) -> None:
@@ -196,7 +195,6 @@ class CompletionAccumulator:
             RewardBatch.of([self._rows[row] for row in of_rows], prompts, texts, output.tokens)
         )
         self._num_tokens += sum(map(len, output.tokens))
-        self._is_finite &= output.is_finite
         if is_first or self._keeps_samples:
             for index, prompt, text, ids in zip(indices, prompts, texts, output.tokens, strict=True):
                 self._samples[index] = Sample(as_text(prompt), text, list(ids), None)
@@ -210,7 +208,7 @@ class CompletionAccumulator:
 
     def part(self) -> PartialResult:
         """Wait for the scores, and return what this rank knows."""
-        part = PartialResult(num_tokens=self._num_tokens, is_finite=self._is_finite)
+        part = PartialResult(num_tokens=self._num_tokens)
         for indices, pending in zip(self._indices, self._pending, strict=True):
             scores = self._scorer.collect(pending)
             part.indices.extend(indices)

@@ -57,10 +57,8 @@ class InFlightBatch:
         if self.is_short:
             return [PartialResult(is_short=True)]
         return [
-            replace(part, is_finite=part.is_finite and is_finite)
-            for part, is_finite in zip(
-                (accumulator.part() for accumulator in self.accumulators), self.is_finite, strict=True
-            )
+            replace(accumulator.part(), is_finite=is_finite)
+            for accumulator, is_finite in zip(self.accumulators, self.is_finite, strict=True)
         ]
 
 
