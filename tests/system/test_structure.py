@@ -1,11 +1,12 @@
 """The figures of tools/structure.py on small packages whose figures are known."""
 
 import json
+import re
 import sys
 
 import pytest
 
-from tests.helpers.ranks import run_command
+from tests.helpers.ranks import ROOT, run_command
 from tools import structure
 
 
@@ -192,3 +193,13 @@ def test_the_command_prints_a_table_or_json_and_fails_only_where_it_checks(packa
     assert checked.stdout == "1 import cycles, lazy and typing too, allowed 0: pkg.a - pkg.b\n"
     package({"b.py": ""})
     assert run_command([*command, "--check"]).returncode == 0
+
+
+@pytest.mark.parametrize("folder", ["noise", "es"])
+def test_the_core_knows_no_ranks(folder):
+    """lint-imports sees torch as one package, so torch.distributed is looked for here."""
+    paths = sorted((ROOT / "shardes" / folder).rglob("*.py"))
+    assert paths
+    assert [
+        path for path in paths if re.search(r"torch\.distributed|import distributed", path.read_text())
+    ] == []
