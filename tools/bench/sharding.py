@@ -33,11 +33,11 @@ from common import Row, machine_facts, run_job, show, write_model, write_report
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from shardes.backends.registry import BACKENDS
 from shardes.config.loading import parse_config
-from shardes.config.schema import ParallelConfig, RolloutConfig
+from shardes.config.schema import RolloutConfig
 from shardes.distributed.shared_memory import SharedMemory
 
-BACKENDS = get_args(ParallelConfig.model_fields["backend"].annotation)
 GATHERS = [gather for gather in get_args(RolloutConfig.model_fields["gather"].annotation) if gather != "auto"]
 PARTS = ("perturb", "gather", "rollout", "reward", "wait")
 SIGMA = 1e-3
@@ -222,14 +222,14 @@ def start(tree: dict[str, Any], *, world_size: int, folder: Path) -> Row:
 
 
 HEADER = (
-    "ranks  shard  backend          gather     |  member s |"
+    "ranks  shard  backend          gather    |  member s |"
     "  perturb   gather  rollout   reward     wait   update |  received MB  peak MB"
 )
 
 
 def formatted(row: Row) -> str:
     """Format a row under ``HEADER``."""
-    place = f"{row['ranks']:>5}  {row['shard_size']:>5}  {row['backend']:<15}  {row['gather']:<8}"
+    place = f"{row['ranks']:>5}  {row['shard_size']:>5}  {row['backend']:<15}  {row['way']:<8}"
     if "failure" in row:
         return f"{place} | {row['failure']}"
     parts = " ".join(f"{row[name]:>8.3f}" if name in row else " " * 8 for name in (*PARTS, "update"))
@@ -246,7 +246,9 @@ def formatted(row: Row) -> str:
     default=(1, 2, 4),
     show_default=True,
 )
-@click.option("--backend", "backends", type=click.Choice(BACKENDS), multiple=True, default=BACKENDS)
+@click.option(
+    "--backend", "backends", type=click.Choice(list(BACKENDS)), multiple=True, default=list(BACKENDS)
+)
 @click.option("--gather", "gathers", type=click.Choice(GATHERS), multiple=True, default=GATHERS)
 @click.option(
     "--shard-size", type=click.IntRange(min=1), help="Ranks of a replica.  [default: all; 1 for single]"
@@ -314,10 +316,10 @@ def main(
                 "task": {"data": str(folder / "problems.jsonl"), "reward": f"{__file__}:constant"},
             }
             shown = size or (1 if backend == "single" else ranks)
-            place = {"ranks": ranks or 1, "shard_size": shown or 1, "backend": backend, "gather": gather}
+            place = {"ranks": ranks or 1, "shard_size": shown or 1, "backend": backend, "way": gather}
             rows.append(place | start(tree, world_size=ranks, folder=folder))
             if ranks == 0:
-                rows[-1] |= {"backend": "transformers", "gather": "generate"}
+                rows[-1] |= {"backend": "transformers", "way": "generate"}
             click.echo(formatted(rows[-1]))
 
         run(0, "single", "member", None)
