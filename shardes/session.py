@@ -158,6 +158,7 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
             sum(shard.num_elements for shard in backend.shards),
         )
         yield Session(config, mesh, backend, weights, identity, PhaseTimer(), stop)
+        backend.close()
 
 
 def _check_shapes(weights: Weights) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from shardes.config.schema import Config
+from shardes.rollout.engines.registry import DEFAULT_ENGINE
 
 # Sections and keys that a resumed run may change: by them results stay the same, or are compared otherwise.
 _FREE_SECTIONS = ("run.", "parallel.", "eval.", "log.")
@@ -10,6 +11,9 @@ _FREE_KEYS = {
     "model.path",
     "model.trust_remote_code",
     "rollout.gather",
+    "rollout.kv_cache_gib",
+    "rollout.batch_invariant",
+    "rollout.vllm",
     "weights.master_device",
     "es.min_valid_fraction",
     "task.data",
@@ -49,6 +53,6 @@ def resume_fingerprint(config: Config, *, data_sha256: str) -> dict[str, Any]:
     elif rollout.members_per_forward == "auto":
         kept["rollout.members_per_forward"] = 1
     # Journals of versions that had one engine do not name it.
-    if rollout.engine == type(rollout).model_fields["engine"].default:
+    if rollout.engine == DEFAULT_ENGINE:
         del kept["rollout.engine"]
     return kept | {"task.data sha256": data_sha256}

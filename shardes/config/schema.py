@@ -15,7 +15,7 @@ from shardes.config.es import EsConfig
 from shardes.config.log import LogConfig
 from shardes.config.section import Registered, Section
 from shardes.errors import UserError
-from shardes.rollout.engines.registry import ENGINES
+from shardes.rollout.engines.registry import DEFAULT_ENGINE, ENGINES
 
 FETCH_HINT = (
     "give a local model directory (fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
@@ -56,6 +56,10 @@ class RunConfig(Section):
     """The run directory; created if it does not exist."""
     resume: Literal["auto", "never"] = "auto"
     """``auto``: go on where the run stopped. ``never``: refuse a directory that already holds a run."""
+    resume_engine: Literal["same", "any"] = "same"
+    """``same``: refuse to go on with another engine than the run has had, or with another version, dtype or
+    number of ranks of an engine whose answers depend on them, since rewards would be compared that are not of
+    one kind. ``any``: go on all the same; the journal says from where on."""
     stop_seconds: int = Field(default=20, ge=0)
     """Seconds that members in flight may go on after the job is asked to stop (SIGTERM or SIGUSR1 to any
     rank). Those not finished by then are abandoned, and evaluated again by the next job. Launchers and
@@ -77,8 +81,9 @@ class ParallelConfig(Section):
     backend: Annotated[str, Registered("backend", lambda: BACKENDS)] = "zero3"
     """``zero3``: DeepSpeed ZeRO-3 shards. ``fsdp``: PyTorch FSDP2 shards. ``tensor_parallel``: matrices are
     split by the model's own plan, shards stay where they are and activations are reduced; every rank works on
-    the same prompts, and results agree with the other backends to rounding. ``single``: every rank holds the
-    whole model."""
+    the same prompts, and results agree with the other backends to rounding. ``vllm``: the shards are the
+    parameters of a vLLM engine, which answers; every rank is one of its tensor parallel workers (docs/vllm.md).
+    ``single``: every rank holds the whole model."""
     shard_size: int | None = Field(default=None, gt=0)
     """Ranks that hold one replica of the model together; it must divide the number of ranks. Replicas
     evaluate different members at the same time, and weights cross between the ranks of one replica only.
@@ -106,8 +111,9 @@ class ParallelConfig(Section):
 class RolloutConfig(Section):
     """Generation of the members' answers."""
 
-    engine: Annotated[str, Registered("engine", lambda: ENGINES)] = "transformers"
-    """What generates and scores: ``transformers``: the model's own forward in a decode loop."""
+    engine: Annotated[str, Registered("engine", lambda: [*ENGINES, "auto"])] = "auto"
+    """What generates and scores. ``transformers``: the model's own forward in a decode loop. ``vllm``: vLLM, which
+    goes with ``parallel.backend: vllm`` alone. ``auto``: ``vllm`` for that backend, else ``transformers``."""
     gather: Literal["auto", "iteration", "member", "layer"] = "auto"
     """Unit of work for which weights are gathered from their shards. ``iteration``: the centre, once an
     iteration, into a whole model on every rank; each rank evaluates members of its own, adding their noise to
@@ -142,6 +148,15 @@ class RolloutConfig(Section):
     """Tokens are drawn from the most likely ones that together reach this probability."""
     samples_per_prompt: int = Field(default=1, gt=0)
     """Answers to each prompt; a member's reward is the mean over all of them."""
+    kv_cache_gib: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """GiB on each rank for the keys and values of the engine ``vllm``. null: what the weights, their masters and the
+    optimizer leave of an accelerator; on CPUs at most 4."""
+    batch_invariant: bool = False
+    """Have the engine ``vllm`` use kernels whose results do not depend on which prompts are computed together
+    (VLLM_BATCH_INVARIANT; slower, on GPUs of compute capability 9.0 or more)."""
+    vllm: dict[str, Any] = {}
+    """Further arguments of ``vllm.LLM`` by name, such as ``max_model_len``, ``max_num_seqs`` or
+    ``enforce_eager``."""
 
     @property
     def is_batched(self) -> bool:
@@ -325,6 +340,32 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     task: TaskConfig
+
+    @field_validator("rollout")
+    @classmethod
+    def _engine_goes_with_backend(cls, value: RolloutConfig, info: ValidationInfo) -> RolloutConfig:
+        """Put the engine's name for ``auto``, and refuse one that cannot answer with the backend."""
+        parallel = info.data.get("parallel")
+        if parallel is None:
+            return value
+        own = BACKENDS[parallel.backend].own_engine
+        if value.engine == "auto":
+            value = value.model_copy(update={"engine": own or DEFAULT_ENGINE})
+        owners = [name for name, spec in BACKENDS.items() if spec.own_engine == value.engine]
+        if value.engine != own and (own is not None or owners):
+            fitting = f"rollout.engine: {own or DEFAULT_ENGINE}"
+            other = f", or parallel.backend: {owners[0]}" if owners else ""
+            raise ValueError(
+                f"engine is {value.engine}, which cannot answer with parallel.backend: {parallel.backend}; set "
+                f"{fitting}{other}"
+            )
+        for key in ("kv_cache_gib", "batch_invariant", "vllm"):
+            if value.engine != "vllm" and getattr(value, key) != type(value).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is {getattr(value, key)}, which only rollout.engine: vllm has a use for; the engine is "
+                    f"{value.engine}"
+                )
+        return value
 
     @field_validator("rollout")
     @classmethod

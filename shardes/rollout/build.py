@@ -1,6 +1,5 @@
 """Putting together what evaluates members: the engine, the evaluator over it, and the scheduler."""
 
-import importlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from shardes.rollout.scheduler import MemberScheduler
 from shardes.session import Session
 from shardes.tasks.base import Row, Task, all_rewards
 from shardes.tasks.sampler import draw_batch
+from shardes.utils.references import load_class
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +93,7 @@ def make_evaluator(
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     common: dict[str, Any] = {"tokenizer": tokenizer, "mesh": session.mesh, "settings": settings}
     common |= {"seed": config.es.seed, "timer": session.timer}
-    module, _, class_name = ENGINES[settings.engine].partition(":")
-    engine_class = getattr(importlib.import_module(module), class_name)
-    engine: Engine = engine_class(backend=session.backend, weights=session.weights, **common)
+    engine: Engine = load_class(ENGINES[settings.engine])(backend=session.backend, weights=session.weights, **common)
     longest = max_positions(session.backend.sharded_model)
     return Evaluator(engine, scorer=scorer, max_positions=longest, **common), scorer, scorers
 

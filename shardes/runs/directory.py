@@ -230,8 +230,11 @@ def read_run(run_dir: Path, *, base: Path | None, backend: str) -> tuple[Config,
     Raises:
         UserError: The directory holds no run.
     """
-    changes: dict[str, str | None] = {"run.dir": str(run_dir), "parallel.backend": backend}
+    changes: dict[str, Any] = {"run.dir": str(run_dir), "parallel.backend": backend}
     changes |= {"parallel.deepspeed": None, "parallel.shard_size": None, "rollout.gather": "auto"}
+    # Nothing is answered, and a run directory should not decide how an engine is started.
+    changes |= {"rollout.engine": "auto", "rollout.kv_cache_gib": None, "rollout.batch_invariant": False}
+    changes |= {"rollout.vllm": {}}
     if base is not None:
         changes["model.path"] = str(base)
     config = load_run_config(run_dir, changes)
