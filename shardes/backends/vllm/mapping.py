@@ -58,7 +58,7 @@ class _Rows:
 
 
 def _rows_of(copy: RecordedCopy) -> np.ndarray:
-    """Return the rows of a copy, int64 of shape [3, rows]: place in the target, place in the parameter, length."""
+    """Return the rows of a copy: place in the target, place in the parameter, length; int64 of [3, rows]."""
     dims = list(zip(copy.shape, copy.target_strides, copy.source_strides, strict=True))
     length = 1
     while dims and (dims[-1][0] == 1 or dims[-1][1] == dims[-1][2] == length):
@@ -95,8 +95,8 @@ def make_shards(
         device: Device of the targets.
 
     Raises:
-        UserError: A target has another dtype or strides, holds elements that no file tensor has, or a parameter
-            is in several targets.
+        UserError: A target has another dtype or strides, holds elements that no file tensor has, or a
+            parameter is in several targets.
     """
     ids, shards = parameter_ids(list(shapes)), {}
     homes: dict[str, str] = {}
@@ -112,7 +112,8 @@ def make_shards(
         for name, of_parameter in rows.items():
             if name in homes:
                 raise UserError(
-                    f"parallel.backend: vllm holds {name} twice, in {homes[name]} and in {target_name}; {_REMEDY}"
+                    f"parallel.backend: vllm holds {name} twice, in {homes[name]} and in {target_name}; "
+                    f"{_REMEDY}"
                 )
             homes[name] = target_name
             assert flat is not None, "it was checked"
@@ -211,9 +212,10 @@ def mark_copies(
         counted = sum(sum(s.num_elements for s in spans[held.index(each)]) for each in dict.fromkeys(held))
         if counted != shard.num_elements:
             raise UserError(
-                f"parallel.backend: vllm: {group.world_size} ranks hold {counted} elements of {shard.name}, which "
-                f"has {shard.num_elements}: some are held by several ranks together with others that are not; let "
-                f"fewer ranks hold the model (parallel.shard_size), or {_REMEDY}"
+                f"parallel.backend: vllm: {group.world_size} ranks hold {counted} elements of "
+                f"{shard.name}, which has {shard.num_elements}: some are held by several ranks together "
+                "with others that are not; let fewer ranks hold the model (parallel.shard_size), or "
+                f"{_REMEDY}"
             )
         is_copy = bool(shard.spans) and held.index(held[group.rank]) < group.rank
         marked.append(replace(shard, is_copy=is_copy))

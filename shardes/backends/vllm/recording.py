@@ -1,9 +1,9 @@
 """Record what a model's own weight loaders would put where, without any weights.
 
 A loader copies views of checkpoint tensors into views of parameters. Given tensors on the meta device, whose
-views have shapes and strides but no values, the copies say which elements of which file tensor belong into which
-elements of which parameter, for any architecture. A copy of anything but a view (a repacked, quantised or
-computed weight) has no such map, and is refused by the parameter's name.
+views have shapes and strides but no values, the copies say which elements of which file tensor belong into
+which elements of which parameter, for any architecture. A copy of anything but a view (a repacked, quantised
+or computed weight) has no such map, and is refused by the parameter's name.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -95,8 +95,8 @@ def record_copies(
 
 def _refusal(name: str, reason: str) -> str:
     return (
-        f"parallel.backend: vllm: {name} is not held by vLLM as it is in the files ({reason}), so that it cannot "
-        "be perturbed in place; set parallel.backend: fsdp or zero3"
+        f"parallel.backend: vllm: {name} is not held by vLLM as it is in the files ({reason}), so that it "
+        "cannot be perturbed in place; set parallel.backend: fsdp or zero3"
     )
 
 
@@ -119,9 +119,7 @@ class _Recorder(TorchDispatchMode):
         self._sources: dict[int, FileTensor] = {}
         self._held: list[torch.Tensor] = []  # an address must not be used again meanwhile
 
-    def tensors(
-        self, files: Iterable[FileTensor], dtype: torch.dtype
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, files: Iterable[FileTensor], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield a name and a tensor on meta for each file tensor."""
         for file in files:
             self.current = file

@@ -121,7 +121,7 @@ class Engine(ABC):
         """Load the centre; otherwise as ``load``."""
 
     def expect(self, batches: Sequence[MicroBatch | LikelihoodBatch]) -> None:  # noqa: B027
-        """Learn which micro-batches will be asked next, in this order, so that an engine may begin with them all.
+        """Learn which micro-batches will be asked next, in this order; an engine may begin with them all.
 
         Args:
             batches: Micro-batches, on this rank's device; the same objects are passed to ``generate`` or

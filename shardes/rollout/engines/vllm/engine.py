@@ -27,9 +27,10 @@ _NUM_SEED_NUMBERS = 2
 class VllmEngine(Engine):
     """Generates and scores with the vLLM engine that holds the backend's shards.
 
-    All micro-batches of a member are requests at the same time, so the engine never waits for the last rows of
-    one before it begins the next. Seeds of drawn answers follow from the same random numbers as elsewhere: they
-    depend on the iteration, the prompt and the sample alone, so that all members are judged with the same ones.
+    All micro-batches of a member are requests at the same time, so the engine never waits for the last rows
+    of one before it begins the next. Seeds of drawn answers follow from the same random numbers as elsewhere:
+    they depend on the iteration, the prompt and the sample alone, so that all members are judged with the
+    same ones.
 
     Args:
         backend: The model.
@@ -62,8 +63,8 @@ class VllmEngine(Engine):
     ) -> None:
         if settings.is_batched:
             raise UserError(
-                f"rollout.members_per_forward: got {settings.members_per_forward}; rollout.engine: vllm evaluates "
-                "members one by one: set it to 1"
+                f"rollout.members_per_forward: got {settings.members_per_forward}; rollout.engine: vllm "
+                "evaluates members one by one: set it to 1"
             )
         self._backend, self._weights, self._mesh, self._timer = backend, weights, mesh, timer
         self._parts: dict[str, Any] = {"backend": backend, "weights": weights, "mesh": mesh}
@@ -161,9 +162,10 @@ class VllmEngine(Engine):
         return requests
 
     def _request(self, batch: MicroBatch | LikelihoodBatch) -> None:
-        scores = isinstance(batch, LikelihoodBatch)
-        requests = self._score(batch) if scores else self._complete(batch)
-        self._in_flight[id(batch)] = batch, requests
+        if isinstance(batch, LikelihoodBatch):
+            self._in_flight[id(batch)] = batch, self._score(batch)
+        else:
+            self._in_flight[id(batch)] = batch, self._complete(batch)
 
     def _complete(self, batch: MicroBatch) -> list[Request]:
         """Add a request for each row, to be completed."""

@@ -1,7 +1,8 @@
 """Notice logits that are not finite: vLLM draws a token from them all the same."""
 
+from typing import Any
+
 import torch
-from torch import nn
 
 
 class FiniteLogits:
@@ -11,7 +12,7 @@ class FiniteLogits:
         model: vLLM's model, whose ``compute_logits`` is replaced by one that looks at what it returns.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         device = next(model.parameters()).device
         self._are_finite = torch.ones((), dtype=torch.bool, device=device)
         compute = model.compute_logits

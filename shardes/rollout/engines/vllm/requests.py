@@ -20,8 +20,8 @@ class Request:
     Attributes:
         tokens: Token ids of the answer so far.
         is_done: Whether there will be no more.
-        prompt_logprobs: Log-likelihood of each token of the prompt but the first, float32 of shape [tokens - 1];
-            None if it was not asked for, or is not known yet.
+        prompt_logprobs: Log-likelihood of each token of the prompt but the first, float32 of shape [tokens -
+            1]; None if it was not asked for, or is not known yet.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -88,15 +88,15 @@ class RequestLoop:
         if len(prompt) + max_tokens > self._max_length:
             raise UserError(
                 f"rollout.vllm: a prompt of {len(prompt)} tokens and an answer of {max_tokens} need "
-                f"{len(prompt) + max_tokens} positions, but the engine has {self._max_length} (max_model_len, or "
-                "what its cache holds); set a larger rollout.kv_cache_gib or max_model_len, or a smaller "
-                "rollout.max_new_tokens"
+                f"{len(prompt) + max_tokens} positions, but the engine has {self._max_length} "
+                "(max_model_len, or what its cache holds); set a larger rollout.kv_cache_gib or "
+                "max_model_len, or a smaller rollout.max_new_tokens"
             )
         largest = max(prompt)
         if largest >= self._vocab_size or min(prompt) < 0:
             raise UserError(
-                f"model.path: a prompt has the token {largest}, but the model has {self._vocab_size}; its tokenizer "
-                "does not belong to it"
+                f"model.path: a prompt has the token {largest}, but the model has {self._vocab_size}; its "
+                "tokenizer does not belong to it"
             )
 
     def finish(self, requests: Sequence[Request]) -> None:
