@@ -15,8 +15,8 @@ from shardes.errors import UserError
 logger = logging.getLogger(__name__)
 
 OLDEST_VERSION = (0, 32)
-# Bytes of an accelerator that neither vLLM's estimate nor the masters count: communication, graphs,
-fragments.RESERVED_BYTES = 2 * 2**30
+# Bytes of an accelerator that neither vLLM's estimate nor the masters count: communication and fragments.
+RESERVED_BYTES = 2 * 2**30
 # vLLM's own limit to its share of an accelerator.
 MOST_UTILISATION = 0.92
 # Memory of keys and values on CPUs, where vLLM would take nearly all of the machine's.
