@@ -226,7 +226,9 @@ def make_training_loop(
     rollout = make_rollout(session, task, recorded=recorded, rewards=rewards, heldout_sets=sets)
     config, world = rollout.config, mesh.world
     settings = resume_fingerprint(config, data_sha256=rows_sha256(task.train))
-    identity = session.identity | {"is_exact": rollout.evaluator.engine.is_exact}
+    engine = rollout.evaluator.engine
+    facts = {"name": config.rollout.engine, **engine.facts}
+    identity = session.identity | {"is_exact": engine.is_exact, "engine": facts}
     recorder = RunRecorder(config, identity=identity, settings=settings, world=world, timer=timer)
     snapshots = SnapshotWriter(
         run.dir,

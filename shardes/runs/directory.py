@@ -10,7 +10,7 @@ from typing import Any
 from shardes.config.loading import dump_config, load_run_config
 from shardes.config.schema import Config
 from shardes.errors import StorageError, UserError
-from shardes.runs.journal import History, Journal, read_journal
+from shardes.runs.journal import History, Journal, engine_of, read_journal
 from shardes.runs.lock import DirectoryLock
 from shardes.utils.closing import Closing
 from shardes.utils.files import AppendFile, write_atomically
@@ -169,6 +169,27 @@ class RunDirectory(Closing):
                 f"run.dir: {self.path} holds a run that was made with other settings; give another "
                 "run.dir, or the settings it was made with:\n" + "\n".join(differences)
             )
+        self._go_on_with(engine_of(header), may_differ=config.run.resume_engine == "any")
+
+    def _go_on_with(self, engine: dict[str, Any], *, may_differ: bool) -> None:
+        """Compare an engine with the one that the run has had so far, and record it if it is another.
+
+        Raises:
+            UserError: It is another, and must not be.
+        """
+        known = self.history.engines[-1]["engine"]
+        if engine == known:
+            return
+        if not may_differ:
+            raise UserError(
+                f"run.dir: {self.path} holds a run whose members were judged by another engine, so that "
+                "those rewards would not be of one kind with what is to come; give the engine back, or go on "
+                "all the same with run.resume_engine=any:\n"
+                + "\n".join(_differing_lines(known, engine, now="this job"))
+            )
+        iteration = len(self.history.updates)
+        logger.info("iteration %d: the run goes on with another engine: %s", iteration, engine)
+        self.journal.append({"type": "engine", "iteration": iteration, "engine": engine}, durable=True)
 
     def close(self) -> None:
         """Close the files and release the directory."""
@@ -177,9 +198,12 @@ class RunDirectory(Closing):
 
 def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Return one line for each key on which two headers differ."""
-    old, new = _comparable(known), _comparable(wanted)
+    return _differing_lines(_comparable(known), _comparable(wanted), now="this configuration")
+
+
+def _differing_lines(old: dict[str, Any], new: dict[str, Any], *, now: str) -> list[str]:
     return [
-        f"  {key}: the run has {json.dumps(old.get(key))}, this configuration {json.dumps(new.get(key))}"
+        f"  {key}: the run has {json.dumps(old.get(key))}, {now} {json.dumps(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
@@ -194,12 +218,14 @@ _NOT_COMPARED = (
     "parameters",
     "base_headers_sha256",
     "is_exact",
+    "engine",
 )
 
 
 def _comparable(header: dict[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in header.items() if key not in _NOT_COMPARED}
-    return rest | header["settings"]
+    settings = {key: value for key, value in header["settings"].items() if key != "rollout.engine"}
+    return rest | settings
 
 
 def read_run_journal(run_dir: Path) -> tuple[dict[str, Any], History, int, int]:

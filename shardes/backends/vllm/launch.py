@@ -1,5 +1,6 @@
 """Start a vLLM engine in this process, which is one of its tensor parallel workers."""
 
+import gc
 import logging
 import os
 import warnings
@@ -237,8 +238,17 @@ def _forget_groups() -> None:
 
 
 def end_engine(llm: Any) -> None:
-    """End an engine that ``start_engine`` has started, and its process groups; a collective."""
-    llm.llm_engine.engine_core.engine_core.shutdown()
+    """End an engine that ``start_engine`` has started, and its process groups but not the job's."""
+    from vllm.distributed import parallel_state
+
+    core = llm.llm_engine.engine_core.engine_core
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()  # vLLM has frozen what it allocated when it started
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+    _forget_groups()
 
 
 def _first_line(error: BaseException) -> str:
