@@ -4,11 +4,11 @@ import gc
 import logging
 import os
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from shardes.backends.vllm.cpu import prepare, unlink_shared_memory
 from shardes.config.schema import Config
 from shardes.distributed.group import Group
 from shardes.errors import UserError
@@ -97,8 +97,7 @@ def start_engine(config: Config, *, group: Group, num_elements: int) -> Any:
     vllm = import_vllm()
     _forget_groups()
     if group.device.type == "cpu":
-        _keep_weights_unpacked()
-        _bear_with_llvmlite()
+        prepare(group)
     _register(config)
     arguments = {
         "model": str(config.model.path),
@@ -123,6 +122,7 @@ def start_engine(config: Config, *, group: Group, num_elements: int) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # it looks at every attribute of every module
             llm = vllm.LLM(**arguments)
+        unlink_shared_memory()
         # It would end groups that the job has ended before.
         llm.llm_engine.engine_core._finalizer.detach()
         return llm
@@ -183,34 +183,6 @@ def _memory_arguments(config: Config, *, group: Group, num_elements: int) -> dic
         "vLLM gets %.1f%% of the accelerator's memory, so that the masters fit beside it", 100 * share
     )
     return {"gpu_memory_utilization": share}
-
-
-def _keep_weights_unpacked() -> None:
-    """Have vLLM multiply by weights as they are, on CPUs.
-
-    oneDNN and AMX kernels pack every linear layer's weight when it has been loaded, and vLLM throws the
-    weight itself away: there would be nothing to perturb.
-    """
-    from vllm import _custom_ops
-    from vllm.model_executor.layers import utils
-
-    _custom_ops._supports_onednn = False
-    utils.check_cpu_sgl_kernel = lambda n, k, dtype: False
-
-
-def _bear_with_llvmlite() -> None:
-    """Have vLLM find its kernels, on CPUs, in a process that has imported numba.
-
-    It looks through the namespaces of all objects in all modules. One of llvmlite's returns something that is
-    none, and vLLM 0.32 fails.
-    """
-    from vllm.triton_utils import dispatcher
-
-    def namespace(value: object) -> Mapping[str, Any]:
-        found = vars(value)
-        return found if isinstance(found, Mapping) else {}
-
-    dispatcher.vars = namespace
 
 
 def _register(config: Config) -> None:

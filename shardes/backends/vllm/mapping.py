@@ -209,13 +209,12 @@ def mark_copies(
     for shard in shards:
         spans = [found[shard.name] for found in of_ranks]
         held = [_elements(each) for each in spans]
-        counted = sum(sum(s.num_elements for s in spans[held.index(each)]) for each in dict.fromkeys(held))
-        if counted != shard.num_elements:
+        counted = [span for each in dict.fromkeys(held) for span in spans[held.index(each)]]
+        if not _is_partition(counted, shard.num_elements):
             raise UserError(
-                f"parallel.backend: vllm: {group.world_size} ranks hold {counted} elements of "
-                f"{shard.name}, which has {shard.num_elements}: some are held by several ranks together "
-                "with others that are not; let fewer ranks hold the model (parallel.shard_size), or "
-                f"{_REMEDY}"
+                f"parallel.backend: vllm: some elements of {shard.name} are held twice, together with others "
+                f"that are not, or by none of the {group.world_size} rank(s); let fewer ranks hold the model "
+                f"(parallel.shard_size), or {_REMEDY}"
             )
         is_copy = bool(shard.spans) and held.index(held[group.rank]) < group.rank
         marked.append(replace(shard, is_copy=is_copy))
@@ -226,3 +225,15 @@ def mark_copies(
 def _elements(spans: Sequence[ShardSpan]) -> tuple[tuple[int, int, int, int], ...]:
     """Return the elements of some spans, wherever they lie in the shard."""
     return tuple(sorted((s.global_start, s.length, s.rows, s.stride) for s in spans))
+
+
+def _is_partition(spans: Sequence[ShardSpan], num_elements: int) -> bool:
+    """Return whether some spans have each of a parameter's elements once."""
+    starts = [span.global_start + np.arange(span.rows) * span.stride for span in spans]
+    lengths = [np.full(span.rows, span.length) for span in spans]
+    if not spans:
+        return num_elements == 0
+    first, count = np.concatenate(starts), np.concatenate(lengths)
+    order = np.argsort(first)
+    ends = np.cumsum(count[order])
+    return bool((first[order] == np.concatenate([[0], ends[:-1]])).all() and ends[-1] == num_elements)
