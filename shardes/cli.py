@@ -77,20 +77,23 @@ def train(config_path: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
     task, heldout_sets = load_tasks(config)
     # Processes for rewards come before threads, process groups and accelerators.
     with make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards:
+        from shardes.models.build import skeleton_of
         from shardes.session import open_session
         from shardes.trainer import make_training_loop
         from shardes.utils.logs import configure_logging, tell_user
 
         configure_logging()
+        # Before the session: a backend may change the classes that models are made of.
+        model = skeleton_of(config) if dry_run else None
         with stop_signals() as stop:
             try:
                 with open_session(config, stop=stop) as session:
-                    if not dry_run:
+                    if model is None:
                         make_training_loop(session, task, rewards=rewards, heldout_sets=heldout_sets).train()
                         return
                     from shardes.planning.dry_run import dry_run as try_member
 
-                    lines = try_member(session, task, rewards=rewards)
+                    lines = try_member(session, task, model=model, rewards=rewards)
                     if session.mesh.world.is_main:
                         click.echo("\n".join(lines))
             except Stopped:

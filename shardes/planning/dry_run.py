@@ -5,8 +5,9 @@ import time
 from functools import partial
 
 import torch
+from transformers import PreTrainedModel
 
-from shardes.models.build import load_tokenizer, skeleton_of
+from shardes.models.build import load_tokenizer
 from shardes.planning.machine import Machine
 from shardes.planning.plan import Plan
 from shardes.planning.report import report
@@ -25,12 +26,13 @@ from shardes.utils.units import shown_bytes, shown_seconds
 _NUM_PROBLEMS = 2
 
 
-def dry_run(session: Session, task: Task, *, rewards: RewardRunner) -> list[str]:
+def dry_run(session: Session, task: Task, *, model: PreTrainedModel, rewards: RewardRunner) -> list[str]:
     """Evaluate one member on two problems, and plan for the ranks and memory that are here; a collective.
 
     Args:
         session: The model with its base weights.
         task: What would be trained on.
+        model: The model, its parameters on meta.
         rewards: Runs rewards.
 
     Returns:
@@ -47,7 +49,6 @@ def dry_run(session: Session, task: Task, *, rewards: RewardRunner) -> list[str]
     seconds, peak = time.monotonic() - start, peak_memory_bytes(world.device)
     config = rollout.config
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    model = skeleton_of(config)
     plan = Plan(
         config,
         model,

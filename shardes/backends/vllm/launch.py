@@ -23,7 +23,7 @@ MOST_UTILISATION = 0.92
 # Memory of keys and values on CPUs, where vLLM would take nearly all of the machine's.
 CPU_CACHE_BYTES = 4 * 2**30
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -59,7 +59,7 @@ def import_vllm() -> Any:
     Raises:
         UserError: It is not installed, or too old.
     """
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     wanted = ".".join(map(str, OLDEST_VERSION))
     remedy = (

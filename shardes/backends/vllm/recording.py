@@ -138,6 +138,8 @@ class _Recorder(TorchDispatchMode):
         source = self._sources.get(_storage(args[1])) if func is torch.ops.aten.copy_.default else None
         if source is None:
             raise UserError(_refusal(name, f"its loader writes {func} of something it has computed"))
+        if not target.numel():  # a rank that has nothing but the padding of a vocabulary
+            return target
         view = args[1].expand(target.shape)
         self.copies[name].append(
             RecordedCopy(

@@ -70,7 +70,7 @@ def loads():
 KINDS = {
     "greedy": {},
     "stop": {"stop": ["7", "12"]},
-    "stop later": {"stop": ["33", "0 1"], "micro_batch_size": 32},
+    "stop later": {"stop": ["77", "</answer>"], "micro_batch_size": 32},
 }
 
 
