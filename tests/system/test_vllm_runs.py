@@ -119,7 +119,8 @@ def test_a_run_goes_on_with_the_same_engine_alone_unless_asked(root, runs):
     (change,) = [line for line in journal_of(root / "other") if line["type"] == "engine"]
     assert change["iteration"] == 3
     output = call("shardes", "journal", root / "other").stdout
-    assert "engine       vllm, version" in output
+    assert "engine       vllm, " in output
+    assert "tensor_parallel_size 1, version 0." in output
     assert "engine       transformers, from iteration 3 on" in output
     assert call("shardes", "verify", root / "other").returncode == 0
 

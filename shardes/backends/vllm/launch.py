@@ -118,6 +118,7 @@ def start_engine(config: Config, *, group: Group, num_elements: int) -> Any:
         **config.rollout.vllm,
     }
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    local_world_size = os.environ.get("LOCAL_WORLD_SIZE")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # it looks at every attribute of every module
@@ -141,6 +142,11 @@ def start_engine(config: Config, *, group: Group, num_elements: int) -> Any:
         # On CPUs vLLM makes it do nothing, and on accelerators it sets one thread.
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(num_threads)
+        # It puts the ranks of an engine for those of the machine.
+        if local_world_size is None:
+            os.environ.pop("LOCAL_WORLD_SIZE", None)
+        else:
+            os.environ["LOCAL_WORLD_SIZE"] = local_world_size
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
