@@ -238,6 +238,7 @@ class Plan:
             self.model.config, **wanted
         )
         cache = cache_bytes(self.model.config, **wanted)
+        reserved = config.rollout.kv_cache_gib
         return RankMemory(
             working=sum(footprint.held.values()) * itemsize,
             master=trained * master_itemsize,
@@ -248,7 +249,7 @@ class Plan:
             gather_buffers=footprint.gather_buffer_bytes(itemsize, device_type=self.machine.device_type)
             if self._spec.is_sharded and not is_split
             else 0,
-            cache=cache,
+            cache=cache if reserved is None else int(reserved * 2**30),
             activations=generating - cache,
         )
 

@@ -38,6 +38,9 @@ class VllmCase(Case):
         assert loaded.keys() == recorded.keys()
         for name, indices in loaded.items():
             assert_same(recorded[name], indices, name)
+        held = sum(p.numel() for p in self.backend.model.parameters())
+        planned = sum(self.backend.footprint(self.skeleton, num_ranks=self.num_ranks).held.values())
+        assert held <= planned <= 1.03 * held, (held, planned)
         num_found = sum(int((indices >= 0).sum()) for indices in loaded.values())
         assert num_found == sum(shard.num_owned for shard in self.backend.shards) > 0
 
@@ -93,6 +96,7 @@ def run(raw, world, oracle):
         backend = make_backend(config, group=mesh.shard)
         case = VllmCase.__new__(VllmCase)
         case.backend, case.files = backend, files
+        case.skeleton, case.num_ranks = oracle[3], mesh.shard.world_size
         case.check_map()
         try:
             Weights(backend, seed=7).load(Checkpoint(config.model.path))
@@ -103,7 +107,7 @@ def run(raw, world, oracle):
             raise AssertionError("repacked weights were not noticed")
     else:
         case = VllmCase(config, mesh.shard, oracle=oracle[:2])
-        case.files = files
+        case.files, case.skeleton, case.num_ranks = files, oracle[3], mesh.shard.world_size
         addresses = {s.name: s.local.data_ptr() for s in case.backend.shards}
         case.check_map()
         case.check_load()
@@ -122,7 +126,8 @@ def main():
     oracles = []
     for raw in cases:
         config = parse_config(raw["config"], source="case")
-        oracles.append((*make_oracle(config, alone), _file_tensors(config, skeleton_of(config))))
+        skeleton = skeleton_of(config)
+        oracles.append((*make_oracle(config, alone), _file_tensors(config, skeleton), skeleton))
     with process_group(timeout_seconds=60, always=True, stop=Stop(), stop_seconds=60) as world:
         for raw, oracle in zip(cases, oracles, strict=True):
             model = raw["config"]["model"]
