@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import time
 
 import pytest
@@ -17,7 +18,6 @@ from tests.helpers.vllm_models import vllm_model
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
-# Half a heap of stop texts, a KL probe whose answers are the same in all, and members in pairs.
 CHANGES = {
     "rollout__stop": ["7"],
     "rollout__max_new_tokens": 8,
@@ -31,6 +31,15 @@ CHOICES = {
     "task__metric": "accuracy",
     "task__reward": None,
     "task__batch_size": None,
+}
+
+
+DRAWN = {
+    "rollout__temperature": 0.7,
+    "rollout__samples_per_prompt": 2,
+    "log__kl_every": 1,
+    "log__kl_prompts": 4,
+    "log__samples_every": 1,
 }
 
 
@@ -56,6 +65,7 @@ def runs(root):
         "single-choices": tree_of(root, "single-choices", **choices),
         "one": tree_of(root, "one", **VLLM),
         "one-choices": tree_of(root, "one-choices", **VLLM, **choices),
+        "one-drawn": tree_of(root, "one-drawn", **VLLM, **DRAWN),
     }
     found = dict(zip(trees, run_cases(root, "alone", list(trees.values()), 1), strict=True))
     trees = {
@@ -90,6 +100,20 @@ def test_the_header_says_what_answered(root, runs):
         engine = header["engine"]
         assert (engine["name"], engine["dtype"], engine["tensor_parallel_size"]) == ("vllm", "float32", size)
         assert header["is_exact"] is False
+
+
+def test_answers_are_drawn_kept_and_compared_with_the_base_models(root, runs):
+    lines = steady_metrics(root / "one-drawn")
+    assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-6), "nothing has moved yet"
+    assert lines[-1]["kl"] > 0
+    members = [line for line in journal_of(root / "one-drawn") if line["type"] == "member"]
+    assert len(members) == 12
+    assert {len(line["by_problem"]) for line in members} == {9}
+    assert len({line["reward"] for line in members}) > 6
+    samples = [json.loads(line) for line in (root / "one-drawn" / "samples.jsonl").read_text().splitlines()]
+    assert {sample["iteration"] for sample in samples} == {0, 1, 2, 3}
+    answers = {sample["completion"] for sample in samples}
+    assert len(answers) > len(samples) // 2
 
 
 @pytest.mark.parametrize("backend", ["single", "zero3"])
@@ -169,3 +193,17 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_gives_the_same_bytes(ro
         for name in ("killed", "split")
     ]
     assert digests[0] == digests[1]
+
+
+def test_a_rank_that_hangs_ends_the_job_with_the_reason(root):
+    config = root / "hanging.yaml"
+    changes = {"parallel__timeout_seconds": 10, "es__iterations": 10_000, "es__alpha": 1e-6}
+    config.write_text(yaml.safe_dump(tree_of(root, "hanging", **VLLM, **changes)))
+    journal = root / "hanging" / "journal.jsonl"
+    with Ranks([ROOT / "launch" / "train.py", "--config", config], world_size=2, log_dir=root / "h") as ranks:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and not (journal.exists() and b'"update"' in journal.read_bytes()):
+            time.sleep(0.05)
+        ranks.processes[1].send_signal(signal.SIGSTOP)
+        assert ranks.processes[0].wait(60) not in (0, None)
+        assert "parallel.timeout_seconds" in ranks.output()

@@ -40,12 +40,12 @@ class VllmBackend(ShardedBackend):
         group: Ranks to split over; a process group exists even if there is only one.
         llm: vLLM's engine, whose worker is this process.
         files: Tensors of the model's files.
+        timeout_seconds: Seconds that a rank waits for another.
 
     Attributes:
         llm: Argument ``llm``.
+        timeout_seconds: Argument ``timeout_seconds``.
         max_model_len: Most tokens of a prompt and its answer that the engine takes.
-        num_commits: Number of times that weights have been written; caches of activations computed before are
-            stale.
 
     Raises:
         UserError: vLLM holds weights that are no elements of the files.
@@ -56,7 +56,7 @@ class VllmBackend(ShardedBackend):
 
     def __init__(self, skeleton: PreTrainedModel, *, group: Group, llm: Any, files: list[FileTensor]) -> None:
         super().__init__(skeleton, group=group)
-        self.llm, self.sharded_model, self.num_commits = llm, skeleton, 0
+        self.llm, self.sharded_model, self.timeout_seconds = llm, skeleton, timeout_seconds
         self.max_model_len: int = llm.llm_engine.model_config.max_model_len
         model = self.model
         _check_derived(model)
@@ -78,7 +78,8 @@ class VllmBackend(ShardedBackend):
         held = cls.footprint(skeleton, num_ranks=group.world_size).held
         files = _file_tensors(config, skeleton)
         llm = start_engine(config, group=group, num_elements=sum(held.values()))
-        return cls(skeleton, group=group, llm=llm, files=files)
+        timeout_seconds = config.parallel.timeout_seconds
+        return cls(skeleton, group=group, llm=llm, files=files, timeout_seconds=timeout_seconds)
 
     @staticmethod
     def footprint(skeleton: PreTrainedModel, *, num_ranks: int) -> RankFootprint:
@@ -126,10 +127,9 @@ class VllmBackend(ShardedBackend):
         return self._spans[shard.name]
 
     def commit(self) -> None:
-        """Count the change, after which the engine forgets what it has computed; wait until it is written."""
-        self.num_commits += 1
+        """Wait until the weights are written: vLLM may compute on streams of its own."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # vLLM may compute on streams of its own
+            torch.cuda.synchronize(self.device)
 
     def gathered(self) -> nn.Module:
         """Refuse: vLLM's weights are never gathered.

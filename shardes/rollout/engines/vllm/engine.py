@@ -70,7 +70,10 @@ class VllmEngine(Engine):
         self._parts: dict[str, Any] = {"backend": backend, "weights": weights, "mesh": mesh}
         self._parts |= {"tokenizer": tokenizer, "seed": seed, "timer": timer}
         self._settings = settings
-        self._requests, self._finite = shared or (RequestLoop(backend.llm), FiniteLogits(backend.model))
+        self._requests, self._finite = shared or (
+            RequestLoop(backend.llm, timeout_seconds=backend.timeout_seconds),
+            FiniteLogits(backend.model),
+        )
         self._eos_ids = end_tokens(backend.sharded_model, tokenizer)
         self._stop = StopStrings(settings.stop, tokenizer)
         self._in_flight: dict[int, tuple[MicroBatch | LikelihoodBatch, list[Request]]] = {}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from shardes.errors import UserError
+from shardes.rollout.engines.vllm.step_limit import StepLimit
 from shardes.rollout.stop_strings import GrowingAnswer, StopStrings
 
 # Tokens between two looks for texts that end an answer.
@@ -36,13 +37,15 @@ class RequestLoop:
 
     Args:
         llm: vLLM's ``LLM``, whose worker is this process.
+        timeout_seconds: Seconds that a step may take, which end the process.
 
     Attributes:
         num_in_flight: Number of requests that are not done.
     """
 
-    def __init__(self, llm: Any) -> None:
+    def __init__(self, llm: Any, *, timeout_seconds: float) -> None:
         self._engine = llm.llm_engine
+        self._limit = StepLimit(timeout_seconds)
         self._vocab_size: int = self._engine.model_config.get_vocab_size()
         self._max_length: int = self._engine.model_config.max_model_len
         self._number = 0
@@ -103,7 +106,8 @@ class RequestLoop:
         """Compute until some requests are done; others go on meanwhile, as far as they come."""
         waiting = [request for request in requests if not request.is_done]
         while waiting:
-            outputs = self._engine.step()
+            with self._limit:
+                outputs = self._engine.step()
             for output in outputs:
                 self._take(output)
             waiting = [request for request in waiting if not request.is_done]
