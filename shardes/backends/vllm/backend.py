@@ -54,7 +54,15 @@ class VllmBackend(ShardedBackend):
     name = "vllm"
     is_preloaded = True
 
-    def __init__(self, skeleton: PreTrainedModel, *, group: Group, llm: Any, files: list[FileTensor]) -> None:
+    def __init__(
+        self,
+        skeleton: PreTrainedModel,
+        *,
+        group: Group,
+        llm: Any,
+        files: list[FileTensor],
+        timeout_seconds: float,
+    ) -> None:
         super().__init__(skeleton, group=group)
         self.llm, self.sharded_model, self.timeout_seconds = llm, skeleton, timeout_seconds
         self.max_model_len: int = llm.llm_engine.model_config.max_model_len

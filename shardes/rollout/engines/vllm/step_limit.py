@@ -46,9 +46,9 @@ class StepLimit:
             began = self._began
             if began is not None and time.monotonic() - began > self._seconds:
                 tell_user(
-                    f"a step of vLLM has taken more than {self._seconds} s (parallel.timeout_seconds): another "
-                    "rank or the device hangs. What the run has done is in its journal: go on with the same "
-                    "command"
+                    f"a step of vLLM has taken more than {self._seconds} s (parallel.timeout_seconds): "
+                    "another rank or the device hangs. What the run has done is in its journal: go on with "
+                    "the same command"
                 )
                 self._end(EXIT_FAILURE)
                 return
