@@ -11,7 +11,7 @@ All sides answer the same prompts with the same Llama of random parameters, each
 
 Answers never end by themselves: where each ends is drawn beforehand ("spread": geometric, with a mean of a
 third of the longest) or is the longest ("equal"). Half of the sets have prompts that begin with the same 48
-tokens. Seconds are the best of some turns: of the process on CPUs, so that others do not count, and of the clock
+tokens. Seconds are the best of some turns: of the process on CPUs, so that others do not count, of the clock
 on GPUs. Start-up is everything until the first member could be loaded, imports included.
 """
 
