@@ -7,7 +7,9 @@ import warnings
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from shardes.backends.vllm.adapters import adapter_arguments
 from shardes.backends.vllm.cpu import prepare, unlink_shared_memory
 from shardes.config.schema import Config
 from shardes.distributed.group import Group
@@ -36,6 +38,11 @@ _OWN_ARGUMENTS = {
     "trust_remote_code": "model.trust_remote_code",
     "tensor_parallel_size": "parallel.shard_size",
     "kv_cache_memory_bytes": "rollout.kv_cache_gib",
+    "enable_lora": "rollout.members_per_forward",
+    "max_loras": "rollout.members_per_forward",
+    "max_cpu_loras": "rollout.members_per_forward",
+    "max_lora_rank": "es.rank",
+    "lora_target_modules": "es.trainable",
 }
 _UNUSABLE_ARGUMENTS = {
     "quantization": "quantised weights cannot be perturbed in place",
@@ -80,11 +87,14 @@ def import_vllm() -> Any:
     return vllm
 
 
-def start_engine(config: Config, *, group: Group, num_elements: int) -> Any:
+def start_engine(
+    config: Config, *, skeleton: PreTrainedModel, group: Group, num_elements: int
+) -> Any:
     """Start vLLM with the model of a run, and return its ``LLM``; a collective of the ranks of ``group``.
 
     Args:
         config: Configuration of the run.
+        skeleton: Model with parameters on meta.
         group: Ranks that hold the model together, each a tensor parallel worker.
         num_elements: Elements of the model that this rank holds, for which masters need memory.
 
@@ -115,6 +125,7 @@ def start_engine(config: Config, *, group: Group, num_elements: int) -> Any:
         # Graphs need an accelerator, and compiling for a CPU takes minutes.
         "enforce_eager": group.device.type == "cpu",
         **_memory_arguments(config, group=group, num_elements=num_elements),
+        **adapter_arguments(config, skeleton),
         **config.rollout.vllm,
     }
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()

@@ -219,11 +219,6 @@ def test_prompts_that_the_engine_cannot_take_are_refused(session, model):
         requests.add([2, vocabulary], {"temperature": 0.0, "max_tokens": 1})
 
 
-def test_several_members_in_a_forward_are_refused(session):
-    with pytest.raises(UserError, match=r"rollout.members_per_forward: got 4; .* set it to 1"):
-        evaluator_of(session, members_per_forward=4)
-
-
 def test_the_threads_and_the_version_are_what_they_were(session):
     assert torch.get_num_threads() == 1
     facts = evaluator_of(session).engine.facts
