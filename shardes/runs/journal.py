@@ -20,6 +20,7 @@ from typing import Any
 
 from shardes.config.old_keys import rename_in_header
 from shardes.errors import UserError
+from shardes.es.update import UPDATE_VERSION
 from shardes.utils.closing import Closing
 from shardes.utils.files import AppendFile
 
@@ -49,6 +50,11 @@ class History:
     instruments: dict[int, dict[str, Any]] = field(default_factory=dict)
     probe: dict[str, Any] | None = None
     kls: dict[int, float | None] = field(default_factory=dict)
+
+    @property
+    def update_version(self) -> int:
+        """Version of the updates that the run was begun with; headers of version 1 do not say."""
+        return UPDATE_VERSION if self.header is None else int(self.header.get("update_version", 1))
 
     def iteration_of(self, wanted: str | None, *, key: str) -> int:
         """Return the number of updates that a user means.
@@ -195,6 +201,11 @@ def read_journal(path: Path) -> tuple[History, str, int, int]:
             raise UserError(
                 f"run.dir: {path} has the journal version {record['journal_version']}, of a later shardes; "
                 f"this one reads versions up to {JOURNAL_VERSION}"
+            )
+        if record.get("update_version", 1) not in range(1, UPDATE_VERSION + 1):
+            raise UserError(
+                f"run.dir: {path} has version {record['update_version']} of the updates (docs/updates.md), "
+                f"of another shardes; this one knows versions up to {UPDATE_VERSION}"
             )
         link = checksum
         good_bytes += len(line) + 1
