@@ -149,7 +149,7 @@ class Weights:
             yield shard, shard.region(span), span.of(shard.local), self.masters.on_device(shard, span)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Read this rank's elements, and no others, in the master's dtype, and set the model to the centre.
+        """Read this rank's elements in the master's dtype, and set the model to the centre.
 
         Raises:
             UserError: The checkpoint does not fit the model.
