@@ -27,9 +27,13 @@ EXACT_OPERATIONS = frozenset(
         "aten.clone.default",
         "aten.copy_.default",
         "aten._to_copy.default",  # to a wider dtype, or from float64 in ``sqrt``
+        "aten.empty.memory_format",
+        "aten.split.Tensor",
+        "aten.view.default",
     }
 )
-SQRT_OPERATIONS = frozenset({"aten.sqrt_.default", "aten._to_copy.default"})
+SQRT_OPERATIONS = frozenset({"aten.sqrt_.default", "aten._to_copy.default", "aten.copy_.default"})
+_ROOT_ELEMENTS = 1 << 18
 
 
 def rounded(number: float) -> float:
@@ -61,7 +65,15 @@ def sqrt(values: Tensor) -> Tensor:
     last place of float64 of the middle between two float32 numbers, so a float64 root that is off by less is
     rounded to the same float32 number as the exact one. (docs/updates.md has the proof.)
     """
-    return values.double().sqrt_().float()
+    if values.device.type != "cpu":
+        return values.double().sqrt_().float()
+    roots = torch.empty(values.shape)
+    # Parts that stay in a processor's cache take a third of the time.
+    for part, target in zip(
+        values.flatten().split(_ROOT_ELEMENTS), roots.view(-1).split(_ROOT_ELEMENTS), strict=True
+    ):
+        target.copy_(part.double().sqrt_())
+    return roots
 
 
 # Two operands, then their sum, difference, product and quotient, and the root of the first, all as bits.

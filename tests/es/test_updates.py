@@ -184,6 +184,9 @@ def test_operations_are_ieee(name, layout, device, known):
 
     for operation in OPERATIONS[name]:
         assert as_bits(operation(lay(a), lay(b))) == wanted[name]
+    assert as_bits(OPERATIONS[name][0](lay(a).view(-1, 1), lay(b).view(-1, 1))) == [
+        [bits] for bits in wanted[name]
+    ]
     for length in (1, 2, 7, 17):  # shorter than a vector, or a little longer
         for i in range(0, 600, length):
             part = slice(i, i + length)

@@ -28,11 +28,13 @@ class ExactOnly(TorchDispatchMode):
             problem = "is not listed"
         elif kwargs.get("alpha", 1) != 1 or len(args) > 2:
             problem = "does two things at once"
+        elif name in ("aten.split.Tensor", "aten.empty.memory_format", "aten.view.default"):
+            pass  # nothing is computed
         elif numbers and (name.startswith("aten.div") or numbers != [float(np.float32(numbers[0]))]):
             problem = "has a number that it may not have"
         elif len({tensor.shape for tensor in tensors}) > 1:
             problem = "has tensors of two shapes, of which one counts as a number"
-        elif name != "aten._to_copy.default" and len({tensor.dtype for tensor in tensors}) > 1:
+        elif "copy" not in name and len({tensor.dtype for tensor in tensors}) > 1:
             problem = "has tensors of two dtypes"
         if problem:
             raise InexactOperationError(f"{name} {problem}")
