@@ -23,7 +23,8 @@ from tests.helpers.noise_oracle import accumulated
 from tests.helpers.ranks import ROOT
 from tests.helpers.update_oracle import Weight, power
 
-CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])
 on_each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 
 
