@@ -122,7 +122,7 @@ def test_weights_are_updated_as_the_document_says(tmp_path):
             )
             for update in updates
         ]
-        for i in draw.choice(region.num_elements, size=min(30, region.num_elements), replace=False):
+        for i in draw.choice(region.num_elements, size=min(12, region.num_elements), replace=False):
             bits = as_bits(old[i])
             weight = Weight(bits, optimizer="adam", weight_decay=0.3, base=bits)
             for update, gradient in zip(updates, gradients, strict=True):
@@ -133,7 +133,7 @@ def test_weights_are_updated_as_the_document_says(tmp_path):
 # The operations.
 
 
-def operands(count=4000):
+def operands(count=2000):
     """Pairs of finite numbers: of all magnitudes, nearly equal ones, subnormal ones, edges."""
     draw = np.random.default_rng(7)
     a, b = draw.integers(0, 2**32, (2, count), dtype=np.uint32)
@@ -205,15 +205,15 @@ def test_operations_with_numbers_are_ieee(name, device, known):
             assert as_bits(operation(as_tensor(a[:500], device), number)) == wanted
 
 
-def hardest_roots(count=20000):
+def hardest_roots(count=3000):
     """The float32 numbers whose roots are closest to the middle between two float32 numbers."""
     middles = np.arange(2**24 + 1, 2**25, 2, dtype=np.int64)
     squares = middles**2
     step = np.where(squares < 2**49, 2**25, 2**26)
     distance = (squares + step // 2) % step - step // 2
-    hardest = np.argsort(np.abs(distance))[:count]
+    hardest = np.argpartition(np.abs(distance), count)[:count]
     numbers = (squares - distance)[hardest].astype(np.float32)
-    assert np.abs(distance[hardest[0]]) == 1
+    assert np.abs(distance[hardest]).min() == 1
     return numbers
 
 
