@@ -50,9 +50,9 @@ def run(context: Context) -> None:
     with random_model.open_random_session(config) as session:
         model = session.backend.sharded_model
         with context.section("member"):
-            evaluator = members.measure(context, session, work)
-            evaluator.engine.release()
-            del evaluator
+            population = members.Members(session, work)
+            population.measure(context)
+            population.evaluator.engine.release()
         positions = 40 if is_tiny else work.prompt_tokens + 1024
         with context.section("token"):
             _measure_token(context, model, work, num_positions=positions)

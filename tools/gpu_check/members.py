@@ -28,68 +28,86 @@ class Work:
     new_tokens: int
 
 
-def measure(context: Context, session: Any, work: Work, *, prefix: str = "") -> Any:
-    """Measure a member, an update and the memory; return the rollout's evaluator. A collective of all ranks.
+class Members:
+    """Members of a session's population, evaluated over all ranks; every method is a collective of these.
 
     Args:
-        context: Where figures are recorded, their names after ``prefix``.
         session: Session with base weights.
         work: What members answer.
-        prefix: Beginning of the figures' names.
     """
-    from shardes.es.strategy import Strategy
-    from shardes.es.update import Update
-    from shardes.rollout.build import make_evaluator, make_scheduler
-    from shardes.rollout.iteration import IterationSpec
-    from shardes.tasks.loading import load_task
 
-    config, world = session.config, session.mesh.world
-    task = load_task(config.task)
-    evaluator, *_ = make_evaluator(session, task)
-    scheduler = make_scheduler(session, evaluator)
-    strategy = Strategy(config.es, num_elements=0)
+    def __init__(self, session: Any, work: Work) -> None:
+        from shardes.es.strategy import Strategy
+        from shardes.rollout.build import make_evaluator, make_scheduler
+        from shardes.tasks.loading import load_task
 
-    def evaluate(iteration: int, count: int) -> dict[str, float]:
-        spec = IterationSpec(iteration, task.train, evaluator, strategy)
-        session.timer.take()
+        self._session, self._work = session, work
+        self._task = load_task(session.config.task)
+        self.evaluator, *_ = make_evaluator(session, self._task)
+        self._scheduler = make_scheduler(session, self.evaluator)
+        self._strategy = Strategy(session.config.es, num_elements=0)
+        # As many as are evaluated at the same time.
+        self.at_once = max(1, session.mesh.world.world_size // self.evaluator.engine.group.world_size)
+        self._iteration = 0
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate the first members of a new iteration; return seconds by phase, and "member" for all."""
+        from shardes.rollout.iteration import IterationSpec
+
+        spec = IterationSpec(self._iteration, self._task.train, self.evaluator, self._strategy)
+        self._iteration += 1
+        self._session.timer.take()
         wait_for_device()
         start = time.perf_counter()
-        scheduler.evaluate_members(list(range(count)), spec=spec, on_result=lambda _: None)
+        self._scheduler.evaluate_members(list(range(self.at_once)), spec=spec, on_result=lambda _: None)
         wait_for_device()
-        return session.timer.take() | {"member": time.perf_counter() - start}
+        return dict(self._session.timer.take()) | {"member": time.perf_counter() - start}
 
-    # As many as are evaluated at the same time.
-    at_once = max(1, world.world_size // evaluator.engine.group.world_size)
-    evaluate(0, at_once)
-    reset_peak(world.device)
-    seconds = evaluate(1, at_once)
-    found = {f"{name}_seconds": value for name, value in seconds.items()}
-    found["generated_tokens_per_second"] = at_once * work.num_rows * work.new_tokens / seconds["member"]
-    coefficients = [1e-6] * NUM_DIRECTIONS
-    session.weights.update(Update(0, coefficients))
-    wait_for_device()
-    start = time.perf_counter()
-    session.weights.update(Update(1, coefficients))
-    wait_for_device()
-    found["update_seconds"] = time.perf_counter() - start
-    gather = evaluator.engine.gather
-    planned = planned_bytes(
-        config,
-        gather=gather,
-        num_ranks=world.world_size,
-        prompt_tokens=work.prompt_tokens,
-        num_prompts=work.num_rows,
-    )
-    memory: dict[str, Any] = {"gather": gather, "planned_bytes": planned}
-    if world.device.type == "cuda":
-        peak = peak_bytes(world.device)
-        free, total = torch.cuda.mem_get_info(world.device)
-        memory |= {"peak_bytes": peak, "peak_over_planned": peak / planned}
-        memory |= {"reserved_bytes": torch.cuda.max_memory_reserved(world.device), "used_bytes": total - free}
-    if world.is_main:
-        context.record(**{f"{prefix}{name}": value for name, value in (found | memory).items()})
-        if "peak_bytes" in memory:
-            is_near = 0.85 < memory["peak_over_planned"] < 1.15
-            shown = f"{memory['peak_bytes'] / 2**30:.1f} GiB, planned {planned / 2**30:.1f}"
+    def measure(self, context: Context, *, prefix: str = "") -> None:
+        """Record a member by phase, an update and the memory, under names that begin with ``prefix``."""
+        session, work = self._session, self._work
+        world = session.mesh.world
+        self.evaluate()
+        reset_peak(world.device)
+        seconds = self.evaluate()
+        found: dict[str, Any] = {f"{name}_seconds": value for name, value in seconds.items()}
+        num_tokens = self.at_once * work.num_rows * work.new_tokens
+        found |= {"members_at_once": self.at_once, "job_tokens_per_second": num_tokens / seconds["member"]}
+        found |= {"update_seconds": self._update_seconds(), **self._memory()}
+        if not world.is_main:
+            return
+        context.record(**{f"{prefix}{name}": value for name, value in found.items()})
+        if "peak_bytes" in found:
+            is_near = 0.85 < found["peak_over_planned"] < 1.15
+            shown = f"{found['peak_bytes'] / 2**30:.1f} GiB, planned {found['planned_bytes'] / 2**30:.1f}"
             context.check(f"{prefix}peak memory is within 15% of the plan", is_near, detail=shown)
-    return evaluator
+
+    def _update_seconds(self) -> float:
+        """Return the seconds of an update by ``NUM_DIRECTIONS`` directions, after one that warms up."""
+        from shardes.es.update import Update
+
+        for number in range(2):
+            wait_for_device()
+            start = time.perf_counter()
+            self._session.weights.update(Update(number, [1e-6] * NUM_DIRECTIONS))
+            wait_for_device()
+            seconds = time.perf_counter() - start
+        return seconds
+
+    def _memory(self) -> dict[str, Any]:
+        """Return this rank's peak memory and that of the plan."""
+        world, gather = self._session.mesh.world, self.evaluator.engine.gather
+        planned = planned_bytes(
+            self._session.config,
+            gather=gather,
+            num_ranks=world.world_size,
+            prompt_tokens=self._work.prompt_tokens,
+            num_prompts=self._work.num_rows,
+        )
+        found: dict[str, Any] = {"gather": gather, "planned_bytes": planned}
+        if world.device.type == "cuda":
+            peak = peak_bytes(world.device)
+            free, total = torch.cuda.mem_get_info(world.device)
+            found |= {"peak_bytes": peak, "peak_over_planned": peak / planned}
+            found |= {"reserved_bytes": torch.cuda.max_memory_reserved(world.device), "used_bytes": total - free}
+        return found

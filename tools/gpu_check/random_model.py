@@ -120,7 +120,7 @@ def tree_of(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
     }
     for key, value in changes.items():
         section, _, name = key.partition("__")
-        found[section][name] = value
+        found.setdefault(section, {})[name] = value
     return found
 
 

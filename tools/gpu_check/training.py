@@ -43,7 +43,7 @@ def tree(folder: Path, name: str, *, is_tiny: bool, **changes: Any) -> Tree:
     }
     for key, value in changes.items():
         section, _, inner = key.partition("__")
-        found[section][inner] = value
+        found.setdefault(section, {})[inner] = value
     return found
 
 
@@ -77,7 +77,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
         "rewards": sorted((r["iteration"], r["member"], r["reward"]) for r in lines if r["type"] == "member"),
         "updates": [record["coefficients"] for record in lines if record["type"] == "update"],
         "evaluations": [record["reward"] for record in lines if record["type"] == "evaluation"],
-        "weights": [record for record in lines if record["type"] == "weights"],
+        "weights": [(r["iteration"], r["digest"]) for r in lines if r["type"] == "weights"],
     }
 
 
