@@ -12,7 +12,7 @@ GRACE_SECONDS = 60
 
 def run(context: Context) -> None:
     """Stop a rank under each backend and gather; expect the other ranks to end."""
-    timeout = 4 if context.is_rehearsal else 15
+    timeout = 3 if context.is_rehearsal else 15
     cases = [("fsdp", "member"), ("tensor_parallel", "layer"), ("zero3", "layer"), ("fsdp", "iteration")]
     for backend, gather in cases[:1] if context.is_rehearsal else cases:
         name = f"{backend}, {gather}"

@@ -48,14 +48,12 @@ class Members:
         self._strategy = Strategy(session.config.es, num_elements=0)
         # As many as are evaluated at the same time.
         self.at_once = max(1, session.mesh.world.world_size // self.evaluator.engine.group.world_size)
-        self._iteration = 0
 
-    def evaluate(self) -> dict[str, float]:
-        """Evaluate the first members of a new iteration; return seconds by phase, and "member" for all."""
+    def evaluate(self, iteration: int) -> dict[str, float]:
+        """Evaluate the first members of an iteration; return seconds by phase, and "member" for all."""
         from shardes.rollout.iteration import IterationSpec
 
-        spec = IterationSpec(self._iteration, self._task.train, self.evaluator, self._strategy)
-        self._iteration += 1
+        spec = IterationSpec(iteration, self._task.train, self.evaluator, self._strategy)
         self._session.timer.take()
         wait_for_device()
         start = time.perf_counter()
@@ -67,9 +65,9 @@ class Members:
         """Record a member by phase, an update and the memory, under names that begin with ``prefix``."""
         session, work = self._session, self._work
         world = session.mesh.world
-        self.evaluate()
+        self.evaluate(0)
         reset_peak(world.device)
-        seconds = self.evaluate()
+        seconds = self.evaluate(1)
         found: dict[str, Any] = {f"{name}_seconds": value for name, value in seconds.items()}
         num_tokens = self.at_once * work.num_rows * work.new_tokens
         found |= {"members_at_once": self.at_once, "job_tokens_per_second": num_tokens / seconds["member"]}

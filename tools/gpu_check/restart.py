@@ -17,7 +17,7 @@ _POLL_SECONDS = 0.02
 
 def words_of(run_dir: Path, backend: str, *changes: str, is_rehearsal: bool) -> list[str]:
     """Return the command of a short quickstart, without the interpreter."""
-    iterations = 8 if is_rehearsal else 16
+    iterations = 4 if is_rehearsal else 16
     return [
         str(SCRIPT),
         "--config",
@@ -27,9 +27,9 @@ def words_of(run_dir: Path, backend: str, *changes: str, is_rehearsal: bool) -> 
         "parallel.timeout_seconds=40",
         f"es.iterations={iterations}",
         "es.population=6",
-        "task.batch_size=16",
+        f"task.batch_size={8 if is_rehearsal else 16}",
         "eval.every=4",
-        "run.snapshot_every=3",
+        "run.snapshot_every=2",
         *changes,
     ]
 
@@ -54,10 +54,10 @@ def run(context: Context) -> None:
     """Kill a rank under each backend at a place of its own, and let the run go on."""
     folder, forks, num_ranks = context.folder, context.is_rehearsal, context.num_ranks
     told = {"folder": folder / "logs", "forks": forks, "seconds": 120}
-    backends = ["single"] if num_ranks == 1 else ["fsdp", "zero3"]
+    backends = ["single"] if num_ranks == 1 else ["fsdp"] if forks else ["fsdp", "zero3"]
     if not is_installed("deepspeed"):
         backends = [backend for backend in backends if backend != "zero3"]
-        if num_ranks > 1:
+        if num_ranks > 1 and not forks:
             context.skip("zero3", "not installed: deepspeed")
     # Replicas' runs have other micro-batches than one rank's only under tensor parallelism.
     undisturbed = folder / "undisturbed"
