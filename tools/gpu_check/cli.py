@@ -1,13 +1,14 @@
 """The command: choose the parts, run them one after the other, and write the report."""
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +31,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="PART", help="run these parts alone")
     parser.add_argument("--list", action="store_true", help="show the parts and end")
     parser.add_argument("--seconds", type=float, help="time limit of all parts together")
-    parser.add_argument("--ranks", type=int, help="number of ranks of multi_gpu; default: all GPUs, at most 8")
+    parser.add_argument(
+        "--ranks", type=int, help="number of ranks of multi_gpu; default: all GPUs, at most 8"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), help="directory of the report")
     parser.add_argument("--fill", type=Path, nargs="*", default=[], help="pages whose tables are filled in")
     parser.add_argument("--from-json", type=Path, help="run nothing: make the tables from this report")
@@ -44,7 +47,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status: 0 if all that ran was right, 1 if not, 2 if nothing can run."""
+    """Run the command; return its exit status: 0 if all that ran was right, 1 if not, 2 if nothing ran."""
     arguments = parse(words)
     parts = CHECKS[arguments.check]
     if arguments.list:
@@ -63,10 +66,16 @@ def main(words: Sequence[str] | None = None) -> int:
         _run_here(arguments, num_ranks)
         return 0
     chosen = [part for part in parts if arguments.only is None or part.name in arguments.only]
+    signal.signal(signal.SIGTERM, _end)
     found = run_all(chosen, arguments, num_ranks=num_ranks)
     report.write(found, arguments.out, pages=arguments.fill)
     statuses = [part["status"] for part in found["parts"].values()]
     return EXIT_WRONG if {"failed", "timed_out"} & set(statuses) else 0
+
+
+def _end(*_: object) -> None:
+    """End this process, and the part that runs with it."""
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _num_ranks(arguments: argparse.Namespace) -> int | str:
@@ -105,6 +114,7 @@ def run_all(parts: Sequence[Part], arguments: argparse.Namespace, *, num_ranks: 
         "parts": {},
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
+    _temporary(arguments).mkdir(exist_ok=True)
     for number, part in enumerate(parts):
         limit = REHEARSAL_SECONDS if is_rehearsal else part.seconds
         result = _run_part(part, arguments, limit=limit, end=end, num_ranks=num_ranks)
@@ -116,7 +126,13 @@ def run_all(parts: Sequence[Part], arguments: argparse.Namespace, *, num_ranks: 
             f"[{number + 1}/{len(parts)}] {part.name}: {result['status']}, {result['seconds']:.1f} s{why}",
             flush=True,
         )
+    shutil.rmtree(_temporary(arguments), ignore_errors=True)
     return found
+
+
+def _temporary(arguments: argparse.Namespace) -> Path:
+    """Return the directory that is removed at the end, whatever became of the parts that wrote there."""
+    return Path(tempfile.gettempdir()) / f"gpu-check-{zlib.crc32(str(arguments.out.resolve()).encode()):08x}"
 
 
 def _run_part(
@@ -138,10 +154,13 @@ def _run_part(
     words = ["-m", "gpu_check", "--check", arguments.check, "--part", part.name, str(out)]
     words += ["--ranks", str(num_ranks), "--seconds", str(limit)]
     words += ["--rehearse"] if arguments.rehearse else []
+    words += ["--out", str(arguments.out)]
     process = processes.Process(words, env=dict(os.environ), log=log, forks=arguments.rehearse)
-    status = process.wait(limit)
-    entry["seconds"] = round(time.monotonic() - begin, 1)
-    process.kill_group()
+    try:
+        status = process.wait(limit)
+        entry["seconds"] = round(time.monotonic() - begin, 1)
+    finally:  # also if this process is told to end
+        process.kill_group()
     if out.exists():
         entry |= json.loads(out.read_text())
         out.unlink()
@@ -167,8 +186,7 @@ def _run_here(arguments: argparse.Namespace, num_ranks: int) -> None:
     """Run one part in this process, which was started for it."""
     name, out = arguments.part
     part = next(part for part in CHECKS[arguments.check] if part.name == name)
-    # A path that is given: a part that is ended does not remove it, and its directory's owner does.
-    folder = Path(tempfile.mkdtemp(prefix=f"gpu-check-{name}-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"gpu-check-{name}-", dir=_temporary(arguments)))
     deadline = time.monotonic() + (arguments.seconds or part.seconds)
     context = Context(
         is_rehearsal=arguments.rehearse,
@@ -178,9 +196,8 @@ def _run_here(arguments: argparse.Namespace, num_ranks: int) -> None:
         deadline=deadline,
     )
     os.chdir(ROOT)
-    with contextlib.suppress(KeyboardInterrupt):
-        run_part(part, context)
-    shutil.rmtree(folder, ignore_errors=True)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    run_part(part, context)
     sys.stdout.flush()
     # Libraries' threads and destructors race at an interpreter's end, where all is written already.
     os._exit(0)

@@ -46,7 +46,9 @@ def run(context: Context) -> None:
         rollout__max_new_tokens=work.new_tokens,
         rollout__micro_batch_size=work.num_rows,
     )
-    context.record(model=name, rows=work.num_rows, prompt_tokens=work.prompt_tokens, new_tokens=work.new_tokens)
+    context.record(
+        model=name, rows=work.num_rows, prompt_tokens=work.prompt_tokens, new_tokens=work.new_tokens
+    )
     with random_model.open_random_session(config) as session:
         model = session.backend.sharded_model
         with context.section("member"):
@@ -115,7 +117,9 @@ def _compare_graphs(context: Context, model: Any, work: members.Work) -> None:
         decoder.release()
     equal = [one == other for one, other in zip(*answers, strict=True)]
     context.record(graphs_equal_answers_share=sum(equal) / len(equal))
-    context.check("graphs on and off give the same tokens", all(equal), detail=f"{sum(equal)} of {len(equal)}")
+    context.check(
+        "graphs on and off give the same tokens", all(equal), detail=f"{sum(equal)} of {len(equal)}"
+    )
 
 
 def _compare_generate(context: Context, model: Any, work: members.Work) -> None:

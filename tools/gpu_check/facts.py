@@ -8,7 +8,17 @@ from typing import Any
 
 from gpu_check.part import ROOT
 
-PACKAGES = ("torch", "triton", "transformers", "deepspeed", "accelerate", "vllm", "numba", "numpy", "pydantic")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "deepspeed",
+    "accelerate",
+    "vllm",
+    "numba",
+    "numpy",
+    "pydantic",
+)
 
 
 def num_gpus() -> int:
@@ -31,7 +41,7 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout, with a plus sign if files differ from it; None if git cannot tell."""
+    """Return the commit of the checkout, with a plus sign if files differ from it; None without git."""
     found = _output(["git", "rev-parse", "--short=12", "HEAD"])
     if not found:
         return None
@@ -41,7 +51,9 @@ def commit() -> str | None:
 def machine_facts(*, is_rehearsal: bool) -> dict[str, Any]:
     """Return names, sizes and versions, JSON-able."""
     fields = "name,memory.total,driver_version"
-    listed = None if is_rehearsal else _output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"])
+    listed = (
+        None if is_rehearsal else _output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"])
+    )
     gpus = [[field.strip() for field in line.split(",")] for line in (listed or "").splitlines()]
     names = sorted({name for name, *_ in gpus})
     return {

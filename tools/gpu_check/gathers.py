@@ -1,7 +1,5 @@
 """A 7B model of random weights over all ranks: a member by phase for every gather, and the memory."""
 
-from typing import Any
-
 import torch
 
 from gpu_check import members, random_model
@@ -15,7 +13,7 @@ GATHERS = ("iteration", "member", "layer")
 
 def run(context: Context) -> None:
     """Measure each backend in a job of its own."""
-    for backend in ("fsdp", "zero3"):
+    for backend in ("fsdp",) if context.is_rehearsal else ("fsdp", "zero3"):
         if backend == "zero3" and not is_installed("deepspeed"):
             context.skip(backend, "not installed: deepspeed")
             continue

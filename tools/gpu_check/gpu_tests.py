@@ -33,7 +33,9 @@ def run(context: Context) -> None:
     words = ["-m", "gpu", "-q", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-rfE"]
     if is_installed("xdist") and not context.is_rehearsal:
         words += ["-n", "4", "--dist", "loadfile"]
-    words += [str(ROOT / "tests" / "noise" / "gpu" / "test_device.py" if context.is_rehearsal else ROOT / "tests")]
+    words += [
+        str(ROOT / "tests" / "noise" / "gpu" / "test_device.py" if context.is_rehearsal else ROOT / "tests")
+    ]
     status = pytest.main([*words, "--rootdir", str(ROOT)], plugins=[_Results(context)])
     context.record(exit_status=int(status))
     if not context.is_rehearsal:

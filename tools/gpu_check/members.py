@@ -107,5 +107,8 @@ class Members:
             peak = peak_bytes(world.device)
             free, total = torch.cuda.mem_get_info(world.device)
             found |= {"peak_bytes": peak, "peak_over_planned": peak / planned}
-            found |= {"reserved_bytes": torch.cuda.max_memory_reserved(world.device), "used_bytes": total - free}
+            found |= {
+                "reserved_bytes": torch.cuda.max_memory_reserved(world.device),
+                "used_bytes": total - free,
+            }
         return found

@@ -2,10 +2,10 @@
 
 import noise as bench
 import torch
-from shardes.noise import GAUSSIAN, LowRank, Rademacher
 
 from gpu_check.devices import device_of_check
 from gpu_check.part import Context
+from shardes.noise import GAUSSIAN, LowRank, Rademacher
 
 
 def run(context: Context) -> None:

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import json
-import os
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -114,7 +113,7 @@ class Context:
         found = {name: getattr(self, name) for name in ("values", "checks", "failures", "skipped")}
         draft = self.out.with_suffix(".draft")
         draft.write_text(json.dumps(found))
-        os.replace(draft, self.out)
+        draft.replace(self.out)
 
 
 def run_part(part: Part, context: Context) -> None:

@@ -1,7 +1,7 @@
 """Start Python programs as processes that can be ended with all that they started.
 
-On GPUs each is a fresh interpreter. A rehearsal forks: a fork has the imports of this process, which take longer
-than anything else that is rehearsed. Where CUDA may have been initialised, forking is not possible.
+On GPUs each is a fresh interpreter. A rehearsal forks: a fork has the imports of this process, which take
+longer than anything else that is rehearsed. Where CUDA may have been initialised, forking is not possible.
 """
 
 import contextlib
@@ -183,9 +183,7 @@ class Ranks:
         return "\n".join(f"--- rank {rank}\n{text}" for rank, text in enumerate(texts))
 
 
-def run_ranks(
-    arguments: Sequence[Any], *, num_ranks: int, folder: Path, forks: bool, seconds: float
-) -> str:
+def run_ranks(arguments: Sequence[Any], *, num_ranks: int, folder: Path, forks: bool, seconds: float) -> str:
     """Run a program on some ranks to its end; return what they printed.
 
     Raises:

@@ -7,14 +7,31 @@ GPU = (
     Part(
         "kernels",
         "kernels",
-        50,
+        80,
         "every kernel of noise and digest, bit for bit, against the NumPy definition and the CPU's kernels",
         needs=("triton", "numba", "pytest"),
     ),
     Part("decode", "decode", 150, "7B at random: memory against the plan, time of a token by part, generate"),
-    Part("same_bits", "same_bits", 90, "every backend and gather, graphs on and off; journals replayed on the CPU"),
-    Part("noise", "noise_speed", 40, "noise, updates and digest as shares of a copy's bandwidth", needs=("numba",)),
-    Part("restart", "restart", 75, "a run that is killed, and goes on", needs=("pydantic", "transformers", "jinja2")),
+    Part(
+        "same_bits",
+        "same_bits",
+        90,
+        "every backend and gather, graphs on and off; journals replayed on the CPU",
+    ),
+    Part(
+        "noise",
+        "noise_speed",
+        40,
+        "noise, updates and digest as shares of a copy's bandwidth",
+        needs=("numba",),
+    ),
+    Part(
+        "restart",
+        "restart",
+        75,
+        "a run that is killed, and goes on",
+        needs=("pydantic", "transformers", "jinja2"),
+    ),
     Part("tests", "gpu_tests", 90, "pytest -m gpu", needs=("pytest",)),
     Part(
         "vllm",
@@ -27,11 +44,15 @@ GPU = (
 )
 MULTI_GPU = (
     Part("links", "links", 60, "gathers and sums between ranks, as shares of one another"),
-    Part("same_bits", "same_bits_of_ranks", 240, "every backend, gather and number of replicas against one GPU"),
+    Part(
+        "same_bits", "same_bits_of_ranks", 240, "every backend, gather and number of replicas against one GPU"
+    ),
     Part("tensor_parallel", "split", 180, "tensor parallelism at 7B: graphs on and off, time of a token"),
     Part("restart", "restart", 180, "a rank is killed, all end, and the run goes on"),
     Part("hang", "hang", 120, "a rank hangs in a collective, and all end in time"),
-    Part("gathers", "gathers", 180, "7B over all ranks: seconds of a member by gather, memory against the plan"),
+    Part(
+        "gathers", "gathers", 180, "7B over all ranks: seconds of a member by gather, memory against the plan"
+    ),
 )
 CHECKS = {"gpu": GPU, "multi_gpu": MULTI_GPU}
 # Seconds for all parts together.

@@ -51,7 +51,9 @@ def markdown(found: Found) -> str:
 def facts_line(found: Found) -> str:
     """Return a sentence about machine and versions."""
     machine = found["machine"]
-    versions = [f"{name} {machine[name]}" for name in ("torch", "triton", "transformers", "deepspeed", "vllm")]
+    versions = [
+        f"{name} {machine[name]}" for name in ("torch", "triton", "transformers", "deepspeed", "vllm")
+    ]
     return (
         f"{found['date'][:10]}, commit {found['commit']}, Python {machine['python']}, driver "
         f"{machine['driver']}; {', '.join(versions).replace('None', 'not installed')}. "
@@ -87,7 +89,10 @@ def token_table(found: Found) -> list[str]:
     }
     names = {"matmul": "matrix products: weights", "attention": "attention: keys and values"}
     names |= {"other": "all other kernels", "idle": "nothing runs"}
-    lines = ["| part | GB | ms, H100, arithmetic | ms at a copy's rate | ms, measured |", "|---|---|---|---|---|"]
+    lines = [
+        "| part | GB | ms, H100, arithmetic | ms at a copy's rate | ms, measured |",
+        "|---|---|---|---|---|",
+    ]
 
     def row(name: str, size: float | None, guess: float | None, limit: float | None, value: Any) -> str:
         shown_size = "" if size is None else f"{size / 1e9:.2f}"
@@ -129,7 +134,9 @@ def fill(page: Path, found: Found) -> None:
     pattern = r"(<!-- gpu_check: (\w+) -->)\n.*?(<!-- gpu_check: end -->)"
     text = re.sub(pattern, replaced, text, flags=re.DOTALL)
     if not count:
-        raise SystemExit(f"{page}: has no table to fill in, <!-- gpu_check: NAME --> to <!-- gpu_check: end -->")
+        raise SystemExit(
+            f"{page}: has no table to fill in, <!-- gpu_check: NAME --> to <!-- gpu_check: end -->"
+        )
     page.write_text(text)
     print(f"{page}: {count} table(s)")
 
@@ -138,7 +145,11 @@ def shown(key: str, value: Any) -> str:
     """Return a figure for people, by the unit at the end of its key."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    units = {"bytes_per_second": (1e9, "GB/s"), "flops_per_second": (1e12, "TFLOP/s"), "bytes": (2**30, "GiB")}
+    units = {
+        "bytes_per_second": (1e9, "GB/s"),
+        "flops_per_second": (1e12, "TFLOP/s"),
+        "bytes": (2**30, "GiB"),
+    }
     units |= {"tokens_per_second": (1, "tokens/s"), "elements_per_second": (1e9, "G elements/s")}
     for ending, (factor, unit) in units.items():
         if key.endswith(ending):

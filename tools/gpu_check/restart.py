@@ -84,11 +84,19 @@ def run(context: Context) -> None:
             run_ranks(words, num_ranks=num_ranks, **told)
             found = training.differences(wanted, training.outcome(run_dir))
             context.record(**{f"{backend}_lines_before": before})
-            context.check(f"{backend}: the bits of a run that nothing happened to", not found, detail=f"{found}")
+            context.check(
+                f"{backend}: the bits of a run that nothing happened to", not found, detail=f"{found}"
+            )
 
 
 def kill_a_rank(
-    words: list[str], context: Context, run_dir: Path, *, victim: int, at: int, with_signal: int = signal.SIGKILL
+    words: list[str],
+    context: Context,
+    run_dir: Path,
+    *,
+    victim: int,
+    at: int,
+    with_signal: int = signal.SIGKILL,
 ) -> tuple[float, list[int | None], str]:
     """Start a job, and send a rank a signal when the journal has so many lines.
 

@@ -75,7 +75,9 @@ def run(context: Context) -> None:
             dirs[name] = folder / "runs" / run_name
     with context.section("replay"):
         for name, problems in replay_on_cpu(dirs).items():
-            context.check(f"{name}: the journal gives the same weights on the CPU", not problems, detail=problems)
+            context.check(
+                f"{name}: the journal gives the same weights on the CPU", not problems, detail=problems
+            )
 
 
 def replay_on_cpu(run_dirs: dict[str, Path]) -> dict[str, str]:

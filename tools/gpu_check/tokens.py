@@ -71,7 +71,9 @@ def _profile(work: Any) -> dict[str, float]:
     found = {"matmul": 0.0, "attention": 0.0, "other": 0.0}
     for event in profiler.key_averages():
         seconds = (event.self_device_time_total if has_device else event.self_cpu_time_total) / 1e6
-        kind = next((k for k, p in (("attention", _ATTENTION), ("matmul", _MATMUL)) if p.search(event.key)), "other")
+        kind = next(
+            (k for k, p in (("attention", _ATTENTION), ("matmul", _MATMUL)) if p.search(event.key)), "other"
+        )
         found[kind] += seconds
     return found
 
