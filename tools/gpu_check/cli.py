@@ -116,7 +116,7 @@ def run_all(parts: Sequence[Part], arguments: argparse.Namespace, *, num_ranks: 
     arguments.out.mkdir(parents=True, exist_ok=True)
     _temporary(arguments).mkdir(exist_ok=True)
     for number, part in enumerate(parts):
-        limit = REHEARSAL_SECONDS if is_rehearsal else part.seconds
+        limit = limit_of(part, is_rehearsal=is_rehearsal)
         result = _run_part(part, arguments, limit=limit, end=end, num_ranks=num_ranks)
         found["parts"][part.name] = result
         found["seconds"] = round(time.monotonic() - begin, 1)
@@ -128,6 +128,11 @@ def run_all(parts: Sequence[Part], arguments: argparse.Namespace, *, num_ranks: 
         )
     shutil.rmtree(_temporary(arguments), ignore_errors=True)
     return found
+
+
+def limit_of(part: Part, *, is_rehearsal: bool) -> float:
+    """Return the time limit of a part, in seconds."""
+    return REHEARSAL_SECONDS if is_rehearsal else part.seconds
 
 
 def _temporary(arguments: argparse.Namespace) -> Path:
@@ -144,9 +149,10 @@ def _run_part(
     if missing := [] if arguments.rehearse and part.name == "vllm" else part.missing():
         return entry | {"reason": f"not installed: {', '.join(missing)}"}
     begin = time.monotonic()
-    limit = min(limit, end - begin)
-    if limit < part.fewest_seconds and not arguments.rehearse:
-        return entry | {"reason": f"{max(limit, 0):.0f} s were left, and it takes {part.fewest_seconds:.0f}"}
+    left = max(0.0, end - begin)
+    if left < part.fewest_seconds:
+        return entry | {"reason": f"{left:.0f} s were left, and it takes {part.fewest_seconds:.0f}"}
+    limit = min(limit, left)
     entry["limit_seconds"] = round(limit, 1)
     out, log = arguments.out / f"{part.name}.part.json", arguments.out / f"{part.name}.log"
     for path in (out, log):
