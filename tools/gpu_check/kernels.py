@@ -127,11 +127,17 @@ def _compare_low_rank(counter: _Counter, kernels: Any, kind: LowRank, matrices: 
 
         def compare() -> None:
             source = _values(region, source_dtype)
-            step = {"region": region, "sigma": 0.01, "direction": 2, "kind": kind, **checks.ADDRESS}
+            step: dict[str, Any] = {
+                "region": region,
+                "sigma": 0.01,
+                "direction": 2,
+                "kind": kind,
+                **checks.ADDRESS,
+            }
             target = torch.empty(region.num_elements, dtype=target_dtype, device=device)
             noise.perturb(source.to(device), target, **step)
             assert same_bits(target.cpu(), perturbed(source, target_dtype, **step)), f"perturb {region}"
-            update = {"region": region, "kind": kind, **checks.UPDATE, **checks.ADDRESS}
+            update: dict[str, Any] = {"region": region, "kind": kind, **checks.UPDATE, **checks.ADDRESS}
             master = source.to(device, copy=True)
             noise.accumulate(master, **update)
             assert same_bits(master.cpu(), accumulated(source, **update)), f"accumulate {region}"
@@ -173,7 +179,7 @@ def _compare_large(context: Context, device: torch.device) -> None:
     size = math.prod(shape)
     region = Region(3, size, 0, size, shape=shape)
     source = torch.randn(size, generator=torch.Generator().manual_seed(0))
-    address = {"region": region, "seed": 5, "iteration": 9}
+    address: dict[str, Any] = {"region": region, "seed": 5, "iteration": 9}
     for kind in [*ELEMENTWISE, LowRank(4)]:
         found = []
         for place in (torch.device("cpu"), device):

@@ -95,6 +95,7 @@ class Members:
     def _memory(self) -> dict[str, Any]:
         """Return this rank's peak memory and that of the plan."""
         world, gather = self._session.mesh.world, self.evaluator.engine.gather
+        assert gather is not None, "members were evaluated"
         planned = planned_bytes(
             self._session.config,
             gather=gather,

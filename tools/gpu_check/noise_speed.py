@@ -5,7 +5,7 @@ import torch
 
 from gpu_check.devices import device_of_check
 from gpu_check.part import Context
-from shardes.noise import GAUSSIAN, LowRank, Rademacher
+from shardes.noise import GAUSSIAN, LowRank, NoiseKind, Rademacher
 
 
 def run(context: Context) -> None:
@@ -14,6 +14,7 @@ def run(context: Context) -> None:
     size, repeats = (2**28, 5) if device.type == "cuda" else (2**14, 1)
     directions = 30 if device.type == "cuda" else 2
     wide, narrow = torch.float32, torch.bfloat16
+    cases: list[tuple[str, torch.dtype, NoiseKind]]
     cases = [(operation, dtype, GAUSSIAN) for operation in bench.OPERATIONS for dtype in (narrow, wide)]
     cases += [(operation, narrow, Rademacher()) for operation in bench.OPERATIONS]
     cases += [(operation, narrow, LowRank(1)) for operation in bench.OPERATIONS]

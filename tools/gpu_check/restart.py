@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from gpu_check import training
 from gpu_check.part import ROOT, Context, is_installed
@@ -53,7 +54,7 @@ def wait_for_lines(ranks: Ranks, run_dir: Path, count: int, *, seconds: float) -
 def run(context: Context) -> None:
     """Kill a rank under each backend at a place of its own, and let the run go on."""
     folder, forks, num_ranks = context.folder, context.is_rehearsal, context.num_ranks
-    told = {"folder": folder / "logs", "forks": forks, "seconds": 120}
+    told: dict[str, Any] = {"folder": folder / "logs", "forks": forks, "seconds": 120}
     backends = ["single"] if num_ranks == 1 else ["fsdp"] if forks else ["fsdp", "zero3"]
     if not is_installed("deepspeed"):
         backends = [backend for backend in backends if backend != "zero3"]

@@ -11,7 +11,7 @@ from gpu_check.same_bits import replay_on_cpu
 
 GATHERS = ("layer", "member", "iteration")
 # Backend, gather and ranks of a replica: each gather and each size once.
-_REHEARSED = {("zero3", "layer", 2), ("fsdp", "member", 2), ("fsdp", "iteration", 1)}
+_REHEARSED = {("fsdp", "member", 2), ("fsdp", "layer", 2), ("fsdp", "iteration", 1)}
 # Tensor parallelism splits the heads of the small model: 8 for keys and values, 2 in a rehearsal.
 _KV_HEADS = {False: 8, True: 2}
 

@@ -29,7 +29,8 @@ def decoding(*, most_tokens: int | None = None) -> Iterator[dict[str, Any]]:
     """
     from shardes.rollout.engines.transformers.decoder import Decoder
 
-    decode, seen = Decoder.decode, {}
+    decode = Decoder.decode
+    seen: dict[str, Any] = {}
 
     def wrapper(self: Any, *arguments: Any, **named: Any) -> Any:
         found = decode(self, *arguments, **(named | {"most_tokens": most_tokens}))

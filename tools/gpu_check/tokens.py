@@ -54,7 +54,7 @@ def token_parts(decoder: Any, model: Any, batch: Any, lengths: Lengths) -> dict[
     totals = []
     for most in (lengths.fewer, lengths.more):
         decoder.begin(model)
-        totals.append(_profile(lambda most=most: decoder.decode(model, batch, most_tokens=most)))  # type: ignore[misc]
+        totals.append(_profile(lambda most=most: decoder.decode(model, batch, most_tokens=most)))
     return {name: max(0.0, (totals[1][name] - totals[0][name]) / lengths.num_steps) for name in totals[0]}
 
 
