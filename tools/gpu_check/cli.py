@@ -39,6 +39,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--from-json", type=Path, help="run nothing: make the tables from this report")
     parser.add_argument("--part", nargs=2, metavar=("NAME", "OUT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
+    arguments.out = arguments.out.resolve()
     known = [part.name for part in CHECKS[arguments.check]]
     unknown = sorted(set(arguments.only or []) - set(known))
     if unknown:

@@ -3,6 +3,7 @@
 The model is made on the device, from its sizes alone.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -104,17 +105,21 @@ def _measure_token(context: Context, model: Any, work: members.Work, *, num_posi
 def _compare_graphs(context: Context, model: Any, work: members.Work) -> None:
     """Compare answers of captured steps with those of steps kernel by kernel."""
     batch, answers = _batch(model, work), []
-    lengths = tokens.Lengths(2, 6) if context.is_rehearsal else tokens.Lengths(8, 40)
     decoder = _decoder(context, work.new_tokens)
-    decoder.begin(model)
-    answers.append(decoder.decode(model, batch).tokens)
-    decoder.release()
-    with without_graphs():
-        decoder = _decoder(context, work.new_tokens)
-        context.record(eager_token_seconds=tokens.token_seconds(decoder, model, batch, lengths))
+
+    def decode(most_tokens: int) -> None:
         decoder.begin(model)
-        answers.append(decoder.decode(model, batch).tokens)
+        answers.append(decoder.decode(model, batch, most_tokens=most_tokens).tokens)
+
+    decode(work.new_tokens)
+    decoder.release()
+    few = 4
+    with without_graphs():
+        decode(few)
+        seconds = [seconds_of(functools.partial(decode, most), warm_ups=0) for most in (few, work.new_tokens)]
         decoder.release()
+    context.record(eager_token_seconds=(seconds[1] - seconds[0]) / (work.new_tokens - few))
+    answers = [answers[0], answers[-1]]
     equal = [one == other for one, other in zip(*answers, strict=True)]
     context.record(graphs_equal_answers_share=sum(equal) / len(equal))
     context.check(

@@ -60,8 +60,12 @@ def run_job(context: Context, job: str, spec: Any, *, num_ranks: int, seconds: f
 def main(job: str, path: Path) -> None:
     """Run a job on this rank."""
     # Sessions that follow each other meet in one store, as under torchrun.
+    import torch
     from torch.distributed import TCPStore
 
+    if torch.cuda.is_available():
+        # Before anything asks about the current device, which would make a context on the first one.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     rank = int(os.environ["RANK"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -49,9 +49,9 @@ MULTI_GPU = (
     ),
     Part("tensor_parallel", "split", 180, "tensor parallelism at 7B: graphs on and off, time of a token"),
     Part("restart", "restart", 180, "a rank is killed, all end, and the run goes on"),
-    Part("hang", "hang", 120, "a rank hangs in a collective, and all end in time"),
+    Part("hang", "hang", 200, "a rank hangs in a collective, and all end in time"),
     Part(
-        "gathers", "gathers", 180, "7B over all ranks: seconds of a member by gather, memory against the plan"
+        "gathers", "gathers", 240, "7B over all ranks: seconds of a member by gather, memory against the plan"
     ),
 )
 CHECKS = {"gpu": GPU, "multi_gpu": MULTI_GPU}

@@ -12,7 +12,7 @@ from gpu_check.processes import Ranks, run_ranks
 
 SCRIPT = ROOT / "launch" / "train.py"
 # After a rank has died, how long the others may take to end.
-END_SECONDS = 60
+END_SECONDS = 80
 _POLL_SECONDS = 0.02
 
 
