@@ -128,6 +128,7 @@ def run_all(parts: Sequence[Part], arguments: argparse.Namespace, *, num_ranks: 
             flush=True,
         )
     shutil.rmtree(_temporary(arguments), ignore_errors=True)
+    report.compare_parts(found)
     return found
 
 

@@ -25,6 +25,17 @@ def write(found: Found, folder: Path, *, pages: list[Path]) -> None:
         fill(page, found)
 
 
+def compare_parts(found: Found) -> None:
+    """Add the figures that are of two parts: the decode loop's speed as a share of vLLM's, in ``vllm``."""
+    values = {name: found["parts"].get(name, {}).get("values", {}) for name in ("decode", "vllm")}
+    loop, other = (
+        values["decode"].get("loop_tokens_per_second"),
+        values["vllm"].get("vllm_tokens_per_second"),
+    )
+    if loop and other:
+        values["vllm"]["loop_share_of_vllm"] = loop / other
+
+
 def write_json(found: Found, folder: Path) -> None:
     """Write the figures as JSON."""
     (folder / f"{_stem(found)}.json").write_text(json.dumps(found, indent=1) + "\n")

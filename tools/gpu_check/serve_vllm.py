@@ -1,5 +1,6 @@
 """The decode part's prompts through vLLM, with a model of the same sizes and random weights."""
 
+import os
 from typing import Any
 
 from gpu_check import random_model
@@ -13,6 +14,8 @@ def run(context: Context) -> None:
     if not is_installed("vllm"):
         context.skip("vllm", "not installed: vllm")
         return
+    # In this process, so that it ends with it; without a network.
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     import torch
     from vllm import LLM, SamplingParams
 
@@ -20,7 +23,7 @@ def run(context: Context) -> None:
     rows, prompt_tokens, new_tokens = (6, 20, 8) if is_tiny else (200, 150, 256)
     name = choose_model(device_of_check())
     path = random_model.write_config(context.folder, name)
-    told: dict[str, Any] = {"enforce_eager": True} if is_tiny else {"gpu_memory_utilization": 0.85}
+    told: dict[str, Any] = {"enforce_eager": True, "gpu_memory_utilization": 0.1} if is_tiny else {}
     engine = LLM(
         model=str(path),
         load_format="dummy",
