@@ -78,7 +78,8 @@ def summary_table(found: Found) -> list[str]:
     for name, part in found["parts"].items():
         wrong = [check for check, is_right in part["checks"].items() if not is_right]
         remarks = [part["reason"]] if part["reason"] else []
-        remarks += [f"not tried: {section}: {why}" for section, why in part["skipped"].items()]
+        if part["status"] != "skipped":  # else the reason says it
+            remarks += [f"not tried: {section}: {why}" for section, why in part["skipped"].items()]
         text = "; ".join(remarks).replace("|", "/").replace("\n", " ")
         num_right = len(part["checks"]) - len(wrong)
         result = part["status"].replace("_", " ")
