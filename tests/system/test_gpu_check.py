@@ -20,10 +20,11 @@ CHECKS = ("gpu", "multi_gpu")
 def modules():
     """Modules of the package by name; they are found only while this file's tests run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "tools"))
+        for folder in ("tools/bench", "tools"):
+            patch.syspath_prepend(str(ROOT / folder))
         yield {
             name: importlib.import_module(f"gpu_check.{name}")
-            for name in ("registry", "report", "cli", "part")
+            for name in ("registry", "report", "cli", "part", "random_model")
         }
 
 
@@ -182,6 +183,33 @@ def test_tables_of_a_page_are_filled_in_again_and_again(modules, tmp_path, capsy
     with pytest.raises(SystemExit, match="has no table to fill in"):
         modules["cli"].main(["--from-json", str(file), "--fill", str(page)])
     capsys.readouterr()
+
+
+def test_the_tables_of_the_page_on_performance_can_be_filled_in(modules, tmp_path, capsys):
+    text = (ROOT / "docs" / "performance.md").read_text()
+    # The arithmetic there is what the code has for the model's sizes.
+    sizes = modules["random_model"].SIZES["7B"]
+    head = sizes["hidden_size"] // sizes["num_attention_heads"]
+    kept = sizes["num_key_value_heads"] * head
+    layer = sizes["hidden_size"] * (2 * sizes["hidden_size"] + 2 * kept + 3 * sizes["intermediate_size"])
+    vectors = sizes["hidden_size"] + 2 * kept + 2 * sizes["hidden_size"]  # biases and norms
+    weights = sizes["num_hidden_layers"] * (layer + vectors)
+    weights += sizes["vocab_size"] * sizes["hidden_size"] + sizes["hidden_size"]
+    cache = 200 * 1174 * 2 * sizes["num_hidden_layers"] * kept
+    values = TOKEN | {"token_weights_bytes": 2 * weights, "token_cache_bytes": 2 * cache}
+    rows = modules["report"].token_table(measured(**values))
+    if "Nothing has run on a GPU yet." in text:  # else the page has a report's own sizes
+        for row in rows[2:]:
+            assert re.match(r"(\|[^|]*){3}\|", row)[0] in text
+    page, file = tmp_path / "page.md", tmp_path / "gpu.json"
+    page.write_text(text)
+    file.write_text(json.dumps(measured(**values)))
+    modules["cli"].main(["--from-json", str(file), "--fill", str(page)])
+    filled = page.read_text()
+    assert "2 table(s)" in capsys.readouterr().out
+    assert "Nothing has run" not in filled
+    table = re.compile(r"<!-- gpu_check: \w+ -->.*?<!-- gpu_check: end -->", flags=re.DOTALL)
+    assert table.sub("", filled) == table.sub("", text)
 
 
 def test_mistakes_are_told(modules, monkeypatch, capsys):
