@@ -86,7 +86,7 @@ PARTS = {
     "lacks": ("skipped", "not installed: no_such_package"),
     "finds": ("failed", r"one section \(ArithmeticError: it has miscounted\)"),
     "hangs": ("timed_out", "it was ended after 2 s"),
-    "dies": ("failed", "exit status -6; see dies.log"),
+    "dies": ("failed", "exit status -6; see logs/dies.log"),
     "wrong": ("failed", "wrong: one is two"),
     "right": ("passed", None),
     "late": ("skipped", r"\d+ s were left, and it takes 1000"),

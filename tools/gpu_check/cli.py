@@ -114,7 +114,7 @@ def run_all(parts: Sequence[Part], arguments: argparse.Namespace, *, num_ranks: 
         "machine": machine_facts(is_rehearsal=is_rehearsal),
         "parts": {},
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "logs").mkdir(parents=True, exist_ok=True)
     _temporary(arguments).mkdir(exist_ok=True)
     for number, part in enumerate(parts):
         limit = limit_of(part, is_rehearsal=is_rehearsal)
@@ -156,7 +156,7 @@ def _run_part(
         return entry | {"reason": f"{left:.0f} s were left, and it takes {part.fewest_seconds:.0f}"}
     limit = min(limit, left)
     entry["limit_seconds"] = round(limit, 1)
-    out, log = arguments.out / f"{part.name}.part.json", arguments.out / f"{part.name}.log"
+    out, log = arguments.out / "logs" / f"{part.name}.json", arguments.out / "logs" / f"{part.name}.log"
     for path in (out, log):
         path.unlink(missing_ok=True)
     words = ["-m", "gpu_check", "--check", arguments.check, "--part", part.name, str(out)]
@@ -176,7 +176,7 @@ def _run_part(
     if status is None:
         entry |= {"status": "timed_out", "reason": f"it was ended after {limit:.0f} s"}
     elif status != 0:
-        entry |= {"status": "failed", "reason": f"exit status {status}; see {log.name}"}
+        entry |= {"status": "failed", "reason": f"exit status {status}; see logs/{log.name}"}
     elif wrong or entry["failures"]:
         failed = [f"{name} ({text})" for name, text in entry["failures"].items()]
         entry |= {"status": "failed", "reason": "; ".join([*(f"wrong: {name}" for name in wrong), *failed])}

@@ -81,7 +81,7 @@ def _batch(model: Any, work: members.Work) -> Any:
 def _measure_token(context: Context, model: Any, work: members.Work, *, num_positions: int) -> None:
     """Measure a captured step over a cache of ``num_positions`` a row, and its share of the limit."""
     decoder, batch = _decoder(context, num_positions - work.prompt_tokens), _batch(model, work)
-    lengths = tokens.Lengths(2, 6) if context.is_rehearsal else tokens.Lengths(16, 80)
+    lengths = tokens.Lengths(2, 6) if context.is_rehearsal else tokens.Lengths(16, 56)
     rate = copy_bytes_per_second(model.device)
     seconds = tokens.token_seconds(decoder, model, batch, lengths)
     weights, cache = tokens.step_bytes(model, num_rows=work.num_rows, num_positions=num_positions)

@@ -11,7 +11,7 @@ GPU = (
         "every kernel of noise and digest, bit for bit, against the NumPy definition and the CPU's kernels",
         needs=("triton", "numba", "pytest"),
     ),
-    Part("decode", "decode", 150, "7B at random: memory against the plan, time of a token by part, generate"),
+    Part("decode", "decode", 180, "7B at random: memory against the plan, time of a token by part, generate"),
     Part(
         "same_bits",
         "same_bits",

@@ -45,7 +45,7 @@ def token_seconds(decoder: Any, model: Any, batch: Any, lengths: Lengths, **told
             decoder.begin(model)
             decoder.decode(model, batch, most_tokens=most, **told)
 
-        seconds.append(seconds_of(decode, num_turns=3))
+        seconds.append(seconds_of(decode, num_turns=2))
     return (seconds[1] - seconds[0]) / lengths.num_steps
 
 
