@@ -17,9 +17,10 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from shardes.backends.registry import BACKENDS
 from shardes.config.loading import load_config
 from shardes.config.old_keys import warn_once
-from shardes.config.schema import check_model_directory
-from shardes.distributed.stop import Stopped, stop_signals
-from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, StorageError, UserError
+from shardes.config.schema import Config, check_model_directory
+from shardes.distributed.place import Place, read_place
+from shardes.distributed.stop import Stop, Stopped, stop_signals
+from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, JobError, StorageError, UserError
 from shardes.monitor.commands import COMMANDS
 from shardes.planning.machine import Machine
 from shardes.rewards.pool import make_reward_runner
@@ -69,10 +70,15 @@ def train(config_path: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
     KEY=VALUE changes a key of the file, for example es.sigma=0.002. Start it with deepspeed, torchrun or
     accelerate launch to use several ranks.
     """
-    config = load_config(config_path, list(overrides))
     # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
+    place = read_place()
+    with stop_signals(num_ranks=place.world_size) as stop:
+        _train(load_config(config_path, list(overrides)), place=place, stop=stop, dry_run=dry_run)
+
+
+def _train(config: Config, *, place: Place, stop: Stop, dry_run: bool) -> None:
     check_model_directory(config.model.path)
-    if os.environ.get("RANK", "0") == "0":  # whose metrics they are told
+    if place.rank == 0:  # whose metrics they are told
         check_trackers(config.log.report_to)
     task, heldout_sets = load_tasks(config)
     # Processes for rewards come before threads, process groups and accelerators.
@@ -82,20 +88,19 @@ def train(config_path: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
         from shardes.utils.logs import configure_logging, tell_user
 
         configure_logging()
-        with stop_signals() as stop:
-            try:
-                with open_session(config, stop=stop) as session:
-                    if not dry_run:
-                        make_training_loop(session, task, rewards=rewards, heldout_sets=heldout_sets).train()
-                        return
-                    from shardes.planning.dry_run import dry_run as try_member
+        try:
+            with open_session(config, stop=stop) as session:
+                if not dry_run:
+                    make_training_loop(session, task, rewards=rewards, heldout_sets=heldout_sets).train()
+                    return
+                from shardes.planning.dry_run import dry_run as try_member
 
-                    lines = try_member(session, task, rewards=rewards)
-                    if session.mesh.world.is_main:
-                        click.echo("\n".join(lines))
-            except Stopped:
-                if os.environ.get("RANK", "0") == "0":
-                    tell_user(stop.farewell)
+                lines = try_member(session, task, rewards=rewards)
+                if session.mesh.world.is_main:
+                    click.echo("\n".join(lines))
+        except Stopped:
+            if place.rank == 0:
+                tell_user(stop.farewell)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -381,15 +386,23 @@ def run(command: click.Command) -> int:
         return stop.exit_code
     except click.Abort:
         return EXIT_INTERRUPTED
-    except (click.ClickException, UserError, StorageError) as error:
-        _show_mistake(error.format_message() if isinstance(error, click.ClickException) else str(error))
-        return EXIT_FAILURE if isinstance(error, StorageError) else EXIT_USER_ERROR
+    except (click.ClickException, UserError, StorageError, JobError) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        _show_mistake(message, at_once=isinstance(error, JobError))
+        return EXIT_FAILURE if isinstance(error, StorageError | JobError) else EXIT_USER_ERROR
     return status or 0  # a status if the command chose one, else nothing
 
 
-def _show_mistake(message: str) -> None:
+def _rank_0_may_say_it() -> bool:
+    try:
+        return read_place().rank != 0
+    except UserError:  # the mistake is that no rank can know another
+        return False
+
+
+def _show_mistake(message: str, *, at_once: bool) -> None:
     """Print a message once per job: on rank 0, and on another rank only if rank 0 prints none."""
-    if os.environ.get("RANK", "0") != "0":
+    if not at_once and _rank_0_may_say_it():
         # The launcher ends this rank as soon as rank 0 has exited with the same error.
         time.sleep(_WAIT_FOR_MAIN_SECONDS)
     click.echo(f"Error: {message}", err=True)
