@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from shardes.config.consent import with_consent
 from shardes.config.loading import dump_config, load_run_config
 from shardes.config.schema import Config
 from shardes.errors import StorageError, UserError
@@ -217,7 +218,9 @@ def read_run_journal(run_dir: Path) -> tuple[dict[str, Any], History, int, int]:
     return history.header, history, good_bytes, num_bytes
 
 
-def read_run(run_dir: Path, *, base: Path | None, backend: str) -> tuple[Config, dict[str, Any], History]:
+def read_run(
+    run_dir: Path, *, base: Path | None, backend: str, is_trusted: bool = False
+) -> tuple[Config, dict[str, Any], History]:
     """Return configuration, header and journal of a run whose weights are to be restored.
 
     The configuration is for the ranks of this job, whatever the run had.
@@ -226,14 +229,16 @@ def read_run(run_dir: Path, *, base: Path | None, backend: str) -> tuple[Config,
         run_dir: The run directory.
         base: The base model's directory; None: the run's ``model.path``.
         backend: Value of ``parallel.backend``.
+        is_trusted: Whether the person has consented to run code of the model directory.
 
     Raises:
-        UserError: The directory holds no run.
+        UserError: The directory holds no run, or the run asks for code to run without consent.
     """
     changes: dict[str, str | None] = {"run.dir": str(run_dir), "parallel.backend": backend}
     changes |= {"parallel.deepspeed": None, "parallel.shard_size": None, "rollout.gather": "auto"}
     if base is not None:
         changes["model.path"] = str(base)
-    config = load_run_config(run_dir, changes)
     header, history, *_ = read_run_journal(run_dir)
+    config = load_run_config(run_dir, changes)
+    config = with_consent(config, origin=run_dir / "config.yaml", is_trusted=is_trusted, sections=("model",))
     return config, header, history
