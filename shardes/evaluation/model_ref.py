@@ -87,12 +87,13 @@ def resolve_model(
             f"--model {model}: neither a model directory (with config.json) nor a run directory (with "
             "journal.jsonl); give DIR, RUN_DIR, RUN_DIR@K for the weights after K iterations, or RUN_DIR@best"
         )
+    origin = path / "config.yaml"
+    own = load_config(origin, [] if config_path else overrides)
     history, *_ = read_journal(path / "journal.jsonl")
     if history.header is None:
         raise UserError(f"--model {model}: its journal is empty; nothing can be evaluated")
-    origin, given = path / "config.yaml", [] if config_path else overrides
     config = with_consent(
-        load_config(origin, given),
+        own,
         origin=origin,
         is_trusted=is_trusted,
         own=keys_of(overrides),

@@ -10,6 +10,8 @@ from shardes.config.consent import FLAG
 from shardes.distributed.place import read_place
 from shardes.errors import EXIT_FAILURE, UserError
 from shardes.runs.directory import read_run, read_run_journal
+from shardes.utils.logs import printable
+from shardes.utils.reading import open_regular
 
 _PATH = click.Path(path_type=Path)
 
@@ -42,10 +44,10 @@ def journal(run_dir: Path, as_json: bool) -> None:
 
     _, history, good_bytes, num_bytes = read_run_journal(run_dir)
     if as_json:
-        with (run_dir / "journal.jsonl").open("rb") as file:
+        with open_regular(run_dir / "journal.jsonl") as file:
             click.echo(file.read(good_bytes).decode(), nl=False)
     else:
-        click.echo("\n".join(report(history)))
+        click.echo(printable("\n".join(report(history))))
     if num_bytes > good_bytes:
         torn = f"its last line is incomplete ({num_bytes - good_bytes} bytes) and does not count"
         click.echo(f"{run_dir}: {torn}", err=True)

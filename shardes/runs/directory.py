@@ -15,6 +15,7 @@ from shardes.runs.journal import History, Journal, read_journal
 from shardes.runs.lock import DirectoryLock
 from shardes.utils.closing import Closing
 from shardes.utils.files import AppendFile, write_atomically
+from shardes.utils.reading import parse_json, read_whole_lines
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +57,26 @@ class LineFile:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a JSONL file up to a torn or damaged one; none if it does not exist."""
+    """Return the lines of a JSONL file up to a torn or damaged one; none if it does not exist.
+
+    Raises:
+        UserError: It cannot be read, or is no regular file.
+    """
     lines: list[dict[str, Any]] = []
-    for line in (path.read_bytes() if path.exists() else b"").split(b"\n")[:-1]:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            logger.warning("%s: line %d is damaged; what follows it is dropped", path, len(lines) + 1)
-            break
+    try:
+        for text in read_whole_lines(path):
+            line = parse_json(text)
+            if not isinstance(line, dict) or not all(
+                type(line.get(key, 0)) is int for key in ("iteration", "member")
+            ):
+                raise ValueError("not a line of a run")
+            lines.append(line)
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        logger.warning("%s: line %d is damaged; what follows it is dropped", path, len(lines) + 1)
+    except OSError as error:
+        raise UserError(f"run.dir: {path} cannot be read: {error.strerror}") from None
     return lines
 
 
@@ -210,7 +223,7 @@ def read_run_journal(run_dir: Path) -> tuple[dict[str, Any], History, int, int]:
         UserError: There is none, or it is empty.
     """
     path = run_dir / "journal.jsonl"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"RUN_DIR {run_dir}: {path} does not exist; give the directory of a run")
     history, _, good_bytes, num_bytes = read_journal(path)
     if history.header is None:
@@ -238,7 +251,7 @@ def read_run(
     changes |= {"parallel.deepspeed": None, "parallel.shard_size": None, "rollout.gather": "auto"}
     if base is not None:
         changes["model.path"] = str(base)
-    header, history, *_ = read_run_journal(run_dir)
     config = load_run_config(run_dir, changes)
+    header, history, *_ = read_run_journal(run_dir)
     config = with_consent(config, origin=run_dir / "config.yaml", is_trusted=is_trusted, sections=("model",))
     return config, header, history

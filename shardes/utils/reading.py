@@ -6,12 +6,15 @@ A pipe or a device in place of a file would keep a command waiting for ever, or 
 import json
 import os
 import stat
+from collections.abc import Iterator
 from errno import EFBIG, EINVAL, EISDIR
 from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_DEPTH = 100
 """Largest depth of objects and lists in a JSON document; what this program writes has no more than ten."""
+MAX_LINE_BYTES = 1 << 28
+"""Longest line of a file of JSON documents: a million numbers take a tenth of it."""
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -22,6 +25,18 @@ _KINDS = {
 }
 
 
+def check_regular(mode: int, path: Path) -> None:
+    """Refuse what is not a regular file.
+
+    Raises:
+        OSError: It is something else; ``strerror`` says what.
+    """
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "no file")
+        number = EISDIR if stat.S_ISDIR(mode) else EINVAL
+        raise OSError(number, f"it is {kind}; wanted: a regular file", str(path))
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading, if it is a regular one.
 
@@ -30,10 +45,10 @@ def open_regular(path: Path) -> BinaryIO:
     """
     # Looked at before it is opened, since opening a device may do something; and afterwards, since what has
     # the name may have changed. Without O_NONBLOCK, opening a pipe waits for a writer.
-    _check_regular(path.stat().st_mode, path)
+    check_regular(path.stat().st_mode, path)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        _check_regular(os.fstat(descriptor).st_mode, path)
+        check_regular(os.fstat(descriptor).st_mode, path)
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -56,6 +71,21 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
             if len(data) > max_bytes:
                 raise _too_large(path, max_bytes)
     return bytes(data)
+
+
+def read_whole_lines(path: Path, *, max_bytes: int = MAX_LINE_BYTES) -> Iterator[bytes]:
+    """Yield the lines of a regular file, without their breaks; not what follows the last break.
+
+    Raises:
+        OSError: The file cannot be read, is no regular one, or has a line of more than ``max_bytes`` bytes.
+    """
+    with open_regular(path) as file:
+        while line := file.readline(max_bytes + 1):
+            if not line.endswith(b"\n"):
+                if len(line) > max_bytes:
+                    raise OSError(EFBIG, f"it has a line of more than {max_bytes} bytes", str(path))
+                return
+            yield line[:-1]
 
 
 def parse_json(text: str | bytes, *, max_depth: int = MAX_DEPTH) -> Any:
@@ -91,13 +121,6 @@ def _is_deeper(value: Any, depth: int) -> bool:
         if not level:
             return False
     return True
-
-
-def _check_regular(mode: int, path: Path) -> None:
-    if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "no file")
-        number = EISDIR if stat.S_ISDIR(mode) else EINVAL
-        raise OSError(number, f"it is {kind}; wanted: a regular file", str(path))
 
 
 def _too_large(path: Path, max_bytes: int) -> OSError:
