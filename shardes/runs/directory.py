@@ -37,7 +37,7 @@ class LineFile:
         self.path = path
         found = read_lines(path)
         lines = [line for line in found if keep(line)]
-        self.first_untold = max((line.get("iteration", -1) for line in found), default=-1) + 1
+        self.first_untold = max((line["iteration"] for line in found), default=-1) + 1
         self.num_lines = len(lines)
         write_lines(path, lines)
         self._file = AppendFile(path)
@@ -67,7 +67,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         for text in read_whole_lines(path):
             line = parse_json(text)
             if not isinstance(line, dict) or not all(
-                type(line.get(key, 0)) is int for key in ("iteration", "member")
+                type(number) is int for number in (line.get("iteration"), line.get("member", 0))
             ):
                 raise ValueError("not a line of a run")
             lines.append(line)

@@ -72,7 +72,7 @@ class History:
             return best
         if not wanted.isdecimal():
             raise UserError(f"{key}: wanted a number of iterations, or best")
-        if int(wanted) > available:
+        if len(wanted) > 18 or int(wanted) > available:
             raise UserError(f"{key}: the run has {available} iterations; give at most that, or best")
         return int(wanted)
 

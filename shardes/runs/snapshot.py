@@ -154,6 +154,9 @@ class Snapshot(TensorReader):
             self.weights_digest: str = manifest["weights_digest"]
             self.states_digest: str = manifest["states_digest"]
             self._files: list[dict[str, Any]] = manifest["files"]
+            texts = (self.weights_digest, self.states_digest)
+            if type(self.iteration) is not int or not all(isinstance(text, str) for text in texts):
+                raise SnapshotError(f"its {MANIFEST} does not say which weights it holds")
             rows: dict[str, list[_Rows]] = {}
             for entry in self._files:
                 for name, found in self._open(entry).items():
@@ -213,7 +216,7 @@ class _Rows:
 
     @property
     def is_possible(self) -> bool:
-        """Return whether the regions have as many elements as the tensor; tables of others could be endless."""
+        """Return whether the regions have the tensor's elements; tables of others could be endless."""
         return (
             all(len(region) == 4 and min(region) >= 0 and max(region) < 2**62 for region in self.regions)
             and all(length > 0 for _, length, rows, _ in self.regions if rows)
