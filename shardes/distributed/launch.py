@@ -44,6 +44,13 @@ def process_group(*, timeout_seconds: int, always: bool, stop: Stop, stop_second
     place = read_place()
     rank, world_size, local_rank = place.rank, place.world_size, place.local_rank or 0
     if torch.cuda.is_available():
+        if place.local_rank is None and world_size > 1 and torch.cuda.device_count() > 1:
+            raise UserError(
+                f"LOCAL_RANK: it is not set, so rank {rank} of {world_size} cannot know which of the "
+                f"{torch.cuda.device_count()} GPUs is its own; start the ranks with torchrun, deepspeed or "
+                "accelerate launch, set it to the rank's number on its machine, or show each rank one GPU "
+                "with CUDA_VISIBLE_DEVICES"
+            )
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"this machine has {torch.cuda.device_count()} GPU(s), but rank {rank} is number "

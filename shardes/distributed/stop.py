@@ -120,6 +120,12 @@ class Stop:
         return [signal.Signals(number).name for number in numbers if number in _SIGNALS]
 
 
+def hold_signals() -> None:
+    """Keep requests to stop until ``stop_signals``, on a rank for which others would wait in vain."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
 @contextmanager
 def stop_signals(*, num_ranks: int = 1) -> Iterator[Stop]:
     """Turn SIGTERM and SIGUSR1 into requests to stop; outside the main thread, do nothing.
@@ -149,6 +155,7 @@ def stop_signals(*, num_ranks: int = 1) -> Iterator[Stop]:
             os._exit(128 + number)
 
     old_handlers = {number: signal.signal(number, handle) for number in _SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
         yield stop
     finally:
