@@ -52,7 +52,8 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """The dtype of the weights that generate, and of the exported model."""
     trust_remote_code: Annotated[bool, NeedsConsent("code in the model directory runs")] = False
-    """Allow Python files inside the model directory to run."""
+    """Allow Python files inside the model directory to run. Where a file in a run directory says so, it takes
+    ``--trust-remote-code`` on the command line as well."""
 
 
 class RunConfig(Section):
@@ -93,8 +94,8 @@ class ParallelConfig(Section):
     deepspeed: Annotated[Path | None, NeedsConsent("DeepSpeed may write files that it names")] = None
     """A DeepSpeed JSON file for zero3; ``auto`` values are filled, unusable keys are refused."""
     timeout_seconds: int = Field(default=1800, gt=0)
-    """Seconds that a rank waits for another before the job ends. At the end of an iteration it may have to
-    wait for as long as one member takes."""
+    """Seconds that a rank waits for another before the job ends, and for signs of life of a process that is
+    frozen (at least 10). At the end of an iteration it may have to wait for as long as one member takes."""
     threads_per_rank: int | None = Field(default=None, gt=0)
     """CPU threads of each rank; null: what the launcher and torch decide. Results are compared bit for bit
     only between runs with the same number of threads."""

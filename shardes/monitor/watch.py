@@ -253,8 +253,8 @@ def watch(run_dir: Path, *, once: bool, every_seconds: float, is_terminal: bool)
             screen = following.screen(now=time.time())
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise UserError(
-                f"RUN_DIR {run_dir}: its files are damaged ({type(error).__name__}: {error}); shardes journal "
-                f"{run_dir} says where"
+                f"RUN_DIR {run_dir}: its files are damaged ({type(error).__name__}: {error}); shardes "
+                f"journal {run_dir} says where"
             ) from None
         if is_terminal and not once:
             yield f"\x1b[H\x1b[J{screen}\n"
