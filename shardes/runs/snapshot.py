@@ -12,13 +12,14 @@ rank 0 alone writes the manifest, which is the mark of a complete snapshot, and 
 
 import hashlib
 import json
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +31,14 @@ from shardes.models.checkpoint import StoredTensor, TensorReader, stored_tensors
 from shardes.models.safetensors_writer import write_header, write_values
 from shardes.models.stored_rows import Rows
 from shardes.utils.files import flush_to_disk, write_atomically
+from shardes.utils.reading import open_regular, parse_json, read_regular
 from shardes.weights.master import CHUNK_ELEMENTS
 
 SNAPSHOT_VERSION = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"iteration-(\d{8,})")
 _READ_BYTES = 1 << 24
+_MANIFEST_BYTES = 1 << 28
 
 
 class SnapshotError(Exception):
@@ -143,7 +146,7 @@ class Snapshot(TensorReader):
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         try:
-            manifest = json.loads((directory / MANIFEST).read_bytes())
+            manifest = parse_json(read_regular(directory / MANIFEST, max_bytes=_MANIFEST_BYTES))
             if manifest.pop("checksum") != _checksum(manifest):
                 raise SnapshotError(f"the checksum of its {MANIFEST} does not match")
             if manifest["version"] != SNAPSHOT_VERSION:
@@ -152,6 +155,9 @@ class Snapshot(TensorReader):
             self.weights_digest: str = manifest["weights_digest"]
             self.states_digest: str = manifest["states_digest"]
             self._files: list[dict[str, Any]] = manifest["files"]
+            texts = (self.weights_digest, self.states_digest)
+            if type(self.iteration) is not int or not all(isinstance(text, str) for text in texts):
+                raise SnapshotError(f"its {MANIFEST} does not say which weights it holds")
             rows: dict[str, list[StoredRegions]] = {}
             for entry in self._files:
                 for name, found in self._open(entry).items():
@@ -165,18 +171,23 @@ class Snapshot(TensorReader):
         path = self._directory / entry["name"]
         if path.parent != self._directory:
             raise SnapshotError(f"its {MANIFEST} names a file outside of it")
-        size = path.stat().st_size
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
         if size != entry["num_bytes"]:
             raise SnapshotError(f"{path.name} has {size} bytes; wanted {entry['num_bytes']}")
         stored = stored_tensors(path)
         if stored.keys() != entry["regions"].keys():
             raise SnapshotError(f"{path.name} does not hold the parameters that {MANIFEST} says")
-        return {
+        rows = {
             name: StoredRegions(
-                stored[name], tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in regions)
+                stored[name], tuple(cast(Rows, tuple(map(int, region))) for region in regions)
             )
             for name, regions in entry["regions"].items()
         }
+        for name, found in rows.items():
+            if not found.is_possible:
+                raise SnapshotError(f"{path.name} does not hold the elements of {name} that {MANIFEST} says")
+        return rows
 
     def damaged_files(self, *, part: int = 0, num_parts: int = 1) -> list[str]:
         """Return the names of files whose bytes have changed; reads all, or one of ``num_parts`` parts."""
@@ -205,6 +216,15 @@ class StoredRegions:
 
     stored: StoredTensor
     regions: tuple[Rows, ...]
+
+    @property
+    def is_possible(self) -> bool:
+        """Return whether the regions have the tensor's elements; tables of others could be endless."""
+        return (
+            all(len(region) == 4 and min(region) >= 0 and max(region) < 2**62 for region in self.regions)
+            and all(length > 0 for _, length, rows, _ in self.regions if rows)
+            and sum(length * rows for _, length, rows, _ in self.regions) == self.stored.num_elements
+        )
 
 
 @dataclass(frozen=True)
