@@ -47,19 +47,16 @@ _UNUSABLE_ARGUMENTS = {
     "cpu_offload_gb": "offloaded parameters cannot be perturbed in place",
     "speculative_config": "a draft model would not be perturbed",
 }
-# A run directory may come from others, so that it must not name code.
+# None of these names code or a file: a run directory may come from others.
 _USABLE_ARGUMENTS = (
     "async_scheduling",
-    "attention_config",
     "block_size",
-    "compilation_config",
     "disable_cascade_attn",
     "disable_custom_all_reduce",
     "enable_chunked_prefill",
     "enable_prefix_caching",
     "enforce_eager",
     "gpu_memory_utilization",
-    "kernel_config",
     "kv_cache_dtype",
     "max_model_len",
     "max_num_batched_tokens",
