@@ -15,6 +15,7 @@ from shardes.rollout.autotune import resolve_auto
 from shardes.rollout.engines.base import Engine
 from shardes.rollout.engines.registry import ENGINES
 from shardes.rollout.evaluator import Evaluator
+from shardes.rollout.gather_modes import BATCHED_GATHERS
 from shardes.rollout.iteration import IterationSpec
 from shardes.rollout.scheduler import MemberScheduler
 from shardes.session import Session
@@ -87,7 +88,7 @@ def make_evaluator(
     scorers = {name: Scorer(other, rewards=rewards, on_error=on_error) for name, other in others.items()}
     settings, spec = config.rollout, BACKENDS[config.parallel.backend]
     only = spec.auto_gather
-    if settings.gather == "auto" and only and not (settings.is_batched and only == "member"):
+    if settings.gather == "auto" and only in (BATCHED_GATHERS if settings.is_batched else spec.gathers):
         logger.info("rollout.gather: auto is %s: %s", only, spec.auto_reason)
         settings = settings.model_copy(update={"gather": only})
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)

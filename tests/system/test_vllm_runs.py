@@ -104,8 +104,8 @@ def test_the_header_says_what_answered(root, runs):
 
 def test_answers_are_drawn_kept_and_compared_with_the_base_models(root, runs):
     lines = steady_metrics(root / "one-drawn")
-    assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-6), "nothing has moved yet"
-    assert lines[-1]["kl"] > 0
+    assert lines[0]["kl_to_base"] == pytest.approx(0.0, abs=1e-6), "nothing has moved yet"
+    assert lines[1]["kl_to_base"] > 0.1
     members = [line for line in journal_of(root / "one-drawn") if line["type"] == "member"]
     assert len(members) == 12
     assert {len(line["by_problem"]) for line in members} == {9}
@@ -197,13 +197,16 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_gives_the_same_bytes(ro
 
 def test_a_rank_that_hangs_ends_the_job_with_the_reason(root):
     config = root / "hanging.yaml"
-    changes = {"parallel__timeout_seconds": 10, "es__iterations": 10_000, "es__alpha": 1e-6}
+    # Long answers, so that it is in a step that the other rank waits.
+    changes = {"parallel__timeout_seconds": 10, "es__alpha": 1e-6, "rollout__max_new_tokens": 300}
+    changes |= {"es__iterations": 10_000, "eval__every": 0, "rollout__stop": ["no such text"]}
     config.write_text(yaml.safe_dump(tree_of(root, "hanging", **VLLM, **changes)))
     journal = root / "hanging" / "journal.jsonl"
     with Ranks([ROOT / "launch" / "train.py", "--config", config], world_size=2, log_dir=root / "h") as ranks:
         deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and not (journal.exists() and b'"update"' in journal.read_bytes()):
+        while time.monotonic() < deadline and not (journal.exists() and b'"member"' in journal.read_bytes()):
             time.sleep(0.05)
+        time.sleep(0.2)
         ranks.processes[1].send_signal(signal.SIGSTOP)
         assert ranks.processes[0].wait(60) not in (0, None)
-        assert "parallel.timeout_seconds" in ranks.output()
+        assert "parallel.timeout_seconds" in ranks.output() or "Timed out" in ranks.output()

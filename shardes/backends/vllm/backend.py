@@ -128,8 +128,18 @@ class VllmBackend(ShardedBackend):
     @property
     def model(self) -> nn.Module:
         """Return vLLM's model."""
-        model: nn.Module = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+        model: nn.Module = self.runner.get_model()
         return model
+
+    @property
+    def runner(self) -> Any:
+        """Return vLLM's model runner."""
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+    @property
+    def caches(self) -> list[torch.Tensor]:
+        """Return the keys and values of vLLM's layers."""
+        return [cache for cache in self.runner.kv_caches if isinstance(cache, torch.Tensor)]
 
     def _spans_of_ranks(self, shard: Shard) -> list[tuple[ShardSpan, ...]]:
         """Return the spans of a parameter that each rank holds."""

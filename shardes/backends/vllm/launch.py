@@ -51,13 +51,27 @@ _UNUSABLE_ARGUMENTS = {
     "distributed_executor_backend": "each rank is one of vLLM's workers",
     "pipeline_parallel_size": "shards are split over tensor parallel ranks only",
     "data_parallel_size": "replicas are engines of their own (parallel.shard_size)",
-    "enable_expert_parallel": "it was not tried with shardes",
     "cpu_offload_gb": "offloaded parameters cannot be perturbed in place",
     "speculative_config": "a draft model would not be perturbed",
-    "enable_sleep_mode": "the engine is never put to sleep",
-    "worker_cls": "each rank is one of vLLM's workers",
-    "skip_tokenizer_init": "prompts are tokenised before they reach vLLM",
 }
+# None of these names code or a file: a run directory may come from others.
+_USABLE_ARGUMENTS = (
+    "async_scheduling",
+    "block_size",
+    "disable_cascade_attn",
+    "disable_custom_all_reduce",
+    "enable_chunked_prefill",
+    "enable_prefix_caching",
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "kv_cache_dtype",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "moe_backend",
+    "optimization_level",
+    "performance_mode",
+)
 
 
 def import_vllm() -> Any:
@@ -87,9 +101,7 @@ def import_vllm() -> Any:
     return vllm
 
 
-def start_engine(
-    config: Config, *, skeleton: PreTrainedModel, group: Group, num_elements: int
-) -> Any:
+def start_engine(config: Config, *, skeleton: PreTrainedModel, group: Group, num_elements: int) -> Any:
     """Start vLLM with the model of a run, and return its ``LLM``; a collective of the ranks of ``group``.
 
     Args:
@@ -171,6 +183,8 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
             raise UserError(f"rollout.vllm: {name} is set by {_OWN_ARGUMENTS[name]}; remove it")
         if name in _UNUSABLE_ARGUMENTS:
             raise UserError(f"rollout.vllm: {name} cannot be set: {_UNUSABLE_ARGUMENTS[name]}; remove it")
+        if name not in _USABLE_ARGUMENTS:
+            raise UserError(f"rollout.vllm: got {name}; wanted: {', '.join(_USABLE_ARGUMENTS)}")
 
 
 def _memory_arguments(config: Config, *, group: Group, num_elements: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from shardes.backends.shard import Shard, ShardSpan
-from shardes.backends.vllm.backend import VllmBackend, _check_derived
+from shardes.backends.vllm.backend import VllmBackend, _check_derived, _check_unquantised
 from shardes.backends.vllm.launch import _check_arguments, import_vllm
 from shardes.backends.vllm.mapping import make_shards, mark_copies
 from shardes.backends.vllm.recording import FileTensor, record_copies
@@ -218,12 +218,23 @@ def test_vllm_missing_or_old_is_said_with_the_remedy(monkeypatch):
         ("dtype", "set by model.dtype"),
         ("kv_cache_memory_bytes", "set by rollout.kv_cache_gib"),
         ("pipeline_parallel_size", "cannot be set"),
+        ("worker_extension_cls", "; wanted: async_scheduling, "),
     ],
 )
 def test_arguments_that_shards_cannot_do_with_are_refused(name, message):
     _check_arguments({"max_num_seqs": 4})
-    with pytest.raises(UserError, match=rf"rollout.vllm: {name} .*{message}"):
+    with pytest.raises(UserError, match=rf"rollout.vllm: (got )?{name}.*{message}"):
         _check_arguments({"max_num_seqs": 4, name: "x"})
+
+
+def test_a_quantised_model_is_refused(tmp_path):
+    model = tiny_model(tmp_path / "m", tied=True)
+    config = make_config(tmp_path, model=model, run_dir=tmp_path / "run")
+    skeleton = skeleton_of(config)
+    _check_unquantised(config, skeleton)
+    skeleton.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(UserError, match=r"is quantised .* use the model's unquantised version"):
+        _check_unquantised(config, skeleton)
 
 
 def test_a_plan_needs_no_vllm(tmp_path):

@@ -55,8 +55,7 @@ class AdapterSlots:
 
         assert isinstance(weights.kind, LowRank), "checked with the configuration"
         self._kind, self._seed, self._device = weights.kind, weights.seed, backend.device
-        runner = backend.llm.llm_engine.model_executor.driver_worker.worker.model_runner
-        manager = runner.lora_manager
+        manager = backend.runner.lora_manager
         places = _places_by_name(manager._adapter_manager.modules, weights.trained)
         unreached = [shard.name for shard in weights.trained if shard.name not in places]
         if unreached:

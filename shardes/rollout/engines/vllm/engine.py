@@ -188,6 +188,10 @@ class VllmEngine(Engine):
         self._num_members = num_members
         self._in_flight = {}
         self._requests.forget()
+        if not self._finite.is_finite:
+            # Kernels multiply what they mask by zero, which leaves a NaN in a block that is used again.
+            for cache in self._backend.caches:
+                cache.zero_()
         self._finite.reset()
 
     def expect(self, batches: Sequence[MicroBatch | LikelihoodBatch]) -> None:

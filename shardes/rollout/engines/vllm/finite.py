@@ -41,6 +41,11 @@ class FiniteLogits:
         """Forget what was seen."""
         self._are_finite.fill_(1)
 
+    @property
+    def is_finite(self) -> bool:
+        """Return whether all logits were finite since the last reset; waits for the device."""
+        return bool(self._are_finite.all())
+
     def of_slots(self, count: int) -> list[bool]:
         """Return for each of the first slots if all its logits were finite; waits for the device.
 

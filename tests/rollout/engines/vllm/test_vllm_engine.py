@@ -197,9 +197,11 @@ def test_drawn_answers_depend_on_the_prompt_and_the_sample_alone(session, model)
     assert later != [first[row] for row in batch.rows], "another iteration draws other numbers"
 
 
-def test_weights_that_are_not_finite_are_noticed_and_forgotten(session, model, wanted):
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.v_proj.weight"])
+def test_weights_that_are_not_finite_are_noticed_and_forgotten(session, model, wanted, name):
+    """Also those whose keys and values are cached, in blocks that the next member's requests take."""
     evaluator = evaluator_of(session)
-    shard = next(shard for shard in session.backend.shards if shard.name == "model.norm.weight")
+    shard = next(shard for shard in session.backend.shards if shard.name == name)
 
     def load(engine):
         engine.load_centre()
