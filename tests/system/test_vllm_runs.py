@@ -189,6 +189,22 @@ def test_commands_work_with_vllm(root, runs):
     assert "2 with vllm" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["rollout.kv_cache_gib=0.00001"], "no place in the cache of rollout.kv_cache_gib: 1e-05"),
+        (["rollout.vllm={max_model_len: 9}"], "need 10 positions, but the engine has 9"),
+    ],
+)
+def test_a_cache_and_positions_that_are_too_few_are_refused(root, changes, message):
+    config = root / "short.yaml"
+    config.write_text(yaml.safe_dump(tree_of(root, "short", **VLLM)))
+    result = call("train", "--config", config, *changes)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_killed_rank_ends_the_job_and_the_same_command_gives_the_same_bytes(root, runs):
     config = root / "killed.yaml"
     config.write_text(yaml.safe_dump(tree_of(root, "killed", **VLLM)))

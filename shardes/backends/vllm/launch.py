@@ -157,6 +157,8 @@ def start_engine(config: Config, *, skeleton: PreTrainedModel, group: Group, num
             "(parallel.shard_size)"
         ) from error
     except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
+        if "max_model_len" in str(error) or "KV cache" in str(error):
+            raise UserError(_cache_shortage(config, error)) from error
         raise UserError(
             f"parallel.backend: vllm: vLLM {vllm.__version__} cannot run the model of {config.model.path} "
             f"like this: {_first_line(error)}"
@@ -252,6 +254,17 @@ def end_engine(llm: Any) -> None:
     if parallel_state._WORLD is not None:
         parallel_state._WORLD.destroy()
     _forget_groups()
+
+
+def _cache_shortage(config: Config, error: BaseException) -> str:
+    """Return the message for a cache in which no request has a place."""
+    gib = config.rollout.kv_cache_gib
+    found = f"of rollout.kv_cache_gib: {gib}" if gib is not None else "that other memory leaves"
+    return (
+        f"parallel.backend: vllm: keys and values have no place in the cache {found} "
+        f"({_first_line(error)}); set a larger rollout.kv_cache_gib, a smaller max_model_len (rollout.vllm), "
+        "weights.master_device: cpu, or let more ranks hold the model (parallel.shard_size)"
+    )
 
 
 def _first_line(error: BaseException) -> str:
