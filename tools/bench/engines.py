@@ -6,6 +6,7 @@ All sides answer the same prompts with the same Llama of random parameters, each
 
 - vllm: the engine vllm over the backend vllm, another member before each turn
 - plain vllm: vllm.LLM as it comes, with the same memory of keys and values, never perturbed
+- unpacked vllm: the same without packed weights, as shardes has it on CPUs (no other than plain on GPUs)
 - transformers: the engine transformers over the backend single, another member before each turn
 - generate: transformers' generate on the same model, never perturbed
 
@@ -35,7 +36,7 @@ import torch  # noqa: E402
 from common import Row, machine_facts, run_job, show, write_model, write_report  # noqa: E402
 from rollout import PREFIX_LENGTH, answer_lengths, random_prompts, synchronize  # noqa: E402
 
-SIDES = ("vllm", "plain vllm", "transformers", "generate")
+SIDES = ("vllm", "plain vllm", "unpacked vllm", "transformers", "generate")
 SIGMA = 0.001
 # Of the Llama: the sizes of tools/bench/common.py, and of layers as in models of that many parameters.
 MODELS: dict[str, dict[str, int]] = {
@@ -189,8 +190,10 @@ def measure_engine(spec: dict[str, Any]) -> dict[str, Any]:
 def measure_plain_vllm(spec: dict[str, Any]) -> dict[str, Any]:
     """Measure ``vllm.LLM`` as it comes, which is never perturbed."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams, _custom_ops
 
+    if spec["side"] == "unpacked vllm":
+        _custom_ops._supports_onednn = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, rollout = spec["tree"]["model"], spec["tree"]["rollout"]
     gib = rollout.get("kv_cache_gib")
@@ -276,7 +279,11 @@ def memory(device: torch.device) -> dict[str, int]:
     return {"memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
-MEASURES = {"plain vllm": measure_plain_vllm, "generate": measure_generate}
+MEASURES = {
+    "plain vllm": measure_plain_vllm,
+    "unpacked vllm": measure_plain_vllm,
+    "generate": measure_generate,
+}
 
 
 def run_side(spec_path: Path, out: Path) -> None:
@@ -310,23 +317,23 @@ def tree_of(folder: Path, side: str, *, facts: dict[str, Any]) -> dict[str, Any]
 
 def report(found: dict[str, Row], sets: Sequence[PromptSet]) -> list[Row]:
     """Print the figures, and return them as rows."""
-    click.echo("\nside          start s  perturb s  centre s  forget ms    MB")
+    click.echo("\nside           start s  perturb s  centre s  forget ms    MB")
     rows: list[Row] = []
     for side, row in found.items():
         if "failure" in row:
-            click.echo(f"{side:<12} {row['failure']}")
+            click.echo(f"{side:<13} {row['failure']}")
             rows.append({"side": side, **row})
             continue
         parts = [f"{row[name]:>9.3f}" if name in row else " " * 9 for name in ("perturb", "centre")]
         forget = f"{row['forget'] * 1e3:>9.3f}" if "forget" in row else " " * 9
         memory_mb = row["memory_bytes"] / 1e6
-        click.echo(f"{side:<12} {row['start']:>8.1f}  {parts[0]} {parts[1]}  {forget} {memory_mb:>6.0f}")
+        click.echo(f"{side:<13} {row['start']:>8.1f}  {parts[0]} {parts[1]}  {forget} {memory_mb:>6.0f}")
         rows.append({"side": side, **row})
     measured = {side: row for side, row in found.items() if "failure" not in row}
-    click.echo("\nlengths  prefix | tokens a second: " + "  ".join(f"{side:>12}" for side in measured))
+    click.echo("\nlengths  prefix | tokens a second: " + "  ".join(f"{side:>13}" for side in measured))
     for chosen in sets:
         speeds = {side: chosen.num_tokens / row[chosen.name] for side, row in measured.items()}
-        shown = "  ".join(f"{speed:>12.1f}" for speed in speeds.values())
+        shown = "  ".join(f"{speed:>13.1f}" for speed in speeds.values())
         click.echo(f"{chosen.lengths:<7}  {chosen.prefix:>6} |                  {shown}")
         place = {"lengths": chosen.lengths, "prefix": chosen.prefix, "num_tokens": chosen.num_tokens}
         rows.append(place | {"tokens_per_second": speeds})
@@ -380,6 +387,8 @@ def main(
         show(facts)
         found: dict[str, Row] = {}
         for side in sides:
+            if side == "unpacked vllm" and torch.cuda.is_available():
+                continue
             tree = tree_of(folder, side, facts=facts)
             spec = {"side": side, "tree": tree, "prompts": prompts, "new_tokens": new_tokens, "turns": turns}
             row = run_job(__file__, spec, world_size=0, folder=folder)
