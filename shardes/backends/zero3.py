@@ -22,6 +22,7 @@ from shardes.config.schema import Config
 from shardes.distributed.group import Group
 from shardes.errors import UserError
 from shardes.models.build import largest_layer, largest_parameter
+from shardes.utils.device import synchronize
 
 _RELIED_ON = ("ds_tensor", "ds_numel", "ds_shape", "ds_process_group")
 
@@ -205,8 +206,12 @@ class Zero3Backend(GatheringBackend):
                 )
 
     def commit(self) -> None:
-        """Drop every gathered copy, so that the next forward gathers the shards anew."""
+        """Drop every gathered copy, so that the next forward gathers the shards anew.
+
+        DeepSpeed gathers on a stream of its own, which does not wait for the one that shards are written on.
+        """
         self._engine.optimizer.empty_partition_cache()
+        synchronize(self.device)
 
 
 def _copy_buffers(source: nn.Module, target: nn.Module) -> None:
