@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from shardes.rollout.memory import RESERVED_BYTES
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -19,7 +21,7 @@ class Machine:
 
     memory_bytes: int
     device_type: str = "cuda"
-    reserved_bytes: int = 2 * 2**30
+    reserved_bytes: int = RESERVED_BYTES
     gather_bytes_per_second: float = 200e9
     memory_bytes_per_second: float = 2000e9
     flops_per_second: float = 300e12

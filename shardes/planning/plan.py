@@ -234,10 +234,11 @@ class Plan:
             "dtype": self.dtype,
             "num_sharers": footprint.num_ranks if is_split else 1,
         }
-        generating = (generation_bytes if load.answer_tokens else likelihood_bytes)(
-            self.model.config, **wanted
-        )
         cache = cache_bytes(self.model.config, **wanted)
+        if load.answer_tokens:
+            generating = generation_bytes(self.model.config, **wanted, prompt_length=load.prompt_tokens)
+        else:
+            generating = likelihood_bytes(self.model.config, **wanted)
         return RankMemory(
             working=sum(footprint.held.values()) * itemsize,
             master=trained * master_itemsize,

@@ -42,6 +42,7 @@ def plan_run(
     Raises:
         UserError: A file that is there cannot be used, or the ranks cannot hold the model.
     """
+    config = config.on_device(machine.device_type)
     path = config.model.path
     if model_config is None and not (path / "config.json").is_file():
         raise UserError(

@@ -82,7 +82,7 @@ def make_workload(
         assumed.append(f"prompts of up to {prompt_tokens} tokens (--prompt-tokens)")
     num_sequences = round(num_prompts * per_prompt)
     rows = rollout.micro_batch_size
-    if rows == "auto":
+    if not isinstance(rows, int):
         rows = USUAL_SIZE
         assumed.append(f"{rows} prompts in a forward (rollout.micro_batch_size: auto finds out)")
     return Workload(

@@ -426,7 +426,8 @@ def test_a_run_chooses_the_gather_that_is_planned(models, monkeypatch):
     backend.reserve = lambda: None
     world = Group(0, 1, cpu)
     monkeypatch.setattr(gather_modes, "GatheredWeights", lambda backend, weights: backend)
-    generating = generation_bytes(model.config, rows=25, length=1124, dtype=torch.bfloat16)
+    sizes = {"rows": 25, "length": 1124, "prompt_length": 100}
+    generating = generation_bytes(model.config, **sizes, dtype=torch.bfloat16)
     for number, gather in enumerate(GATHERS[:2]):
         needed = memory.gathers[gather] + memory.cache + memory.activations
         for free, wanted in ((needed, gather), (needed - 1, GATHERS[number + 1])):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from shardes.rollout.engines.transformers.kv_cache import SlabCache
+from shardes.rollout.memory import is_shortage
 
 logger = logging.getLogger(__name__)
 
@@ -135,9 +136,9 @@ class StepGraphs:
             tolerance = 1e-4 if wanted.dtype == torch.float32 else 3e-2
             if not torch.allclose(self._logits[rows], wanted, rtol=tolerance, atol=tolerance):
                 raise RuntimeError("a replayed step gave other logits than the model")
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever a model does that cannot be captured
+            if is_shortage(error):
+                raise
             self.is_usable = False
             logger.warning(
                 "%s cannot be captured as a CUDA graph (%s: %s), so each token is decoded kernel by kernel",
