@@ -24,6 +24,7 @@ from shardes.planning.workload import Workload
 from shardes.rollout.memory import cache_bytes, generation_bytes, likelihood_bytes, mode_bytes
 from shardes.utils.units import shown_bytes
 from shardes.weights.master import CHUNK_ELEMENTS
+from shardes.weights.pinned import pinned_bytes
 from shardes.weights.trainable import select_trainable
 
 # Numbers of ranks that are tried in the search for the fewest.
@@ -39,7 +40,7 @@ class RankMemory:
         master: The rank's part of the master weights, on the device or in host memory.
         optimizer: States of the optimizer, in the same place as the master weights.
         passing: Buffer on the device through which chunks of host memory pass.
-        is_on_host: Whether master weights and optimizer states are in host memory.
+        pinned: Pinned host memory that holds master weights and optimizer states; 0 if the device does.
         gathers: Memory that each value of ``rollout.gather`` takes besides, fastest first.
         gather_buffers: Temporary buffers of gathering a whole model.
         cache: Keys and values of a micro-batch.
@@ -50,7 +51,7 @@ class RankMemory:
     master: int
     optimizer: int
     passing: int
-    is_on_host: bool
+    pinned: int
     gathers: dict[str, int]
     gather_buffers: int
     cache: int
@@ -63,9 +64,9 @@ class RankMemory:
         return self.working + self.passing + kept
 
     @property
-    def on_host(self) -> int:
-        """Bytes in pinned host memory."""
-        return self.master + self.optimizer if self.is_on_host else 0
+    def is_on_host(self) -> bool:
+        """Whether master weights and optimizer states are in host memory."""
+        return self.pinned > 0
 
     def needed(self, gather: str) -> int:
         """Compute the most bytes on the device with a value of ``rollout.gather``."""
@@ -222,9 +223,14 @@ class Plan:
     def _memory(self, footprint: RankFootprint) -> RankMemory:
         """Compute the memory of a rank that has a footprint."""
         config, itemsize = self.config, self.dtype.itemsize
-        trained = sum(size for name, size in footprint.held.items() if name in self._trained)
+        held = {name: size for name, size in footprint.held.items() if name in self._trained}
+        trained = sum(held.values())
         master_itemsize = torch.float32.itemsize if config.weights.master == "float32" else itemsize
         num_states = len(optimizer_of(config.es).state_names)
+        kept = [
+            {name: size * each for name, size in held.items()}
+            for each in (master_itemsize, *num_states * [torch.float32.itemsize])
+        ]
         is_on_host = config.weights.master_device == "cpu"
         chunk_bytes = CHUNK_ELEMENTS * (master_itemsize + num_states * torch.float32.itemsize)
         is_split, load = self._spec.needs_same_batch, self.workload
@@ -244,7 +250,7 @@ class Plan:
             master=trained * master_itemsize,
             optimizer=trained * num_states * torch.float32.itemsize,
             passing=chunk_bytes if is_on_host else 0,
-            is_on_host=is_on_host,
+            pinned=sum(map(pinned_bytes, kept)) if is_on_host else 0,
             gathers=self._gather_bytes(footprint),
             gather_buffers=footprint.gather_buffer_bytes(itemsize, device_type=self.machine.device_type)
             if self._spec.is_sharded and not is_split

@@ -26,6 +26,7 @@ from shardes.es.strategy import optimizer_of
 from shardes.es.update import Perturbation, Update
 from shardes.models.checkpoint import Checkpoint
 from shardes.runs.snapshot_writer import SnapshotWriter
+from shardes.weights import pinned
 from shardes.weights.gathered import GatheredWeights
 from shardes.weights.master import Weights
 from shardes.weights.master_digest import master_digest
@@ -67,7 +68,9 @@ def check(config, mesh, *, num_members):
     """Every way in which weights are written and read; yields the tensors that a device would pin."""
     backend = make_backend(config, group=mesh.shard)
     weights = Weights(backend, seed=7, on_host=True, chunk_elements=500, optimizer=optimizer_of(config.es))
-    yield from weights.masters.tensors.values()  # in pinned memory, where there is a device
+    weights._is_offloaded = True  # as where there is a device
+    weights.masters = weights._allocate(weights.dtype)
+    yield from weights.masters.tensors.values()
     checkpoint = Checkpoint(config.model.path)
     weights.load(checkpoint)
     for state in weights.state_buffers():
@@ -99,6 +102,8 @@ def check(config, mesh, *, num_members):
 def report(model, config, mesh, *, without, num_members=NUM_MEMBERS, is_pinned=True):
     """What the model sees of one case, with masters in host memory or on the device."""
     with contextlib.ExitStack() as stack:
+        unpinned = mock.patch.object(pinned, "_allocate", lambda size: torch.zeros(size, dtype=torch.uint8))
+        stack.enter_context(unpinned)
         for name in without:
             stack.enter_context(mock.patch.object(*WITHOUT[name]))
         for tensor in check(config, mesh, num_members=num_members):

@@ -362,6 +362,7 @@ class Streams:
             self._patch(module, "Event", self.event)
             self._patch(module, "stream", self.on)
             self._patch(module, "current_stream", lambda *_: self.current)
+            self._patch(module, "set_stream", lambda s: setattr(self._local, "stream", s))
             self._patch(module, "default_stream", lambda *_: self.default)
             self._patch(module, "synchronize", self.synchronize)
         self._patch(torch.Tensor, "record_stream", lambda t, s: self.entry(t).recorded.add(s))

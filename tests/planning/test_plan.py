@@ -127,7 +127,9 @@ def test_settings_change_what_is_held(models):
     narrow = plan_of(model, weights__master="model").memory
     assert narrow.master == plain.master // 2
     away = plan_of(model, weights__master_device="cpu", es__optimizer="adam").memory
-    assert (away.on_host, away.optimizer) == (3 * plain.master, 2 * plain.master)
+    assert away.optimizer == 2 * plain.master
+    assert 3 * plain.master <= away.pinned <= 1.03 * 3 * plain.master
+    assert away.is_on_host and not plain.is_on_host and plain.pinned == 0
     # 2 ** 24 elements of master and both moments at a time.
     assert away.held == plain.working + 12 * 2**24
     adam = plan_of(model, es__optimizer="adam").memory
