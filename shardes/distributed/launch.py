@@ -7,13 +7,12 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
 
+from shardes.distributed.devices import check_devices_differ, choose_device, collectives_of
 from shardes.distributed.failure_monitor import FailureMonitor
 from shardes.distributed.group import Group
 from shardes.distributed.stop import Stop, Stopped
-from shardes.errors import UserError
 
 # Key under which rank 0 writes the name of the attempt that it has begun.
 _ATTEMPT = "attempt"
@@ -40,21 +39,11 @@ def process_group(*, timeout_seconds: int, always: bool, stop: Stop, stop_second
         The group of all ranks. The accelerator of this rank is made the current device.
 
     Raises:
-        UserError: There are more ranks than GPUs on this machine.
+        UserError: There are more ranks than GPUs on this machine, or two have the same.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"this machine has {torch.cuda.device_count()} GPU(s), but rank {rank} is number "
-                f"{local_rank + 1} on it; start one rank per GPU, or hide them with CUDA_VISIBLE_DEVICES= "
-                "to run on the CPU"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    device = choose_device(rank=rank, local_rank=local_rank)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     watch = FailureMonitor(
         rank=rank,
@@ -72,7 +61,8 @@ def process_group(*, timeout_seconds: int, always: bool, stop: Stop, stop_second
             store = _meet(rank, world_size, timeout)
             if world_size > 1:
                 watch.connect(store, host=os.environ["MASTER_ADDR"])
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            check_devices_differ(store, device, rank=rank, world_size=world_size)
+            backend = collectives_of(device)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         yield Group(rank, world_size, device, store=store)
     except Stopped:

@@ -32,7 +32,7 @@ def pack(sizes: Mapping[str, int]) -> tuple[list[int], dict[str, tuple[int, int]
 
 
 def _pack(sizes: Mapping[str, int], *, limit: int) -> tuple[list[int], dict[str, tuple[int, int]]]:
-    """Put each tensor into the first block with room, the largest first; halve blocks that stay half empty."""
+    """Put each tensor, the largest first, into the first block with room; halve blocks half empty."""
     used: list[int] = []
     places: dict[str, tuple[int, int]] = {}
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):

@@ -1,0 +1,96 @@
+"""Which device a rank takes, that no two take the same, and that no machine's name is asked for on GPUs."""
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from shardes.backends.zero3 import numbered_by_device
+from shardes.distributed.devices import check_devices_differ, choose_device
+from shardes.distributed.launch import process_group
+from shardes.distributed.stop import Stop
+from shardes.errors import UserError
+from tests.helpers.hosts import why_not
+from tests.helpers.ranks import run_command
+
+WHY_NOT = why_not()
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretends that there are some; returns the devices that were made the current one."""
+    current = []
+
+    def pretend(count, uuid="GPU-1"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
+        return current
+
+    return pretend
+
+
+@pytest.mark.parametrize(("count", "local_rank", "index"), [(8, 0, 0), (8, 7, 7), (1, 0, 0), (1, 5, 0)])
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one(gpus, count, local_rank, index):
+    current = gpus(count)
+    assert choose_device(rank=9, local_rank=local_rank) == torch.device("cuda", index)
+    assert current == [torch.device("cuda", index)]
+
+
+def test_more_ranks_than_gpus_are_refused(gpus, monkeypatch):
+    gpus(2)
+    for name, value in (("RANK", "2"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "3")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with (
+        pytest.raises(UserError, match=r"has 2 GPU\(s\), but rank 2 is number 3 on it"),
+        process_group(timeout_seconds=1, always=False, stop=Stop(), stop_seconds=1),
+    ):
+        pass
+
+
+def test_ranks_with_the_same_gpu_are_refused(gpus):
+    store, device = dist.HashStore(), torch.device("cuda", 0)
+    store.set("device/0", "GPU-1")
+    gpus(1, uuid="GPU-2")
+    check_devices_differ(store, device, rank=1, world_size=2)
+    gpus(1, uuid="GPU-1")
+    with pytest.raises(UserError, match=r"ranks 0 and 1 have the same GPU \(GPU-1\); start one rank per GPU"):
+        check_devices_differ(store, device, rank=1, world_size=2)
+    check_devices_differ(store, torch.device("cpu"), rank=1, world_size=2)
+
+
+def test_deepspeed_is_told_the_number_of_the_device(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    with numbered_by_device(torch.device("cuda", 0)):
+        assert os.environ["LOCAL_RANK"] == "0"
+    assert os.environ["LOCAL_RANK"] == "5"
+    with numbered_by_device(torch.device("cpu")):
+        assert os.environ["LOCAL_RANK"] == "5"
+
+
+def join(tmp_path, *arguments):
+    """Has two hosts whose names stand for 127.0.1.1 join; returns what each rank says."""
+    script = [sys.executable, "-m", "tests.helpers.named_hosts", tmp_path, *arguments]
+    result = run_command(script, timeout_seconds=100)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+def test_hosts_whose_names_are_loopback_addresses_meet(tmp_path):
+    assert join(tmp_path) == [["127.0.1.1", "nccl", 0], ["127.0.1.1", "nccl", 0]]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+def test_with_gloo_beside_nccl_they_would_not(tmp_path):
+    found = join(tmp_path, "cpu:gloo,cuda:nccl")
+    assert any(status != 0 for *_, status in found), found
