@@ -6,7 +6,7 @@ ranks, and ``rollout/memory.py`` for the needs that ``rollout.gather: auto`` com
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -272,17 +272,47 @@ class Plan:
         held["layer"] = footprint.gathered * itemsize
         return {gather: size for gather, size in held.items() if gather in self._spec.gathers}
 
+    def with_rows_found(self) -> "Plan":
+        """Return the plan for the micro-batches that ``rollout.micro_batch_size: auto`` is expected to find.
+
+        As in a run, ``rollout.gather`` is chosen before, and the first try gives work to all ranks that share
+        a member's prompts; then half as many rows are tried, until they fit.
+        """
+        gather, load = self.chosen_gather, self.workload
+        if gather is None:
+            return self
+        rows = -(-load.num_sequences // self._num_sharers(gather))
+        while True:
+            guess = f"{rows} prompts in a forward, by the formula (rollout.micro_batch_size: auto tries)"
+            found = Plan(
+                self.config,
+                self.model,
+                workload=replace(load, micro_batch_rows=rows, assumed=(*load.assumed, guess)),
+                machine=self.machine,
+                world_size=self.world_size,
+            )
+            if found.fits(gather) or rows == 1:
+                return found
+            rows = -(-rows // 2)
+
+    def _is_apart(self, gather: str) -> bool:
+        """Return whether each rank has members of its own."""
+        is_batched = self.config.rollout.is_batched
+        return (gather == "iteration" or is_batched) and not self._spec.needs_same_batch
+
+    def _num_sharers(self, gather: str) -> int:
+        """Return the number of ranks among which a member's micro-batches are divided."""
+        return 1 if self._is_apart(gather) or self._spec.needs_same_batch else self.shard_size
+
     def cost(self, gather: str) -> GatherCost:
         """Estimate the cost of an iteration to a rank, if every answer is as long as it may be."""
         load, machine, ranks = self.workload, self.machine, self.shard_size
-        is_split, is_batched = self._spec.needs_same_batch, self.config.rollout.is_batched
-        is_apart = (gather == "iteration" or is_batched) and not is_split
+        is_split, is_apart = self._spec.needs_same_batch, self._is_apart(gather)
         num_teams = self.world_size if is_apart else self.num_replicas
         together = self._members_per_forward
         num_members = -(-load.num_members // (num_teams * together))
         num_batches = -(-load.num_sequences // load.micro_batch_rows)
-        if not (is_apart or is_split):
-            num_batches = -(-num_batches // ranks)
+        num_batches = -(-num_batches // self._num_sharers(gather))
         num_batches *= num_members
         num_steps = max(load.answer_tokens - 1, 0)
         num_forwards = num_batches * (1 + num_steps)

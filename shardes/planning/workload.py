@@ -83,8 +83,7 @@ def make_workload(
     num_sequences = round(num_prompts * per_prompt)
     rows = rollout.micro_batch_size
     if not isinstance(rows, int):
-        rows = USUAL_SIZE
-        assumed.append(f"{rows} prompts in a forward (rollout.micro_batch_size: auto finds out)")
+        rows = USUAL_SIZE  # with which rollout.gather is chosen; see Plan.with_rows_found
     return Workload(
         num_members,
         num_sequences,

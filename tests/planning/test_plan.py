@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -279,6 +280,26 @@ def test_data_and_tokenizer_say_how_much_is_asked(tmp_path, model):
     assert load.micro_batch_rows == 9
     assert re.fullmatch(r"1 with 3\.2 MiB; all parameters are there, in the right shapes", files)
     assert not any("tokens" in guess or "iteration" in guess for guess in load.assumed)
+
+
+@pytest.mark.parametrize(
+    ("gather", "memory", "rows"),
+    [("iteration", 80, 200), ("iteration", 46, 100), ("member", 80, 25), ("iteration", 20, 32)],
+)
+def test_auto_is_the_largest_batch_that_fits(models, gather, memory, rows):
+    model = models("qwen2.5-7b")
+    config = config_of(rollout__micro_batch_size="auto", rollout__gather=gather)
+    load = make_workload(config, num_prompts=200, prompt_tokens=150)
+    machine = Machine(memory * GIB)
+    plan = Plan(config, model, workload=load, machine=machine, world_size=8).with_rows_found()
+    assert plan.workload.micro_batch_rows == rows
+    if plan.chosen_gather is None:  # there is nothing to find
+        return
+    assert any(f"{rows} prompts in a forward" in guess for guess in plan.workload.assumed)
+    # Twice as many would not fit, unless no rank had a use for them.
+    more = replace(load, micro_batch_rows=2 * rows)
+    wider = Plan(config, model, workload=more, machine=machine, world_size=8)
+    assert rows in (200, 25) or not wider.fits(gather)
 
 
 def test_likelihoods_generate_nothing(models):
