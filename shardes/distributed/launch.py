@@ -12,12 +12,13 @@ import torch.distributed as dist
 from shardes.distributed.devices import check_devices_differ, choose_device, collectives_of
 from shardes.distributed.failure_monitor import FailureMonitor
 from shardes.distributed.group import Group
+from shardes.distributed.interface import choose_interface
 from shardes.distributed.stop import Stop, Stopped
 
 # Key under which rank 0 writes the name of the attempt that it has begun.
 _ATTEMPT = "attempt"
-# Variables that launchers set on every rank, and that DeepSpeed reads even when it adopts a group.
-_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Variables that launchers set on every rank, and that DeepSpeed and gloo read.
+_JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
 # Interval at which ranks look for each other while they meet.
 _MEETING_SECONDS = 0.02
 
@@ -53,7 +54,7 @@ def process_group(*, timeout_seconds: int, always: bool, stop: Stop, stop_second
         timeout_seconds=timeout_seconds,
     )
     watch.start()
-    own_variables = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
+    own_variables = [name for name in _JOB_VARIABLES if name not in os.environ]
     try:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
         store = None
@@ -63,6 +64,8 @@ def process_group(*, timeout_seconds: int, always: bool, stop: Stop, stop_second
                 watch.connect(store, host=os.environ["MASTER_ADDR"])
             check_devices_differ(store, device, rank=rank, world_size=world_size)
             backend = collectives_of(device)
+            if backend == "gloo":
+                choose_interface(os.environ["MASTER_ADDR"])
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         yield Group(rank, world_size, device, store=store)
     except Stopped:

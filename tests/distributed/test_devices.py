@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from shardes.backends.zero3 import numbered_by_device
+from shardes.distributed import interface
 from shardes.distributed.devices import check_devices_differ, choose_device
 from shardes.distributed.launch import process_group
 from shardes.distributed.stop import Stop
@@ -75,6 +77,36 @@ def test_deepspeed_is_told_the_number_of_the_device(monkeypatch):
         assert os.environ["LOCAL_RANK"] == "5"
 
 
+@pytest.mark.parametrize(
+    ("stands_for", "given", "wanted"),
+    [
+        ("127.0.1.1", None, "lo0"),
+        ("10.0.0.7", None, None),
+        ("127.0.1.1", "eth9", "eth9"),
+        (None, None, "lo0"),
+    ],
+)
+def test_gloo_is_told_an_interface_only_where_a_name_is_of_no_use(monkeypatch, stands_for, given, wanted):
+    def lookup(name):
+        if stands_for is None:
+            raise socket.gaierror
+        return stands_for
+
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    if given is not None:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)
+    monkeypatch.setattr(socket, "gethostbyname", lookup)
+    monkeypatch.setattr(interface, "_interface_of", lambda address: "lo0")
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: None)
+    monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("10.0.0.7", 1))
+    interface.choose_interface("10.0.0.1")
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == wanted
+    monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("127.0.0.1", 1))
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    interface.choose_interface("127.0.0.1")  # all on one machine
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
 def join(tmp_path, *arguments):
     """Has two hosts whose names stand for 127.0.1.1 join; returns what each rank says."""
     script = [sys.executable, "-m", "tests.helpers.named_hosts", tmp_path, *arguments]
@@ -87,6 +119,7 @@ def join(tmp_path, *arguments):
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 def test_hosts_whose_names_are_loopback_addresses_meet(tmp_path):
     assert join(tmp_path) == [["127.0.1.1", "nccl", 0], ["127.0.1.1", "nccl", 0]]
+    assert join(tmp_path, "gloo") == [["127.0.1.1", "gloo", 0], ["127.0.1.1", "gloo", 0]], "on CPUs"
 
 
 @pytest.mark.exhaustive

@@ -1,7 +1,7 @@
 """Two machines that pretend to have a GPU each, and whose names stand for 127.0.1.1, as on Debian; they join.
 
 python -m tests.helpers.named_hosts DIRECTORY [BACKEND]; prints for each rank: what its name stands for, the
-backend that was asked for, and its exit status. BACKEND: what to ask for instead.
+backend that was asked for, and its exit status. BACKEND: what to ask for instead; gloo: there are no GPUs.
 
 In place of torch's groups, gloo's are made where they are asked for, and none for NCCL, which is not here: it
 finds the interface by the address of rank 0, and not by names.
@@ -53,6 +53,9 @@ def join(rank, report, backend):
         report.write_text(json.dumps([socket.gethostbyname(socket.gethostname()), asked]))
         if "gloo" in asked:
             init("gloo", **arguments)
+            total = torch.ones(1)
+            dist.all_reduce(total)
+            assert total.item() == 2
 
     variables = {
         "RANK": rank,
@@ -65,7 +68,7 @@ def join(rank, report, backend):
     properties = SimpleNamespace(uuid=f"GPU-{rank}")
     with contextlib.ExitStack() as stack:
         for target, name, value in (
-            (torch.cuda, "is_available", lambda: True),
+            (torch.cuda, "is_available", lambda: backend != "gloo"),
             (torch.cuda, "device_count", lambda: 1),
             (torch.cuda, "set_device", lambda device: None),
             (torch.cuda, "get_device_properties", lambda device: properties),
