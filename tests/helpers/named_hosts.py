@@ -1,7 +1,8 @@
 """Two machines that pretend to have a GPU each, and whose names stand for 127.0.1.1, as on Debian; they join.
 
-python -m tests.helpers.named_hosts DIRECTORY [BACKEND]; prints for each rank: what its name stands for, the
-backend that was asked for, and its exit status. BACKEND: what to ask for instead; gloo: there are no GPUs.
+python -m tests.helpers.named_hosts DIRECTORY BACKEND...; prints a line of JSON for each backend, in it for
+each rank: what its name stands for, the backend that was asked for, and its exit status. BACKEND: "usual", or
+what to ask for instead; "gloo": as if there were no GPUs.
 
 In place of torch's groups, gloo's are made where they are asked for, and none for NCCL, which is not here: it
 finds the interface by the address of rank 0, and not by names.
@@ -99,8 +100,8 @@ def start(function):
         os._exit(1)
 
 
-def main():
-    directory, backend = Path(sys.argv[1]), (sys.argv[2:] or [None])[0]
+def meet(directory, backend):
+    """Has both machines join; returns what each rank says, and its exit status."""
     reports = [directory / f"rank{rank}.json" for rank in range(2)]
     with Hosts(f"named{os.getpid()}") as hosts:
 
@@ -120,8 +121,14 @@ def main():
                     if not found and time.monotonic() > deadline:
                         os.kill(child, signal.SIGKILL)
             time.sleep(0.02)
-    found = [[*json.loads(path.read_text()), status] for path, status in zip(reports, statuses, strict=True)]
-    sys.stdout.write(json.dumps(found) + "\n")
+    return [[*json.loads(path.read_text()), status] for path, status in zip(reports, statuses, strict=True)]
+
+
+def main():
+    for backend in sys.argv[2:]:
+        found = meet(Path(sys.argv[1]), None if backend == "usual" else backend)
+        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
