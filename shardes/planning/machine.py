@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from shardes.rollout.memory import RESERVED_BYTES
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -13,7 +11,7 @@ class Machine:
         memory_bytes: Memory of the device.
         device_type: ``cuda`` or ``cpu``.
         reserved_bytes: Part of the memory that is left to the driver, the communication library and
-            fragmentation.
+            fragmentation; what ``rollout/memory.py`` leaves to them, which needs torch.
         gather_bytes_per_second: Rate at which a rank receives in a large gather.
         memory_bytes_per_second: Rate at which weights are read.
         flops_per_second: Rate of large matrix products in the model's dtype.
@@ -21,7 +19,7 @@ class Machine:
 
     memory_bytes: int
     device_type: str = "cuda"
-    reserved_bytes: int = RESERVED_BYTES
+    reserved_bytes: int = 2 * 2**30
     gather_bytes_per_second: float = 200e9
     memory_bytes_per_second: float = 2000e9
     flops_per_second: float = 300e12

@@ -20,6 +20,7 @@ from shardes.planning.plan import Plan
 from shardes.planning.sources import plan_run
 from shardes.planning.workload import Workload, make_workload
 from shardes.rollout import gather_modes
+from shardes.rollout import memory as rollout_memory
 from shardes.rollout.memory import generation_bytes
 from shardes.utils.units import shown_bytes, shown_seconds
 from tests.helpers.inprocess import call
@@ -300,6 +301,10 @@ def test_auto_is_the_largest_batch_that_fits(models, gather, memory, rows):
     more = replace(load, micro_batch_rows=2 * rows)
     wider = Plan(config, model, workload=more, machine=machine, world_size=8)
     assert rows in (200, 25) or not wider.fits(gather)
+
+
+def test_as_much_is_left_as_in_a_run():
+    assert Machine(GIB).reserved_bytes == rollout_memory.RESERVED_BYTES
 
 
 def test_likelihoods_generate_nothing(models):
