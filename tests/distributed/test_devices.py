@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -92,19 +93,17 @@ def test_gloo_is_told_an_interface_only_where_a_name_is_of_no_use(monkeypatch, s
             raise socket.gaierror
         return stands_for
 
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    if given is not None:
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)
     monkeypatch.setattr(socket, "gethostbyname", lookup)
     monkeypatch.setattr(interface, "_interface_of", lambda address: "lo0")
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: None)
-    monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("10.0.0.7", 1))
-    interface.choose_interface("10.0.0.1")
-    assert os.environ.get("GLOO_SOCKET_IFNAME") == wanted
-    monkeypatch.setattr(socket.socket, "getsockname", lambda self: ("127.0.0.1", 1))
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    interface.choose_interface("127.0.0.1")  # all on one machine
-    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    for own, expected in (("10.0.0.7", wanted), ("127.0.0.1", given)):  # the second: all on one machine
+        monkeypatch.setattr(socket.socket, "getsockname", lambda self, own=own: (own, 1))
+        with mock.patch.dict(os.environ):
+            os.environ.pop("GLOO_SOCKET_IFNAME", None)
+            if given is not None:
+                os.environ["GLOO_SOCKET_IFNAME"] = given
+            interface.choose_interface("10.0.0.1")
+            assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
 
 
 def join(tmp_path, *arguments):
