@@ -3,27 +3,34 @@
 import torch
 import torch.distributed as dist
 
+from shardes.distributed.place import Place
 from shardes.errors import UserError
 
 _REMEDY = "start one rank per GPU, or hide them with CUDA_VISIBLE_DEVICES= to run on the CPU"
 
 
-def choose_device(*, rank: int, local_rank: int) -> torch.device:
+def choose_device(place: Place) -> torch.device:
     """Return this rank's device, and make it the current one.
 
     A launcher shows a rank all GPUs of its machine, of which it takes the one of its number there, or a
     single one, which is its own whatever its number.
 
     Args:
-        rank: Index of this process in the job.
-        local_rank: Index of this process on its machine.
+        place: Place of this process in the job.
 
     Raises:
-        UserError: There are several GPUs, but fewer than ranks on this machine.
+        UserError: There are several GPUs, but fewer than ranks on this machine, or the rank does not know
+            its number there.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    count = torch.cuda.device_count()
+    count, rank, local_rank = torch.cuda.device_count(), place.rank, place.local_rank or 0
+    if place.local_rank is None and place.world_size > 1 and count > 1:
+        raise UserError(
+            f"LOCAL_RANK: it is not set, so rank {rank} of {place.world_size} cannot know which of the "
+            f"{count} GPUs is its own; start the ranks with torchrun, deepspeed or accelerate launch, set it "
+            "to the rank's number on its machine, or show each rank one GPU with CUDA_VISIBLE_DEVICES"
+        )
     if 1 < count <= local_rank:
         raise UserError(
             f"this machine has {count} GPU(s), but rank {rank} is number {local_rank + 1} on it; {_REMEDY}"

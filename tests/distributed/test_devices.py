@@ -15,6 +15,7 @@ from shardes.backends.zero3 import numbered_by_device
 from shardes.distributed import interface
 from shardes.distributed.devices import check_devices_differ, choose_device
 from shardes.distributed.launch import process_group
+from shardes.distributed.place import Place
 from shardes.distributed.stop import Stop
 from shardes.errors import UserError
 from tests.helpers.hosts import why_not
@@ -41,7 +42,7 @@ def gpus(monkeypatch):
 @pytest.mark.parametrize(("count", "local_rank", "index"), [(8, 0, 0), (8, 7, 7), (1, 0, 0), (1, 5, 0)])
 def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one(gpus, count, local_rank, index):
     current = gpus(count)
-    assert choose_device(rank=9, local_rank=local_rank) == torch.device("cuda", index)
+    assert choose_device(Place(9, 10, local_rank)) == torch.device("cuda", index)
     assert current == [torch.device("cuda", index)]
 
 

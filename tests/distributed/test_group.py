@@ -2,11 +2,27 @@
 
 import os
 
+import pytest
 import torch
 
 from shardes.distributed.group import Group
 from shardes.distributed.launch import process_group
 from shardes.distributed.stop import Stop
+from shardes.errors import UserError
+
+
+def test_ranks_that_do_not_know_their_gpu_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(UserError, match=r"LOCAL_RANK: it is not set, so rank 1 of 2 cannot know"),
+        process_group(timeout_seconds=1, always=False, stop=Stop(), stop_seconds=1),
+    ):
+        pass
 
 
 def test_collectives_of_one_rank_are_the_identity():
