@@ -41,7 +41,7 @@ class ModelRef:
             from shardes.runs.resume import restore_weights
 
             assert self.history.header is not None, "a run has begun"
-            session.check_base(self.history.header, self.run_dir)
+            session.follow(self.history.header, self.run_dir)
             restore_weights(
                 session,
                 self.history.updates[: self.iteration],

@@ -58,7 +58,7 @@ def export_run(
     wanted = history.iteration_of(iteration, key=f"--iteration {iteration}")
     check_destination(out)
     with open_session(config) as session:
-        session.check_base(header, run_dir)
+        session.follow(header, run_dir)
         restore_weights(session, history.updates[:wanted], digests=history.digests, run_dir=run_dir)
         try:
             export_model(

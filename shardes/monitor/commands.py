@@ -85,7 +85,7 @@ def verify(
 
     configure_logging()
     with open_session(config) as session:
-        session.check_base(header, run_dir)
+        session.follow(header, run_dir)
         found = verify_run(session, history, run_dir=run_dir, export=export_dir)
         if session.mesh.world.is_main:
             click.echo(

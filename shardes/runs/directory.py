@@ -206,6 +206,7 @@ _NOT_COMPARED = (
     "shardes_version",
     "config",
     "parameters",
+    "update_version",
     "base_headers_sha256",
     "is_exact",
 )

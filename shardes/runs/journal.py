@@ -20,6 +20,7 @@ from typing import Any
 
 from shardes.config.old_keys import rename_in_header
 from shardes.errors import UserError
+from shardes.es.update import UPDATE_VERSION
 from shardes.runs.records import check_form
 from shardes.utils.closing import Closing
 from shardes.utils.files import AppendFile
@@ -51,6 +52,11 @@ class History:
     instruments: dict[int, dict[str, Any]] = field(default_factory=dict)
     probe: dict[str, Any] | None = None
     kls: dict[int, float | None] = field(default_factory=dict)
+
+    @property
+    def update_version(self) -> int:
+        """Version of the updates that the run was begun with; headers of version 1 do not say."""
+        return UPDATE_VERSION if self.header is None else int(self.header.get("update_version", 1))
 
     def iteration_of(self, wanted: str | None, *, key: str) -> int:
         """Return the number of updates that a user means.
@@ -211,6 +217,11 @@ def _take(line: bytes, history: History, link: str, *, path: Path) -> str:
         raise UserError(
             f"run.dir: {path} has the journal version {version}, of a later shardes; this one reads versions "
             f"up to {JOURNAL_VERSION}"
+        )
+    if record.get("update_version", 1) not in range(1, UPDATE_VERSION + 1):
+        raise UserError(
+            f"run.dir: {path} has version {record['update_version']} of the updates (docs/updates.md), of "
+            f"another shardes; this one knows versions up to {UPDATE_VERSION}"
         )
     check_form(record)
     if record["type"] == "header":

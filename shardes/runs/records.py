@@ -30,6 +30,7 @@ class _Config(_Record):
 class _Header(_Record):
     journal_version: _Count
     noise_version: _Count
+    update_version: _Count = 1
     shardes_version: _Text
     base_headers_sha256: _Text
     base_weights_digest: _Digest

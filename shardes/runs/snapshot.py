@@ -15,11 +15,11 @@ import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from shardes.backends.shard import Shard
 from shardes.errors import UserError
 from shardes.models.checkpoint import StoredTensor, TensorReader, stored_tensors
 from shardes.models.safetensors_writer import write_header, write_values
+from shardes.models.stored_rows import Rows
 from shardes.utils.files import flush_to_disk, write_atomically
 from shardes.utils.reading import open_regular, parse_json, read_regular
 from shardes.weights.master import CHUNK_ELEMENTS
@@ -157,7 +158,7 @@ class Snapshot(TensorReader):
             texts = (self.weights_digest, self.states_digest)
             if type(self.iteration) is not int or not all(isinstance(text, str) for text in texts):
                 raise SnapshotError(f"its {MANIFEST} does not say which weights it holds")
-            rows: dict[str, list[_Rows]] = {}
+            rows: dict[str, list[StoredRegions]] = {}
             for entry in self._files:
                 for name, found in self._open(entry).items():
                     rows.setdefault(name, []).append(found)
@@ -165,7 +166,7 @@ class Snapshot(TensorReader):
             raise SnapshotError(f"{type(error).__name__}: {error}") from None
         super().__init__({name: SpreadTensor(tuple(parts)) for name, parts in rows.items()})
 
-    def _open(self, entry: dict[str, Any]) -> dict[str, "_Rows"]:
+    def _open(self, entry: dict[str, Any]) -> dict[str, "StoredRegions"]:
         """Return the elements that one file holds, by parameter."""
         path = self._directory / entry["name"]
         if path.parent != self._directory:
@@ -178,7 +179,9 @@ class Snapshot(TensorReader):
         if stored.keys() != entry["regions"].keys():
             raise SnapshotError(f"{path.name} does not hold the parameters that {MANIFEST} says")
         rows = {
-            name: _Rows(stored[name], tuple(tuple(map(int, region)) for region in regions))
+            name: StoredRegions(
+                stored[name], tuple(cast(Rows, tuple(map(int, region))) for region in regions)
+            )
             for name, regions in entry["regions"].items()
         }
         for name, found in rows.items():
@@ -202,7 +205,7 @@ class Snapshot(TensorReader):
 
 
 @dataclass(frozen=True)
-class _Rows:
+class StoredRegions:
     """Elements of one parameter that follow each other in a file.
 
     Attributes:
@@ -212,7 +215,7 @@ class _Rows:
     """
 
     stored: StoredTensor
-    regions: tuple[tuple[int, ...], ...]
+    regions: tuple[Rows, ...]
 
     @property
     def is_possible(self) -> bool:
@@ -232,7 +235,7 @@ class SpreadTensor:
         parts: The elements that each file holds.
     """
 
-    parts: tuple[_Rows, ...]
+    parts: tuple[StoredRegions, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -248,6 +251,11 @@ class SpreadTensor:
         order = np.argsort(table[0], kind="stable")
         starts, lengths, places = table[:, order].tolist()
         return starts, lengths, files[order].tolist(), places
+
+    def places(self) -> Iterator[tuple[StoredTensor, Sequence[Rows]]]:
+        """Yield the tensors of files, each with the elements that it holds, one after the other."""
+        for part in self.parts:
+            yield part.stored, part.regions
 
     def find(self, first: int, length: int) -> Iterator[tuple[StoredTensor, int, int]]:
         """Yield the tensors of files that hold a range of elements, each with first element and length there.
@@ -269,7 +277,7 @@ class SpreadTensor:
             row += 1
 
 
-def _table_of(regions: tuple[tuple[int, ...], ...]) -> npt.NDArray[np.int64]:
+def _table_of(regions: Sequence[Rows]) -> npt.NDArray[np.int64]:
     """Return the rows of regions that follow each other in a file, int64: first elements, lengths, places."""
     tables, place = [np.empty((3, 0), dtype=np.int64)], 0
     for start, length, rows, stride in regions:

@@ -113,3 +113,22 @@ def cannot_write(path: Path, error: OSError) -> StorageError:
         f"{path} cannot be written: {error.strerror or error}. What was recorded before is whole; mend the "
         "cause (make room, say) and start the same command again, and it goes on from there"
     )
+
+
+def read_exactly(descriptor: int, view: memoryview, *, offset: int) -> None:
+    """Fill memory with the bytes of a file.
+
+    Args:
+        descriptor: The file, open for reading.
+        view: Memory, as bytes.
+        offset: Index of the first byte in the file.
+
+    Raises:
+        OSError: The file cannot be read, or ends before.
+    """
+    done = 0
+    while done < len(view):  # one call reads 2 GiB at most
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise OSError(f"unexpected end of file at byte {offset + done}")
+        done += count

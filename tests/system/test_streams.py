@@ -10,7 +10,7 @@ from shardes.backends.build import make_backend
 from shardes.distributed.group import Group, Mesh
 from shardes.es.update import Perturbation
 from shardes.models.checkpoint import Checkpoint
-from shardes.rollout.engines.transformers.cuda_graphs import CudaGraph
+from shardes.rollout.engines.transformers.cuda_graphs import CudaGraphs
 from shardes.rollout.engines.transformers.decoder import Decoder
 from shardes.weights.master import Weights
 from tests.helpers.decoding import PAD, composed, generated, random_prompts
@@ -104,7 +104,7 @@ class Computed:
     """A graph whose replay is booked by the model, and computes."""
 
     def __init__(self, function, streams):
-        self._graph, self._function, self._streams = CudaGraph(function), function, streams
+        self._graph, self._function, self._streams = CudaGraphs()(function), function, streams
 
     def replay(self):
         self._graph.replay()

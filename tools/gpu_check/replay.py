@@ -19,7 +19,7 @@ def verify(run_dirs: dict[str, Path]) -> dict[str, str]:
     for name, path in run_dirs.items():
         config, header, history = read_run(path, base=None, backend="single")
         with open_session(config) as session:
-            session.check_base(header, path)
+            session.follow(header, path)
             result = verify_run(session, history, run_dir=path, export=None)
         problems = list(result.problems)
         if result.num_iterations == 0 or result.num_compared < 2:
