@@ -150,6 +150,7 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
         stop=stop,
         stop_seconds=config.run.stop_seconds,
     ) as world:
+        config = config.on_device(world.device.type)
         shard_size = parallel.shard_size or spec.default_shard_size
         check_arithmetic(world.device)
         mesh = make_mesh(world, shard_size=shard_size, timeout_seconds=parallel.timeout_seconds)

@@ -51,4 +51,7 @@ def resume_fingerprint(config: Config, *, data_sha256: str) -> dict[str, Any]:
     # Journals of versions that had one engine do not name it.
     if rollout.engine == type(rollout).model_fields["engine"].default:
         del kept["rollout.engine"]
+    # Nor do journals of versions that had no such key.
+    if not rollout.cudnn_attention:
+        del kept["rollout.cudnn_attention"]
     return kept | {"task.data sha256": data_sha256}

@@ -17,6 +17,8 @@ from shardes.config.section import NeedsConsent, Registered, Section
 from shardes.errors import UserError
 from shardes.rollout.engines.registry import ENGINES
 
+# Prompts per forward on CPUs, if the user does not say.
+CPU_MICRO_BATCH_SIZE = 32
 FETCH_HINT = (
     "give a local model directory (fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
 )
@@ -131,10 +133,11 @@ class RolloutConfig(Section):
     but takes memory for a cache of its own. Like ``micro_batch_size`` the number may change the last bits, so
     a run keeps to one. ``auto``: as many as fit when the run begins, at most 64; the run keeps what was
     found."""
-    micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = 32
+    micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
     """Prompts per forward. Micro-batches are composed from the data alone, so results do not depend on the
     number of ranks; a different size may change the last bits. ``auto``: as many as memory allows and as give
-    every rank work, found by trying when a run begins; the run keeps what was found."""
+    every rank work, found by trying when a run begins; the run keeps what was found. null: ``auto`` on GPUs,
+    where a forward of few rows takes as long as one of many, and 32 on CPUs."""
     max_new_tokens: int = Field(gt=0)
     """The longest answer, in tokens."""
     stop: list[str] = []
@@ -149,11 +152,22 @@ class RolloutConfig(Section):
     """Tokens are drawn from the most likely ones that together reach this probability."""
     samples_per_prompt: int = Field(default=1, gt=0)
     """Answers to each prompt; a member's reward is the mean over all of them."""
+    cudnn_attention: bool = False
+    """Let torch's attention use the kernels of cuDNN on GPUs. They need a plan for each shape, of which eager
+    decoding has a new one at every token, and wrong answers of some models were reported on B200 (torch 2.11
+    and 2.13). Without it, attention is computed by torch's own kernels. It may change the last bits."""
 
     @property
     def is_batched(self) -> bool:
         """Return whether several members share a forward."""
         return self.members_per_forward != 1
+
+    def on_device(self, device_type: str) -> Self:
+        """Return the settings with what null stands for on a type of device, ``cuda`` or ``cpu``."""
+        if self.micro_batch_size is not None:
+            return self
+        size = CPU_MICRO_BATCH_SIZE if device_type == "cpu" else "auto"
+        return self.model_copy(update={"micro_batch_size": size})
 
     @field_validator("stop")
     @classmethod
@@ -332,6 +346,10 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     task: TaskConfig
+
+    def on_device(self, device_type: str) -> Self:
+        """Return the configuration with what null stands for on a type of device, ``cuda`` or ``cpu``."""
+        return self.model_copy(update={"rollout": self.rollout.on_device(device_type)})
 
     @field_validator("rollout")
     @classmethod

@@ -42,6 +42,7 @@ def plan_run(
     Raises:
         UserError: A file that is there cannot be used, or the ranks cannot hold the model.
     """
+    config = config.on_device(machine.device_type)
     path = config.model.path
     if model_config is None and not (path / "config.json").is_file():
         raise UserError(
@@ -61,7 +62,10 @@ def plan_run(
     workload = make_workload(
         config, task=task, tokenizer=tokenizer, num_prompts=num_prompts, prompt_tokens=prompt_tokens
     )
-    return Plan(config, model, workload=workload, machine=machine, world_size=world_size), files
+    plan = Plan(config, model, workload=workload, machine=machine, world_size=world_size)
+    if config.rollout.micro_batch_size == "auto":
+        plan = plan.with_rows_found()
+    return plan, files
 
 
 def check_files(path: Path, model: PreTrainedModel) -> str:

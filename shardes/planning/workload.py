@@ -82,9 +82,8 @@ def make_workload(
         assumed.append(f"prompts of up to {prompt_tokens} tokens (--prompt-tokens)")
     num_sequences = round(num_prompts * per_prompt)
     rows = rollout.micro_batch_size
-    if rows == "auto":
-        rows = USUAL_SIZE
-        assumed.append(f"{rows} prompts in a forward (rollout.micro_batch_size: auto finds out)")
+    if not isinstance(rows, int):
+        rows = USUAL_SIZE  # with which rollout.gather is chosen; see Plan.with_rows_found
     return Workload(
         num_members,
         num_sequences,

@@ -115,8 +115,9 @@ class Evaluator:
     @property
     def micro_batch_size(self) -> int:
         """Prompts per forward; a number once it is known what ``auto`` is."""
-        assert self._settings.micro_batch_size != "auto", "what auto is must be found first"
-        return self._settings.micro_batch_size
+        size = self._settings.micro_batch_size
+        assert isinstance(size, int), "what auto is must be found first"
+        return size
 
     @micro_batch_size.setter
     def micro_batch_size(self, size: int) -> None:

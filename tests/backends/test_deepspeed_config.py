@@ -24,6 +24,7 @@ LIMITS = {
     "stage3_prefetch_bucket_size": 1,
     "stage3_allgather_sequential": True,
     "stage3_param_persistence_threshold": 10,
+    "overlap_comm": False,
 }
 
 
@@ -103,6 +104,7 @@ def test_autos_are_filled(tmp_path):
             "stage3_param_persistence_threshold": 100,
             "stage3_max_live_parameters": 70,
             "stage3_allgather_sequential": True,
+            "overlap_comm": False,
         },
         "steps_per_print": 10**9,
     }

@@ -132,6 +132,7 @@ def test_every_key_is_known_to_be_free_or_binding(resume_fingerprint):
         "task.reward",  # by the user's own care
         "task.label_words",  # of tasks that the minimal configuration does not name; see below
         "rollout.members_per_forward",  # where it is not 1; see below
+        "rollout.cudnn_attention",  # where it is set; see below
         "rollout.engine",  # there is no other; an engine of another name would bind
     }
     others = {"task.label_words", "task.data sha256", "rollout.members_per_forward"}
@@ -147,6 +148,12 @@ def test_the_members_of_a_forward_bind_where_there_are_several(resume_fingerprin
     assert members(members_per_forward=4) == members(members_per_forward=4, gather="layer") == 4
     # What is still auto when a run begins has found memory for one.
     assert members(members_per_forward="auto") == 1
+
+
+def test_kernels_of_attention_bind_where_they_are_not_the_usual_ones(resume_fingerprint):
+    key = "rollout.cudnn_attention"
+    assert key not in resume_fingerprint(), "older journals do not have it"
+    assert resume_fingerprint(key, True)[key] is True
 
 
 def test_label_words_bind(resume_fingerprint):

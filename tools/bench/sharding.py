@@ -194,7 +194,7 @@ def measure_plain(tree: dict[str, Any], out: Path) -> None:
     dtype = getattr(torch, config.model.dtype)
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype).to(device).eval()
     size = config.rollout.micro_batch_size
-    assert size != "auto", "both sides are told the same"
+    assert isinstance(size, int), "both sides are told the same"
     tokens = [tokenize(row["prompt"], tokenizer) for row in load_task(config.task).train]
     batches = compose(
         tokens,
