@@ -4,19 +4,24 @@ import asyncio
 import collections
 import contextlib
 import itertools
+import logging
 import queue
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from shardes.config.schema import TaskConfig
 from shardes.errors import UserError
 from shardes.rewards.processes import ForkServer, WorkerProcess, ending
-from shardes.rewards.worker import MAX_REWARD, RewardBatch, RewardCaller, RewardOutput, reference_of
+from shardes.rewards.importing import reference_of
+from shardes.rewards.worker import MAX_REWARD, RewardBatch, RewardCaller, RewardOutput
 from shardes.tasks.base import Component, Task, all_rewards
 from shardes.utils.closing import Closing
+
+logger = logging.getLogger(__name__)
 
 # How long the import of a reward may take.
 IMPORT_SECONDS = 600.0
@@ -76,6 +81,7 @@ def make_reward_runner(config: TaskConfig, tasks: Sequence[Task]) -> "InProcessR
         timeout_seconds=config.reward_timeout_seconds,
         max_workers=config.reward_workers,
         memory_bytes=config.reward_memory_bytes,
+        may_isolate=config.reward_isolation == "auto",
     )
 
 
@@ -92,6 +98,7 @@ class RewardProcessPool(Closing):
         timeout_seconds: The time limit of a call.
         max_workers: Processes at most. There is one at first; more come when answers have to wait.
         memory_bytes: Address space of a process; None: no limit.
+        may_isolate: Has processes see only themselves, where the kernel allows it.
 
     Raises:
         UserError: A function cannot be found by another process, or importing it fails there.
@@ -104,6 +111,7 @@ class RewardProcessPool(Closing):
         timeout_seconds: float,
         max_workers: int,
         memory_bytes: int | None,
+        may_isolate: bool = False,
     ) -> None:
         self._components = list(components)
         self._setup = [replace(c, function=reference_of(c.function)) for c in components]
@@ -114,8 +122,11 @@ class RewardProcessPool(Closing):
         # All workers, and those of them that are not ready yet.
         self._num_workers = self._num_starting = 0
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._memory_bytes = memory_bytes
-        self._fork_server = ForkServer(memory_bytes)
+        self._start_fork_server = partial(ForkServer, memory_bytes, may_isolate=may_isolate)
+        self._fork_server = self._start_fork_server()
+        # Which columns each component looks at, once a worker has imported them; None: all.
+        self._columns: list[list[str] | None] = [None] * len(components)
+        self._has_told_of_left = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
         self._thread.start()
@@ -124,9 +135,14 @@ class RewardProcessPool(Closing):
         self._forwarder.start()
         try:
             self._run(self._new_worker()).result()
+            obstacle = self._fork_server.obstacle()
         except BaseException:
             self.close()
             raise
+        logger.info(
+            "rewards run in processes of their own, which %s",
+            "see no others" if obstacle is None else f"see those of this machine ({obstacle})",
+        )
 
     def submit(self, components: Sequence[Component], batches: Sequence[RewardBatch]) -> list[PendingRewards]:
         """Have batches judged by worker processes."""
@@ -190,6 +206,7 @@ class RewardProcessPool(Closing):
     async def _judge(self, indices: list[int], batch: RewardBatch) -> RewardOutput:
         """Judge a batch, whatever its rewards do to a worker."""
         half = self._timeout_seconds / 2
+        batch = self._with_needed_columns(indices, batch)
         alone: list[asyncio.Task[RewardOutput | str]] = []
         timers: list[asyncio.TimerHandle] = []
 
@@ -220,6 +237,13 @@ class RewardProcessPool(Closing):
             for task in alone:
                 task.cancel()
 
+    def _with_needed_columns(self, indices: list[int], batch: RewardBatch) -> RewardBatch:
+        """Leave out columns that no reward looks at; they may hold images."""
+        needed = [self._columns[i] for i in indices]
+        if any(names is None for names in needed):
+            return batch
+        return batch.with_columns({name for names in needed for name in names or ()})
+
     def _names(self, indices: Sequence[int]) -> list[str]:
         return [self._components[i].name for i in indices]
 
@@ -239,6 +263,7 @@ class RewardProcessPool(Closing):
                 async with asyncio.timeout(limit):
                     reply = await worker.ask((indices, batch))
                 found = _read_reply(reply, self._names(indices), len(batch))
+                left = None if reply["left"] is None else str(reply["left"])
             except TimeoutError:
                 self._discard(worker)
                 return (
@@ -257,9 +282,11 @@ class RewardProcessPool(Closing):
             except BaseException:
                 self._discard(worker)
                 raise
-            else:
+            if left is None:
                 self._release(worker)
-                return found
+            else:
+                self._retire(worker, left)
+            return found
         return "the process that starts reward processes was killed"
 
     async def _acquire(self) -> WorkerProcess:
@@ -320,7 +347,8 @@ class RewardProcessPool(Closing):
             raise
         try:
             async with asyncio.timeout(IMPORT_SECONDS):
-                error = (await worker.ask(self._setup))["error"]
+                reply = await worker.ask(self._setup)
+                error = reply["error"]
         except TimeoutError:
             error = f"importing it took longer than {IMPORT_SECONDS:g} s"
         except (EOFError, OSError):
@@ -333,6 +361,7 @@ class RewardProcessPool(Closing):
         if error is not None:
             self._discard(worker)
             raise UserError(f"task.reward: {error}")
+        self._columns = reply["columns"]
         self._release(worker)
 
     async def _fork(self) -> WorkerProcess:
@@ -341,7 +370,7 @@ class RewardProcessPool(Closing):
             pid, connection = self._fork_server.fork()
         except OSError:
             self._fork_server.close()
-            self._fork_server = ForkServer(self._memory_bytes)
+            self._fork_server = self._start_fork_server()
             pid, connection = self._fork_server.fork()
         return WorkerProcess(pid, *await asyncio.open_unix_connection(sock=connection))
 
@@ -354,6 +383,17 @@ class RewardProcessPool(Closing):
             code = self._fork_server.kill(worker.pid)
         self._grow()
         return code
+
+    def _retire(self, worker: WorkerProcess, left: str) -> None:
+        """Replace a worker in which a reward has left something behind that may disturb others."""
+        if not self._has_told_of_left:
+            self._has_told_of_left = True
+            logger.warning(
+                "a reward has left %.200s behind, so its process is replaced after such calls, and the "
+                "reward imported again; to avoid that, end what a call starts, or start it at import",
+                left,
+            )
+        self._discard(worker)
 
     def _forget_idle_workers(self) -> None:
         for worker in self._idle:

@@ -26,10 +26,10 @@ _BOOT = (
 class ForkServer:
     """Handle of the fork server, for the pool."""
 
-    def __init__(self, memory_bytes: int | None) -> None:
+    def __init__(self, memory_bytes: int | None, *, may_isolate: bool = False) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(_FORK_SERVER_SECONDS)
-        numbers = [theirs.fileno(), memory_bytes or 0, os.getpid()]
+        numbers = [theirs.fileno(), memory_bytes or 0, os.getpid(), int(may_isolate)]
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, json.dumps(sys.path), *map(str, numbers)],
@@ -50,11 +50,19 @@ class ForkServer:
         self._control.send(f"k{pid}".encode())
         return self._reply()
 
+    def obstacle(self) -> str | None:
+        """Return why workers can see other processes than their own; None if they cannot."""
+        self._control.send(b"i")
+        return self._reply_text() or None
+
     def _reply(self) -> int:
-        reply = self._control.recv(64)
+        return int(self._reply_text())
+
+    def _reply_text(self) -> str:
+        reply = self._control.recv(256)
         if not reply:
             raise ConnectionError("the process that starts reward processes is gone")
-        return int(reply)
+        return reply.decode().strip()
 
     def close(self) -> None:
         """End the fork server, and every worker with it."""
@@ -74,17 +82,36 @@ class WorkerProcess:
         pid: Its process id.
         reader: The end of the socket at which its replies arrive.
         writer: The end at which it is sent messages.
+        num_asked: Number of requests so far; the id of the last one.
     """
 
     pid: int
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
+    num_asked: int = 0
 
-    async def ask(self, message: Any) -> Any:
-        """Send a message and read the reply to it."""
-        payload = pickle.dumps(message)
-        self.writer.write(HEADER.pack(len(payload)) + payload)
+    async def ask(self, message: Any) -> dict[str, Any]:
+        """Send a message and read the reply to it.
+
+        Raises:
+            EOFError, OSError: The worker has ended.
+            ValueError: The reply is none.
+        """
+        self.num_asked += 1
+        payload = pickle.dumps((self.num_asked, message))
+        self.writer.write(HEADER.pack(len(payload)))
+        self.writer.write(payload)
         await self.writer.drain()
+        while True:
+            reply = await self._receive()
+            number = reply.get("id") if isinstance(reply, dict) else None
+            if number == self.num_asked:
+                return reply
+            # Replies to earlier requests are late: somebody else than the worker has sent them.
+            if not isinstance(number, int) or not 0 < number < self.num_asked:
+                raise ValueError("a reply to nothing that was asked")
+
+    async def _receive(self) -> Any:
         (length,) = HEADER.unpack(await self.reader.readexactly(HEADER.size))
         if length > _MAX_REPLY_BYTES:
             raise ValueError(f"a reply of {length} bytes")
