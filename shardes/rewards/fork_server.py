@@ -4,7 +4,7 @@ It is started as a fresh interpreter before the training process has threads, an
 group, so nothing of these reaches a worker, and a new worker takes milliseconds. It runs nothing but this
 module. Over its socket it takes single-letter commands: ``f`` with a socket: fork a worker that serves it,
 and answer with its process id; ``k`` and a process id: kill that worker and all that it started, and answer
-with how it ended; ``i``: say why workers are not isolated, or nothing. When the socket closes, or its parent
+with how it ended; ``i``: say why workers are not isolated, or ``-``. When the socket closes, or its parent
 dies, it kills all workers and ends.
 """
 
@@ -109,7 +109,7 @@ class _Server:
             case b"k":
                 return str(self._end(int(message[1:])))
             case _:
-                return self._obstacle or ""
+                return self._obstacle or "-"
 
     def _copy(self) -> bool:
         """Copy some of what workers have printed; return False if there is nothing."""
@@ -214,11 +214,13 @@ def _serve(connection: socket.socket) -> None:
         _send(connection, {"id": number, "error": str(error)})
         return
     state = ProcessState()
+    caller.after_call = state.restore
     _send(connection, {"id": number, "error": None, "columns": caller.columns})
     while True:
         number, question = _receive(connection)
         output = vars(caller.judge(*question))
-        _send(connection, output | {"id": number, "left": state.restore()})
+        state.restore()
+        _send(connection, output | {"id": number, "left": state.left})
 
 
 def _receive(connection: socket.socket) -> tuple[int, Any]:

@@ -16,9 +16,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import thread as futures
-from typing import Any
 
-from shardes.rewards.descendants import descendants, is_tracker, reap
+from shardes.rewards.descendants import descendants, end_all, is_tracker, reap
 
 # How long threads and processes that are about to end may take to do so.
 _GRACE_SECONDS = 0.1
@@ -34,6 +33,9 @@ class ProcessState:
 
     Threads and processes that exist now are not taken for left behind later, nor are idle threads of
     executors (``concurrent.futures``).
+
+    Attributes:
+        left: What calls have left behind so far that cannot be undone, for people to read; None: nothing.
     """
 
     def __init__(self) -> None:
@@ -51,13 +53,14 @@ class ProcessState:
         self._recursion_limit = sys.getrecursionlimit()
         self._threads = set(sys._current_frames())
         self._children = set(descendants())
+        self.left: str | None = None
 
-    def restore(self) -> str | None:
-        """Put the process back into this state.
+    def restore(self) -> None:
+        """Put the process back into this state, and note in ``left`` what cannot be put back."""
+        left = self._restore()
+        self.left = self.left or left
 
-        Returns:
-            What cannot be put back, for people to read; None: nothing.
-        """
+    def _restore(self) -> str | None:
         for _ in range(10):
             try:
                 self._stop_signals()
@@ -66,15 +69,15 @@ class ProcessState:
                 continue
         else:
             return "signals that do not stop"
-        undone: list[Callable[[], str | None]] = [
+        steps = [
             self._restore_python,
             self._restore_process,
             self._find_threads,
-            self._find_children,
+            self._end_children,
             self._find_files,
         ]
         try:
-            return next((found for undo in undone if (found := undo()) is not None), None)
+            return next(filter(None, [step() for step in steps]), None)
         except Exception as error:
             return f"a state that cannot be put back ({type(error).__name__}: {error})"
 
@@ -92,7 +95,7 @@ class ProcessState:
         signal.set_wakeup_fd(-1)
         faulthandler.cancel_dump_traceback_later()
 
-    def _restore_python(self) -> None:
+    def _restore_python(self) -> str | None:
         sys.settrace(None)
         sys.setprofile(None)
         sys.setrecursionlimit(self._recursion_limit)
@@ -104,6 +107,7 @@ class ProcessState:
         if os.environ != self._environment:
             os.environ.clear()
             os.environ.update(self._environment)
+        return None
 
     def _restore_process(self) -> str | None:
         os.fchdir(self._directory)
@@ -126,18 +130,32 @@ class ProcessState:
                 if ident not in self._threads and frame.f_code is not futures._worker.__code__
             ]
 
-        if _ends_soon(living):
+        if self._ends_soon(living):
             return None
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         return f"a thread ({names.get(living()[0], 'unnamed')})" if living() else None
 
-    def _find_children(self) -> str | None:
+    def _end_children(self) -> str | None:
         def living() -> list[int]:
             if not reap({}):
                 return []
-            return [pid for pid in descendants() if pid not in self._children and not is_tracker(pid)]
+            kept = self._children
+            return [pid for pid in descendants(without=kept) if not is_tracker(pid)]
 
-        return None if _ends_soon(living) else "a process"
+        if self._ends_soon(living):
+            return None
+        # Libraries that started a process may still count on it, so this one has served its time.
+        end_all(living, {})
+        return "a process"
+
+    def _ends_soon(self, living: Callable[[], list[int]]) -> bool:
+        """Return True once there is nothing that lives, or False after a moment."""
+        deadline = time.monotonic() + (_GRACE_SECONDS if self.left is None else 0)
+        while living():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return True
 
     def _find_files(self) -> str | None:
         if [_identity(descriptor) for descriptor in range(3)] != self._files:
@@ -146,16 +164,6 @@ class ProcessState:
             return "a closed standard input, output or error"
         num_left = _num_open_files() - self._num_files
         return f"{num_left} open files" if num_left > _MAX_LEFT_OPEN else None
-
-
-def _ends_soon(living: Callable[[], list[Any]]) -> bool:
-    """Return True once there is nothing that lives, or False after a moment."""
-    deadline = time.monotonic() + _GRACE_SECONDS
-    while living():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.001)
-    return True
 
 
 def _identity(descriptor: int) -> tuple[int, int] | None:

@@ -48,7 +48,7 @@ class LimitedLog:
         self._num_cut = len(data) - len(kept)
         if self._num_cut:
             self._put(
-                b"\n[rewards have printed more than %d bytes at once; what follows is cut]\n" % self._max_bytes
+                b"\n[rewards printed more than %d bytes at once; what follows is cut]\n" % self._max_bytes
             )
 
     def close(self) -> None:

@@ -1,16 +1,19 @@
 """Handles of the fork server and of its workers, in the process that has the pool."""
 
 import asyncio
+import itertools
 import json
 import os
 import pickle
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shardes.rewards.fork_server import HEADER
+from shardes.rewards.worker import MAX_REWARD, RewardOutput
 
 # How long the fork server may take to fork or to kill.
 _FORK_SERVER_SECONDS = 60.0
@@ -53,7 +56,8 @@ class ForkServer:
     def obstacle(self) -> str | None:
         """Return why workers can see other processes than their own; None if they cannot."""
         self._control.send(b"i")
-        return self._reply_text() or None
+        reply = self._reply_text()
+        return None if reply == "-" else reply
 
     def _reply(self) -> int:
         return int(self._reply_text())
@@ -121,3 +125,21 @@ class WorkerProcess:
 def ending(code: int) -> str:
     """Describe how a process ended, from its exit code or minus its signal."""
     return f"signal {-code}" if code < 0 else f"exit status {code}"
+
+
+def read_reply(reply: Any, names: Sequence[str], num_completions: int) -> RewardOutput:
+    """Check a worker's reply, which a reward may have forged, and return what it says.
+
+    Raises:
+        ValueError, TypeError, KeyError: It is not what a worker sends.
+    """
+    components = {name: list(reply["components"][name]) for name in names}
+    output = RewardOutput(components, list(map(bool, reply["has_failed"])), reply["first_failure"])
+    if {len(column) for column in (*components.values(), output.has_failed)} != {num_completions}:
+        raise ValueError("a reply of the wrong size")
+    values = itertools.chain.from_iterable(components.values())
+    if not all(value is None or (isinstance(value, float) and abs(value) < MAX_REWARD) for value in values):
+        raise ValueError("a reply that is not made of numbers")
+    if not isinstance(output.first_failure, str | None):
+        raise TypeError("a reply whose message is no text")
+    return output

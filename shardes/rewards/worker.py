@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Awaitable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Self
@@ -146,6 +146,9 @@ class RewardCaller:
     Args:
         components: Components whose functions are called; references to functions are imported.
 
+    Attributes:
+        after_call: Called after each call of a function.
+
     Raises:
         ValueError: A function does not exist, or importing it fails.
     """
@@ -165,6 +168,7 @@ class RewardCaller:
                 raise ValueError(f"reward {component.name!r}: {error}") from None
         self._loop = _EventLoop()
         self._process = os.getpid()
+        self.after_call: Callable[[], object] = lambda: None
 
     @property
     def columns(self) -> list[list[str] | None]:
@@ -204,6 +208,7 @@ class RewardCaller:
         awaitables = {place: value for place, value in enumerate(returned) if inspect.isawaitable(value)}
         if awaitables:
             values = self._loop.run([self._settle(value) for value in awaitables.values()])
+            self.after_call()
             for place, value in zip(awaitables, values, strict=True):
                 returned[place] = value
         return [
@@ -229,10 +234,11 @@ class RewardCaller:
             given = {name: [value] * len(batch) for name, value in given.items()}
         try:
             # What the configuration gives counts more than a column of that name.
-            value = self._functions[i](*positional, **(keywords | given))
+            value = self._functions[i](*positional, **(keywords | dict(given)))
         except (Exception, SystemExit) as error:
             value = error
         self._leave_if_forked(value)
+        self.after_call()
         return value
 
     async def _settle(self, awaitable: Awaitable[Any]) -> Any:

@@ -7,18 +7,29 @@ command counts as its length.
 import asyncio
 import gc
 import os
+import resource
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
+import zlib
 from pathlib import Path
 
 
 def find_connection():
     """The worker's socket to its pool."""
     return next(o for o in gc.get_objects() if isinstance(o, socket.socket) and o.fileno() >= 0)
+
+
+def request_id():
+    """The id of the request that is being answered."""
+    frame = sys._getframe()
+    while frame.f_code.co_name != "_serve":
+        frame = frame.f_back
+    return frame.f_locals["number"]
 
 
 def obey(completions, **columns):
@@ -53,18 +64,108 @@ def obey(completions, **columns):
                 time.sleep(1000)
             case "forge":
                 connection = find_connection()
-                payload = argument.encode()
+                payload = argument.replace("ID", str(request_id())).encode()
                 connection.sendall(struct.pack("!Q", len(payload)) + payload)
                 time.sleep(1000)
             case "half a message":
                 connection = find_connection()
                 connection.sendall(struct.pack("!Q", 1000) + b"[")
                 time.sleep(1000)
+            case "fork":
+                values.append(fork_and(argument))
+                continue
+            case "leave":
+                leave_behind(argument)
             case "print":
                 sys.stdout.write(argument)
                 sys.stdout.flush()
         values.append(float(len(text)))
     return values
+
+
+def fork_and(end):
+    """Fork a child that ends in some way, without leaving it to os._exit; return its exit status."""
+    child = os.fork()
+    if child == 0:
+        match end:
+            case "exit":
+                sys.exit(3)
+            case "raise":
+                raise LookupError("in a child")
+            case "linger":
+                time.sleep(0.3)
+        return 1e9  # comes back to whoever called the reward
+    if end == "linger":
+        return 6.0
+    return float(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def leave_behind(what):
+    what, _, argument = what.partition("=")
+    match what:
+        case "alarm":
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        case "raising alarm":
+            signal.signal(signal.SIGALRM, raise_timeout)
+            signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+        case "pending":
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+            os.kill(os.getpid(), signal.SIGALRM)
+        case "handlers":
+            signal.signal(signal.SIGTERM, raise_timeout)
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        case "surroundings":
+            os.chdir("/")
+            os.umask(0o777)
+            os.environ["LEFT"] = "behind"
+            del os.environ["PATH"]
+            sys.setrecursionlimit(50)
+            sys.stdout = None
+            resource.setrlimit(resource.RLIMIT_NOFILE, (8, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        case "thread":
+            threading.Timer(0.3, os._exit, (5,)).start()
+        case "process":
+            with open(argument, "w") as file:
+                subprocess.Popen(["sleep", "1000"], stdin=file)
+        case "daemon":
+            with open(argument, "w"):
+                if os.fork() == 0:
+                    os.setsid()
+                    if os.fork() == 0:
+                        time.sleep(1000)
+                    os._exit(0)
+                os.wait()
+        case "files":
+            LEFT.extend(os.open("/dev/null", os.O_RDONLY) for _ in range(300))
+        case "streams":
+            os.dup2(os.open("/dev/null", os.O_RDWR), 2)
+        case "no stream":
+            sys.stdout.close()
+
+
+LEFT = []
+
+
+def raise_timeout(number, frame):
+    raise TimeoutError("an alarm")
+
+
+def surroundings(completions, **columns):
+    """What a call finds when it begins."""
+    handlers = [str(signal.getsignal(number)) for number in signal.valid_signals()]
+    found = [
+        str(Path.cwd()),
+        os.umask(0),
+        sorted(os.environ.items()),
+        handlers,
+        signal.pthread_sigmask(signal.SIG_BLOCK, ()),
+        sys.getrecursionlimit(),
+        sys.stdout.closed,
+        os.fstat(2).st_ino,
+        resource.getrlimit(resource.RLIMIT_NOFILE),
+        threading.active_count(),
+    ]
+    return [float(zlib.crc32(repr(found).encode()))] * len(completions)
 
 
 def pid(completions, **columns):

@@ -15,7 +15,7 @@ import pytest
 
 from shardes.config.schema import TaskConfig
 from shardes.errors import UserError
-from shardes.rewards import pool
+from shardes.rewards import crew
 from shardes.rewards.fork_server import HEADER
 from shardes.rewards.pool import InProcessRewards, RewardProcessPool, make_reward_runner
 from shardes.rewards.processes import ForkServer
@@ -28,6 +28,7 @@ OBEY = Component("obey", hostile_rewards.obey)
 LATER = Component("later", hostile_rewards.obey_later)
 LENGTH = Component("length", "tests/helpers/hostile_rewards.py:length")
 PID = Component("pid", hostile_rewards.pid)
+SURROUNDINGS = Component("surroundings", hostile_rewards.surroundings)
 MEET = Component("meet", hostile_rewards.meet)
 LIMIT = 2.0
 
@@ -58,7 +59,7 @@ def judged(rewards, *completions, component=OBEY):
 def forged(values, has_failed=(False,), first_failure=None):
     """Return the command that has a worker reply this for one answer."""
     parts = {"components": {"obey": values}, "has_failed": has_failed, "first_failure": first_failure}
-    return f"forge:{json.dumps(parts)}"
+    return "forge:" + json.dumps(parts | {"id": "ID"}).replace('"ID"', "ID")
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +104,10 @@ def test_a_reward_runs_in_another_process_which_is_kept(rewards):
         ("crash", "the reward ended its process (signal 11)"),
         ("fill:4000000000", "MemoryError"),
         ("raise:no such key", "LookupError: no such key"),
-        ("forge:{}", "the reward broke its process (KeyError: 'components')"),
-        ("forge:[]", "the reward broke its process (TypeError"),
+        ('forge:{"id": ID}', "the reward broke its process (KeyError: 'components')"),
+        ("forge:{}", "the reward broke its process (ValueError: a reply to nothing that was asked)"),
+        ("forge:[]", "the reward broke its process (ValueError: a reply to nothing that was asked)"),
+        ('forge:{"id": 1000000}', "the reward broke its process (ValueError: a reply to nothing that was a"),
         ("forge:not json", "the reward broke its process (JSONDecodeError"),
         (forged([]), "the reward broke its process (ValueError: a reply of the wrong size)"),
         (
@@ -134,6 +137,75 @@ def test_an_answer_that_hangs_fails_alone_and_its_process_is_replaced(rewards, c
     assert judged(rewards, "ab")[0] == [2.0]
 
 
+@pytest.fixture(scope="module", params=["auto", "none"])
+def one_worker(request):
+    """Rewards in one process at a time, so that every call follows the one before in it, or replaces it."""
+    config = TaskConfig(
+        data="d", reward="m:f", reward_workers=1, reward_timeout_seconds=20, reward_isolation=request.param
+    )
+    task = Task("t", [{}], [], lambda row: "p", (OBEY, LATER, SURROUNDINGS))
+    with make_reward_runner(config, [task]) as rewards:
+        yield rewards
+
+
+@pytest.mark.parametrize("component", [OBEY, LATER])
+def test_a_child_never_answers(one_worker, component):
+    commands = ["fork:exit", "fork:return", "fork:raise", "fork:linger", "abc"]
+    wanted = [3.0, 0.0, 1.0, 6.0, 3.0]
+    for _ in range(2):
+        assert judged(one_worker, *commands, component=component) == (wanted, None)
+    for length in range(1, 20):  # the last child may still live, and what it says must not be taken for ours
+        assert judged(one_worker, "x" * length, component=component) == ([float(length)], None)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "alarm",
+        "raising alarm",
+        "pending",
+        "handlers",
+        "surroundings",
+        "thread",
+        "process=PATH",
+        "daemon=PATH",
+        "files",
+        "streams",
+        "no stream",
+    ],
+)
+def test_what_a_call_leaves_behind_does_not_reach_the_next(one_worker, what, tmp_path):
+    path = tmp_path / "pid"
+    before = judged(one_worker, "a", component=SURROUNDINGS)
+    command = "leave:" + what.replace("PATH", str(path))
+    assert judged(one_worker, command) == ([float(len(command))], None)
+    assert judged(one_worker, "a", component=SURROUNDINGS) == before
+    assert judged(one_worker, "sleep:0.25", "b") == ([10.0, 1.0], None)
+    # Nor the next reward of the same answers.
+    (future,) = one_worker.submit([OBEY, SURROUNDINGS], [answers(command)])
+    if what not in ("thread", "files", "streams", "no stream"):
+        assert future.result(60).components["surroundings"] == before[0]
+    wait_until(lambda: not is_open(path))
+
+
+def is_open(path):
+    """Return True if a process has a file open."""
+    with contextlib.suppress(OSError):
+        for link in Path("/proc").glob("[0-9]*/fd/*"):
+            with contextlib.suppress(OSError):
+                if link.readlink() == path:
+                    return True
+    return False
+
+
+def test_a_worker_that_ended_unasked_costs_no_answer(one_worker):
+    assert judged(one_worker, "ab")[0] == [2.0]
+    for worker in one_worker._crew._idle:
+        os.kill(worker.pid, signal.SIGKILL)
+        wait_until(worker.reader.at_eof)
+    assert judged(one_worker, "abc") == ([3.0], None)
+
+
 def test_many_that_hang_do_so_at_the_same_time(rewards):
     start = time.monotonic()
     batches = [answers("hang", *("x" * n for n in range(1, 5))) for _ in range(8)]
@@ -156,7 +228,7 @@ def test_a_call_may_take_its_whole_limit(rewards):
 
 
 def test_processes_grow_in_number_while_answers_wait(monkeypatch):
-    monkeypatch.setattr(pool, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(crew, "PATIENCE_SECONDS", 0.01)
     with sandbox(OBEY, PID, timeout_seconds=30, max_workers=3) as rewards:
         slow = rewards.submit([OBEY, PID], [answers("sleep:0.5")] * 6)
         pids = {future.result(60).components["pid"][0] for future in slow}
@@ -178,7 +250,7 @@ def test_killing_the_template_costs_no_innocent_answer(rewards):
 def test_when_the_template_dies_so_do_its_workers_and_others_take_over():
     with sandbox(OBEY, PID, timeout_seconds=60) as rewards:
         (first,), _ = judged(rewards, "a", component=PID)
-        os.kill(rewards._fork_server._process.pid, signal.SIGKILL)
+        os.kill(rewards._crew._fork_server._process.pid, signal.SIGKILL)
         wait_until(lambda: not is_alive(int(first)))
         (second,), _ = judged(rewards, "a", component=PID)
         assert second is not None  # it is not this call's fault
@@ -211,7 +283,7 @@ def test_what_a_reward_prints_goes_to_standard_error(capfd):
     ],
 )
 def test_a_reward_that_cannot_be_imported_is_refused(tmp_path, monkeypatch, text, words):
-    monkeypatch.setattr(pool, "IMPORT_SECONDS", 0.5)
+    monkeypatch.setattr(crew, "IMPORT_SECONDS", 0.5)
     path = tmp_path / "reward.py"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
@@ -241,7 +313,7 @@ parts = [Component("pid", hostile_rewards.pid), Component("obey", hostile_reward
 rewards = RewardProcessPool(parts, timeout_seconds=1000, max_workers=3, memory_bytes=None)
 one = lambda text: [RewardBatch.of([{}], ["p"], [text], [[]])]
 (future,) = rewards.submit(parts[:1], one("a"))
-print(int(future.result().components["pid"][0]), rewards._fork_server._process.pid)
+print(int(future.result().components["pid"][0]), rewards._crew._fork_server._process.pid)
 sys.stdout.flush()
 rewards.submit(parts[1:], one("hang"))
 time.sleep(1000)

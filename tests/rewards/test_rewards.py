@@ -13,9 +13,9 @@ import torch
 from shardes.config.schema import ProblemSetConfig
 from shardes.errors import UserError
 from shardes.es.member import MemberResult, apply_reward_error_policy, member_rewards
+from shardes.rewards.importing import import_function, reference_of
 from shardes.rewards.pool import InProcessRewards
 from shardes.rewards.scorer import Scorer
-from shardes.rewards.importing import import_function, reference_of
 from shardes.rewards.worker import RewardBatch
 from shardes.tasks.base import Component, Task, TaskDefinition
 from shardes.tasks.rewards import components

@@ -8,8 +8,8 @@ import pytest
 
 from shardes.config.schema import ProblemSetConfig
 from shardes.errors import UserError
-from shardes.rewards.pool import RewardProcessPool
 from shardes.rewards.importing import import_function, reference_of
+from shardes.rewards.pool import RewardProcessPool
 from shardes.rewards.worker import RewardBatch
 from shardes.tasks import builtin
 from shardes.tasks.base import Choices
