@@ -1,7 +1,8 @@
 """Workers that see no processes but their own: a PID namespace for each, where the kernel allows it.
 
-A root user may make namespaces; another user makes a user namespace first, in which it stays the same user,
-has no further rights outside, and gives up those inside before the worker begins. The worker is not the
+Root may make namespaces. A user without any privileges makes a user namespace first, in which it stays the
+same user, has no further rights outside, and gives up those inside before the worker begins. Whoever has some
+privileges but not this one would lose them in a user namespace, and is not isolated. The worker is not the
 first process of its namespace, for which signals have other rules; the first one waits for it, and ends
 everything else when it has ended.
 """
@@ -66,6 +67,7 @@ def run_isolated(work: Callable[[], NoReturn], *, close: Callable[[], None]) -> 
         work: The worker; it lets all signals through.
         close: Closes what only the worker may hold open.
     """
+    has_rights = _has_capabilities()
     _unshare()
     end_with_parent(signal.SIGKILL)
     parent, reader_writer = os.getpid(), os.pipe()
@@ -73,7 +75,7 @@ def run_isolated(work: Callable[[], NoReturn], *, close: Callable[[], None]) -> 
     first = os.fork()
     if first == 0:
         os.close(reader_writer[0])
-        _run_first(work, close, reader_writer[1])
+        _run_first(work, close, reader_writer[1], has_rights=has_rights)
     close()
     os.close(reader_writer[1])
     signal.signal(signal.SIGTERM, lambda *_: os.kill(first, signal.SIGTERM))
@@ -89,7 +91,9 @@ def run_isolated(work: Callable[[], NoReturn], *, close: Callable[[], None]) -> 
     os._exit(code & 0xFF)
 
 
-def _run_first(work: Callable[[], NoReturn], close: Callable[[], None], writer: int) -> NoReturn:
+def _run_first(
+    work: Callable[[], NoReturn], close: Callable[[], None], writer: int, *, has_rights: bool
+) -> NoReturn:
     """Run the first process of the namespaces: start the worker, wait for it, and end all others."""
     code = 1
     try:
@@ -98,7 +102,8 @@ def _run_first(work: Callable[[], NoReturn], close: Callable[[], None], writer: 
         worker = os.fork()
         if worker == 0:
             os.close(writer)
-            _drop_capabilities()
+            if not has_rights:  # those that it has come with the user namespace
+                _drop_capabilities()
             work()
         close()
         codes: dict[int, int] = {}
@@ -117,19 +122,19 @@ def _unshare() -> None:
     Raises:
         OSError: The kernel, or a rule of this machine, does not allow it.
     """
-    user, group = os.geteuid(), os.getegid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    _had_rights[:] = [libc.unshare(_CLONE_NEWPID | _CLONE_NEWNS) == 0]
-    if _had_rights[0]:
+    if _has_capabilities():
+        _call("unshare", _CLONE_NEWPID | _CLONE_NEWNS)
         return
+    user, group = os.geteuid(), os.getegid()
     _call("unshare", _CLONE_NEWUSER | _CLONE_NEWPID | _CLONE_NEWNS)
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
     Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
 
 
-# Whether this process could make the namespaces by itself, and so keeps the rights that it has.
-_had_rights = [False]
+def _has_capabilities() -> bool:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("CapEff:")[2].split()[0], 16) != 0
 
 
 def _mount_own_processes() -> None:
@@ -139,10 +144,8 @@ def _mount_own_processes() -> None:
 
 
 def _drop_capabilities() -> None:
-    """Give up the rights that come with a user namespace."""
-    if not _had_rights[0]:
-        header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
-        _call("capset", header, bytes(24))
+    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
+    _call("capset", header, bytes(24))
 
 
 def _call(name: str, *arguments: object) -> None:

@@ -6,6 +6,7 @@ command counts as its length.
 
 import asyncio
 import gc
+import multiprocessing
 import os
 import resource
 import signal
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 import zlib
+from multiprocessing import shared_memory
 from pathlib import Path
 
 
@@ -76,6 +78,14 @@ def obey(completions, **columns):
                 continue
             case "leave":
                 leave_behind(argument)
+            case "semaphores":  # and shared memory, for processes that do not share this one's memory
+                LEFT.append(multiprocessing.get_context("spawn").Semaphore())
+                LEFT.append(shared_memory.SharedMemory(create=True, size=100))
+                Path(argument).touch()
+                time.sleep(1000)
+            case "flood":
+                for _ in range(int(argument) >> 16):
+                    os.write(1, (b"x" * 63 + b"\n") * 1024)
             case "print":
                 sys.stdout.write(argument)
                 sys.stdout.flush()
@@ -148,6 +158,13 @@ LEFT = []
 
 def raise_timeout(number, frame):
     raise TimeoutError("an alarm")
+
+
+def processes(completions, **columns):
+    """How many processes this one sees, and whether it can end its grandparent."""
+    num_seen = sum(path.name.isdigit() for path in Path("/proc").iterdir())
+    assert os.getsid(0) == os.getpid()
+    return [float(num_seen)] * len(completions)
 
 
 def surroundings(completions, **columns):

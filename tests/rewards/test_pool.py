@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import logging
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -15,7 +17,7 @@ import pytest
 
 from shardes.config.schema import TaskConfig
 from shardes.errors import UserError
-from shardes.rewards import crew
+from shardes.rewards import crew, isolation, output
 from shardes.rewards.fork_server import HEADER
 from shardes.rewards.pool import InProcessRewards, RewardProcessPool, make_reward_runner
 from shardes.rewards.processes import ForkServer
@@ -29,6 +31,7 @@ LATER = Component("later", hostile_rewards.obey_later)
 LENGTH = Component("length", "tests/helpers/hostile_rewards.py:length")
 PID = Component("pid", hostile_rewards.pid)
 SURROUNDINGS = Component("surroundings", hostile_rewards.surroundings)
+PROCESSES = Component("processes", hostile_rewards.processes)
 MEET = Component("meet", hostile_rewards.meet)
 LIMIT = 2.0
 
@@ -39,12 +42,13 @@ def answers(*completions):
     )
 
 
-def sandbox(*components, timeout_seconds=LIMIT, max_workers=16, memory_bytes=None):
+def sandbox(*components, timeout_seconds=LIMIT, max_workers=16, memory_bytes=None, may_isolate=False):
     return RewardProcessPool(
         components or [OBEY],
         timeout_seconds=timeout_seconds,
         max_workers=max_workers,
         memory_bytes=memory_bytes,
+        may_isolate=may_isolate,
     )
 
 
@@ -204,6 +208,93 @@ def test_a_worker_that_ended_unasked_costs_no_answer(one_worker):
         os.kill(worker.pid, signal.SIGKILL)
         wait_until(worker.reader.at_eof)
     assert judged(one_worker, "abc") == ([3.0], None)
+
+
+def test_a_worker_sees_its_own_processes_alone_or_the_log_says_why_not(caplog):
+    caplog.set_level(logging.INFO)
+    with sandbox(PROCESSES, OBEY, may_isolate=True) as rewards:
+        (num_seen,), _ = judged(rewards, "a", component=PROCESSES)
+        if isolation.why_not_isolated() is not None:
+            assert "which see those of this machine (" in caplog.text
+            pytest.skip("the kernel does not allow it")
+        assert "which see no others" in caplog.text
+        assert num_seen == 2  # the one that waits for the worker, and the worker
+        assert judged(rewards, "kill template", "ab")[0] == [None, 2.0]  # it lives on
+        assert judged(rewards, "crash", "exit:9")[1] == "the reward ended its process (signal 11)"
+        assert judged(rewards, "exit:9")[1] == "the reward ended its process (exit status 9)"
+    with sandbox(PROCESSES) as rewards:
+        assert judged(rewards, "a", component=PROCESSES)[0][0] > 2
+
+
+AS_NOBODY = """
+import ctypes, os, sys
+from pathlib import Path
+from shardes.rewards.isolation import run_isolated, why_not_isolated
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE, as it is after a login
+if (obstacle := why_not_isolated()) is not None:
+    print(obstacle)
+    sys.exit(7)
+def work():
+    rights = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "CapEff" in line]
+    print(os.getuid(), os.getgid(), os.getpid(), *rights, flush=True)
+    os._exit(3)
+run_isolated(work, close=lambda: None)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_user_without_rights_is_isolated_and_gets_none():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", AS_NOBODY]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    if result.returncode == 7:
+        pytest.skip(result.stdout)
+    assert (result.returncode, result.stdout) == (3, "65534 65534 2 0000000000000000\n"), result.stderr
+
+
+@pytest.mark.parametrize("may_isolate", [True, False])
+def test_a_killed_reward_leaves_no_semaphores(may_isolate, tmp_path):
+    before = set(Path("/dev/shm").iterdir())
+    path = tmp_path / "made"
+    with sandbox(may_isolate=may_isolate, timeout_seconds=60) as rewards:
+        (future,) = rewards.submit([OBEY], [answers(f"semaphores:{path}")])
+        wait_until(path.exists)
+        left = set(Path("/dev/shm").iterdir()) - before
+        assert {each.name.split("_")[0].split("-")[0] for each in left} == {"sem.mp", "psm"}
+        future.cancel()
+    assert not any(each.exists() for each in left)
+
+
+def test_what_rewards_print_is_cut(capfd):
+    with sandbox(timeout_seconds=60) as rewards:
+        assert judged(rewards, "print:first\n", "flood:30000000", "print:last\n")[1] is None
+    printed = capfd.readouterr().err
+    assert printed.startswith("first\nxxx")
+    assert 60_000 < len(printed) < 70_000
+    assert "\n[rewards printed more than 65536 bytes at once; what follows is cut]\n" in printed
+    cut = int(re.search(r"\[(\d+) bytes that rewards printed were cut\]\n$", printed)[1])
+    assert cut + printed.count("x" * 63 + "\n") * 64 == (30_000_000 >> 16 << 16) + len("last\n")
+
+
+def test_a_log_goes_on_after_a_cut(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(output.time, "monotonic", lambda: now)
+    with (tmp_path / "log").open("wb") as file:
+        log = output.LimitedLog(file.fileno(), max_bytes=100, bytes_per_second=10)
+        log.write(b"a" * 60 + b"\n")
+        log.write(b"b" * 30 + b"\n" + b"c" * 30)  # the line that is cut is left out as a whole
+        log.write(b"d" * 10)
+        now = 4.0
+        log.write(b"e" * 10)
+        now = 60.0
+        log.write(b"f" * 10)
+        log.close()
+    lines = (tmp_path / "log").read_text().splitlines()
+    cut = ["", "[rewards printed more than 100 bytes at once; what follows is cut]"]
+    assert lines == ["a" * 60, "b" * 30, *cut, "[50 bytes that rewards printed were cut]", "f" * 10]
 
 
 def test_many_that_hang_do_so_at_the_same_time(rewards):
