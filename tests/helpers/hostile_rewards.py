@@ -135,10 +135,10 @@ def leave_behind(what):
         case "thread":
             threading.Timer(0.3, os._exit, (5,)).start()
         case "process":
-            with open(argument, "w") as file:
+            with Path(argument).open("w") as file:
                 subprocess.Popen(["sleep", "1000"], stdin=file)
         case "daemon":
-            with open(argument, "w"):
+            with Path(argument).open("w"):
                 if os.fork() == 0:
                     os.setsid()
                     if os.fork() == 0:
