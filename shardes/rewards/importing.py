@@ -73,8 +73,9 @@ class _Importer:
             module = self._module_of_file(Path(source)) if _is_file(reference) else _module_of_name(source)
         except (Exception, SystemExit) as error:
             raise ValueError(
-                f"{source} cannot be imported ({type(error).__name__}: {error}); give package.module:function, "
-                "or path/to/file.py:function relative to where the command is started"
+                f"{source} cannot be imported ({type(error).__name__}: {error}); give "
+                "package.module:function, or path/to/file.py:function relative to where the command is "
+                "started"
             ) from None
         if (file := _file_of(module)) is not None:
             self._modules.setdefault(file, module)

@@ -187,7 +187,10 @@ def test_any_object_is_told_apart_by_its_contents(make):
     assert rows_sha256([{"a": make(1)}]) != rows_sha256([{"a": make(2)}])
 
 
-SETS = "from shardes.tasks.data import rows_sha256; print(rows_sha256([{'a': set('abcdef'), 'b': [{('x', 'y')}]}]))"
+SETS = """
+from shardes.tasks.data import rows_sha256
+print(rows_sha256([{'a': set('abcdef'), 'b': [{('x', 'y')}]}]))
+"""
 
 
 def test_sets_are_the_same_in_every_process():
