@@ -62,7 +62,8 @@ class Crew:
         Raises:
             UserError: A function does not exist, or importing it fails.
         """
-        await self._new_worker()
+        self._count_new()
+        await self._start_worker()
         self.obstacle = self._fork_server.obstacle()
 
     def close(self) -> None:
@@ -102,11 +103,16 @@ class Crew:
         """Start a worker for everyone who waits, up to the limit."""
         num_wanted = sum(not place.done() for place in self._waiting) - self._num_starting
         for _ in range(min(num_wanted, self._max_workers - self._num_workers)):
-            self._background(self._add_worker(self._new_worker()))
+            self._add_worker()
 
-    async def _add_worker(self, new: Coroutine[Any, Any, None]) -> None:
+    def _add_worker(self) -> None:
+        """Start a worker in the background."""
+        self._count_new()
+        self._background(self._add())
+
+    async def _add(self) -> None:
         try:
-            await new
+            await self._start_worker()
         except (UserError, OSError) as error:
             if self._num_workers:
                 return
@@ -115,13 +121,13 @@ class Crew:
                     place.set_exception(RuntimeError(f"no process for rewards can be started: {error}"))
             self._waiting.clear()
 
-    def _new_worker(self) -> Coroutine[Any, Any, None]:
-        """Start a worker that imports the rewards; it counts from this call, not from when that begins."""
+    def _count_new(self) -> None:
+        """Count a worker that is about to be started; it counts from now, not from when that begins."""
         self._num_workers += 1
         self._num_starting += 1
-        return self._start_worker()
 
     async def _start_worker(self) -> None:
+        """Start a worker that has been counted, and have it import the rewards."""
         try:
             worker = await self._fork()
         except BaseException:
@@ -178,7 +184,7 @@ class Crew:
             )
         self.discard(worker)
         if not self._idle and self._num_starting == 0 and self._num_workers < self._max_workers:
-            self._background(self._add_worker(self._new_worker()))
+            self._add_worker()
 
     def forget_idle(self) -> None:
         """Let go of workers that nobody has."""

@@ -99,10 +99,13 @@ class WorkerProcess:
 
         Raises:
             EOFError, OSError: The worker has ended.
-            ValueError: The reply is none.
+            ValueError: The message cannot be sent, or the reply is none.
         """
         self.num_asked += 1
-        payload = pickle.dumps((self.num_asked, message))
+        try:
+            payload = pickle.dumps((self.num_asked, message))
+        except Exception as error:  # an object's own methods may raise anything
+            raise ValueError(f"a column cannot be sent to it ({type(error).__name__}: {error})") from None
         self.writer.write(HEADER.pack(len(payload)))
         self.writer.write(payload)
         await self.writer.drain()

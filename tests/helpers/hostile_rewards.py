@@ -207,3 +207,11 @@ async def obey_later(completions, **columns):
 
 def length(completions, **columns):
     return [float(len(text)) for text in completions]
+
+
+def number(completions, n, **kwargs):
+    return [float(each) for each in n]
+
+
+def num_columns(completions, **columns):
+    return [float(len(columns) - len({"prompts"} & set(columns)))] * len(completions)

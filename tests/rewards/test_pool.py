@@ -32,6 +32,8 @@ LENGTH = Component("length", "tests/helpers/hostile_rewards.py:length")
 PID = Component("pid", hostile_rewards.pid)
 SURROUNDINGS = Component("surroundings", hostile_rewards.surroundings)
 PROCESSES = Component("processes", hostile_rewards.processes)
+NUMBER = Component("number", hostile_rewards.number)
+COLUMNS = Component("columns", hostile_rewards.num_columns)
 MEET = Component("meet", hostile_rewards.meet)
 LIMIT = 2.0
 
@@ -162,21 +164,14 @@ def test_a_child_never_answers(one_worker, component):
         assert judged(one_worker, "x" * length, component=component) == ([float(length)], None)
 
 
+LEAVINGS = ["alarm", "raising alarm", "pending", "handlers", "surroundings", "files", "streams", "no stream"]
+WITH_PROCESSES = ["thread", "process=PATH", "daemon=PATH"]
+
+
 @pytest.mark.parametrize(
-    "what",
-    [
-        "alarm",
-        "raising alarm",
-        "pending",
-        "handlers",
-        "surroundings",
-        "thread",
-        "process=PATH",
-        "daemon=PATH",
-        "files",
-        "streams",
-        "no stream",
-    ],
+    ("one_worker", "what"),
+    [("auto", what) for what in LEAVINGS + WITH_PROCESSES] + [("none", what) for what in WITH_PROCESSES],
+    indirect=["one_worker"],
 )
 def test_what_a_call_leaves_behind_does_not_reach_the_next(one_worker, what, tmp_path):
     path = tmp_path / "pid"
@@ -184,7 +179,7 @@ def test_what_a_call_leaves_behind_does_not_reach_the_next(one_worker, what, tmp
     command = "leave:" + what.replace("PATH", str(path))
     assert judged(one_worker, command) == ([float(len(command))], None)
     assert judged(one_worker, "a", component=SURROUNDINGS) == before
-    assert judged(one_worker, "sleep:0.25", "b") == ([10.0, 1.0], None)
+    assert judged(one_worker, "sleep:0.1", "b") == ([9.0, 1.0], None)
     # Nor the next reward of the same answers.
     (future,) = one_worker.submit([OBEY, SURROUNDINGS], [answers(command)])
     if what not in ("thread", "files", "streams", "no stream"):
@@ -295,6 +290,57 @@ def test_a_log_goes_on_after_a_cut(tmp_path, monkeypatch):
     lines = (tmp_path / "log").read_text().splitlines()
     cut = ["", "[rewards printed more than 100 bytes at once; what follows is cut]"]
     assert lines == ["a" * 60, "b" * 30, *cut, "[50 bytes that rewards printed were cut]", "f" * 10]
+
+
+REWARD_FILE = """
+from concurrent.futures import ProcessPoolExecutor
+import multiprocessing
+import neighbour
+
+def spawned(completions, **kwargs):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(double, completions))
+
+def forked(completions, **kwargs):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(double, completions))
+
+def double(text):
+    return float(neighbour.double(len(text)))
+"""
+
+
+def test_rewards_of_a_file_use_their_neighbours_and_processes_of_their_own(tmp_path):
+    (tmp_path / "neighbour.py").write_text("def double(n):\n    return 2 * n\n")
+    (tmp_path / "in_a_pool.py").write_text(REWARD_FILE)
+    parts = [Component(name, f"{tmp_path}/in_a_pool.py:{name}") for name in ("spawned", "forked")]
+    with sandbox(*parts, may_isolate=True, timeout_seconds=60) as rewards:
+        workers = list(rewards._crew._idle)
+        (future,) = rewards.submit(parts, [answers("a", "bc")])
+        output = future.result(60)
+        assert output.components == {"spawned": [2.0, 4.0], "forked": [2.0, 4.0]}, output.first_failure
+        assert rewards._crew._idle == workers  # nothing was left behind
+
+
+class Picture:
+    """A large object, which must not be sent to another process."""
+
+    def __reduce__(self):
+        raise TypeError("it was sent")
+
+
+def test_columns_that_no_reward_looks_at_are_not_sent():
+    rows = [{"picture": Picture(), "n": 3}, {"picture": Picture(), "n": 4}]
+    batch = RewardBatch.of(rows, ["p", "p"], ["a", "b"], [[], []])
+    with sandbox(NUMBER, LENGTH) as rewards:
+        (future,) = rewards.submit([NUMBER, LENGTH], [batch])
+        assert future.result(60).components == {"number": [3.0, 4.0], "length": [1.0, 1.0]}
+        assert batch.columns["picture"][0] is rows[0]["picture"]
+    with sandbox(NUMBER, COLUMNS) as rewards:
+        (future,) = rewards.submit([NUMBER, COLUMNS], [batch])
+        assert "it was sent" in future.result(60).first_failure
+        (future,) = rewards.submit([COLUMNS], [RewardBatch.of([{"n": 1, "m": 2}], ["p"], ["a"], [[]])])
+        assert future.result(60).components == {"columns": [2.0]}
 
 
 def test_many_that_hang_do_so_at_the_same_time(rewards):
@@ -433,7 +479,7 @@ main(int(sys.argv[1]), 0, os.getppid())
 def test_a_process_whose_reply_nobody_reads_ends_in_silence():
     with contextlib.closing(ForkServer(None)) as template:
         pid, connection = template.fork()
-        setup = pickle.dumps([])
+        setup = pickle.dumps((1, []))
         connection.sendall(HEADER.pack(len(setup)) + setup)
         connection.recv(1, socket.MSG_PEEK)
         connection.close()  # what is left unread is reported to the other end, as an error
