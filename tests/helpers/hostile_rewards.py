@@ -78,6 +78,9 @@ def obey(completions, **columns):
                 continue
             case "leave":
                 leave_behind(argument)
+                if argument == "alarm by a number":
+                    values.append(Alarming())
+                    continue
             case "semaphores":  # and shared memory, for processes that do not share this one's memory
                 LEFT.append(multiprocessing.get_context("spawn").Semaphore())
                 LEFT.append(shared_memory.SharedMemory(create=True, size=100))
@@ -154,6 +157,14 @@ def leave_behind(what):
 
 
 LEFT = []
+
+
+class Alarming:
+    """A number that does something when it is looked at."""
+
+    def item(self):
+        leave_behind("alarm")
+        return 23.0
 
 
 def raise_timeout(number, frame):
