@@ -179,8 +179,9 @@ def test_what_a_call_leaves_behind_does_not_reach_the_next(one_worker, what, tmp
     before = judged(one_worker, "a", component=SURROUNDINGS)
     command = "leave:" + what.replace("PATH", str(path))
     assert judged(one_worker, command) == ([float(len(command))], None)
-    assert judged(one_worker, "a", component=SURROUNDINGS) == before
     assert judged(one_worker, "sleep:0.1", "b") == ([9.0, 1.0], None)
+    assert judged(one_worker, command) == ([float(len(command))], None)
+    assert judged(one_worker, "a", component=SURROUNDINGS) == before
     # Nor the next reward of the same answers.
     (future,) = one_worker.submit([OBEY, SURROUNDINGS], [answers(command)])
     if what not in ("thread", "files", "streams", "no stream"):
