@@ -218,9 +218,12 @@ def _serve(connection: socket.socket) -> None:
     _send(connection, {"id": number, "error": None, "columns": caller.columns})
     while True:
         number, question = _receive(connection)
-        output = vars(caller.judge(*question))
+        output = caller.judge(*question)
         state.restore()
-        _send(connection, output | {"id": number, "left": state.left})
+        left = state.left
+        if (output.first_failure or "").startswith("MemoryError"):
+            left = left or "too little memory"  # which an earlier call may have filled
+        _send(connection, vars(output) | {"id": number, "left": left})
 
 
 def _receive(connection: socket.socket) -> tuple[int, Any]:

@@ -5,17 +5,23 @@ Threads, processes, many open files and whatever else cannot be put back make th
 call. What a reward keeps in variables of its modules is its own, and stays.
 """
 
+import builtins
 import contextlib
+import decimal
 import faulthandler
 import io
 import os
 import resource
+import shutil
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import thread as futures
+from pathlib import Path
 
 from shardes.rewards.descendants import descendants, end_all, is_tracker, reap
 
@@ -24,6 +30,7 @@ _GRACE_SECONDS = 0.1
 # Files that calls may leave open together, such as connections that are used again.
 _MAX_LEFT_OPEN = 256
 
+_GUARDED = (builtins, os, shutil, signal, subprocess, time)
 _TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 _LIMITS = tuple(getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_"))
 
@@ -50,7 +57,14 @@ class ProcessState:
         self._num_files = _num_open_files()
         self._limits = [resource.getrlimit(limit) for limit in _LIMITS]
         self._priority = os.getpriority(os.PRIO_PROCESS, 0)
+        self._affinity = os.sched_getaffinity(0)
+        self._identity = _identity_of_process()
         self._recursion_limit = sys.getrecursionlimit()
+        self._max_digits = sys.get_int_max_str_digits()
+        self._decimal = decimal.getcontext().copy()
+        self._socket_timeout = socket.getdefaulttimeout()
+        # What guards against other people's programs set to None, and mocks replace.
+        self._modules = [(vars(module), vars(module).copy()) for module in _GUARDED]
         self._threads = set(sys._current_frames())
         self._children = set(descendants())
         self.left: str | None = None
@@ -61,6 +75,8 @@ class ProcessState:
         self.left = self.left or left
 
     def _restore(self) -> str | None:
+        for attributes, saved in self._modules:  # before any of their functions is called
+            attributes.update(saved)
         for _ in range(10):
             try:
                 self._stop_signals()
@@ -99,6 +115,9 @@ class ProcessState:
         sys.settrace(None)
         sys.setprofile(None)
         sys.setrecursionlimit(self._recursion_limit)
+        sys.set_int_max_str_digits(self._max_digits)
+        decimal.setcontext(self._decimal.copy())
+        socket.setdefaulttimeout(self._socket_timeout)
         for name, stream in zip(("stdin", "stdout", "stderr"), self._streams, strict=True):
             setattr(sys, name, stream)
             if name != "stdin":
@@ -112,6 +131,7 @@ class ProcessState:
     def _restore_process(self) -> str | None:
         os.fchdir(self._directory)
         os.umask(self._umask)
+        os.sched_setaffinity(0, self._affinity)
         for limit, (soft, hard) in zip(_LIMITS, self._limits, strict=True):
             if resource.getrlimit(limit) != (soft, hard):
                 try:
@@ -120,6 +140,8 @@ class ProcessState:
                     return "a resource limit"
         if os.getpriority(os.PRIO_PROCESS, 0) != self._priority:
             return "another priority"
+        if _identity_of_process() != self._identity:
+            return "another user or root directory"
         return None
 
     def _find_threads(self) -> str | None:
@@ -164,6 +186,11 @@ class ProcessState:
             return "a closed standard input, output or error"
         num_left = _num_open_files() - self._num_files
         return f"{num_left} open files" if num_left > _MAX_LEFT_OPEN else None
+
+
+def _identity_of_process() -> tuple[object, ...]:
+    root = Path("/").stat()
+    return os.getresuid(), os.getresgid(), os.getgroups(), root.st_dev, root.st_ino
 
 
 def _identity(descriptor: int) -> tuple[int, int] | None:

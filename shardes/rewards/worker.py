@@ -20,6 +20,9 @@ MAX_REWARD = 1e100
 
 # Names that a reward has for other things than columns.
 _RESERVED = GIVEN | {"prompt"}
+# Bound here, as guards against other people's programs replace functions of this module.
+_exit, _getpid = os._exit, os.getpid
+
 # How long coroutines that a call has left behind may take to end when they are cancelled.
 _CANCEL_SECONDS = 1.0
 
@@ -167,7 +170,7 @@ class RewardCaller:
             except ValueError as error:
                 raise ValueError(f"reward {component.name!r}: {error}") from None
         self._loop = _EventLoop()
-        self._process = os.getpid()
+        self._process = _getpid()
         self.after_call: Callable[[], object] = lambda: None
 
     @property
@@ -252,7 +255,7 @@ class RewardCaller:
 
     def _leave_if_forked(self, value: Any) -> None:
         """End this process, as Python would, if the reward has forked it and come back here."""
-        if os.getpid() != self._process:
+        if _getpid() != self._process:
             _exit_with(value)
 
 
@@ -270,7 +273,7 @@ def _exit_with(value: Any) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
     finally:
-        os._exit(status & 0xFF)
+        _exit(status & 0xFF)
 
 
 def _bind(

@@ -5,6 +5,8 @@ command counts as its length.
 """
 
 import asyncio
+import builtins
+import decimal
 import gc
 import multiprocessing
 import os
@@ -135,6 +137,17 @@ def leave_behind(what):
             sys.setrecursionlimit(50)
             sys.stdout = None
             resource.setrlimit(resource.RLIMIT_NOFILE, (8, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            decimal.getcontext().prec = 2
+            sys.set_int_max_str_digits(640)
+            socket.setdefaulttimeout(0.01)
+        case "guard":  # as programs to run other people's code do it
+            builtins.print = os.kill = os.getcwd = os.fchdir = os.listdir = os.fstat = os.umask = None
+            signal.setitimer = subprocess.Popen = time.sleep = None
+        case "user":
+            os.setegid(65534)
+        case "memory":
+            LEFT.append(bytearray(2**29))
+            raise MemoryError("at last")
         case "thread":
             threading.Timer(0.3, os._exit, (5,)).start()
         case "process":
@@ -192,6 +205,12 @@ def surroundings(completions, **columns):
         os.fstat(2).st_ino,
         resource.getrlimit(resource.RLIMIT_NOFILE),
         threading.active_count(),
+        decimal.getcontext().prec,
+        sys.get_int_max_str_digits(),
+        socket.getdefaulttimeout(),
+        [print, os.kill, os.fchdir, subprocess.Popen, time.sleep],
+        os.getegid(),
+        len(LEFT),
     ]
     return [float(zlib.crc32(repr(found).encode()))] * len(completions)
 

@@ -165,7 +165,9 @@ def test_a_child_never_answers(one_worker, component):
 
 
 LEAVINGS = ["alarm", "alarm by a number", "raising alarm", "pending", "handlers", "surroundings"]
-LEAVINGS += ["files", "streams", "no stream"]
+LEAVINGS += ["guard", "files", "streams", "no stream"]
+if os.geteuid() == 0:
+    LEAVINGS.append("user")
 WITH_PROCESSES = ["thread", "process=PATH", "daemon=PATH"]
 
 
@@ -184,9 +186,14 @@ def test_what_a_call_leaves_behind_does_not_reach_the_next(one_worker, what, tmp
     assert judged(one_worker, "a", component=SURROUNDINGS) == before
     # Nor the next reward of the same answers.
     (future,) = one_worker.submit([OBEY, SURROUNDINGS], [answers(command)])
-    if what not in ("thread", "files", "streams", "no stream"):
+    if what not in ("thread", "user", "files", "streams", "no stream"):
         assert future.result(60).components["surroundings"] == before[0]
     wait_until(lambda: not is_open(path))
+
+
+def test_a_process_whose_memory_is_full_is_replaced(rewards):
+    assert judged(rewards, "leave:memory")[0] == [None]
+    assert judged(rewards, "fill:700000000") == ([700000000.0], None)
 
 
 def is_open(path):
@@ -221,6 +228,19 @@ def test_a_worker_sees_its_own_processes_alone_or_the_log_says_why_not(caplog):
         assert judged(rewards, "exit:9")[1] == "the reward ended its process (exit status 9)"
     with sandbox(PROCESSES) as rewards:
         assert judged(rewards, "a", component=PROCESSES)[0][0] > 2
+
+
+@pytest.mark.parametrize(
+    ("refused", "words"), [("unshare", "unshare: not here"), ("mount", "/proc: not here")]
+)
+def test_a_kernel_that_does_not_allow_it_is_quoted(monkeypatch, refused, words):
+    def call(name, *arguments):
+        if name == refused:
+            raise OSError(1, "not here")
+
+    monkeypatch.setattr(isolation, "_call", call)
+    monkeypatch.setattr(isolation, "_has_capabilities", lambda: True)
+    assert isolation.why_not_isolated() == words
 
 
 AS_NOBODY = """
