@@ -126,14 +126,11 @@ class RewardProcessPool(Closing):
         except BaseException:
             self.close()
             raise
-        obstacle = self._crew.obstacle
-        logger.info(
-            "rewards run in processes of their own, which %s",
-            "see no others" if obstacle is None else f"see those of this machine ({obstacle})",
-        )
+        self._has_told_of_isolation = False
 
     def submit(self, components: Sequence[Component], batches: Sequence[RewardBatch]) -> list[PendingRewards]:
         """Have batches judged by worker processes."""
+        self._tell_of_isolation()
         indices = [self._components.index(component) for component in components]
         futures: list[PendingRewards] = [Future() for _ in batches]
 
@@ -143,6 +140,16 @@ class RewardProcessPool(Closing):
 
         self._inbox.put(judge)
         return futures
+
+    def _tell_of_isolation(self) -> None:
+        # Not when the pool is made: that is before logs are set up.
+        if not self._has_told_of_isolation:
+            self._has_told_of_isolation = True
+            obstacle = self._crew.obstacle
+            logger.info(
+                "rewards run in processes of their own, which %s",
+                "see no others" if obstacle is None else f"see those of this machine ({obstacle})",
+            )
 
     def _forward(self) -> None:
         """Pass on to the event loop what callers put into the inbox.
