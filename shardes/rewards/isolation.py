@@ -78,7 +78,7 @@ def run_isolated(work: Callable[[], NoReturn], *, close: Callable[[], None]) -> 
         _run_first(work, close, reader_writer[1], has_rights=has_rights)
     close()
     os.close(reader_writer[1])
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(first, signal.SIGTERM))
+    signal.signal(signal.SIGTERM, lambda *_: _pass_on(first))
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.waitpid(first, 0)
     said = os.read(reader_writer[0], _CODE.size)
@@ -89,6 +89,11 @@ def run_isolated(work: Callable[[], NoReturn], *, close: Callable[[], None]) -> 
             signal.signal(-code, signal.SIG_DFL)
         os.kill(parent, -code)
     os._exit(code & 0xFF)
+
+
+def _pass_on(first: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it may have ended just now
+        os.kill(first, signal.SIGTERM)
 
 
 def _run_first(
