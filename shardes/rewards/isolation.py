@@ -78,9 +78,11 @@ def run_isolated(work: Callable[[], NoReturn], *, close: Callable[[], None]) -> 
         _run_first(work, close, reader_writer[1], has_rights=has_rights)
     close()
     os.close(reader_writer[1])
-    signal.signal(signal.SIGTERM, lambda *_: _pass_on(first))
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(first, signal.SIGTERM))
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    os.waitpid(first, 0)
+    # As long as it is not reaped, nobody else has its number, and no signal can go astray.
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     said = os.read(reader_writer[0], _CODE.size)
     code = _CODE.unpack(said)[0] if said else 1
     if code < 0:  # end by the same signal, without a core of its own
@@ -89,11 +91,6 @@ def run_isolated(work: Callable[[], NoReturn], *, close: Callable[[], None]) -> 
             signal.signal(-code, signal.SIG_DFL)
         os.kill(parent, -code)
     os._exit(code & 0xFF)
-
-
-def _pass_on(first: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it may have ended just now
-        os.kill(first, signal.SIGTERM)
 
 
 def _run_first(
