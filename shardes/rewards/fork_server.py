@@ -128,6 +128,7 @@ class _Server:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         os.close(descriptor)
         self._workers.add(pid)
+        self._codes.pop(pid, None)  # of a process that had the number before
         return pid
 
     def _become_worker(self, descriptor: int) -> NoReturn:
@@ -156,7 +157,9 @@ class _Server:
         self._end_isolated({pid} - set(self._codes))
         # An orphan's new parent is this process.
         end_all(lambda: descendants(without=self._workers), self._codes)
-        return self._codes.pop(pid, -signal.SIGKILL)
+        code = self._codes.pop(pid, -signal.SIGKILL)
+        self._codes = {each: code for each, code in self._codes.items() if each in self._workers}
+        return code
 
     def _end_isolated(self, pids: set[int]) -> None:
         """Have isolated workers end with all that they have started, or fail to."""

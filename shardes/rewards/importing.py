@@ -70,7 +70,11 @@ class _Importer:
         """
         source, _, name = reference.rpartition(":")
         try:
-            module = self._module_of_file(Path(source)) if _is_file(reference) else _module_of_name(source)
+            module = (
+                self._module_of_file(Path(source).expanduser())
+                if _is_file(reference)
+                else _module_of_name(source)
+            )
         except (Exception, SystemExit) as error:
             raise ValueError(
                 f"{source} cannot be imported ({type(error).__name__}: {error}); give "

@@ -45,7 +45,7 @@ def plain(text: str) -> str:
     text = text.replace(r"\!", "").translate(_PLAIN)
     text = _ROOT.sub(r"\\sqrt{\1}", _LEADING_DASH.sub(r"\1\2-", text))
     text = _THOUSANDS.sub(lambda match: _SEPARATORS.sub("", match[0]), text)
-    return text.strip().removesuffix(".").strip()
+    return text.strip().removesuffix(".").strip().removesuffix("\\")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class _Token(NamedTuple):
 
 _DECIMAL = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 _FRAC = (
-    r"\\[dt]?frac\s*(?:\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|([0-9])\s*([0-9])|\{([0-9]+)\}([0-9])"
+    rf"\\[dt]?frac\s*(?:\{{\s*(-?{_DECIMAL})\s*\}}\s*\{{\s*(-?{_DECIMAL})\s*\}}"
+    r"|([0-9])\s*([0-9])|\{([0-9]+)\}([0-9])"
     r"|([0-9])\{([0-9]+)\})"
 )
 _NUMBERS = [
@@ -109,13 +110,20 @@ _TOKENS = {
     "slash": re.compile(r"/|\\cdot(?![a-zA-Z])"),
 }
 _PATTERNS = [*(("number", number) for number in _NUMBERS), *_TOKENS.items()]
-# Where any word may stand, these still change the number.
-_NO_UNITS = frozenset(
+# Where any word may stand, these still change the number: before it, right behind it, or anywhere behind it.
+_FUNCTIONS = frozenset(["pi", "sqrt", "log", "ln", "sin", "cos", "tan", "exp", "mod", "factorial"])
+_CHANGES_BEFORE = _FUNCTIONS | frozenset(
     """
-    pi sqrt log ln sin cos tan exp mod factorial squared cubed half halves third thirds quarter quarters
-    fourths fifths sixths eighths tenths or and minus plus times divided over under of to
+    negative minus plus not than least most below above under over half third quarter twice double triple
+    square cube squared cubed root or
     """.split()  # noqa: SIM905
 )
+_CHANGES_NEXT = _FUNCTIONS | frozenset(
+    """
+    squared cubed halves third thirds fourth fourths fifths sixths eighths tenths hundredths
+    """.split()  # noqa: SIM905
+)
+_CHANGES_BEHIND = frozenset(["half", "or", "plus", "minus"])
 # One letter is a variable, unless it is one of these behind the number of a word problem.
 _LETTERS = frozenset("mghls")
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -142,7 +150,7 @@ def amount_in(text: str, *, any_words: bool) -> Amount | None:
         return None
     text = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])", "", plain(text)).strip("*`\"' ")
     left, equals, right = _without_parentheses(text).rpartition("=")
-    if equals and (left.rstrip()[-1:] in {"", "<", ">", "!"} or re.search(r"[,;]|\band\b|\bor\b", left)):
+    if equals and (left.rstrip()[-1:] in ("<", ">", "!") or re.search(r"[,;]|\band\b|\bor\b", left)):
         return None
     right = _without_parentheses(right)
     tokens = _tokenize(right)
@@ -215,19 +223,17 @@ def _sign(before: Sequence[_Token], *, any_words: bool) -> int | None:
         # After a word it is a sign; after a variable it would subtract.
         if rest and rest[-1].text != ":" and not (any_words and _is_word(rest[-1])):
             return None
-    fits = all(
-        token.kind in ("approx", "mark", "text")
-        or (any_words and (_is_word(token) or token.kind == "bracket"))
-        for token in rest
-    )
-    return sign if fits else None
+    # The article is no variable: a word follows it.
+    rest = [token for i, token in enumerate(rest) if token.text != "a" or not rest[i + 1 : i + 2]]
+    kinds = {"approx", "mark", "text"} | ({"bracket"} if any_words else set())
+    fits = all(token.kind in kinds or (any_words and _is_word(token)) for token in rest)
+    return sign if fits and not any(token.text.lower() in _CHANGES_BEFORE for token in rest) else None
 
 
 def _is_word(token: _Token) -> bool:
     word = token.text.lower()
     # One character of Chinese, say, is a word.
-    is_long = len(word) > 1 or word > "\u2e7f"
-    return token.kind == "text" or (token.kind == "word" and is_long and word not in _NO_UNITS)
+    return token.kind == "text" or (token.kind == "word" and (len(word) > 1 or word > "\u2e7f"))
 
 
 def _suffix(tokens: Sequence[_Token], *, any_words: bool) -> tuple[int, bool] | None:
@@ -237,6 +243,8 @@ def _suffix(tokens: Sequence[_Token], *, any_words: bool) -> tuple[int, bool] | 
         word = token.text.lower()
         is_attached = previous.end == token.start and previous.kind == "number"
         match token.kind:
+            case "word" if word in _CHANGES_BEHIND or (i == 0 and word in _CHANGES_NEXT):
+                return None
             case "percent":
                 is_percent = True
             case "currency" | "text" | "degree" | "ordinal" | "mark":

@@ -216,7 +216,7 @@ def test_a_worker_that_ended_unasked_costs_no_answer(one_worker):
 
 def test_a_worker_sees_its_own_processes_alone_or_the_log_says_why_not(caplog):
     caplog.set_level(logging.INFO)
-    with sandbox(PROCESSES, OBEY, may_isolate=True) as rewards:
+    with sandbox(PROCESSES, OBEY, may_isolate=True, timeout_seconds=1) as rewards:
         (num_seen,), _ = judged(rewards, "a", component=PROCESSES)
         if isolation.why_not_isolated() is not None:
             assert "which see those of this machine (" in caplog.text
