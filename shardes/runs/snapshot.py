@@ -12,6 +12,7 @@ rank 0 alone writes the manifest, which is the mark of a complete snapshot, and 
 
 import hashlib
 import json
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -29,12 +30,14 @@ from shardes.errors import UserError
 from shardes.models.checkpoint import StoredTensor, TensorReader, stored_tensors
 from shardes.models.safetensors_writer import write_header, write_values
 from shardes.utils.files import flush_to_disk, write_atomically
+from shardes.utils.reading import open_regular, parse_json, read_regular
 from shardes.weights.master import CHUNK_ELEMENTS
 
 SNAPSHOT_VERSION = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"iteration-(\d{8,})")
 _READ_BYTES = 1 << 24
+_MANIFEST_BYTES = 1 << 28
 
 
 class SnapshotError(Exception):
@@ -142,7 +145,7 @@ class Snapshot(TensorReader):
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         try:
-            manifest = json.loads((directory / MANIFEST).read_bytes())
+            manifest = parse_json(read_regular(directory / MANIFEST, max_bytes=_MANIFEST_BYTES))
             if manifest.pop("checksum") != _checksum(manifest):
                 raise SnapshotError(f"the checksum of its {MANIFEST} does not match")
             if manifest["version"] != SNAPSHOT_VERSION:
@@ -151,6 +154,9 @@ class Snapshot(TensorReader):
             self.weights_digest: str = manifest["weights_digest"]
             self.states_digest: str = manifest["states_digest"]
             self._files: list[dict[str, Any]] = manifest["files"]
+            texts = (self.weights_digest, self.states_digest)
+            if type(self.iteration) is not int or not all(isinstance(text, str) for text in texts):
+                raise SnapshotError(f"its {MANIFEST} does not say which weights it holds")
             rows: dict[str, list[_Rows]] = {}
             for entry in self._files:
                 for name, found in self._open(entry).items():
@@ -164,16 +170,21 @@ class Snapshot(TensorReader):
         path = self._directory / entry["name"]
         if path.parent != self._directory:
             raise SnapshotError(f"its {MANIFEST} names a file outside of it")
-        size = path.stat().st_size
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
         if size != entry["num_bytes"]:
             raise SnapshotError(f"{path.name} has {size} bytes; wanted {entry['num_bytes']}")
         stored = stored_tensors(path)
         if stored.keys() != entry["regions"].keys():
             raise SnapshotError(f"{path.name} does not hold the parameters that {MANIFEST} says")
-        return {
+        rows = {
             name: _Rows(stored[name], tuple(tuple(map(int, region)) for region in regions))
             for name, regions in entry["regions"].items()
         }
+        for name, found in rows.items():
+            if not found.is_possible:
+                raise SnapshotError(f"{path.name} does not hold the elements of {name} that {MANIFEST} says")
+        return rows
 
     def damaged_files(self, *, part: int = 0, num_parts: int = 1) -> list[str]:
         """Return the names of files whose bytes have changed; reads all, or one of ``num_parts`` parts."""
@@ -202,6 +213,15 @@ class _Rows:
 
     stored: StoredTensor
     regions: tuple[tuple[int, ...], ...]
+
+    @property
+    def is_possible(self) -> bool:
+        """Return whether the regions have the tensor's elements; tables of others could be endless."""
+        return (
+            all(len(region) == 4 and min(region) >= 0 and max(region) < 2**62 for region in self.regions)
+            and all(length > 0 for _, length, rows, _ in self.regions if rows)
+            and sum(length * rows for _, length, rows, _ in self.regions) == self.stored.num_elements
+        )
 
 
 @dataclass(frozen=True)
