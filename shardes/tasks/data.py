@@ -6,7 +6,6 @@ The libraries that Parquet and data sets need are imported when such data are re
 import csv
 import hashlib
 import io
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
