@@ -21,6 +21,7 @@ _FREE_KEYS = {
     "task.reward_timeout_seconds",
     "task.reward_workers",
     "task.reward_memory_bytes",
+    "task.reward_isolation",
 }
 
 

@@ -311,6 +311,10 @@ class TaskConfig(ProblemSetConfig):
     reward_memory_bytes: int | None = Field(default=4 * 2**30, gt=0)
     """Address space of such a process, in bytes; null: no limit, as a reward with a model of its own may
     need."""
+    reward_isolation: Literal["auto", "none"] = "auto"
+    """``auto``: such a process sees no processes but those that it starts, where the kernel allows it (a PID
+    namespace; docs/rewards.md); ``none``: it sees all, for a reward that uses ``sudo`` or rootless
+    containers."""
 
     @field_validator("heldout_fraction")
     @classmethod

@@ -6,7 +6,6 @@ The libraries that Parquet and data sets need are imported when such data are re
 import csv
 import hashlib
 import io
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from shardes.config.schema import is_hub_reference
 from shardes.errors import UserError
 from shardes.tasks.base import Row
+from shardes.tasks.canonical import canonical, is_plain
 from shardes.tasks.rows import shown
 from shardes.utils.reading import open_regular, parse_json, read_regular
 
@@ -41,14 +41,16 @@ def read_rows(
     """
     rows: list[Row] = []
     places: dict[Any, str] = {}
+    known: set[tuple[str, type]] = set()
     for place, raw in _read(source, key):
         where = f"{key}: {source} {place}"
         if not isinstance(raw, dict):
             raise UserError(f"{where}: got {shown(raw)}; every {place.split()[0]} must be one JSON object")
         row = _with_columns(raw, columns or {}, where, f"{key.rpartition('.')[0]}.columns")
         check(row, where)
+        _check_contents(row, where, known)
         if row.get("id") is not None:
-            first = places.setdefault(json.dumps(row["id"], default=str), place)
+            first = places.setdefault(_text_of({"id": row["id"]}, where), place)
             if first != place:
                 raise UserError(
                     f"{where}: column 'id' is {shown(row['id'])}, as in {first}; give each problem an id of "
@@ -61,10 +63,14 @@ def read_rows(
 
 
 def rows_sha256(rows: Sequence[Row]) -> str:
-    """Compute a hash of the rows in their order, whatever file or format they came from."""
+    """Compute a hash of the rows in their order, whatever file or format they came from.
+
+    Raises:
+        UserError: A row holds an object whose contents cannot be known.
+    """
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(_canonical(row).encode() + b"\n")
+    for number, row in enumerate(rows, start=1):
+        digest.update(_text_of(row, f"task.data: row {number}").encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -86,15 +92,34 @@ def split_rows(
     Returns:
         Training and held-out rows, each in the order in which they were.
     """
-    keys = [row_key(row) if row_key else _canonical({k: row[k] for k in row if k != "id"}) for row in rows]
+    keys = [
+        row_key(row) if row_key else _text_of({k: row[k] for k in row if k != "id"}, "task.data")
+        for row in rows
+    ]
     ordered = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
     heldout = set(ordered[: max(1, round(fraction * len(ordered)))])
     pairs = list(zip(rows, keys, strict=True))
     return [row for row, key in pairs if key not in heldout], [row for row, key in pairs if key in heldout]
 
 
-def _canonical(row: Row) -> str:
-    return json.dumps(row, sort_keys=True, default=str)
+def _text_of(row: Row, where: str) -> str:
+    try:
+        return canonical(row)
+    except Exception as error:  # an object's own methods may raise anything
+        raise UserError(
+            f"{where}: {_one_line(error)}; leave such objects out, or make them of texts, numbers, bytes, "
+            "lists, dictionaries, arrays and images"
+        ) from None
+
+
+def _check_contents(row: Row, where: str, known: set[tuple[str, type]]) -> None:
+    """Refuse objects that cannot be told apart; columns are taken to hold objects of few types."""
+    for name, value in row.items():
+        if is_plain(value) or (name, type(value)) in known:
+            continue
+        _text_of({name: value}, f"{where}: column {name!r}")
+        if not isinstance(value, list | tuple | dict):
+            known.add((name, type(value)))
 
 
 def _with_columns(
@@ -112,13 +137,13 @@ def _with_columns(
 def _read(source: Path, key: str) -> Iterator[tuple[str, Any]]:
     """Read the rows as they are, each with its place in the source."""
     if is_hub_reference(source):
-        return _of_data_set(_from_hub(source, key))
+        return _of_data_set(_from_hub(source, key), f"{key}: {source}")
     directory, split = source, ""
     if not source.exists() and "@" in source.name:
         name, _, split = source.name.rpartition("@")
         directory = source.with_name(name) if name else source
     if directory.is_dir():
-        return _of_data_set(_from_disk(directory, split, key))
+        return _of_data_set(_from_disk(directory, split, key), f"{key}: {source}")
     if source.suffix == ".parquet":
         return _of_parquet(source, key)
     text = _text(source, key)
@@ -228,8 +253,19 @@ def _of_parquet(source: Path, key: str) -> Iterator[tuple[str, Any]]:
     return ((f"row {number}", _without_nan(row)) for number, row in enumerate(rows, start=1))
 
 
-def _of_data_set(data_set: Any) -> Iterator[tuple[str, Any]]:
-    return ((f"row {number}", _without_nan(row)) for number, row in enumerate(data_set, start=1))
+def _of_data_set(data_set: Any, where: str) -> Iterator[tuple[str, Any]]:
+    rows, number = iter(data_set), 0
+    while True:
+        number += 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # such as an image that is damaged, or a decoder that is not installed
+            raise UserError(
+                f"{where} row {number} cannot be read ({type(error).__name__}: {_one_line(error)})"
+            ) from None
+        yield f"row {number}", _without_nan(row)
 
 
 def _from_disk(directory: Path, split: str, key: str) -> Any:

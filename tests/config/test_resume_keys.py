@@ -14,6 +14,7 @@ FREE = [
     ("task.reward_timeout_seconds", 5.0),
     ("task.reward_workers", 0),
     ("task.reward_memory_bytes", None),
+    ("task.reward_isolation", "none"),
     ("model.path", "elsewhere"),
     ("model.trust_remote_code", True),
     ("run.dir", "other"),
