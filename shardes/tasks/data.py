@@ -14,7 +14,7 @@ from typing import Any
 
 from shardes.config.schema import is_hub_reference
 from shardes.errors import UserError
-from shardes.tasks.base import Row
+from shardes.tasks.base import PlacedRow, Row
 from shardes.tasks.rows import shown
 
 _INSTALL = "install it with: pip install 'shardes[data]'"
@@ -22,7 +22,7 @@ _INSTALL = "install it with: pip install 'shardes[data]'"
 
 def read_rows(
     source: Path, *, key: str, columns: Mapping[str, str] | None = None, check: Callable[[Row, str], None]
-) -> list[Row]:
+) -> list[PlacedRow]:
     """Read the rows of a file or data set, and check each.
 
     Args:
@@ -36,7 +36,7 @@ def read_rows(
     Raises:
         UserError: It cannot be read, is empty, a row cannot be used, or two rows have the same ``id``.
     """
-    rows: list[Row] = []
+    rows: list[PlacedRow] = []
     places: dict[Any, str] = {}
     for place, raw in _read(source, key):
         where = f"{key}: {source} {place}"
@@ -51,7 +51,7 @@ def read_rows(
                     f"{where}: column 'id' is {shown(row['id'])}, as in {first}; give each problem an id of "
                     "its own, or leave the column out"
                 )
-        rows.append(row)
+        rows.append(PlacedRow(row, where))
     if not rows:
         raise UserError(f"{key}: {source} has no rows; give at least one problem")
     return rows
