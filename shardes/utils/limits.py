@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from shardes.utils.units import shown_bytes
 
-SECONDS = 5
+SECONDS = 3
 """Processor time for one item."""
 MEMORY_BYTES = 2**30
 """Memory that the work may take beyond what the process has already."""
