@@ -15,6 +15,9 @@ from pydantic_core import ErrorDetails
 from shardes.config.old_keys import apply_changes
 from shardes.config.schema import Config, is_hub_reference
 from shardes.errors import UserError
+from shardes.utils.reading import read_regular
+
+_MOST_BYTES = 1 << 24
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
@@ -52,9 +55,13 @@ def load_run_config(run_dir: Path, changes: dict[str, Any]) -> Config:
 def _read_tree(path: Path, *, role: str, remedy: str) -> dict[str, Any]:
     """Return the sections of a YAML file; ``role`` is what the user gave it as."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(read_regular(path, max_bytes=_MOST_BYTES).decode())
     except OSError as error:
         raise UserError(f"{role} {path}: cannot be read ({error.strerror}); {remedy}") from None
+    except RecursionError:
+        raise UserError(
+            f"{role} {path}: not valid YAML: its lists and mappings are nested too deep"
+        ) from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{role} {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

@@ -16,7 +16,10 @@ from shardes.config.schema import is_hub_reference
 from shardes.errors import UserError
 from shardes.tasks.base import PlacedRow, Row
 from shardes.tasks.rows import shown
+from shardes.utils.reading import open_regular, parse_json, read_regular
 
+# What is read of one file: rows are kept in memory, where they take several times as much.
+_MOST_BYTES = 1 << 35
 _INSTALL = "install it with: pip install 'shardes[data]'"
 
 
@@ -128,7 +131,7 @@ def _read(source: Path, key: str) -> Iterator[tuple[str, Any]]:
 
 def _text(source: Path, key: str) -> str:
     try:
-        return source.read_bytes().decode("utf-8-sig")
+        return read_regular(source, max_bytes=_MOST_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise UserError(
             f"{key}: {source} cannot be read ({error.strerror}); give the path of a file of problems "
@@ -147,8 +150,8 @@ def _of_lines(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            yield f"line {number}", json.loads(line)
-        except (ValueError, RecursionError) as error:
+            yield f"line {number}", parse_json(line)
+        except ValueError as error:
             raise UserError(
                 f"{key}: {source} line {number}: not JSON ({error}): {line[:80]!r}; every line must be one "
                 "JSON object"
@@ -157,8 +160,8 @@ def _of_lines(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
 
 def _of_json(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except ValueError as error:
         if str(error).startswith("Extra data"):
             # JSONL under the name of JSON, as data sets often have it.
             yield from _of_lines(text, source, key)
@@ -200,7 +203,7 @@ def _of_csv(text: str, source: Path, key: str, *, delimiter: str) -> Iterator[tu
 def _typed(cells: Sequence[str]) -> list[Any]:
     """Convert a column's cells to numbers or lists if each is one as JSON writes it; else keep texts."""
     try:
-        values = [json.loads(cell) for cell in cells]
+        values = [parse_json(cell) for cell in cells]
     except ValueError:
         return list(cells)
     kinds: tuple[Any, ...] = (int, float, (int, float), list)
@@ -214,9 +217,12 @@ def _of_parquet(source: Path, key: str) -> Iterator[tuple[str, Any]]:
     except ImportError:
         raise UserError(f"{key}: {source}: Parquet needs the package pyarrow; {_INSTALL}") from None
     try:
+        with open_regular(source):  # pyarrow would wait for a pipe's writer
+            pass
         rows = pyarrow.parquet.read_table(source).to_pylist()
     except OSError as error:
-        raise UserError(f"{key}: {source} cannot be read ({_one_line(error)})") from None
+        reason = error.strerror or _one_line(error)
+        raise UserError(f"{key}: {source} cannot be read ({reason})") from None
     except pyarrow.ArrowException as error:
         raise UserError(f"{key}: {source}: not a Parquet file ({_one_line(error)})") from None
     return ((f"row {number}", _without_nan(row)) for number, row in enumerate(rows, start=1))
@@ -229,6 +235,10 @@ def _of_data_set(data_set: Any) -> Iterator[tuple[str, Any]]:
 def _from_disk(directory: Path, split: str, key: str) -> Any:
     datasets = _datasets(f"{key}: {directory}")
     try:
+        for path in directory.rglob("*"):
+            if not path.is_dir():
+                with open_regular(path):
+                    pass
         found = datasets.load_from_disk(str(directory))
     except Exception as error:
         raise UserError(
