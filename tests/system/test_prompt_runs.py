@@ -108,7 +108,8 @@ def test_a_run_keeps_the_date_of_its_prompts(tmp_path, dated):
     assert 'task.date: the run has "2026-01-03", this configuration "2026-01-04"' in result.stderr
     # An evaluation asks what the run asked.
     with mock.patch("shardes.evaluation.summary.evaluate_model", return_value=({}, [])) as evaluate:
-        assert call("shardes", "evaluate", "--model", tmp_path / "whole").returncode == 0
+        result = call("shardes", "evaluate", "--trust-remote-code", "--model", tmp_path / "whole")
+        assert result.returncode == 0, result.stderr
     assert evaluate.call_args.kwargs["encoder"].told_date == "2026-01-03"
 
 
