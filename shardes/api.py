@@ -197,6 +197,8 @@ class Trainer:
         task, heldout_sets = self._load_tasks()
         is_finished = True
         with self._make_rewards([task, *heldout_sets.values()]) as rewards:
+            from shardes.rollout.preparing import prepare_tasks
+            from shardes.runs.journal import recorded_setting
             from shardes.runs.reporting import Callbacks
             from shardes.session import open_session
             from shardes.trainer import make_training_loop
@@ -204,11 +206,14 @@ class Trainer:
 
             if not logging.getLogger().handlers:
                 configure_logging()
+            date = recorded_setting(config.run.dir, "task.date")
+            prepared = prepare_tasks(config, task, heldout_sets, date=date)
+            parts: dict[str, Any] = {"heldout_sets": prepared.heldout_sets, "encoder": prepared.encoder}
             callbacks = Callbacks(on_iteration=self._on_iteration, on_evaluation=self._on_evaluation)
             try:
                 with open_session(config, stop=self._stop) as session:
                     make_training_loop(
-                        session, task, rewards=rewards, heldout_sets=heldout_sets, callbacks=callbacks
+                        session, prepared.task, rewards=rewards, callbacks=callbacks, **parts
                     ).train()
             except Stopped:
                 is_finished = False

@@ -24,6 +24,7 @@ from shardes.monitor.commands import BACKEND, BASE, COMMANDS, TRUST
 from shardes.planning.machine import Machine
 from shardes.rewards.pool import make_reward_runner
 from shardes.runs.directory import read_run, write_lines
+from shardes.runs.journal import recorded_setting
 from shardes.runs.trackers import check_trackers
 from shardes.tasks.generating import MAKEABLE, make_problems
 from shardes.tasks.loading import load_tasks
@@ -84,19 +85,25 @@ def _train(config: Config, *, place: Place, stop: Stop, dry_run: bool) -> None:
     task, heldout_sets = load_tasks(config)
     # Processes for rewards come before threads, process groups and accelerators.
     with make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards:
+        from shardes.rollout.preparing import prepare_tasks
         from shardes.session import open_session
         from shardes.trainer import make_training_loop
         from shardes.utils.logs import configure_logging, tell_user
 
         configure_logging()
+        date = recorded_setting(config.run.dir, "task.date")
+        prepared = prepare_tasks(config, task, heldout_sets, date=date)
+        task, heldout_sets, encoder = prepared.task, prepared.heldout_sets, prepared.encoder
         try:
             with open_session(config, stop=stop) as session:
                 if not dry_run:
-                    make_training_loop(session, task, rewards=rewards, heldout_sets=heldout_sets).train()
+                    make_training_loop(
+                        session, task, rewards=rewards, heldout_sets=heldout_sets, encoder=encoder
+                    ).train()
                     return
                 from shardes.planning.dry_run import dry_run as try_member
 
-                lines = try_member(session, task, rewards=rewards)
+                lines = try_member(session, task, rewards=rewards, encoder=encoder)
                 if session.mesh.world.is_main:
                     click.echo("\n".join(lines))
         except Stopped:
@@ -130,13 +137,21 @@ def evaluate(
     task, heldout_sets = load_tasks(config)
     with make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards:
         from shardes.evaluation.summary import evaluate_model
+        from shardes.rollout.preparing import prepare_tasks
         from shardes.session import open_session
         from shardes.utils.logs import configure_logging
 
         configure_logging()
+        prepared = prepare_tasks(config, task, heldout_sets, date=model_ref.date, trains=False)
         with open_session(config) as session:
             model_ref.restore(session)
-            sets, lines = evaluate_model(session, task, rewards=rewards, heldout_sets=heldout_sets)
+            sets, lines = evaluate_model(
+                session,
+                prepared.task,
+                rewards=rewards,
+                heldout_sets=prepared.heldout_sets,
+                encoder=prepared.encoder,
+            )
             if session.mesh.world.is_main:
                 if out is not None:
                     out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from shardes.config.schema import Config
+from shardes.config.schema import Config, RolloutConfig
 
 # Sections and keys that a resumed run may change: by them results stay the same, or are compared otherwise.
 _FREE_SECTIONS = ("run.", "parallel.", "eval.", "log.")
@@ -18,20 +18,34 @@ _FREE_KEYS = {
     "task.heldout_fraction",
     "task.split_seed",
     "task.reward",
+    "task.on_prompt_error",
+    "task.date",  # by what it is settled to
     "task.reward_timeout_seconds",
     "task.reward_workers",
     "task.reward_memory_bytes",
     "task.reward_isolation",
 }
+# Keys that journals of older versions do not have: absent where they mean what those did.
+_LATER_KEYS = {
+    "rollout.engine": RolloutConfig.model_fields["engine"].default,
+    "rollout.cudnn_attention": False,
+    "rollout.skip_special_tokens": True,
+    "task.chat_template": None,
+    "task.template_arguments": {},
+}
 
 
-def resume_fingerprint(config: Config, *, data_sha256: str) -> dict[str, Any]:
+def resume_fingerprint(
+    config: Config, *, data_sha256: str, prompts_sha256: str | None = None, date: str | None = None
+) -> dict[str, Any]:
     """Return the keys that decide the result, by dotted name, with JSON-able values.
 
     Args:
         config: The configuration, in which ``auto`` has been replaced where a run finds numbers for it.
         data_sha256: A hash of the training rows as they were read: the same problems may come from another
             file or format.
+        prompts_sha256: A hash of the tokens of their prompts; None: it is not known.
+        date: The date that prompts depend on; None if they depend on none.
     """
     flat = {
         f"{section}.{key}": value
@@ -49,10 +63,9 @@ def resume_fingerprint(config: Config, *, data_sha256: str) -> dict[str, Any]:
         kept["rollout.members_per_forward"] = None
     elif rollout.members_per_forward == "auto":
         kept["rollout.members_per_forward"] = 1
-    # Journals of versions that had one engine do not name it.
-    if rollout.engine == type(rollout).model_fields["engine"].default:
-        del kept["rollout.engine"]
-    # Nor do journals of versions that had no such key.
-    if not rollout.cudnn_attention:
-        del kept["rollout.cudnn_attention"]
-    return kept | {"task.data sha256": data_sha256}
+    for key, default in _LATER_KEYS.items():
+        if kept[key] == default:
+            del kept[key]
+    kept["task.data sha256"] = data_sha256
+    found = {"task.prompts sha256": prompts_sha256, "task.date": date}
+    return kept | {key: value for key, value in found.items() if value is not None}

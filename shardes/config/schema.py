@@ -4,6 +4,7 @@ docs/configuration.md is made of the docstrings of the keys. Nothing heavy is im
 answered at once.
 """
 
+import datetime
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -141,7 +142,12 @@ class RolloutConfig(Section):
     max_new_tokens: int = Field(gt=0)
     """The longest answer, in tokens."""
     stop: list[str] = []
-    """Texts that end an answer, which keeps the first of them; end-of-sequence tokens always do."""
+    """Texts that end an answer, which keeps the first of them; end-of-sequence tokens always do. A text may
+    be, or have in it, a special token, such as ``<|im_end|>``."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text that rewards and samples have. false: rewards see them, for models
+    whose ``<think>`` or ``<tool_call>`` is a special token; the token that ends an answer is left out all the
+    same."""
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0: the most likely token is taken, as in the paper. Above: tokens are drawn, the logits divided by it.
     The random numbers depend on seed, iteration, prompt, sample and position alone: all members have the
@@ -229,6 +235,15 @@ def _task_names() -> Iterable[str]:
     return TASKS
 
 
+# What rendering a chat is told besides the template's own variables.
+_ARGUMENTS_OF_OURS = {
+    *("conversation", "conversations", "messages", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors"),
+    *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+    "strftime_now",
+}
+
+
 class ProblemSetConfig(Section):
     """A set of problems, and the rewards of answers to them."""
 
@@ -245,6 +260,11 @@ class ProblemSetConfig(Section):
     system: str | None = None
     """A system message; makes the prompt a chat, for the tokenizer's chat template. An empty text: a chat
     without one. null: the prompt stays what it is."""
+    chat_template: str | None = None
+    """The template that chats go through: the name of one of the tokenizer's, if it has several, or a Jinja
+    template itself. null: the tokenizer's only one, or the one that it calls ``default``."""
+    template_arguments: dict[str, Any] = {}
+    """Further variables of the chat template, such as ``{enable_thinking: false}``."""
     label_words: list[str] | None = None
     """One word for each class of ``classification``, ``sst2`` or ``boolq``; null: the task's own words."""
     reward: Annotated[str | None, _IS_CODE] = None
@@ -254,6 +274,14 @@ class ProblemSetConfig(Section):
     """Several, which add up, each with a weight. With ``name``, they replace the built-in task's own."""
     metric: Literal["accuracy", "cross_entropy", "log_likelihood"] | None = None
     """Reward of a task that compares likelihoods; null: the task's own."""
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _arguments_are_the_templates(cls, value: dict[str, Any]) -> dict[str, Any]:
+        taken = sorted(_ARGUMENTS_OF_OURS.intersection(value))
+        if taken:
+            raise ValueError(f"{', '.join(taken)} cannot be given: shardes decides it, by the prompt")
+        return value
 
     @field_validator("label_words", mode="before")
     @classmethod
@@ -303,6 +331,14 @@ class TaskConfig(ProblemSetConfig):
     """Value of an answer whose reward raised, hung, ended its process or was not a number. ``exclude``: it
     does not count. ``worst``: the least reward of all answers of the iteration (for the centre, of the
     evaluation). Or a number."""
+    on_prompt_error: Literal["error", "exclude"] = "error"
+    """What is done about a row whose prompt the model cannot be asked: too long, refused by the chat
+    template, no valid text. Every row is tried before the model is loaded. ``error``: the job ends and names
+    the row. ``exclude``: such rows are left out, of held-out sets as well, and named in the log; a run that
+    has begun may change to this."""
+    date: datetime.date | None = None
+    """What chat templates are told is today's date. null: the day on which the run began, also when it is
+    resumed on a later one."""
     reward_timeout_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     """Seconds that the rewards of a micro-batch may take. Answers without one then count as failed."""
     reward_workers: int = Field(default=16, ge=0)

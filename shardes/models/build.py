@@ -6,10 +6,21 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from shardes.config.schema import Config, check_model_directory
 from shardes.errors import UserError
+
+_TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
+# Several times the largest tokenizer that is known.
+_MAX_TOKENIZER_BYTES = 2**28
 
 
 def load_model_config(path: Path, *, trust_remote_code: bool) -> Any:
@@ -36,14 +47,61 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
     Raises:
         UserError: No usable tokenizer.
     """
+    _check_tokenizer_files(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"model.path: {path}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # damaged files end in any of them, a panic of tokenizers included
+        raise UserError(
+            f"model.path: {path}: its tokenizer cannot be loaded: {_first_line(error)}; use the files "
+            "(tokenizer.json, tokenizer_config.json) that the model was published with"
+        ) from None
+    if isinstance(tokenizer, PreTrainedTokenizerFast) and len(tokenizer.added_tokens_decoder) == len(
+        tokenizer
+    ):
+        # transformers makes one of nothing where there are no files.
+        raise UserError(
+            f"model.path: {path}: its tokenizer has no vocabulary; put the files (tokenizer.json, "
+            "tokenizer_config.json) there that the model was published with"
+        )
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_tokenizer_files(path: Path) -> None:
+    """Refuse files of a tokenizer that would be read for ever, or fill the memory.
+
+    Raises:
+        UserError: One is no regular file, or is too large.
+    """
+    for file in sorted(path.iterdir()) if path.is_dir() else []:
+        if file.name.startswith(_TOKENIZER_FILES) and file.exists() and not file.is_dir():
+            if not file.is_file():
+                raise UserError(f"model.path: {file} is no regular file; put the model's own there")
+            if (size := file.stat().st_size) > _MAX_TOKENIZER_BYTES:
+                raise UserError(
+                    f"model.path: {file} has {size} bytes, and a tokenizer's file at most "
+                    f"{_MAX_TOKENIZER_BYTES}; put the model's own there"
+                )
+
+
+def pad_token(model: Any, tokenizer: Any) -> int:
+    """Return the token that fills rows where they are masked: the tokenizer's, if the model knows it.
+
+    Some tokenizers have one that was added after the model was made, and others have none.
+    """
+    known = vocabulary_size(model.config)
+    found = [tokenizer.pad_token_id, tokenizer.eos_token_id]
+    return next((token for token in found if token is not None and (known is None or 0 <= token < known)), 0)
+
+
+def vocabulary_size(model_config: Any) -> int | None:
+    """Return how many tokens a model has embeddings for; None if its configuration does not say."""
+    size = getattr(model_config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 def load_generation_config(path: Path, model_config: Any) -> GenerationConfig:
@@ -65,7 +123,13 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 def max_positions(model: Any) -> int | None:
     """Return the model's maximum number of tokens, prompt and answer together; None if it has none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions_of(model.config)
+
+
+def positions_of(model_config: Any) -> int | None:
+    """Return the same for a model's configuration."""
+    positions: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return positions
 
 
 def last_positions(count: int, *, width: int, device: torch.device) -> int | torch.Tensor:
@@ -146,5 +210,5 @@ def parameter_ids(names: list[str]) -> dict[str, int]:
     return {name: index for index, name in enumerate(sorted(names))}
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0].rstrip(": ") if str(error) else type(error).__name__

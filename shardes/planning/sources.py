@@ -1,18 +1,18 @@
 """The sources of a plan: the architecture, the headers of the weights, and the data if it is there."""
 
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from shardes.config.schema import Config, is_hub_reference
 from shardes.errors import UserError
-from shardes.models.build import load_tokenizer, parameter_aliases, skeleton_of
+from shardes.models.build import parameter_aliases, skeleton_of
 from shardes.models.checkpoint import Checkpoint
 from shardes.models.conversion import Conversion
 from shardes.planning.machine import Machine
 from shardes.planning.plan import Plan
 from shardes.planning.workload import make_workload
+from shardes.rollout.preparing import make_encoder
 from shardes.tasks.loading import load_task
 from shardes.utils.units import shown_bytes
 
@@ -54,13 +54,11 @@ def plan_run(
     is_there = model_config is None and any(
         (path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
     )
-    tokenizer: Any = None
-    if is_there:
-        tokenizer = load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
+    encoder = make_encoder(config) if is_there else None
     data = config.task.data
     task = load_task(config.task) if not is_hub_reference(data) and data.exists() else None
     workload = make_workload(
-        config, task=task, tokenizer=tokenizer, num_prompts=num_prompts, prompt_tokens=prompt_tokens
+        config, task=task, encoder=encoder, num_prompts=num_prompts, prompt_tokens=prompt_tokens
     )
     plan = Plan(config, model, workload=workload, machine=machine, world_size=world_size)
     if config.rollout.micro_batch_size == "auto":

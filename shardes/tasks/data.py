@@ -13,7 +13,7 @@ from typing import Any
 
 from shardes.config.schema import is_hub_reference
 from shardes.errors import UserError
-from shardes.tasks.base import Row
+from shardes.tasks.base import PlacedRow, Row
 from shardes.tasks.canonical import canonical, is_plain
 from shardes.tasks.rows import shown
 from shardes.utils.reading import open_regular, parse_json, read_regular
@@ -25,7 +25,7 @@ _INSTALL = "install it with: pip install 'shardes[data]'"
 
 def read_rows(
     source: Path, *, key: str, columns: Mapping[str, str] | None = None, check: Callable[[Row, str], None]
-) -> list[Row]:
+) -> list[PlacedRow]:
     """Read the rows of a file or data set, and check each.
 
     Args:
@@ -39,7 +39,7 @@ def read_rows(
     Raises:
         UserError: It cannot be read, is empty, a row cannot be used, or two rows have the same ``id``.
     """
-    rows: list[Row] = []
+    rows: list[PlacedRow] = []
     places: dict[Any, str] = {}
     known: set[tuple[str, type]] = set()
     for place, raw in _read(source, key):
@@ -56,7 +56,7 @@ def read_rows(
                     f"{where}: column 'id' is {shown(row['id'])}, as in {first}; give each problem an id of "
                     "its own, or leave the column out"
                 )
-        rows.append(row)
+        rows.append(PlacedRow(row, where))
     if not rows:
         raise UserError(f"{key}: {source} has no rows; give at least one problem")
     return rows

@@ -11,7 +11,7 @@ from shardes.backends.base import Backend
 from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Group, Mesh
 from shardes.es.update import Perturbation
-from shardes.models.build import end_tokens
+from shardes.models.build import end_tokens, pad_token
 from shardes.rollout.batching import LikelihoodBatch, MicroBatch
 from shardes.rollout.engines.base import Completions, Engine
 from shardes.rollout.engines.transformers.attention import choose_attention, warn_of_repeated_heads
@@ -28,7 +28,7 @@ from shardes.rollout.memory import (
 )
 from shardes.rollout.prompts import PromptBatch
 from shardes.rollout.sampling import make_sampler
-from shardes.rollout.stop_strings import StopStrings
+from shardes.rollout.stop_strings import make_stop_strings
 from shardes.utils.timers import PhaseTimer
 from shardes.weights.master import Weights
 
@@ -72,9 +72,9 @@ class TransformersEngine(Engine):
         )
         self._decoder = Decoder(
             eos_ids=end_tokens(backend.sharded_model, tokenizer),
-            pad_id=tokenizer.pad_token_id,
+            pad_id=pad_token(backend.sharded_model, tokenizer),
             max_new_tokens=settings.max_new_tokens,
-            stop=StopStrings(settings.stop, tokenizer),
+            stop=make_stop_strings(settings, tokenizer),
             sampling=make_sampler(settings, seed=seed),
         )
         choose_attention(uses_cudnn=settings.cudnn_attention)
