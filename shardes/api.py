@@ -17,9 +17,10 @@ from typing import Any
 
 from shardes.config.loading import parse_config, read_tree
 from shardes.config.old_keys import apply_changes
-from shardes.config.schema import Config, check_model_directory
+from shardes.config.schema import Config
 from shardes.distributed.stop import Stop, Stopped
 from shardes.errors import UserError
+from shardes.models.files import check_model_directory
 from shardes.rewards.pool import InProcessRewards, RewardProcessPool, make_reward_runner
 from shardes.runs.directory import read_lines
 from shardes.runs.trackers import check_trackers

@@ -17,9 +17,9 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from shardes.backends.registry import BACKENDS
 from shardes.config.loading import load_config
 from shardes.config.old_keys import warn_once
-from shardes.config.schema import check_model_directory
 from shardes.distributed.stop import Stopped, stop_signals
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, StorageError, UserError
+from shardes.models.files import check_model_directory
 from shardes.monitor.commands import COMMANDS
 from shardes.planning.machine import Machine
 from shardes.rewards.pool import make_reward_runner

@@ -132,7 +132,7 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
     ) as world:
         shard_size = parallel.shard_size or spec.default_shard_size
         mesh = make_mesh(world, shard_size=shard_size, timeout_seconds=parallel.timeout_seconds)
-        backend = make_backend(config, group=mesh.shard)
+        backend = make_backend(config, group=mesh.shard, checkpoint=checkpoint)
         weights = Weights(
             backend,
             seed=config.es.seed,

@@ -14,28 +14,11 @@ from shardes.backends.registry import BACKENDS
 from shardes.config.es import EsConfig
 from shardes.config.log import LogConfig
 from shardes.config.section import Registered, Section
-from shardes.errors import UserError
 from shardes.rollout.engines.registry import ENGINES
-
-FETCH_HINT = (
-    "give a local model directory (fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
-)
-
 
 def is_hub_reference(source: Path) -> bool:
     """Return whether ``task.data`` means a data set of the Hugging Face hub, and no path."""
     return str(source).startswith("hf:")
-
-
-def check_model_directory(path: Path) -> None:
-    """Refuse a ``model.path`` that is no model directory; quick, and nothing is loaded.
-
-    Raises:
-        UserError: There is no config.json.
-    """
-    config = path / "config.json"
-    if not config.is_file():
-        raise UserError(f"model.path: {config} does not exist; {FETCH_HINT}")
 
 
 class ModelConfig(Section):

@@ -1,5 +1,7 @@
 """Building a transformers model without its weights, and naming its parameters."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,13 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from shardes.config.schema import Config, check_model_directory
+from shardes.config.old_keys import warn_once
+from shardes.config.schema import Config
 from shardes.errors import UserError
+from shardes.models.checkpoint import Checkpoint, Found, StoredTensor, read_whole, same_values
+from shardes.models.conversion import Conversion
+from shardes.models.files import read_json_object, read_model_config
+from shardes.models.limits import MOST_PARAMETERS, first_line, limited
 
 
 def load_model_config(path: Path, *, trust_remote_code: bool) -> Any:
@@ -19,15 +26,16 @@ def load_model_config(path: Path, *, trust_remote_code: bool) -> Any:
         UserError: No usable config.json.
     """
     file = path if path.is_file() else path / "config.json"
-    if file != path:
-        check_model_directory(path)
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
+    read_model_config(file)
+    with limited(f"model.path: {file} cannot be used"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
         raise UserError(
-            f"model.path: {file} cannot be used: {_first_line(error)} (a model with code of its "
-            "own needs model.trust_remote_code: true)"
-        ) from None
+            f"model.path: {file} has a quantization_config; quantised weights cannot be perturbed: use the "
+            "model's unquantised version, or remove that entry if the weights are not quantised"
+        )
+    return config
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
@@ -39,7 +47,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"model.path: {path}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"model.path: {path}: its tokenizer cannot be loaded: {first_line(error)}") from None
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -47,10 +55,27 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
 
 
 def load_generation_config(path: Path, model_config: Any) -> GenerationConfig:
-    """Load the model's generation config, which names the tokens that end an answer."""
-    if (path / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(path)
-    return GenerationConfig.from_model_config(model_config)
+    """Load the model's generation config, which names the tokens that end an answer.
+
+    Raises:
+        UserError: It cannot be used.
+    """
+    file = path / "generation_config.json"
+    if file.is_file():
+        read_json_object(file, key="model.path")
+        with limited(f"model.path: {file} cannot be used"):
+            config = GenerationConfig.from_pretrained(path)
+    else:
+        file = path / "config.json"
+        with limited(f"model.path: {file} cannot be used"):
+            config = GenerationConfig.from_model_config(model_config)
+    ends = config.eos_token_id
+    tokens = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(token) is int and token >= 0 for token in tokens):
+        raise UserError(
+            f"model.path: {file}: eos_token_id is {ends!r}; wanted the id of a token, or a list of ids"
+        )
+    return config
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -98,17 +123,112 @@ def largest_parameter(model: PreTrainedModel) -> int:
     return max(p.numel() for p in model.parameters() if held.count(id(p)) < 2)
 
 
-def build_skeleton(model_config: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def build_skeleton(
+    model_config: Any, *, dtype: torch.dtype, trust_remote_code: bool, most_parameters: int = MOST_PARAMETERS
+) -> PreTrainedModel:
     """Build a model whose parameters are on the meta device and whose buffers are real.
 
     Buffers such as the rotary frequencies are computed by the constructors, so they cannot be on meta.
+
+    Args:
+        model_config: Architecture.
+        dtype: Dtype of the parameters.
+        trust_remote_code: Whether the model's own Python code may run.
+        most_parameters: Number of parameters beyond which the architecture is refused.
+
+    Raises:
+        UserError: No model can be built of it.
     """
-    with init_empty_weights(include_buffers=False):
+    with (
+        limited(
+            "model.path: no model can be built as config.json describes it",
+            most_parameters=most_parameters,
+        ),
+        init_empty_weights(include_buffers=False),
+    ):
         model = AutoModelForCausalLM.from_config(
             model_config, dtype=dtype, trust_remote_code=trust_remote_code
         )
-    model.tie_weights()
+        model.tie_weights()
     return model.eval()
+
+
+def build_model(config: Config, checkpoint: Checkpoint) -> tuple[PreTrainedModel, Conversion]:
+    """Build a run's model without weights, as transformers would build it for the files that there are.
+
+    Weights that config.json ties are not tied if the files hold different ones. Buffers have the files'
+    values.
+
+    Args:
+        config: Configuration of the run.
+        checkpoint: Weights of ``model.path``; their tensors become the model's parameters.
+
+    Returns:
+        The model, its parameters on meta, and the conversion that was applied to the checkpoint.
+
+    Raises:
+        UserError: config.json cannot be used, or describes another model than the files hold.
+    """
+    path, trust = config.model.path, config.model.trust_remote_code
+    model_config = load_model_config(path, trust_remote_code=trust)
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    # Each tensor of the files becomes one parameter, or a few of them.
+    most = min(MOST_PARAMETERS, 10_000 + 2 * len(checkpoint.tensors))
+    model = build_skeleton(model_config, dtype=dtype, trust_remote_code=trust, most_parameters=most)
+    conversion = Conversion(model)
+    apart = _different_ties(conversion, checkpoint, dtype=dtype)
+    if apart:
+        warn_once(
+            f"model.path: {path}: config.json ties {apart[0]} to another weight, but the files hold two that "
+            "differ; as in transformers, they are not tied"
+        )
+        for part in (model_config, model_config.get_text_config()):
+            part.tie_word_embeddings = False
+        model = build_skeleton(model_config, dtype=dtype, trust_remote_code=trust, most_parameters=most)
+        conversion = Conversion(model)
+        conversion.is_untied = True
+    buffers = {name: checkpoint.tensors[held] for name, held in conversion.find_buffers(checkpoint.tensors).items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    conversion.apply(checkpoint, shapes=shapes)
+    checkpoint.check_matches(shapes, aliases=set(conversion.aliases))
+    _fill_buffers(model, buffers, dtype=dtype)
+    return model, conversion
+
+
+def _different_ties(conversion: Conversion, checkpoint: Checkpoint, *, dtype: torch.dtype) -> list[str]:
+    """Return the further names of tied weights whose values in the files are not those of the first name."""
+    joined = conversion.join(checkpoint.tensors)
+    return [
+        alias
+        for alias, name in conversion.aliases.items()
+        if alias in joined
+        and name in joined
+        and not all(
+            same_values(checkpoint.tensors[one], checkpoint.tensors[other], dtype=dtype)
+            for one, other in zip(joined[alias], joined[name], strict=True)
+        )
+    ]
+
+
+def _fill_buffers(model: PreTrainedModel, found: Mapping[str, Found], *, dtype: torch.dtype) -> None:
+    """Give buffers the values in the files, in the dtype that transformers keeps them in.
+
+    Raises:
+        UserError: One has another shape.
+    """
+    wide = [re.escape(name).replace(r"\*", ".*") for name in model._get_dtype_plan(dtype)]
+    modules = dict(model.named_modules())
+    for name, tensor in found.items():
+        assert isinstance(tensor, StoredTensor), "nothing is joined yet"
+        owner, _, key = name.rpartition(".")
+        buffer = modules[owner]._buffers[key]
+        if buffer is None or tuple(buffer.shape) != tensor.shape:
+            raise UserError(
+                f"model.path: {tensor.path}: the buffer {name} has shape {tensor.shape}; config.json asks "
+                f"for {None if buffer is None else tuple(buffer.shape)}"
+            )
+        is_wide = any(re.search(pattern, name) for pattern in wide)
+        modules[owner]._buffers[key] = read_whole(tensor).to(torch.float32 if is_wide else buffer.dtype)
 
 
 def skeleton_of(config: Config, *, source: Path | None = None) -> PreTrainedModel:
@@ -144,7 +264,3 @@ def parameter_aliases(model: nn.Module) -> set[str]:
 def parameter_ids(names: list[str]) -> dict[str, int]:
     """Return the index of each name in the sorted list, which is the noise's parameter id."""
     return {name: index for index, name in enumerate(sorted(names))}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

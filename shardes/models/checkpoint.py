@@ -5,6 +5,7 @@ Only safetensors is read. A rank reads the bytes of its own elements and no othe
 
 import hashlib
 import json
+import math
 import os
 import struct
 from bisect import bisect_right
@@ -18,13 +19,29 @@ from typing import Any, Protocol
 
 import torch
 
-from shardes.config.schema import FETCH_HINT
 from shardes.errors import UserError
+from shardes.models.files import weight_files
 from shardes.noise.region import Region
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Dtypes that buffers may have, but no parameter.
+_OTHER_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in (DTYPES | _OTHER_DTYPES).items()}
 _MAX_HEADER_BYTES = 100_000_000
 _READ_BYTES = 1 << 28
+_COMPARED_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,7 @@ class StoredTensor:
     @property
     def num_elements(self) -> int:
         """Number of elements of the whole tensor."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     def find(self, first: int, length: int) -> Iterator[tuple["StoredTensor", int, int]]:
         """Yield the stored tensors of a range of elements, each with first element and length in it."""
@@ -136,10 +153,11 @@ class Checkpoint(TensorReader):
     """The weights of a model directory.
 
     Args:
-        directory: A directory with ``*.safetensors`` files.
+        directory: A directory with safetensors files; those are read that transformers would load.
 
     Attributes:
         tensors: Stored tensors by name; after ``join``, parameters by name.
+        buffers: Stored tensors of the model's buffers by name in the files; set by ``Conversion.apply``.
         header_sha256: Hash of all headers: names, shapes, dtypes and offsets.
 
     Raises:
@@ -150,9 +168,10 @@ class Checkpoint(TensorReader):
         self.directory = directory
         tensors: dict[str, StoredTensor] = {}
         digest = hashlib.sha256()
-        for path in _weight_files(directory):
+        for path in weight_files(directory):
             tensors |= stored_tensors(path, on_header=digest.update)
         super().__init__(tensors)
+        self.buffers: dict[str, StoredTensor] = {}
         self._pieces: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
         self.header_sha256 = digest.hexdigest()
 
@@ -204,6 +223,10 @@ class Checkpoint(TensorReader):
         Raises:
             UserError: Names the tensors that are missing, left over, or of another shape.
         """
+        for name, found in self.tensors.items():
+            for stored, *_ in found.find(0, math.prod(found.shape)):
+                if stored.dtype not in DTYPES.values():
+                    raise _quantised(f"model.path: {stored.path}: {name}", DTYPE_NAMES[stored.dtype])
         missing = sorted(set(shapes) - set(self.tensors))
         extra = sorted(set(self.tensors) - set(shapes) - aliases)
         if missing or extra:
@@ -232,26 +255,24 @@ def stored_tensors(
         on_header: Function that is called with the header's bytes.
 
     Raises:
-        UserError: The file is damaged or cut short, or holds a dtype that is no float.
+        UserError: The file is damaged or cut short, or holds a dtype that torch does not have.
         OSError: It cannot be read.
     """
-    header = _read_header(path)
+    header, entries = _read_header(path)
     on_header(header)
     base, size = 8 + len(header), path.stat().st_size
     tensors: dict[str, StoredTensor] = {}
-    for name, entry in json.loads(header).items():
+    for name, entry in entries.items():
         if name == "__metadata__":
             continue
         where = f"model.path: {path}: {name}"
         if not _is_entry(entry):
             raise UserError(f"{where}: its entry in the header is damaged; fetch the file again")
-        if entry["dtype"] not in DTYPES:
-            raise UserError(
-                f"{where} is stored as {entry['dtype']}; wanted one of {sorted(DTYPES)}. Quantised "
-                "weights cannot be perturbed: use the model's unquantised version"
-            )
+        dtype = DTYPES.get(entry["dtype"]) or _OTHER_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise _quantised(where, entry["dtype"])
         begin, end = entry["data_offsets"]
-        stored = StoredTensor(path, base + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        stored = StoredTensor(path, base + begin, dtype, tuple(entry["shape"]))
         wanted = stored.num_elements * stored.dtype.itemsize
         if end - begin != wanted:
             raise UserError(
@@ -264,44 +285,59 @@ def stored_tensors(
                 "copy it again"
             )
         tensors[name] = stored
+    end = base
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_elements)):
+        if stored.offset != end:
+            raise UserError(
+                f"model.path: {path}: {name} begins at byte {stored.offset}, but what is before it ends at "
+                f"{end}; fetch the file again"
+            )
+        end += stored.num_elements * stored.dtype.itemsize
+    if end != size:
+        raise UserError(f"model.path: {path} has {size - end} bytes that belong to no tensor; fetch it again")
     return tensors
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        raise UserError(f"model.path: {directory} is not a directory; {FETCH_HINT}")
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({directory / name for name in _indexed_files(index)})
-    else:
-        files = sorted(directory.glob("*.safetensors"))
-    missing = [path.name for path in files if not path.is_file()]
-    if missing:
-        raise UserError(
-            f"model.path: {directory}: {index.name} names files that are missing: {_listed(missing)}"
-        )
-    if not files:
-        pickled = sorted(path.name for path in directory.glob("*.bin"))
-        hint = (
-            f"; {pickled[0]} is a pickle, which is never loaded: convert it to safetensors" if pickled else ""
-        )
-        raise UserError(f"model.path: {directory} has no *.safetensors files, so no weights{hint}")
-    return files
-
-
-def _indexed_files(index: Path) -> list[str]:
-    """Return the file names in an index.
-
-    Raises:
-        UserError: The file is not an index.
-    """
+def read_whole(stored: StoredTensor) -> torch.Tensor:
+    """Read a whole tensor in the dtype and shape that it has in its file."""
+    num_bytes = stored.num_elements * stored.dtype.itemsize
+    if num_bytes == 0:
+        return torch.empty(stored.shape, dtype=stored.dtype)
+    descriptor = os.open(stored.path, os.O_RDONLY)
     try:
-        names = list(json.loads(index.read_bytes())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        names = [None]
-    if not all(isinstance(name, str) for name in names):
-        raise UserError(f"model.path: {index} is damaged: it has no weight_map of file names; fetch it again")
-    return names
+        data = _read_exactly(descriptor, num_bytes, stored.offset)
+    finally:
+        os.close(descriptor)
+    return torch.frombuffer(data, dtype=stored.dtype).view(stored.shape)
+
+
+def same_values(one: Found, other: Found, *, dtype: torch.dtype) -> bool:
+    """Return whether two stored tensors have the same shape, and the same values once they are rounded.
+
+    Args:
+        one: A tensor of the files.
+        other: Another.
+        dtype: Dtype in which they are compared.
+    """
+    if one.shape != other.shape:
+        return False
+    reader, size = TensorReader({"one": one, "other": other}), math.prod(one.shape)
+    for start in range(0, size, _COMPARED_ELEMENTS):
+        length = min(_COMPARED_ELEMENTS, size - start)
+        region, parts = Region(0, size, start, length), []
+        for name in reader.tensors:
+            parts.append(torch.empty(length, dtype=dtype))
+            reader.read(name, region=region, out=parts[-1])
+        if not torch.equal(*parts):
+            return False
+    return True
+
+
+def _quantised(where: str, dtype: str) -> UserError:
+    return UserError(
+        f"{where} is stored as {dtype}; wanted one of {sorted(DTYPES)}. Quantised weights cannot be "
+        "perturbed: use the model's unquantised version"
+    )
 
 
 def _is_entry(entry: Any) -> bool:
@@ -314,7 +350,15 @@ def _is_entry(entry: Any) -> bool:
     return len(entry["data_offsets"]) == 2
 
 
-def _read_header(path: Path) -> bytes:
+def _read_header(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """Return the header of a file as it is, and its entries by name."""
+
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name is there twice")
+        return found
+
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -323,12 +367,14 @@ def _read_header(path: Path) -> bytes:
             raise UserError(f"model.path: {path} is not a safetensors file, or is cut short; fetch it again")
         header = file.read(length)
     try:
-        is_object = isinstance(json.loads(header), dict)
-    except ValueError:
-        is_object = False
-    if not is_object:
-        raise UserError(f"model.path: {path}: its header is not a JSON object; fetch the file again")
-    return header
+        entries = json.loads(header, object_pairs_hook=without_repeats)
+    except (ValueError, RecursionError):
+        entries = None
+    if not isinstance(entries, dict):
+        raise UserError(
+            f"model.path: {path}: its header is not a JSON object with different names; fetch the file again"
+        )
+    return header, entries
 
 
 def _read_exactly(descriptor: int, num_bytes: int, offset: int) -> bytearray:
