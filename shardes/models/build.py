@@ -139,16 +139,12 @@ def build_skeleton(
     Raises:
         UserError: No model can be built of it.
     """
-    with (
-        limited(
-            "model.path: no model can be built as config.json describes it",
-            most_parameters=most_parameters,
-        ),
-        init_empty_weights(include_buffers=False),
-    ):
-        model = AutoModelForCausalLM.from_config(
-            model_config, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+    what = "model.path: no model can be built as config.json describes it"
+    with limited(what, most_parameters=most_parameters):
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                model_config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
         model.tie_weights()
     return model.eval()
 

@@ -253,7 +253,7 @@ def _indexed_files(directory: Path, index: Path) -> list[Path]:
 def _hint(directory: Path) -> str:
     """Return what a directory without weights has instead, and what to do about it."""
     for name in (WEIGHTS, INDEX):
-        if (directory / name).is_symlink():
+        if os.path.lexists(directory / name):
             return f": {describe_path(directory / name)}; fetch it again"
     pickled = sorted(path.name for path in directory.glob("*.bin"))
     found = [path for pattern in ("*.safetensors", "*/*.safetensors") for path in directory.glob(pattern)]
