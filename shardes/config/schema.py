@@ -16,6 +16,7 @@ from shardes.config.log import LogConfig
 from shardes.config.section import Registered, Section
 from shardes.rollout.engines.registry import ENGINES
 
+
 def is_hub_reference(source: Path) -> bool:
     """Return whether ``task.data`` means a data set of the Hugging Face hub, and no path."""
     return str(source).startswith("hf:")

@@ -26,7 +26,7 @@ from shardes.weights.master import Weights
 
 MAX_FILE_BYTES = 5 * 2**30
 
-# Everything else that lies beside the weights belongs to the model, under names that only its tokenizer knows.
+# Everything else beside the weights belongs to the model, under names that its tokenizer or code may know.
 _NOT_COPIED = (
     "config.json",
     "README.md",
@@ -80,8 +80,8 @@ def export_model(
     """Write the centre as a Hugging Face directory; a collective of all ranks, rank 0 writes.
 
     Parameters are gathered one at a time, tied ones once, and stored under the names, and in the pieces, that
-    the base model's files have; buffers are copied from these. Everything goes to a temporary directory, which is renamed at the end, so
-    ``out`` either does not exist or is complete.
+    the base model's files have; buffers are copied from these. Everything goes to a temporary directory,
+    which is renamed at the end, so ``out`` either does not exist or is complete.
 
     Args:
         session: Session whose weights have had ``iteration`` updates.

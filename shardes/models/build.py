@@ -1,5 +1,6 @@
 """Building a transformers model without its weights, and naming its parameters."""
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from shardes.errors import UserError
 from shardes.models.checkpoint import Checkpoint, Found, StoredTensor, read_whole, same_values
 from shardes.models.conversion import Conversion
 from shardes.models.files import read_json_object, read_model_config
-from shardes.models.limits import MOST_PARAMETERS, first_line, limited
+from shardes.models.limits import MOST_BYTES, MOST_PARAMETERS, limited, one_line
 
 
 def load_model_config(path: Path, *, trust_remote_code: bool) -> Any:
@@ -47,7 +48,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"model.path: {path}: its tokenizer cannot be loaded: {first_line(error)}") from None
+        raise UserError(f"model.path: {path}: its tokenizer cannot be loaded: {one_line(error)}") from None
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -124,7 +125,12 @@ def largest_parameter(model: PreTrainedModel) -> int:
 
 
 def build_skeleton(
-    model_config: Any, *, dtype: torch.dtype, trust_remote_code: bool, most_parameters: int = MOST_PARAMETERS
+    model_config: Any,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    most_parameters: int = MOST_PARAMETERS,
+    most_bytes: int = MOST_BYTES,
 ) -> PreTrainedModel:
     """Build a model whose parameters are on the meta device and whose buffers are real.
 
@@ -135,18 +141,34 @@ def build_skeleton(
         dtype: Dtype of the parameters.
         trust_remote_code: Whether the model's own Python code may run.
         most_parameters: Number of parameters beyond which the architecture is refused.
+        most_bytes: Memory that building it may take, in bytes.
 
     Raises:
         UserError: No model can be built of it.
     """
-    what = "model.path: no model can be built as config.json describes it"
-    with limited(what, most_parameters=most_parameters):
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                model_config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-        model.tie_weights()
+    what = f"model.path: no model can be built as config.json of {model_config.name_or_path} describes it"
+    try:
+        with limited(what, most_parameters=most_parameters, most_bytes=most_bytes):
+            model_config.return_dict = True  # models answer with tuples otherwise
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(
+                    model_config, dtype=dtype, trust_remote_code=trust_remote_code
+                )
+            model.tie_weights()
+    except UserError as error:
+        if not isinstance(error.__cause__, KeyError):
+            raise
+        # A table of names was asked for one that it does not have.
+        names = _entries_with(model_config.to_dict(), error.__cause__.args[0])
+        raise UserError(f"{error}; this is the value of {' and '.join(names) or 'nothing'}") from None
     return model.eval()
+
+
+def _entries_with(tree: dict[str, Any], value: Any) -> list[str]:
+    """Return the names in a tree of dictionaries that have a value, dotted."""
+    found = [name for name, each in tree.items() if isinstance(each, str | int) and each == value]
+    parts = {name: part for name, part in tree.items() if isinstance(part, dict)}
+    return found + [f"{name}.{inner}" for name, part in parts.items() for inner in _entries_with(part, value)]
 
 
 def build_model(config: Config, checkpoint: Checkpoint) -> tuple[PreTrainedModel, Conversion]:
@@ -168,9 +190,15 @@ def build_model(config: Config, checkpoint: Checkpoint) -> tuple[PreTrainedModel
     path, trust = config.model.path, config.model.trust_remote_code
     model_config = load_model_config(path, trust_remote_code=trust)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
-    # Each tensor of the files becomes one parameter, or a few of them.
-    most = min(MOST_PARAMETERS, 10_000 + 2 * len(checkpoint.tensors))
-    model = build_skeleton(model_config, dtype=dtype, trust_remote_code=trust, most_parameters=most)
+    build = functools.partial(
+        build_skeleton,
+        dtype=dtype,
+        trust_remote_code=trust,
+        # Each tensor of the files becomes one parameter, or a few of them.
+        most_parameters=min(MOST_PARAMETERS, 10_000 + 2 * len(checkpoint.tensors)),
+        most_bytes=2**32 + checkpoint.num_bytes,
+    )
+    model = build(model_config)
     conversion = Conversion(model)
     apart = _different_ties(conversion, checkpoint, dtype=dtype)
     if apart:
@@ -180,10 +208,11 @@ def build_model(config: Config, checkpoint: Checkpoint) -> tuple[PreTrainedModel
         )
         for part in (model_config, model_config.get_text_config()):
             part.tie_word_embeddings = False
-        model = build_skeleton(model_config, dtype=dtype, trust_remote_code=trust, most_parameters=most)
+        model = build(model_config)
         conversion = Conversion(model)
         conversion.is_untied = True
-    buffers = {name: checkpoint.tensors[held] for name, held in conversion.find_buffers(checkpoint.tensors).items()}
+    held = conversion.find_buffers(checkpoint.tensors)
+    buffers = {name: checkpoint.tensors[stored] for name, stored in held.items()}
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     conversion.apply(checkpoint, shapes=shapes)
     checkpoint.check_matches(shapes, aliases=set(conversion.aliases))

@@ -158,6 +158,7 @@ class Checkpoint(TensorReader):
     Attributes:
         tensors: Stored tensors by name; after ``join``, parameters by name.
         buffers: Stored tensors of the model's buffers by name in the files; set by ``Conversion.apply``.
+        num_bytes: Size of the files.
         header_sha256: Hash of all headers: names, shapes, dtypes and offsets.
 
     Raises:
@@ -168,7 +169,9 @@ class Checkpoint(TensorReader):
         self.directory = directory
         tensors: dict[str, StoredTensor] = {}
         digest = hashlib.sha256()
-        for path in weight_files(directory):
+        files = weight_files(directory)
+        self.num_bytes = sum(path.stat().st_size for path in files)
+        for path in files:
             tensors |= stored_tensors(path, on_header=digest.update)
         super().__init__(tensors)
         self.buffers: dict[str, StoredTensor] = {}

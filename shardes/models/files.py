@@ -1,7 +1,7 @@
 """The files of a model directory: which of them are read, and quick checks of them.
 
-The weights are those that transformers would load. Nothing heavy is imported, so that a mistake is answered at
-once.
+The weights are those that transformers would load. Nothing heavy is imported, so that a mistake is answered
+at once.
 """
 
 import importlib.util
@@ -26,6 +26,12 @@ _MAX_JSON_BYTES = 1 << 26
 # More layers, experts or heads than any model has; a loop over such a number would not end.
 _MAX_COUNT = 100_000
 _COUNTS = re.compile(r"(^|_)(layers?|blocks?|experts?|heads?|groups?|depth|labels)$")
+_NUMBERS = re.compile(r"(^|_)(size|dim|heads|layers|experts|window|eps|theta)$")
+# Sizes of which every model has at least one.
+_POSITIVE = re.compile(
+    r"(hidden_size|d_model|n_embd|vocab_size|head_dim|num(_attention|_key_value)?_heads|n_heads?"
+    r"|num_hidden_layers|n_layers?)"
+)
 # What transformers' own distributed saving writes.
 _RANK_FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 # What is read besides weights, by transformers or by the tokenizer.
@@ -48,8 +54,8 @@ def check_model_directory(path: Path) -> None:
     """Refuse a ``model.path`` that is no model directory; quick, and no weights are read.
 
     Raises:
-        UserError: There is no usable config.json, there are no weights, or a file that will be read is a broken
-            link or no file.
+        UserError: There is no usable config.json, there are no weights, or a file that will be read is a
+            broken link or no file.
     """
     if not path.is_dir():
         raise UserError(f"model.path: {describe_path(path)}; {FETCH_HINT}")
@@ -77,6 +83,15 @@ def read_model_config(file: Path) -> dict[str, Any]:
             else f"model.path: {describe_path(file)}; {FETCH_HINT}"
         )
     config = read_json_object(file, key="model.path")
+    text_config = config.get("text_config")
+    for part in (config, text_config if isinstance(text_config, dict) else {}):
+        for name, value in part.items():
+            is_wrong = isinstance(value, str) and _NUMBERS.search(name)
+            if is_wrong or (type(value) is int and value <= 0 and _POSITIVE.fullmatch(name)):
+                wanted = "a number" if is_wrong else "a positive number"
+                raise UserError(
+                    f"model.path: {file}: {name} is {value!r:.80}; wanted: {wanted}. Fetch the file again"
+                )
     for name, value in _numbers(config):
         if _COUNTS.search(name) and abs(value) > _MAX_COUNT:
             raise UserError(
@@ -162,7 +177,8 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / WEIGHTS]
     if (directory / INDEX).is_file():
         return _indexed_files(directory, directory / INDEX)
-    raise UserError(f"model.path: {directory} has no {WEIGHTS} and no {INDEX}, so no weights{_hint(directory)}")
+    hint = _hint(directory)
+    raise UserError(f"model.path: {directory} has no {WEIGHTS} and no {INDEX}, so no weights{hint}")
 
 
 def has_weights(directory: Path) -> bool:
@@ -175,7 +191,7 @@ def has_weights(directory: Path) -> bool:
 def describe_path(path: Path) -> str:
     """Return a path and why it is no file or directory that can be used, for a message."""
     if path.is_symlink() and not path.exists():
-        return f"{path} is a link to {os.readlink(path)}, which does not exist"
+        return f"{path} is a link to {path.readlink()}, which does not exist"
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -204,8 +220,9 @@ def _named_in_config(directory: Path) -> Path | None:
     where = f"model.path: {config}: transformers_weights is {name!r}"
     if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")):
         raise UserError(f"{where}; wanted the name of a safetensors file, or of an index of such files")
-    path = Path(os.path.abspath(directory / name))  # links are not followed, as in transformers
-    if not path.is_relative_to(os.path.abspath(directory)):
+    path = directory / name
+    # As in transformers: a link may lead outside, the name may not.
+    if not os.path.normpath(path.absolute()).startswith(os.path.normpath(directory.absolute()) + os.sep):
         raise UserError(f"{where}, which is not inside the directory")
     if not path.is_file():
         raise UserError(f"{where}, but {describe_path(path)}")
@@ -235,8 +252,9 @@ def _indexed_files(directory: Path, index: Path) -> list[Path]:
         UserError: The file is not an index, or a file is missing.
     """
     weight_map = read_json_object(index, key="model.path").get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-    if not names or not all(isinstance(name, str) for name in names):
+    named = weight_map.values() if isinstance(weight_map, dict) else ()
+    names = [name for name in named if isinstance(name, str)]
+    if not names or len(names) < len(named):
         raise UserError(f"model.path: {index} is damaged: it has no weight_map of file names; fetch it again")
     files = [directory / name for name in sorted(set(names))]
     broken = [describe_path(file) for file in files if file.is_symlink() and not file.exists()]

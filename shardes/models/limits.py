@@ -1,4 +1,4 @@
-"""Limits of time, memory and size for what builds a model, which goes by files that may be damaged or hostile.
+"""Limits of time, memory and size for building a model, which goes by files that may be damaged or hostile.
 
 transformers and the models' own code loop as often, and allocate as much, as config.json says, and raise all
 kinds of exceptions for values that they do not expect.
@@ -10,6 +10,7 @@ import resource
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from shardes.errors import UserError
 
-# The largest published models have some ten thousand, those of remote code with single experts ten times that.
+# The largest published models have ten thousand, or ten times that if each expert has its own.
 MOST_PARAMETERS = 1_000_000
+# Memory for a model of any size: parameters have real storage for a moment, of which nothing is touched.
+MOST_BYTES = 2**38
 _CPU_SECONDS = 60.0
-_MEMORY_BYTES = 8 * 2**30
 
 
 class _TooMuchError(BaseException):
@@ -28,36 +30,38 @@ class _TooMuchError(BaseException):
 
 
 @contextlib.contextmanager
-def limited(what: str, *, most_parameters: int = MOST_PARAMETERS) -> Iterator[None]:
+def limited(
+    what: str, *, most_parameters: int = MOST_PARAMETERS, most_bytes: int = MOST_BYTES
+) -> Iterator[None]:
     """Turn any exception of the block into one message, and end a block that takes too much.
 
     Args:
         what: What failed, with the key and the file, for the message.
         most_parameters: Number of parameters that modules may get in the block.
+        most_bytes: Memory that the process may take in the block.
 
     Raises:
-        UserError: The block raised, or took more processor time, memory or parameters than any model does.
+        UserError: The block raised, or took more processor time, memory or parameters than it may.
     """
     try:
-        with _limited_memory(), _limited_time(), _limited_parameters(most_parameters):
+        with _limited_memory(most_bytes), _limited_time(), _limited_parameters(most_parameters):
             yield
     except UserError:
         raise
     except _TooMuchError as error:
         raise UserError(f"{what}: {error}") from None
     except MemoryError:
-        raise UserError(f"{what}: it takes more memory than any model does without its weights") from None
+        raise UserError(f"{what}: it takes too much memory") from None
     except Exception as error:
-        raise UserError(
-            f"{what}: {type(error).__name__}: {first_line(error)} (a model with code of its own needs "
-            "model.trust_remote_code: true)"
-        ) from error
+        told = one_line(error)
+        is_foreign = "trust_remote_code" in told or "does not recognize this architecture" in told
+        hint = "; a model with code of its own needs model.trust_remote_code: true" if is_foreign else ""
+        raise UserError(f"{what}: {type(error).__name__}: {told}{hint}") from error
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's text, or its type if there is none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:500] if lines else type(error).__name__
+def one_line(error: BaseException) -> str:
+    """Return an exception's text as one line of at most 300 characters, or its type if there is none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -81,16 +85,15 @@ def _limited_time() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _limited_memory() -> Iterator[None]:
-    """Let the process grow by a few GiB in the block, where the system tells how large it is."""
+def _limited_memory(most_bytes: int) -> Iterator[None]:
+    """Let the process grow by so much in the block, where the system tells how large it is."""
     try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limits = [size + _MEMORY_BYTES, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
+    limits = [size + most_bytes, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
     resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
     try:
         yield

@@ -11,7 +11,6 @@ import torch
 from shardes.models.checkpoint import DTYPE_NAMES
 
 
-
 class Sink(Protocol):
     """A file, or a writer in front of one."""
 

@@ -88,7 +88,9 @@ def test_only_the_files_that_an_index_names_are_read(tmp_path):
     tensors = tensors_of(torch.float32)
     save_file(tensors, tmp_path / "one.safetensors")
     (tmp_path / "other.safetensors").write_text("no weights at all")
-    assert "There is one.safetensors, other.safetensors, which transformers does not load" in refusal(tmp_path)
+    assert "There is one.safetensors, other.safetensors, which transformers does not load" in refusal(
+        tmp_path
+    )
     write_index(tmp_path, dict.fromkeys(tensors, "one.safetensors"))
     assert sorted(Checkpoint(tmp_path).tensors) == sorted(tensors)
 
@@ -160,7 +162,10 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         {"a": ENTRY | {"data_offsets": [8, 0]}},
         {"a": ENTRY | {"data_offsets": [-8, 0]}},
         {"a": ENTRY | {"shape": [2**40, 2**40]}},
-        {"a": ENTRY | {"shape": [0], "data_offsets": [0, 0]}, "b": ENTRY | {"shape": [1], "data_offsets": [4, 8]}},
+        {
+            "a": ENTRY | {"shape": [0], "data_offsets": [0, 0]},
+            "b": ENTRY | {"shape": [1], "data_offsets": [4, 8]},
+        },
         b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
         b'"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
         b'{"a":' + b"[" * 100_000,

@@ -73,7 +73,9 @@ def change(directory, edit, *, to="model.safetensors", **config):
     """Rewrites the tensors of model.safetensors, and keys of config.json."""
     tensors = load_file(directory / "model.safetensors")
     tensors = edit(tensors) or tensors
-    save_file({name: t.contiguous() for name, t in tensors.items()}, directory / to, metadata={"format": "pt"})
+    save_file(
+        {name: t.contiguous() for name, t in tensors.items()}, directory / to, metadata={"format": "pt"}
+    )
     configure(directory, **config)
 
 
@@ -92,7 +94,10 @@ def add(**more):
 
 def old_index(directory):
     change(directory, scaled, to="model-00001-of-00001.safetensors")
-    write_index(directory, dict.fromkeys(load_file(directory / "model.safetensors"), "model-00001-of-00001.safetensors"))
+    write_index(
+        directory,
+        dict.fromkeys(load_file(directory / "model.safetensors"), "model-00001-of-00001.safetensors"),
+    )
 
 
 def neighbours(directory):
@@ -174,7 +179,9 @@ def base_model_with_a_head(directory):
 
 def with_more(prefix, **buffers):
     def edit(directory):
-        more = {f"{prefix}{i}.{name.replace('__', '.')}": t.clone() for i in (0, 1) for name, t in buffers.items()}
+        more = {
+            f"{prefix}{i}.{name.replace('__', '.')}": t.clone() for i in (0, 1) for name, t in buffers.items()
+        }
         change(directory, lambda tensors: tensors | more)
 
     return edit
@@ -227,7 +234,10 @@ LIKE_TRANSFORMERS = {
         ),
     ),
     "masks of truth values": ("neox", with_more("gpt_neox.layers.", attention__bias=MASK.bool())),
-    "masks without the prefix": ("gpt2", with_more("h.", attn__bias=MASK, attn__masked_bias=torch.tensor(-1e4))),
+    "masks without the prefix": (
+        "gpt2",
+        with_more("h.", attn__bias=MASK, attn__masked_bias=torch.tensor(-1e4)),
+    ),
     "buffers that count": ("deepseek", bias_of_experts),
 }
 
@@ -342,7 +352,11 @@ def adapter_alone(directory):
 
 REFUSED = {
     "pickle only": ("untied", pickle_only, "pytorch_model.bin is a pickle, which is never loaded"),
-    "variant only": ("untied", other_name, "There is model.fp16.safetensors, which transformers does not load"),
+    "variant only": (
+        "untied",
+        other_name,
+        "There is model.fp16.safetensors, which transformers does not load",
+    ),
     "folder": ("untied", in_a_folder, "weights/model.safetensors.* if they lie in a directory of their own"),
     "shards without index": (
         "sharded",
@@ -371,7 +385,11 @@ REFUSED = {
         lambda d: configure(d, transformers_weights="pytorch_model.bin"),
         "transformers_weights is 'pytorch_model.bin'; wanted the name of a safetensors",
     ),
-    "fewer layers": ("untied", lambda d: configure(d, num_hidden_layers=1, layer_types=None), "unknown to the model"),
+    "fewer layers": (
+        "untied",
+        lambda d: configure(d, num_hidden_layers=1, layer_types=None),
+        "unknown to the model",
+    ),
     "fewer layers of the base model": (
         "tied",
         lambda d: (base_model(d), configure(d, num_hidden_layers=1, layer_types=None)),
@@ -422,7 +440,7 @@ def test_an_adapter_that_transformers_would_apply_is_refused(originals, tmp_path
     directory = shutil.copytree(originals["untied"], tmp_path / "model")
     whole_beside_an_adapter(directory)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    with pytest.raises(UserError, match="holds an adapter .* which transformers would apply"):
+    with pytest.raises(UserError, match=r"holds an adapter .* which transformers would apply"):
         check_model_directory(directory)
 
 
