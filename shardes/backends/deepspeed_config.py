@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from shardes.errors import UserError
+from shardes.utils.json_text import parse_json
 
 
 def _enabled(value: Any) -> bool:
@@ -127,7 +128,7 @@ def make_deepspeed_config(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"parallel.deepspeed: {path} cannot be read ({error.strerror})") from None
     except ValueError as error:

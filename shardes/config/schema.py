@@ -162,6 +162,11 @@ class WeightsConfig(Section):
     in chunks whenever it is read or updated; saves the master's bytes on the accelerator."""
 
 
+def _with_home(value: str | None) -> str | None:
+    """Return the location of a function, ``~`` at its beginning replaced by the home directory."""
+    return str(Path(value).expanduser()) if value is not None and value.startswith("~/") else value
+
+
 class RewardConfig(Section):
     """One of several rewards."""
 
@@ -175,6 +180,8 @@ class RewardConfig(Section):
     """Its name in metrics; null: ``name``, or the function's."""
     arguments: dict[str, Any] = {}
     """Values passed to the function by name, besides the columns."""
+
+    _expand_path = field_validator("path")(_with_home)
 
     @model_validator(mode="after")
     def _one_function(self) -> Self:
@@ -217,6 +224,8 @@ class ProblemSetConfig(Section):
     """Several, which add up, each with a weight. With ``name``, they replace the built-in task's own."""
     metric: Literal["accuracy", "cross_entropy", "log_likelihood"] | None = None
     """Reward of a task that compares likelihoods; null: the task's own."""
+
+    _expand_reward = field_validator("reward")(_with_home)
 
     @field_validator("label_words", mode="before")
     @classmethod
