@@ -21,7 +21,9 @@ from shardes.distributed.stop import Stop
 from shardes.errors import UserError
 from shardes.es.strategy import decay_of, optimizer_of
 from shardes.es.update import Update
+from shardes.models.build import skeleton_of
 from shardes.models.checkpoint import Checkpoint
+from shardes.models.trial import check_forward, may_be_of_model
 from shardes.noise import NOISE_VERSION
 from shardes.noise.kinds.registry import make_kind
 from shardes.utils.progress import progress
@@ -157,7 +159,13 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
             sum(shard.num_elements for shard in weights.trained),
             sum(shard.num_elements for shard in backend.shards),
         )
-        yield Session(config, mesh, backend, weights, identity, PhaseTimer(), stop)
+        try:
+            yield Session(config, mesh, backend, weights, identity, PhaseTimer(), stop)
+        except Exception as error:
+            # A config.json that fits the files' shapes may still describe a model that cannot compute.
+            if may_be_of_model(error):
+                check_forward(skeleton_of(config))
+            raise
 
 
 def _check_shapes(weights: Weights) -> None:
