@@ -78,11 +78,12 @@ class Session:
         Raises:
             UserError: The base model or the noise definition is not the journal's.
         """
-        for key in ("noise_version", "parameters_sha256", "base_weights_digest"):
-            if header[key] != self.identity[key]:
+        for key in ("noise_version", "parameters_sha256", "base_weights_digest", "base_buffers_sha256"):
+            wanted, found = header.get(key), self.identity.get(key)
+            if wanted != found:
                 raise UserError(
-                    f"RUN_DIR {run_dir}: {key} of the run is {header[key]}, but of model.path "
-                    f"{self.config.model.path} it is {self.identity[key]}; give the run its base model back"
+                    f"RUN_DIR {run_dir}: {key} of the run is {wanted}, but of model.path "
+                    f"{self.config.model.path} it is {found}; give the run its base model back"
                 )
 
     def digest(self, *, is_rounded: bool = False, compare: bool = True) -> str:
@@ -204,7 +205,9 @@ def _combined(mesh: Mesh, backend: Backend, digest: int, *, compare: bool) -> st
 
 def _identity(weights: Weights, checkpoint: Checkpoint, base_digest: str) -> dict[str, Any]:
     table = [[shard.param_id, shard.name, list(shard.shape)] for shard in weights.trained]
-    return {
+    # Few models have any; the digest of the weights is of parameters alone.
+    buffers = {"base_buffers_sha256": checkpoint.buffers_sha256()} if checkpoint.buffers else {}
+    return buffers | {
         "noise_version": NOISE_VERSION,
         "shardes_version": VERSION,
         "base_headers_sha256": checkpoint.header_sha256,

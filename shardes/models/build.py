@@ -14,10 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from shardes.config.old_keys import warn_once
 from shardes.config.schema import Config
 from shardes.errors import UserError
-from shardes.models.checkpoint import Checkpoint, Found, StoredTensor, read_whole, same_values
+from shardes.models.checkpoint import Checkpoint, Found, StoredTensor, read_whole
 from shardes.models.conversion import Conversion
 from shardes.models.files import read_json_object, read_model_config
 from shardes.models.limits import MOST_BYTES, MOST_PARAMETERS, limited, one_line
+from shardes.models.ties import different_ties
 
 
 def load_model_config(path: Path, *, trust_remote_code: bool) -> Any:
@@ -195,12 +196,12 @@ def build_model(config: Config, checkpoint: Checkpoint) -> tuple[PreTrainedModel
         dtype=dtype,
         trust_remote_code=trust,
         # Each tensor of the files becomes one parameter, or a few of them.
-        most_parameters=min(MOST_PARAMETERS, 10_000 + 2 * len(checkpoint.tensors)),
+        most_parameters=min(MOST_PARAMETERS, 1000 + 4 * len(checkpoint.tensors)),
         most_bytes=2**32 + checkpoint.num_bytes,
     )
     model = build(model_config)
     conversion = Conversion(model)
-    apart = _different_ties(conversion, checkpoint, dtype=dtype)
+    apart = different_ties(conversion, checkpoint, dtype=dtype)
     if apart:
         warn_once(
             f"model.path: {path}: config.json ties {apart[0]} to another weight, but the files hold two that "
@@ -218,21 +219,6 @@ def build_model(config: Config, checkpoint: Checkpoint) -> tuple[PreTrainedModel
     checkpoint.check_matches(shapes, aliases=set(conversion.aliases))
     _fill_buffers(model, buffers, dtype=dtype)
     return model, conversion
-
-
-def _different_ties(conversion: Conversion, checkpoint: Checkpoint, *, dtype: torch.dtype) -> list[str]:
-    """Return the further names of tied weights whose values in the files are not those of the first name."""
-    joined = conversion.join(checkpoint.tensors)
-    return [
-        alias
-        for alias, name in conversion.aliases.items()
-        if alias in joined
-        and name in joined
-        and not all(
-            same_values(checkpoint.tensors[one], checkpoint.tensors[other], dtype=dtype)
-            for one, other in zip(joined[alias], joined[name], strict=True)
-        )
-    ]
 
 
 def _fill_buffers(model: PreTrainedModel, found: Mapping[str, Found], *, dtype: torch.dtype) -> None:

@@ -4,10 +4,8 @@ Only safetensors is read. A rank reads the bytes of its own elements and no othe
 """
 
 import hashlib
-import json
 import math
 import os
-import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,33 +13,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from shardes.errors import UserError
 from shardes.models.files import weight_files
+from shardes.models.headers import DTYPE_NAMES, DTYPES, quantised_error, read_header
 from shardes.noise.region import Region
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Dtypes that buffers may have, but no parameter.
-_OTHER_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in (DTYPES | _OTHER_DTYPES).items()}
-_MAX_HEADER_BYTES = 100_000_000
 _READ_BYTES = 1 << 28
-_COMPARED_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -178,6 +159,14 @@ class Checkpoint(TensorReader):
         self._pieces: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
         self.header_sha256 = digest.hexdigest()
 
+    def buffers_sha256(self) -> str:
+        """Compute a hash of the buffers: names, dtypes, shapes and values."""
+        digest = hashlib.sha256()
+        for name, stored in sorted(self.buffers.items()):
+            digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
+            digest.update(read_whole(stored).view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
     def join(self, pieces: Mapping[str, Sequence[str]], *, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Replace the files' tensors by the model's parameters; a second call changes nothing.
 
@@ -229,7 +218,7 @@ class Checkpoint(TensorReader):
         for name, found in self.tensors.items():
             for stored, *_ in found.find(0, math.prod(found.shape)):
                 if stored.dtype not in DTYPES.values():
-                    raise _quantised(f"model.path: {stored.path}: {name}", DTYPE_NAMES[stored.dtype])
+                    raise quantised_error(f"model.path: {stored.path}: {name}", DTYPE_NAMES[stored.dtype])
         missing = sorted(set(shapes) - set(self.tensors))
         extra = sorted(set(self.tensors) - set(shapes) - aliases)
         if missing or extra:
@@ -261,123 +250,18 @@ def stored_tensors(
         UserError: The file is damaged or cut short, or holds a dtype that torch does not have.
         OSError: It cannot be read.
     """
-    header, entries = _read_header(path)
+    header, entries = read_header(path)
     on_header(header)
-    base, size = 8 + len(header), path.stat().st_size
-    tensors: dict[str, StoredTensor] = {}
-    for name, entry in entries.items():
-        if name == "__metadata__":
-            continue
-        where = f"model.path: {path}: {name}"
-        if not _is_entry(entry):
-            raise UserError(f"{where}: its entry in the header is damaged; fetch the file again")
-        dtype = DTYPES.get(entry["dtype"]) or _OTHER_DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise _quantised(where, entry["dtype"])
-        begin, end = entry["data_offsets"]
-        stored = StoredTensor(path, base + begin, dtype, tuple(entry["shape"]))
-        wanted = stored.num_elements * stored.dtype.itemsize
-        if end - begin != wanted:
-            raise UserError(
-                f"{where} has {end - begin} bytes, but its shape {stored.shape} and dtype "
-                f"{entry['dtype']} take {wanted}; fetch the file again"
-            )
-        if base + end > size:
-            raise UserError(
-                f"{where} should end at byte {base + end}, but the file is cut short at {size}; fetch or "
-                "copy it again"
-            )
-        tensors[name] = stored
-    end = base
-    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_elements)):
-        if stored.offset != end:
-            raise UserError(
-                f"model.path: {path}: {name} begins at byte {stored.offset}, but what is before it ends at "
-                f"{end}; fetch the file again"
-            )
-        end += stored.num_elements * stored.dtype.itemsize
-    if end != size:
-        raise UserError(f"model.path: {path} has {size - end} bytes that belong to no tensor; fetch it again")
-    return tensors
+    return {name: StoredTensor(path, *entry) for name, entry in entries.items()}
 
 
 def read_whole(stored: StoredTensor) -> torch.Tensor:
     """Read a whole tensor in the dtype and shape that it has in its file."""
-    num_bytes = stored.num_elements * stored.dtype.itemsize
-    if num_bytes == 0:
-        return torch.empty(stored.shape, dtype=stored.dtype)
-    descriptor = os.open(stored.path, os.O_RDONLY)
-    try:
-        data = _read_exactly(descriptor, num_bytes, stored.offset)
-    finally:
-        os.close(descriptor)
-    return torch.frombuffer(data, dtype=stored.dtype).view(stored.shape)
-
-
-def same_values(one: Found, other: Found, *, dtype: torch.dtype) -> bool:
-    """Return whether two stored tensors have the same shape, and the same values once they are rounded.
-
-    Args:
-        one: A tensor of the files.
-        other: Another.
-        dtype: Dtype in which they are compared.
-    """
-    if one.shape != other.shape:
-        return False
-    reader, size = TensorReader({"one": one, "other": other}), math.prod(one.shape)
-    for start in range(0, size, _COMPARED_ELEMENTS):
-        length = min(_COMPARED_ELEMENTS, size - start)
-        region, parts = Region(0, size, start, length), []
-        for name in reader.tensors:
-            parts.append(torch.empty(length, dtype=dtype))
-            reader.read(name, region=region, out=parts[-1])
-        if not torch.equal(*parts):
-            return False
-    return True
-
-
-def _quantised(where: str, dtype: str) -> UserError:
-    return UserError(
-        f"{where} is stored as {dtype}; wanted one of {sorted(DTYPES)}. Quantised weights cannot be "
-        "perturbed: use the model's unquantised version"
-    )
-
-
-def _is_entry(entry: Any) -> bool:
-    """Return whether an entry of a header has a dtype, a shape and two offsets."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
-        return False
-    numbers = [entry.get("shape"), entry.get("data_offsets")]
-    if not all(isinstance(n, list) and all(type(i) is int and i >= 0 for i in n) for n in numbers):
-        return False
-    return len(entry["data_offsets"]) == 2
-
-
-def _read_header(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """Return the header of a file as it is, and its entries by name."""
-
-    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a name is there twice")
-        return found
-
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > min(size - 8, _MAX_HEADER_BYTES):
-            raise UserError(f"model.path: {path} is not a safetensors file, or is cut short; fetch it again")
-        header = file.read(length)
-    try:
-        entries = json.loads(header, object_pairs_hook=without_repeats)
-    except (ValueError, RecursionError):
-        entries = None
-    if not isinstance(entries, dict):
-        raise UserError(
-            f"model.path: {path}: its header is not a JSON object with different names; fetch the file again"
-        )
-    return header, entries
+    size = stored.num_elements
+    values = torch.empty(size, dtype=stored.dtype)
+    if size:
+        TensorReader({"": stored}).read("", region=Region(0, size, 0, size), out=values)
+    return values.view(stored.shape)
 
 
 def _read_exactly(descriptor: int, num_bytes: int, offset: int) -> bytearray:

@@ -8,13 +8,13 @@ import importlib.util
 import json
 import os
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from shardes.config.old_keys import warn_once
 from shardes.errors import UserError
+from shardes.utils.paths import describe_path
 
 FETCH_HINT = (
     "give a local model directory (fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
@@ -186,25 +186,6 @@ def has_weights(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (WEIGHTS, INDEX)) or (
         (directory / "config.json").is_file() and _named_in_config(directory) is not None
     )
-
-
-def describe_path(path: Path) -> str:
-    """Return a path and why it is no file or directory that can be used, for a message."""
-    if path.is_symlink() and not path.exists():
-        return f"{path} is a link to {path.readlink()}, which does not exist"
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return f"{path} does not exist"
-    kinds = {
-        stat.S_IFDIR: "a directory",
-        stat.S_IFREG: "a file, and not a directory",
-        stat.S_IFIFO: "a pipe, and not a file",
-        stat.S_IFSOCK: "a socket, and not a file",
-        stat.S_IFCHR: "a device, and not a file",
-        stat.S_IFBLK: "a device, and not a file",
-    }
-    return f"{path} is {kinds.get(stat.S_IFMT(mode), 'no file')}"
 
 
 def _named_in_config(directory: Path) -> Path | None:

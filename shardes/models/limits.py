@@ -54,6 +54,8 @@ def limited(
         raise UserError(f"{what}: it takes too much memory") from None
     except Exception as error:
         told = one_line(error)
+        if "can't allocate memory" in told:
+            raise UserError(f"{what}: it takes too much memory: {told.rpartition(': ')[2]}") from None
         is_foreign = "trust_remote_code" in told or "does not recognize this architecture" in told
         hint = "; a model with code of its own needs model.trust_remote_code: true" if is_foreign else ""
         raise UserError(f"{what}: {type(error).__name__}: {told}{hint}") from error

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from shardes.models.checkpoint import DTYPE_NAMES
+from shardes.models.headers import DTYPE_NAMES
 
 
 class Sink(Protocol):

@@ -10,8 +10,9 @@ from shardes.models.limits import one_line
 
 # Errors of torch about shapes.
 _SHAPES = re.compile(
-    r"must match the size|Attempting to broadcast|cannot be multiplied|is invalid for input of size|size mismatch|must be divisible"
-    r"|Expected size|split_with_sizes|normalized_shape|expanded size|same number of"
+    r"must match the size|Attempting to broadcast|cannot be multiplied|is invalid for input of size"
+    r"|size mismatch|must be divisible|Expected size|split_with_sizes|normalized_shape|expanded size"
+    r"|same number of"
 )
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from shardes.errors import UserError
 from shardes.models import checkpoint as checkpoint_module
+from shardes.models import headers
 from shardes.models.checkpoint import Checkpoint
 from shardes.noise import Region
 from tests.helpers.safetensors_files import write_index, write_raw, write_sharded
@@ -191,7 +192,7 @@ def test_the_plain_header_of_those_cases_is_accepted(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["I8", "I32", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F4"])
 def test_integers_and_quantised_weights_are_refused(tmp_path, dtype):
-    num_bytes = 4 if dtype == "F4" else 4 * checkpoint_module._OTHER_DTYPES[dtype].itemsize
+    num_bytes = 4 if dtype == "F4" else 4 * headers.ANY_DTYPES[dtype].itemsize
     entry = {"dtype": dtype, "shape": [4], "data_offsets": [0, num_bytes]}
     write_raw(tmp_path / "model.safetensors", {"a.qweight": entry}, bytes(num_bytes))
     with pytest.raises(UserError) as caught:

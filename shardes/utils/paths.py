@@ -1,0 +1,23 @@
+"""Paths in messages."""
+
+import stat
+from pathlib import Path
+
+
+def describe_path(path: Path) -> str:
+    """Return a path and why it is no file or directory that can be used, for a message."""
+    if path.is_symlink() and not path.exists():
+        return f"{path} is a link to {path.readlink()}, which does not exist"
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return f"{path} does not exist"
+    kinds = {
+        stat.S_IFDIR: "a directory",
+        stat.S_IFREG: "a file, and not a directory",
+        stat.S_IFIFO: "a pipe, and not a file",
+        stat.S_IFSOCK: "a socket, and not a file",
+        stat.S_IFCHR: "a device, and not a file",
+        stat.S_IFBLK: "a device, and not a file",
+    }
+    return f"{path} is {kinds.get(stat.S_IFMT(mode), 'no file')}"
