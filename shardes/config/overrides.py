@@ -1,6 +1,8 @@
 """``a.b=value`` on the command line: the value as it was typed where the key wants a text, else as YAML."""
 
 import contextlib
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -28,13 +30,18 @@ def parse_override(override: str) -> tuple[str, Any]:
             f"override {override!r}: must look like section.key=value, for example es.sigma=0.001"
         )
     try:
-        override.encode()
-    except UnicodeEncodeError:
+        # Where the locale is not UTF-8, Python leaves other bytes as halves of surrogates.
+        key, text = (os.fsencode(part).decode("utf-8") for part in (key, text))
+        kinds = _kinds_of(annotation_of(current_name(key).split(".")))
+        if Path in kinds:
+            os.fsencode(text)
+    except UnicodeError:
         raise UserError(
-            f"override {override!r}: is not UTF-8 text; set the terminal's or the job's encoding to UTF-8"
+            f"override {override!r}: is not UTF-8 text, or this job's locale has no such file names "
+            f"({sys.getfilesystemencoding()}); set LC_ALL=C.UTF-8"
         ) from None
     try:
-        return key, _value(text, _kinds_of(annotation_of(current_name(key).split("."))))
+        return key, _value(text, kinds)
     except YamlError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML: {error}; quote it") from None
 

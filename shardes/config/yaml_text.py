@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-MAX_BYTES = 1 << 18
+MAX_BYTES = 1 << 17
+_MAX_DEPTH = 50
 # Values of a file once every alias is replaced by what it stands for.
 _MAX_VALUES = 100_000
 
@@ -20,6 +21,22 @@ class YamlError(ValueError):
 
 class _Loader(yaml.SafeLoader):
     """A loader without the surprises of YAML 1.1."""
+
+    flow_level: int
+    indents: list[int]
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803 - PyYAML's name
+        """Refuse what is too deep at once: PyYAML looks far ahead."""
+        if self.flow_level >= _MAX_DEPTH:
+            raise YamlError("it is nested too deeply")
+        super().fetch_flow_collection_start(TokenClass)
+
+    def add_indent(self, column: int) -> bool:
+        """Refuse what is too deep at once."""
+        if len(self.indents) >= _MAX_DEPTH:
+            raise YamlError("it is nested too deeply")
+        added: bool = super().add_indent(column)
+        return added
 
 
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"

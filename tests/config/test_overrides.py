@@ -126,7 +126,7 @@ def test_a_value_is_what_was_typed(file, override, wanted):
         ("task.columns={a: b, a: c}", "the key 'a' is given twice"),
         ("task.columns=" + "[" * 5000, "nested too deeply"),
         ("run.dir=~nobody.has.this.name/x", r"run\.dir: got ~nobody.* home directory is not known"),
-        ("run.dir=a\udce9b", r"override 'run\.dir=a\\udce9b': is not UTF-8 text"),
+        ("run.dir=a\udce9b", r"override 'run\.dir=a\\udce9b': is not UTF-8 text, or this job"),
         ("run.dïr=x", r"run\.dïr: unknown key; did you mean 'run\.dir'"),
     ],
     ids=lambda value: value[:30].encode(errors="replace").decode(),
@@ -158,7 +158,8 @@ MERGES = "a: &a {x: 1}\n" + "".join(
         ("es: &a {b: *a}", "an alias stands for what it is a part of"),
         ("es: " + "[" * 100_000, "nested too deeply"),
         ("es: " + "{a: " * 2000, "nested too deeply"),
-        ("x" * 300_000, "more than 262144 bytes"),
+        ("es:\n " + "- " * 2000, "nested too deeply"),
+        ("x" * 300_000, "more than 131072 bytes"),
     ],
     ids=lambda value: value[:30],
 )
@@ -183,7 +184,7 @@ def test_anchors_merges_and_numbers_in_files(tmp_path):
     assert (config.model.path, config.run.dir) == (Path.home() / "m", Path("2024-01-31"))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.text(st.characters(codec="utf-8"), max_size=12) | st.from_regex(r"[-+0-9._:exEabn]{1,8}"))
 def test_texts_come_back_from_the_config_of_a_run(text):
     tree = TREE | {"task": TREE["task"] | {"system": text, "template": text}}
@@ -214,21 +215,3 @@ def test_the_command_line_takes_names_that_are_not_ascii(tmp_path, file):
     result = call("train", "--config", file, "run.dir=größe", "model.path=ñandú")
     assert result.returncode == 2
     assert "model.path: ñandú does not exist" in result.stderr
-
-
-def test_a_deepspeed_file_with_a_key_twice_is_refused(tmp_path):
-    from shardes.backends.deepspeed_config import make_deepspeed_config
-
-    (tmp_path / "ds.json").write_text(
-        '{"zero_optimization": {"stage": 3}, "zero_optimization": {"stage": 3}}'
-    )
-    with pytest.raises(UserError, match=r"ds\.json is not JSON: the name 'zero_optimization' is given twice"):
-        make_deepspeed_config(
-            tmp_path / "ds.json",
-            dtype=None,
-            micro_batch_size=1,
-            world_size=1,
-            hidden_size=8,
-            largest_layer=8,
-            largest_parameter=8,
-        )
