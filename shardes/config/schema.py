@@ -26,7 +26,7 @@ class ModelConfig(Section):
     """The base model."""
 
     path: Path
-    """A local directory in Hugging Face format, with safetensors weights and a tokenizer."""
+    """A local directory in Hugging Face format, with safetensors weights and a tokenizer (docs/models.md)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """The dtype of the weights that generate, and of the exported model."""
     trust_remote_code: bool = False
