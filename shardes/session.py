@@ -165,7 +165,7 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
         except Exception as error:
             # A config.json that fits the files' shapes may still describe a model that cannot compute.
             if may_be_of_model(error):
-                check_forward(skeleton_of(config))
+                check_forward(skeleton_of(config), like=error)
             raise
 
 

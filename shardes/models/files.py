@@ -63,7 +63,7 @@ def check_model_directory(path: Path) -> None:
     weight_files(path)
     for pattern in _READ:
         for file in sorted(path.glob(pattern)):
-            if not file.is_file() and (file.is_symlink() or not file.is_dir()):
+            if not file.is_file() and not file.is_dir():
                 raise UserError(f"model.path: {describe_path(file)}; fetch it again, or remove it")
 
 
@@ -255,6 +255,7 @@ def _hint(directory: Path) -> str:
         if os.path.lexists(directory / name):
             return f": {describe_path(directory / name)}; fetch it again"
     pickled = sorted(path.name for path in directory.glob("*.bin"))
+    packed = sorted(path.name for path in directory.glob("*.gguf"))
     found = [path for pattern in ("*.safetensors", "*/*.safetensors") for path in directory.glob(pattern)]
     others = sorted(str(path.relative_to(directory)) for path in found)
     if others:
@@ -265,6 +266,8 @@ def _hint(directory: Path) -> str:
         )
     if pickled:
         return f"; {pickled[0]} is a pickle, which is never loaded: convert it to safetensors"
+    if packed:
+        return f"; {packed[0]} is not read: load it with transformers (gguf_file={packed[0]!r}), and save it again"
     return ". " + FETCH_HINT[0].upper() + FETCH_HINT[1:]
 
 

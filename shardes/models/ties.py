@@ -25,11 +25,16 @@ def different_ties(conversion: Conversion, checkpoint: Checkpoint, *, dtype: tor
         for alias, name in conversion.aliases.items()
         if alias in joined
         and name in joined
-        and not all(
-            _same_values(checkpoint.tensors[one], checkpoint.tensors[other], dtype=dtype)
-            for one, other in zip(joined[alias], joined[name], strict=True)
-        )
+        and not _are_same(joined[alias], joined[name], checkpoint, dtype)
     ]
+
+
+def _are_same(ones: list[str], others: list[str], checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
+    """Return whether the tensors that make up one parameter have the values of another's."""
+    return len(ones) == len(others) and all(
+        _same_values(checkpoint.tensors[one], checkpoint.tensors[other], dtype=dtype)
+        for one, other in zip(ones, others, strict=True)
+    )
 
 
 def _same_values(one: Found, other: Found, *, dtype: torch.dtype) -> bool:

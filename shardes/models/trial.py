@@ -22,11 +22,12 @@ def may_be_of_model(error: Exception) -> bool:
     return is_of_shapes or isinstance(error, TypeError | ZeroDivisionError)
 
 
-def check_forward(model: PreTrainedModel) -> None:
+def check_forward(model: PreTrainedModel, *, like: Exception) -> None:
     """Run a forward of two tokens on the meta device, where only shapes are computed.
 
     Args:
         model: Model whose parameters are on meta; it becomes unusable.
+        like: Exception that something raised; only one of its type counts.
 
     Raises:
         UserError: Shapes or types of its configuration do not fit each other.
@@ -42,7 +43,7 @@ def check_forward(model: PreTrainedModel) -> None:
                 model.to("meta")(ids, attention_mask=mask, use_cache=False)
         except Exception as error:
             # Anything else may mean that the model cannot run without numbers.
-            if may_be_of_model(error):
+            if may_be_of_model(error) and type(error) is type(like):
                 found = found or error
         else:
             return

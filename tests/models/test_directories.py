@@ -192,6 +192,14 @@ def other_parts(directory):
     change(directory, lambda tensors: tensors | more)
 
 
+def gpt2_as_published(directory):
+    def edit(tensors):
+        plain = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        return plain | {f"h.{i}.attn.bias": MASK.clone() for i in (0, 1)}
+
+    change(directory, edit)
+
+
 def bias_of_experts(directory):
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
     change(directory, lambda tensors: tensors | {name: torch.tensor([0.5, -0.25, 0.125, 1.0])})
@@ -238,6 +246,7 @@ LIKE_TRANSFORMERS = {
         "gpt2",
         with_more("h.", attn__bias=MASK, attn__masked_bias=torch.tensor(-1e4)),
     ),
+    "masks without the prefix, as its parameters": ("gpt2", gpt2_as_published),
     "buffers that count": ("deepseek", bias_of_experts),
 }
 
@@ -371,6 +380,11 @@ REFUSED = {
         other_name,
         "There is model.fp16.safetensors, which transformers does not load",
     ),
+    "gguf only": (
+        "untied",
+        lambda d: (d / "model.safetensors").rename(d / "model.gguf"),
+        r"model\.gguf is not read: load it with transformers",
+    ),
     "folder": ("untied", in_a_folder, "weights/model.safetensors.* if they lie in a directory of their own"),
     "shards without index": (
         "sharded",
@@ -448,6 +462,27 @@ def test_what_cannot_be_loaded_is_refused_with_its_reason(directory, edit, messa
     edit(directory)
     with pytest.raises(UserError, match=rf"(?s)^model\.path: .*{message}"):
         load(tmp_path, directory, "float32")
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_a_model_that_fits_its_files_and_cannot_compute_is_refused(originals, tmp_path, heads):
+    # One matrix has queries, keys and values here, so that its shape does not depend on the number of heads.
+    directory = shutil.copytree(originals["neox"], tmp_path / "model")
+    configure(directory, num_attention_heads=heads)
+    config = make_config(tmp_path, model=directory, run_dir=tmp_path / "run")
+    with (
+        pytest.raises(
+            UserError, match=r"config\.json of .* describes a model that cannot compute: RuntimeError"
+        ),
+        open_session(config) as session,
+    ):
+        session.backend.sharded_model(IDS)
+
+
+def test_other_failures_stay_what_they_are(originals, tmp_path):
+    config = make_config(tmp_path, model=originals["neox"], run_dir=tmp_path / "run")
+    with pytest.raises(RuntimeError, match="must match the size"), open_session(config):
+        torch.ones(2) + torch.ones(3)
 
 
 def test_an_adapter_that_transformers_would_apply_is_refused(originals, tmp_path, monkeypatch):

@@ -49,5 +49,5 @@ def test_a_broken_model_directory_is_answered_with_one_message(config, case):
 @pytest.mark.parametrize(("config", "case"), [(case, case) for case in BROKEN], indirect=["config"])
 def test_the_same_on_the_command_line(config, case):
     command = [sys.executable, "-m", "shardes", "train", "--config", str(config)]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    found = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     check(found, case, config)
