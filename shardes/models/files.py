@@ -57,7 +57,7 @@ def check_model_directory(path: Path) -> None:
         UserError: There is no usable config.json, there are no weights, or a file that will be read is a
             broken link or no file.
     """
-    if not path.is_dir():
+    if os.path.lexists(path) and not path.is_dir():
         raise UserError(f"model.path: {describe_path(path)}; {FETCH_HINT}")
     read_model_config(path / "config.json")
     weight_files(path)
@@ -162,7 +162,7 @@ def weight_files(directory: Path) -> list[Path]:
             besides.
     """
     if not directory.is_dir():
-        raise UserError(f"model.path: {describe_path(directory)}; {FETCH_HINT}")
+        raise UserError(f"model.path: {directory} is not a directory; {FETCH_HINT}")
     of_ranks = sorted(file.name for file in directory.iterdir() if _RANK_FILE.fullmatch(file.name))
     if of_ranks:
         raise UserError(
@@ -177,8 +177,7 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / WEIGHTS]
     if (directory / INDEX).is_file():
         return _indexed_files(directory, directory / INDEX)
-    hint = _hint(directory)
-    raise UserError(f"model.path: {directory} has no {WEIGHTS} and no {INDEX}, so no weights{hint}")
+    raise UserError(f"model.path: {directory} {_what_it_has(directory)}")
 
 
 def has_weights(directory: Path) -> bool:
@@ -249,26 +248,27 @@ def _indexed_files(directory: Path, index: Path) -> list[Path]:
     return files
 
 
-def _hint(directory: Path) -> str:
+def _what_it_has(directory: Path) -> str:
     """Return what a directory without weights has instead, and what to do about it."""
     for name in (WEIGHTS, INDEX):
         if os.path.lexists(directory / name):
-            return f": {describe_path(directory / name)}; fetch it again"
-    pickled = sorted(path.name for path in directory.glob("*.bin"))
-    packed = sorted(path.name for path in directory.glob("*.gguf"))
+            return f"has no weights: {describe_path(directory / name)}; fetch it again"
     found = [path for pattern in ("*.safetensors", "*/*.safetensors") for path in directory.glob(pattern)]
     others = sorted(str(path.relative_to(directory)) for path in found)
     if others:
         return (
-            f". There is {_listed(others)}, which transformers does not load by that name: if these are the "
-            f"weights, rename one file to {WEIGHTS} or write {INDEX} for several; if they lie in a directory "
-            "of their own, give that"
+            f"has no {WEIGHTS} and no {INDEX}, so no weights. There is {_listed(others)}, which transformers "
+            f"does not load by that name: if these are the weights, rename one file to {WEIGHTS} or write "
+            f"{INDEX} for several; if they lie in a directory of their own, give that"
         )
+    pickled = sorted(path.name for path in directory.glob("*.bin"))
+    packed = sorted(path.name for path in directory.glob("*.gguf"))
+    hint = "fetch it again"
     if pickled:
-        return f"; {pickled[0]} is a pickle, which is never loaded: convert it to safetensors"
-    if packed:
-        return f"; {packed[0]} is not read: load it with transformers (gguf_file={packed[0]!r}), and save it again"
-    return ". " + FETCH_HINT[0].upper() + FETCH_HINT[1:]
+        hint = f"{pickled[0]} is a pickle, which is never loaded: convert it to safetensors"
+    elif packed:
+        hint = f"{packed[0]} is not read: load it with transformers (gguf_file=...), and save it again"
+    return f"has no *.safetensors files, so no weights; {hint}"
 
 
 def _listed(names: list[str], limit: int = 5) -> str:

@@ -17,7 +17,7 @@ from shardes.errors import UserError
 from shardes.tasks.base import Row
 from shardes.tasks.rows import shown
 from shardes.utils.json_text import parse_json
-from shardes.utils.paths import describe_path
+from shardes.utils.paths import path_problem
 
 _INSTALL = "install it with: pip install 'shardes[data]'"
 
@@ -120,8 +120,8 @@ def _read(source: Path, key: str) -> Iterator[tuple[str, Any]]:
         return _of_data_set(_from_disk(directory, split, key))
     if not source.is_file():
         raise UserError(
-            f"{key}: {describe_path(source)}, so it cannot be read; give the path of a file of problems "
-            "(.jsonl, .json, .csv, .tsv or .parquet), the directory of a data set saved to disk, or hf:NAME "
+            f"{key}: {source} cannot be read (it {path_problem(source)}); give the path of a file of "
+            "problems (.jsonl, .json, .csv, .tsv or .parquet), the directory of a data set saved to disk, or hf:NAME "
             "for one of the Hugging Face hub"
         )
     suffix = source.suffix.lower()

@@ -214,4 +214,4 @@ def test_a_message_shows_no_more_of_a_value_than_is_needed(file):
 def test_the_command_line_takes_names_that_are_not_ascii(tmp_path, file):
     result = call("train", "--config", file, "run.dir=größe", "model.path=ñandú")
     assert result.returncode == 2
-    assert "model.path: ñandú does not exist" in result.stderr
+    assert "model.path: ñandú/config.json does not exist" in result.stderr

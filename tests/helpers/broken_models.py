@@ -105,7 +105,7 @@ BROKEN = {
     ),
     "no weights": (
         remove("model.safetensors"),
-        "has no model.safetensors and no model.safetensors.index.json",
+        "has no *.safetensors files, so no weights",
     ),
     "weights cut short": (cut_short, "the file is cut short"),
     "header of a huge shape": (

@@ -120,13 +120,13 @@ def refusal(directory):
 
 def test_a_directory_that_is_none_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    assert "none does not exist" in refusal(tmp_path / "none")
-    assert "file is a file, and not a directory" in refusal(tmp_path / "file")
+    for path in (tmp_path / "none", tmp_path / "file"):
+        assert "is not a directory" in refusal(path)
 
 
 def test_a_directory_without_safetensors_is_refused_and_a_pickle_is_called_one(tmp_path):
     message = refusal(tmp_path)
-    assert "has no model.safetensors and no model.safetensors.index.json" in message
+    assert "has no *.safetensors files" in message
     assert "pickle" not in message
     torch.save(tensors_of(torch.float32), tmp_path / "pytorch_model.bin")
     assert "pytorch_model.bin is a pickle, which is never loaded" in refusal(tmp_path)

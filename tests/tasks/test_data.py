@@ -212,9 +212,11 @@ def test_json_that_loses_a_value_or_is_too_deep_is_refused(tmp_path, name, conte
 def test_a_broken_link_and_a_pipe_are_called_what_they_are(tmp_path):
     (tmp_path / "link.jsonl").symlink_to("nowhere.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
-    with pytest.raises(UserError, match=r"link\.jsonl is a link to nowhere\.jsonl, which does not exist"):
+    with pytest.raises(
+        UserError, match=r"link\.jsonl cannot be read .it is a link to nowhere\.jsonl, which does not exist"
+    ):
         read(tmp_path / "link.jsonl")
-    with pytest.raises(UserError, match=r"pipe\.jsonl is a pipe, and not a file"):
+    with pytest.raises(UserError, match=r"pipe\.jsonl cannot be read .it is a pipe, and not a file"):
         read(tmp_path / "pipe.jsonl")
 
 
