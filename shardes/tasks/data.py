@@ -121,8 +121,8 @@ def _read(source: Path, key: str) -> Iterator[tuple[str, Any]]:
     if not source.is_file():
         raise UserError(
             f"{key}: {source} cannot be read (it {path_problem(source)}); give the path of a file of "
-            "problems (.jsonl, .json, .csv, .tsv or .parquet), the directory of a data set saved to disk, or hf:NAME "
-            "for one of the Hugging Face hub"
+            "problems (.jsonl, .json, .csv, .tsv or .parquet), the directory of a data set saved to disk, "
+            "or hf:NAME for one of the Hugging Face hub"
         )
     suffix = source.suffix.lower()
     if suffix == ".parquet":
