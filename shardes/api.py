@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shardes.config.consent import check_consent
 from shardes.config.loading import parse_config, read_tree
 from shardes.config.old_keys import apply_changes
 from shardes.config.schema import Config
+from shardes.distributed.place import read_place
 from shardes.distributed.stop import Stop, Stopped
 from shardes.errors import UserError
 from shardes.models.files import check_model_directory
@@ -67,22 +69,28 @@ class TrainConfig:
         task = {"data": "data.jsonl"} | tree["task"]
         if not any(task.get(key) for key in ("name", "reward", "rewards")):
             task["reward"] = "given:later"
-        checked = parse_config(tree | {"task": task}, source="TrainConfig")
-        self.run_dir = checked.run.dir
-        self.has_named_task = checked.task.name is not None
+        self._checked = parse_config(tree | {"task": task}, source="TrainConfig")
+        self.run_dir = self._checked.run.dir
+        self.has_named_task = self._checked.task.name is not None
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *overrides: str) -> "TrainConfig":
+    def load(
+        cls, path: str | os.PathLike[str], *overrides: str, trust_remote_code: bool = False
+    ) -> "TrainConfig":
         """Read a YAML file.
 
         Args:
             path: Path of the file.
             *overrides: Changes of keys, as on the command line: ``"es.sigma=0.002"``.
+            trust_remote_code: Whether a file in a run directory may name code and the like: see
+                docs/durability.md. Other files may anyway.
 
         Raises:
-            UserError: The file cannot be read, or a key or value is wrong.
+            UserError: The file cannot be read, a key or value is wrong, or it names what it may not.
         """
-        return cls(**read_tree(Path(path), list(overrides)))
+        config = cls(**read_tree(Path(path), list(overrides)))
+        check_consent(config._checked, Path(path), list(overrides), is_trusted=trust_remote_code)
+        return config
 
     def resolve(self, task: Mapping[str, Any]) -> Config:
         """Return the validated configuration, with some keys of ``task`` replaced.
@@ -152,7 +160,7 @@ class Trainer:
         on_iteration: Callback | Sequence[Callback] = (),
         on_evaluation: Callback | Sequence[Callback] = (),
     ) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1") or read_place().world_size > 1:
             raise UserError(
                 f"Trainer: it works in one process, and this is one of {os.environ['WORLD_SIZE']}; train on "
                 "several with: torchrun ... -m shardes train --config FILE"
@@ -236,6 +244,7 @@ class Trainer:
             Path(out),
             iteration=None if iteration is None else str(iteration),
             base=self.config.model.path,
+            is_trusted=self.config.model.trust_remote_code,
         )
         return Path(out)
 

@@ -14,13 +14,14 @@ from annotated_types import Gt
 from click.core import ParameterSource
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from shardes.backends.registry import BACKENDS
-from shardes.config.loading import load_config
+from shardes.config.consent import load_trusted
 from shardes.config.old_keys import warn_once
-from shardes.distributed.stop import Stopped, stop_signals
-from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, StorageError, UserError
+from shardes.config.schema import Config
+from shardes.distributed.place import Place, read_place
+from shardes.distributed.stop import Stop, Stopped, stop_signals
+from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, JobError, StorageError, UserError
 from shardes.models.files import check_model_directory
-from shardes.monitor.commands import COMMANDS
+from shardes.monitor.commands import BACKEND, BASE, COMMANDS, TRUST
 from shardes.planning.machine import Machine
 from shardes.rewards.pool import make_reward_runner
 from shardes.runs.directory import read_run, write_lines
@@ -61,18 +62,25 @@ def cli() -> None:
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.option("--config", "config_path", type=_PATH, required=True, help="The run's YAML file.")
 @click.option("--dry-run", is_flag=True, help="Evaluate one member on two prompts, print a plan, and end.")
+@TRUST
 @click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False)
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
-def train(config_path: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
+def train(config_path: Path, dry_run: bool, is_trusted: bool, overrides: tuple[str, ...]) -> None:
     """Train, or go on with a run that stopped.
 
     KEY=VALUE changes a key of the file, for example es.sigma=0.002. Start it with deepspeed, torchrun or
     accelerate launch to use several ranks.
     """
-    config = load_config(config_path, list(overrides))
     # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
+    place = read_place()
+    with stop_signals(num_ranks=place.world_size) as stop:
+        config = load_trusted(config_path, list(overrides), is_trusted=is_trusted)
+        _train(config, place=place, stop=stop, dry_run=dry_run)
+
+
+def _train(config: Config, *, place: Place, stop: Stop, dry_run: bool) -> None:
     check_model_directory(config.model.path)
-    if os.environ.get("RANK", "0") == "0":  # whose metrics they are told
+    if place.rank == 0:  # whose metrics they are told
         check_trackers(config.log.report_to)
     task, heldout_sets = load_tasks(config)
     # Processes for rewards come before threads, process groups and accelerators.
@@ -82,29 +90,31 @@ def train(config_path: Path, dry_run: bool, overrides: tuple[str, ...]) -> None:
         from shardes.utils.logs import configure_logging, tell_user
 
         configure_logging()
-        with stop_signals() as stop:
-            try:
-                with open_session(config, stop=stop) as session:
-                    if not dry_run:
-                        make_training_loop(session, task, rewards=rewards, heldout_sets=heldout_sets).train()
-                        return
-                    from shardes.planning.dry_run import dry_run as try_member
+        try:
+            with open_session(config, stop=stop) as session:
+                if not dry_run:
+                    make_training_loop(session, task, rewards=rewards, heldout_sets=heldout_sets).train()
+                    return
+                from shardes.planning.dry_run import dry_run as try_member
 
-                    lines = try_member(session, task, rewards=rewards)
-                    if session.mesh.world.is_main:
-                        click.echo("\n".join(lines))
-            except Stopped:
-                if os.environ.get("RANK", "0") == "0":
-                    tell_user(stop.farewell)
+                lines = try_member(session, task, rewards=rewards)
+                if session.mesh.world.is_main:
+                    click.echo("\n".join(lines))
+        except Stopped:
+            if place.rank == 0:
+                tell_user(stop.farewell)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
 @click.option("--model", required=True, help="A model directory, or RUN_DIR[@K] or RUN_DIR@best of a run.")
 @click.option("--config", "config_path", type=_PATH, help="What is asked; default: the run's configuration.")
 @click.option("--out", type=_PATH, help="A JSONL file for every answer.")
+@TRUST
 @click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False)
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
-def evaluate(model: str, config_path: Path | None, out: Path | None, overrides: tuple[str, ...]) -> None:
+def evaluate(
+    model: str, config_path: Path | None, out: Path | None, is_trusted: bool, overrides: tuple[str, ...]
+) -> None:
     """Print what a model earns on held-out problems, as JSON, with 95% confidence intervals.
 
     KEY=VALUE changes a key of the configuration, for example rollout.samples_per_prompt=8 and
@@ -112,7 +122,10 @@ def evaluate(model: str, config_path: Path | None, out: Path | None, overrides: 
     """
     from shardes.evaluation.model_ref import resolve_model
 
-    model_ref = resolve_model(model, config_path=config_path, overrides=list(overrides))
+    read_place()
+    model_ref = resolve_model(
+        model, config_path=config_path, overrides=list(overrides), is_trusted=is_trusted
+    )
     config = model_ref.config
     check_model_directory(config.model.path)
     task, heldout_sets = load_tasks(config)
@@ -161,6 +174,7 @@ def _rate(name: str, default: float, help_text: str) -> Callable[[Callable[..., 
 @_rate("--gather-bandwidth", Machine.gather_bytes_per_second / 1e9, "GB/s that a rank receives in a gather.")
 @_rate("--memory-bandwidth", Machine.memory_bytes_per_second / 1e9, "GB/s at which a device reads weights.")
 @_rate("--compute", Machine.flops_per_second / 1e12, "TFLOP/s of matrix products in model.dtype.")
+@TRUST
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
 def plan(
     config_path: Path,
@@ -173,6 +187,7 @@ def plan(
     gather_bandwidth: float,
     memory_bandwidth: float,
     compute: float,
+    is_trusted: bool,
     overrides: tuple[str, ...],
 ) -> None:
     """Print what a run would take: memory of a rank, modes that fit, traffic, and about how long.
@@ -180,7 +195,7 @@ def plan(
     Only the configuration, config.json and the headers of the weights are read, the latter if they are there.
     The exit status is 1 if it does not fit.
     """
-    config = load_config(config_path, list(overrides))
+    config = load_trusted(config_path, list(overrides), is_trusted=is_trusted)
     from shardes.planning.report import report
     from shardes.planning.sources import plan_run
 
@@ -204,16 +219,6 @@ def plan(
         click.get_current_context().exit(EXIT_FAILURE)
 
 
-_BASE = click.option("--base", type=_PATH, help="The base model's directory, if it was moved since the run.")
-_BACKEND = click.option(
-    "--backend",
-    type=click.Choice(list(BACKENDS)),
-    default="single",
-    show_default=True,
-    help="Another than single spreads the model over the ranks of a launcher.",
-)
-
-
 @cli.command()
 @click.argument("run_dir", type=_PATH)
 @click.argument("out_dir", type=_PATH)
@@ -235,8 +240,9 @@ _BACKEND = click.option(
 @click.option("--shard-size", "old_shard_size", type=_Size(positive=True), hidden=True)
 @click.option("--push-to-hub", metavar="NAME", help="Upload OUT_DIR to the Hugging Face hub as NAME, too.")
 @click.option("--public", is_flag=True, help="Have the hub show NAME to everybody if it is new.")
-@_BASE
-@_BACKEND
+@BASE
+@BACKEND
+@TRUST
 def export(
     run_dir: Path,
     out_dir: Path,
@@ -248,6 +254,7 @@ def export(
     public: bool,
     base: Path | None,
     backend: str,
+    is_trusted: bool,
 ) -> None:
     """Write RUN_DIR's weights to OUT_DIR as a consolidated Hugging Face model.
 
@@ -260,7 +267,8 @@ def export(
             raise UserError("--shard-size is the old name of --max-shard-size, and both are given; remove it")
         warn_once("--shard-size is now called --max-shard-size; the old name still works")
     # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
-    _, _, history = read_run(run_dir, base=base, backend=backend)
+    read_place()
+    _, _, history = read_run(run_dir, base=base, backend=backend, is_trusted=is_trusted)
     history.iteration_of(iteration, key=f"--iteration {iteration}")
     if public and push_to_hub is None:
         raise UserError("--public: it is for --push-to-hub NAME, which is not given")
@@ -281,6 +289,7 @@ def export(
         backend=backend,
         dtype=dtype,
         max_file_bytes=old_shard_size or max_shard_size,
+        is_trusted=is_trusted,
     )
     if found.is_main:
         what = f"the weights after {found.iteration} iterations, {found.dtype}"
@@ -288,46 +297,6 @@ def export(
         if repository is not None:
             repository.push(out_dir, message=what.capitalize())
             click.echo(f"{repository.url}: uploaded")
-
-
-@cli.command()
-@click.argument("run_dir", type=_PATH)
-@click.option(
-    "--export", "export_dir", type=_PATH, help="An exported model that must hold the run's weights."
-)
-@_BASE
-@_BACKEND
-@click.pass_context
-def verify(
-    context: click.Context, run_dir: Path, export_dir: Path | None, base: Path | None, backend: str
-) -> None:
-    """Replay RUN_DIR's journal over the base model, and compare what RUN_DIR says with that.
-
-    Weights are compared by digest with the journal's and those in metrics.jsonl, after every iteration, and
-    with snapshots. The exit status is 1 if something differs, and the first iteration that does is named.
-    """
-    config, header, history = read_run(run_dir, base=base, backend=backend)
-    if export_dir is not None and not export_dir.is_dir():
-        raise UserError(f"--export {export_dir}: is not a directory; give that of an exported model")
-    from shardes.monitor.verify import verify_run
-    from shardes.session import open_session
-    from shardes.utils.logs import configure_logging
-
-    configure_logging()
-    with open_session(config) as session:
-        session.check_base(header, run_dir)
-        found = verify_run(session, history, run_dir=run_dir, export=export_dir)
-        if session.mesh.world.is_main:
-            click.echo(
-                f"{run_dir}: {found.num_iterations} iterations replayed, {found.num_compared} digests "
-                f"compared, {found.num_snapshots} snapshots read"
-            )
-            for iteration in found.export_iterations[-1:]:
-                click.echo(f"{export_dir}: the weights after {iteration} iterations")
-            for problem in found.problems:
-                click.echo(f"DIFFERENT: {problem}")
-            click.echo("something differs" if found.problems else "all is as it should be")
-    context.exit(EXIT_FAILURE if found.problems else 0)
 
 
 @cli.command()
@@ -381,15 +350,23 @@ def run(command: click.Command) -> int:
         return stop.exit_code
     except click.Abort:
         return EXIT_INTERRUPTED
-    except (click.ClickException, UserError, StorageError) as error:
-        _show_mistake(error.format_message() if isinstance(error, click.ClickException) else str(error))
-        return EXIT_FAILURE if isinstance(error, StorageError) else EXIT_USER_ERROR
+    except (click.ClickException, UserError, StorageError, JobError) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        _show_mistake(message, at_once=isinstance(error, JobError))
+        return EXIT_FAILURE if isinstance(error, StorageError | JobError) else EXIT_USER_ERROR
     return status or 0  # a status if the command chose one, else nothing
 
 
-def _show_mistake(message: str) -> None:
+def _rank_0_may_say_it() -> bool:
+    try:
+        return read_place().rank != 0
+    except UserError:  # the mistake is that no rank can know another
+        return False
+
+
+def _show_mistake(message: str, *, at_once: bool) -> None:
     """Print a message once per job: on rank 0, and on another rank only if rank 0 prints none."""
-    if os.environ.get("RANK", "0") != "0":
+    if not at_once and _rank_0_may_say_it():
         # The launcher ends this rank as soon as rank 0 has exited with the same error.
         time.sleep(_WAIT_FOR_MAIN_SECONDS)
     click.echo(f"Error: {message}", err=True)

@@ -17,3 +17,7 @@ class StorageError(Exception):
 
     What was recorded before is whole, so the same command goes on once the cause is gone.
     """
+
+
+class JobError(Exception):
+    """The ranks of a job do not find each other: one clear message, exit status 1, no traceback."""

@@ -19,8 +19,9 @@ from shardes.distributed.group import Mesh, make_mesh
 from shardes.distributed.launch import process_group
 from shardes.distributed.stop import Stop
 from shardes.errors import UserError
+from shardes.es.arithmetic import check_arithmetic
 from shardes.es.strategy import decay_of, optimizer_of
-from shardes.es.update import Update
+from shardes.es.update import UPDATE_VERSION, Update
 from shardes.models.build import skeleton_of
 from shardes.models.checkpoint import Checkpoint
 from shardes.models.trial import check_forward, may_be_of_model
@@ -68,8 +69,8 @@ class Session:
             self.weights.update(Update.of_record(update))
         self.weights.centre()
 
-    def check_base(self, header: dict[str, Any], run_dir: Path) -> None:
-        """Check that the base weights are those that a journal was written over.
+    def follow(self, header: dict[str, Any], run_dir: Path) -> None:
+        """Check that the base weights are a journal's, and compute updates as it was begun with.
 
         Args:
             header: First record of the journal.
@@ -85,6 +86,25 @@ class Session:
                     f"RUN_DIR {run_dir}: {key} of the run is {wanted}, but of model.path "
                     f"{self.config.model.path} it is {found}; give the run its base model back"
                 )
+        self.use_update_version(header.get("update_version", 1))
+
+    def use_update_version(self, version: int) -> None:
+        """Compute updates from here on as a version of docs/updates.md has them.
+
+        Args:
+            version: Version in the journal's header; 1 if it has none.
+        """
+        optimizer = optimizer_of(self.config.es, update_version=version)
+        if type(optimizer) is not type(self.weights.optimizer) and self.mesh.world.is_main:
+            logger.warning(
+                "this run was begun with version %d of the updates, whose %s has not the same bits "
+                "on every processor (docs/updates.md): it goes on with that, and its weights can be restored "
+                "on machines like the one that it ran on. Runs that begin now have version %d",
+                version,
+                self.config.es.optimizer,
+                UPDATE_VERSION,
+            )
+        self.weights.optimizer = optimizer
 
     def digest(self, *, is_rounded: bool = False, compare: bool = True) -> str:
         """Return the weights digest of this rank's replica, 16 hexadecimal digits; a collective of all ranks.
@@ -134,6 +154,7 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
         stop_seconds=config.run.stop_seconds,
     ) as world:
         shard_size = parallel.shard_size or spec.default_shard_size
+        check_arithmetic(world.device)
         mesh = make_mesh(world, shard_size=shard_size, timeout_seconds=parallel.timeout_seconds)
         backend = make_backend(config, group=mesh.shard, checkpoint=checkpoint)
         weights = Weights(
@@ -209,6 +230,7 @@ def _identity(weights: Weights, checkpoint: Checkpoint, base_digest: str) -> dic
     buffers = {"base_buffers_sha256": checkpoint.buffers_sha256()} if checkpoint.buffers else {}
     return buffers | {
         "noise_version": NOISE_VERSION,
+        "update_version": UPDATE_VERSION,
         "shardes_version": VERSION,
         "base_headers_sha256": checkpoint.header_sha256,
         "base_weights_digest": base_digest,

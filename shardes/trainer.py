@@ -93,6 +93,7 @@ class TrainingLoop:
     def _resume(self, state: ResumeState) -> int:
         """Restore what the run directory holds; return the first iteration to do."""
         self._snapshots.open()
+        self._session.use_update_version(state.update_version)
         self._kl.resume(state)
         # Cut off: the job died before it had recorded what the last update made of the weights.
         updates = state.updates[:-1] if state.is_cut_off else state.updates

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from shardes.errors import UserError
-from shardes.utils.json_text import parse_json
+from shardes.utils.reading import parse_json, read_regular
+
+_MOST_BYTES = 1 << 24
 
 
 def _enabled(value: Any) -> bool:
@@ -128,7 +130,7 @@ def make_deepspeed_config(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = parse_json(path.read_text(encoding="utf-8"))
+        tree = parse_json(read_regular(path, max_bytes=_MOST_BYTES), refuse_repeats=True)
     except OSError as error:
         raise UserError(f"parallel.deepspeed: {path} cannot be read ({error.strerror})") from None
     except ValueError as error:

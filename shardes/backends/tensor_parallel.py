@@ -7,7 +7,6 @@ routers, some biases) is whole on every rank, where the same noise changes it al
 """
 
 import copy
-import re
 
 import torch
 from torch import nn
@@ -19,13 +18,12 @@ from transformers import __version__ as transformers_version
 from shardes.backends.dtensors import layouts_of, local_tensors, make_device_mesh
 from shardes.backends.footprint import RankFootprint
 from shardes.backends.sharded import ShardedBackend, make_shards
+from shardes.backends.split_checks import check_architecture, check_experts, check_forward, check_heads
+from shardes.backends.split_heads import norms_of_heads, use_rows_of_heads
 from shardes.backends.split_linear import linears_of, use_plain_tensors
 from shardes.distributed.group import Group
 from shardes.errors import UserError
 from shardes.models.build import fill_parameters
-
-# Attention modules compute whole heads, so a plan that splits their outputs deals heads to ranks.
-_DEALS_HEADS = re.compile(r".*\b(self_attn|attention|attn)\.(q_proj|k_proj|v_proj|qkv_proj|query_key_value)")
 
 
 class TensorParallelBackend(ShardedBackend):
@@ -42,7 +40,8 @@ class TensorParallelBackend(ShardedBackend):
     def __init__(self, skeleton: PreTrainedModel, *, group: Group) -> None:
         super().__init__(skeleton, group=group)
         model = copy.deepcopy(skeleton).requires_grad_(False)
-        linears = _split(model, make_device_mesh(group, axis="tp")) if group.world_size > 1 else {}
+        is_split = group.world_size > 1
+        linears, norms = _split(model, make_device_mesh(group, axis="tp")) if is_split else ({}, [])
         _allocate(model, group.device)
         self.sharded_model = model
         parameters = dict(sorted(model.named_parameters()))
@@ -54,6 +53,9 @@ class TensorParallelBackend(ShardedBackend):
         local = local_tensors(parameters)
         self.shards = make_shards(skeleton, local=local, layouts=self._layouts, group=group)
         use_plain_tensors(model, linears, group=group)
+        use_rows_of_heads(model, norms, group=group)
+        if is_split:
+            check_forward(model, num_ranks=group.world_size, device=group.device)
 
     @staticmethod
     def footprint(skeleton: PreTrainedModel, *, num_ranks: int) -> RankFootprint:
@@ -92,11 +94,12 @@ class TensorParallelBackend(ShardedBackend):
         return self.sharded_model
 
 
-def _split(model: PreTrainedModel, mesh: DeviceMesh) -> dict[str, str]:
+def _split(model: PreTrainedModel, mesh: DeviceMesh) -> tuple[dict[str, str], list[str]]:
     """Apply the model's plan: parameters become DTensors, and forwards reduce what they must.
 
     Returns:
-        Names of linear layers whose forwards are still to be changed, with their styles in the plan.
+        Names of linear layers whose forwards are still to be changed, with their styles in the plan, and
+        names of norms of which each rank is to use its heads' rows.
 
     Raises:
         UserError: transformers is too old or has no plan for the architecture, or the plan cannot take so
@@ -118,58 +121,18 @@ def _split(model: PreTrainedModel, mesh: DeviceMesh) -> dict[str, str]:
             f"parallel.backend: tensor_parallel: transformers has no tensor parallel plan for "
             f"{type(model).__name__}; set parallel.backend: fsdp or zero3"
         ) from None
-    _check_heads(model, plan, mesh.size())
+    check_architecture(model)
+    check_heads(model, plan, mesh.size())
     for alias, name in aliases.items():
         if plan.get(name) is None and plan.get(alias) is not None:
             # One tensor cannot be whole in the embedding and split in the head: the head stays whole as well.
             plan = {key: style for key, style in plan.items() if key not in (alias, alias.rpartition(".")[0])}
-    linears = linears_of(model, plan)
+    linears, norms = linears_of(model, plan), norms_of_heads(model, plan)
     wrapped = {name: style for name, style in plan.items() if name not in linears}
     apply_tensor_parallelism(model, mesh, wrapped)
-    _check_experts(model, mesh.size())
+    check_experts(model, mesh.size())
     _tie(model, aliases)
-    return linears
-
-
-def _check_heads(model: PreTrainedModel, plan: dict[str, str], num_ranks: int) -> None:
-    """Check that each rank can have a whole number of heads.
-
-    Raises:
-        UserError: The number of ranks does not divide the numbers of heads, which the message names.
-    """
-    if not any(style == "colwise" and _DEALS_HEADS.fullmatch(name) for name, style in plan.items()):
-        return
-    config = model.config.get_text_config()
-    heads = {"attention heads": config.num_attention_heads}
-    if getattr(config, "num_key_value_heads", None) is not None:
-        heads["key-value heads"] = config.num_key_value_heads
-    if any(number % num_ranks for number in heads.values()):
-        counts = " and ".join(f"{number} {name}" for name, number in heads.items())
-        raise UserError(
-            f"parallel.backend: tensor_parallel deals whole heads to ranks, but the model has {counts}, "
-            f"which {num_ranks} ranks cannot share equally; let fewer ranks hold the model "
-            "(parallel.shard_size), or set parallel.backend: fsdp"
-        )
-
-
-def _check_experts(model: PreTrainedModel, num_ranks: int) -> None:
-    """Check that torch's grouped product can take the parts of experts.
-
-    Raises:
-        UserError: Rows of a part, which the message names, are no multiple of 16 bytes.
-    """
-    if getattr(model.config.get_text_config(), "_experts_implementation", None) != "grouped_mm":
-        return
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor) and parameter.ndim == 3:
-            row = parameter.to_local().shape[-1]
-            if row * parameter.element_size() % 16:
-                raise UserError(
-                    f"parallel.backend: tensor_parallel: {num_ranks} ranks split {name}, of shape "
-                    f"{tuple(parameter.shape)}, into rows of {row} elements of {model.dtype}, but torch "
-                    "multiplies experts only if rows are a multiple of 16 bytes; let fewer ranks hold the "
-                    "model (parallel.shard_size), or set parallel.backend: fsdp"
-                )
+    return linears, norms
 
 
 def _untie(model: nn.Module) -> dict[str, str]:

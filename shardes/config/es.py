@@ -61,8 +61,8 @@ class EsConfig(Section):
         default=[0.9, 0.999], min_length=2, max_length=2
     )
     """Shares of the first and the second moment that an iteration keeps, for ``adam``."""
-    adam_epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
-    """Added to the root of the second moment, for ``adam``."""
+    adam_epsilon: float = Field(default=1e-8, ge=1e-45, allow_inf_nan=False)
+    """Added to the root of the second moment, for ``adam``, in float32, where less than 1e-45 would be 0."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Rate of decay: an update takes away alpha times this part of the distance from ``decay_towards``."""
     decay_towards: Literal["zero", "base"] = "zero"

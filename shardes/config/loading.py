@@ -16,6 +16,7 @@ from shardes.config.overrides import parse_override, section_of
 from shardes.config.schema import Config, is_hub_reference
 from shardes.config.yaml_text import MAX_BYTES, YamlError, file_text, parse_yaml
 from shardes.errors import UserError
+from shardes.utils.reading import read_regular
 
 _SHOWN_CHARACTERS = 200
 
@@ -55,8 +56,7 @@ def load_run_config(run_dir: Path, changes: dict[str, Any]) -> Config:
 def _read_tree(path: Path, *, role: str, remedy: str) -> dict[str, Any]:
     """Return the sections of a YAML file; ``role`` is what the user gave it as."""
     try:
-        with path.open("rb") as file:
-            tree = parse_yaml(file_text(file.read(MAX_BYTES + 1)))
+        tree = parse_yaml(file_text(read_regular(path, max_bytes=MAX_BYTES)))
     except OSError as error:
         raise UserError(f"{role} {path}: cannot be read ({error.strerror}); {remedy}") from None
     except YamlError as error:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from shardes.config.section import Registered, Section
+from shardes.config.section import NeedsConsent, Registered, Section
 from shardes.runs.trackers import TRACKERS
 
 
@@ -23,7 +23,10 @@ class LogConfig(Section):
     ``kl_prompts`` prompts; 0 means never."""
     kl_prompts: int = Field(default=16, gt=0)
     """Number of prompts that the base model answers for that: held-out problems if there are any."""
-    report_to: list[Annotated[str, Registered("tracker", lambda: TRACKERS)]] = []
+    report_to: Annotated[
+        list[Annotated[str, Registered("tracker", lambda: TRACKERS)]],
+        NeedsConsent("metrics are sent over the network", lambda names: not {*names} <= {"tensorboard"}),
+    ] = []
     """Trackers that get the lines of metrics.jsonl. ``tensorboard``: event files in ``run.dir``. ``wandb``:
     Weights & Biases, as its own settings and environment variables (``WANDB_MODE``, ``WANDB_PROJECT``) say.
     Each is an extra to install."""

@@ -13,13 +13,19 @@ from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_
 from shardes.backends.registry import BACKENDS
 from shardes.config.es import EsConfig
 from shardes.config.log import LogConfig
-from shardes.config.section import Registered, Section
+from shardes.config.section import NeedsConsent, Registered, Section
 from shardes.rollout.engines.registry import ENGINES
 
 
 def is_hub_reference(source: Path) -> bool:
     """Return whether ``task.data`` means a data set of the Hugging Face hub, and no path."""
     return str(source).startswith("hf:")
+
+
+_IS_CODE = NeedsConsent("code, which runs")
+_IS_FETCHED = NeedsConsent(
+    "fetched over the network", lambda source: source is not None and is_hub_reference(source)
+)
 
 
 class ModelConfig(Section):
@@ -29,8 +35,9 @@ class ModelConfig(Section):
     """A local directory in Hugging Face format, with safetensors weights and a tokenizer (docs/models.md)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """The dtype of the weights that generate, and of the exported model."""
-    trust_remote_code: bool = False
-    """Allow Python files inside the model directory to run."""
+    trust_remote_code: Annotated[bool, NeedsConsent("code in the model directory runs")] = False
+    """Allow Python files inside the model directory to run. Where a file in a run directory says so, it takes
+    ``--trust-remote-code`` on the command line as well."""
 
 
 class RunConfig(Section):
@@ -68,11 +75,11 @@ class ParallelConfig(Section):
     evaluate different members at the same time, and weights cross between the ranks of one replica only.
     null: all ranks, or 1 for the backend ``single``, where it is the number of ranks that share a member's
     prompts."""
-    deepspeed: Path | None = None
+    deepspeed: Annotated[Path | None, NeedsConsent("DeepSpeed may write files that it names")] = None
     """A DeepSpeed JSON file for zero3; ``auto`` values are filled, unusable keys are refused."""
     timeout_seconds: int = Field(default=1800, gt=0)
-    """Seconds that a rank waits for another before the job ends. At the end of an iteration it may have to
-    wait for as long as one member takes."""
+    """Seconds that a rank waits for another before the job ends, and for signs of life of a process that is
+    frozen (at least 10). At the end of an iteration it may have to wait for as long as one member takes."""
     threads_per_rank: int | None = Field(default=None, gt=0)
     """CPU threads of each rank; null: what the launcher and torch decide. Results are compared bit for bit
     only between runs with the same number of threads."""
@@ -172,7 +179,7 @@ class RewardConfig(Section):
 
     name: str | None = None
     """The name of a built-in reward."""
-    path: str | None = None
+    path: Annotated[str | None, _IS_CODE] = None
     """A function of your own instead, as in ``task.reward``."""
     weight: FiniteFloat = 1.0
     """Factor of its values in the sum."""
@@ -204,7 +211,7 @@ class ProblemSetConfig(Section):
 
     name: Annotated[str, Registered("task", _task_names)] | None = None
     """A built-in task (docs/tasks.md); null for your own reward."""
-    data: Path
+    data: Annotated[Path, _IS_FETCHED]
     """The problems: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file; ``DIRECTORY[@SPLIT]``,
     a data set saved to disk; or ``hf:NAME[:SUBSET][@SPLIT]``, one of the Hugging Face hub. Own rewards need a
     ``prompt`` column (text, or a list of chat messages) or a ``template``."""
@@ -217,7 +224,7 @@ class ProblemSetConfig(Section):
     without one. null: the prompt stays what it is."""
     label_words: list[str] | None = None
     """One word for each class of ``classification``, ``sst2`` or ``boolq``; null: the task's own words."""
-    reward: str | None = None
+    reward: Annotated[str | None, _IS_CODE] = None
     """``package.module:function`` or ``path/to/file.py:function``, called as ``f(prompts, completions,
     **columns) -> list[float | None]``."""
     rewards: list[RewardConfig] | None = None
@@ -258,7 +265,7 @@ def _check_reference(value: str | None, *, key: str) -> None:
 class TaskConfig(ProblemSetConfig):
     """The problems, and the rewards of answers: a built-in task's, or your own."""
 
-    heldout_data: Path | None = None
+    heldout_data: Annotated[Path | None, _IS_FETCHED] = None
     """Held-out problems, never trained on; in any form that ``data`` may have."""
     heldout_fraction: float | None = Field(default=None, gt=0, lt=1)
     """Instead of ``heldout_data``: the part of the problems of ``data`` that is held out. Which ones depends

@@ -51,6 +51,21 @@ class Registered:
         return handler(schema) | {"enum": list(self.names())}
 
 
+@dataclass(frozen=True)
+class NeedsConsent:
+    """Annotation of a key by which a configuration makes more happen than reading and computing.
+
+    A run's own configuration may not do that by itself (``consent.py``).
+
+    Attributes:
+        reason: What a value makes happen, for messages.
+        is_asked: Returns whether a value asks for it.
+    """
+
+    reason: str
+    is_asked: Callable[[Any], bool] = bool
+
+
 class Section(BaseModel):
     """A group of keys; unknown ones are refused."""
 

@@ -2,29 +2,29 @@
 
 A rank that waits in a collective for a rank that has failed would wait until the collective's time limit. So
 every rank also keeps a connection to rank 0, over which it sends its failure and requests to stop. The
-connection breaks at once when a process dies, and when keep-alive packets find that a machine is lost.
+connection breaks at once when a process dies, and when keep-alive packets find that a machine is lost. Over
+it each end gives signs of life, so that a process that is there but does not run is found as well: nothing
+that this thread does waits for another rank, and so it ends its own even where that waits for a frozen one.
 Rank 0 then tells all ranks to end, waits until they have, and prints what happened: once, and last.
 
 Nothing that a rank sends is executed or kept.
 """
 
-import json
 import os
 import queue
 import selectors
 import socket
-import sys
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable
 
-import torch.distributed as dist
-
-from shardes.distributed.connection import Connection, Message, listen
+from shardes.distributed.connection import Connection, Message, listen, rank_of
+from shardes.distributed.ending import end_process, explain
+from shardes.distributed.losses import Losses
+from shardes.distributed.silence import Silence
 from shardes.distributed.stop import Stop
-from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, StorageError, UserError
+from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from shardes.utils.logs import tell_user
 
 # Interval at which signals and the launcher are checked when nothing else happens.
@@ -36,16 +36,9 @@ _SETTLE_SECONDS = 0.5
 _LAST_SECONDS = 5.0
 # A machine that has been out of reach for so long is given up.
 _SILENCE_SECONDS = 60
-_MOST_CHARACTERS = 20_000
-
-_KEY = "watch"
-
-
-def end_process(status: int) -> None:
-    """Flush the output and end this process at once, from any thread."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(status)
+# Seconds that a rank which has failed waits for rank 0 to make the end, and one that was asked to stop before
+# it had met the others for an opportunity to say so.
+_ANSWER_SECONDS = 10.0
 
 
 class FailureMonitor:
@@ -91,42 +84,50 @@ class FailureMonitor:
         self._listener: socket.socket | None = None
         self._token = ""
         self._peers: dict[int, Connection] = {}
+        self._silence = Silence(timeout_seconds)
+        self._beat_at = 0.0
         self._abandon_at: float | None = None
-        # Rank 0's: what failed first, who died, and when to make an end.
-        self._failure: tuple[int, str] | None = None
-        self._dead: list[int] = []
-        self._failed: set[int] = set()
+        # While the ranks meet: when this must be over, and what is told if it is not.
+        self._meet_by: tuple[float, str] | None = None
+        # A rank that has met nobody yet was asked to stop by this.
+        self._untold: Message | None = None
+        # This rank has failed, and rank 0 has until then to make an end.
+        self._own_failure: tuple[float, int, str] | None = None
+        # Rank 0's: what has happened to ranks, and when to make an end because of it.
+        self._losses = Losses(self._silence)
         self._decide_at: float | None = None
+        # Rank 0's: the ranks that have come, and whether these are all.
+        self._here = {0}
+        self._is_complete = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
         """Start the thread, which then reads signals."""
-        self._stop.is_watched = True
+        self._stop.watch()
         self._thread.start()
 
-    def connect(self, store: dist.Store, *, host: str) -> None:
-        """Connect this rank with rank 0; a collective of all ranks.
+    def meet_within(self, seconds: float, words: str) -> None:
+        """End this process with some words if it has not met the others in time, whatever it waits for."""
+        self._ask(lambda: setattr(self, "_meet_by", (time.monotonic() + seconds, words)))
 
-        Args:
-            store: Store of this attempt alone.
-            host: Host of rank 0.
+    def open(self) -> tuple[int, str]:
+        """Let other ranks connect with this one, which is rank 0; return the port, and a token to show."""
+        self._token = uuid.uuid4().hex
+        self._listener = listen(self._world_size)
+        self._ask(lambda: self._register(self._listener, self._on_connection))
+        return self._listener.getsockname()[1], self._token
 
-        Raises:
-            OSError: Rank 0 cannot be reached.
-        """
-        if self._rank == 0:
-            self._token = uuid.uuid4().hex
-            self._listener = listen(self._world_size)
-            port = self._listener.getsockname()[1]
-            self._ask(lambda: self._register(self._listener, self._on_connection))
-            store.set(_KEY, json.dumps([port, self._token]))
-            return
-        port, token = json.loads(store.get(_KEY))
-        line = socket.create_connection((host, port), timeout=self._timeout_seconds)
-        connection = Connection(line, silence_seconds=min(_SILENCE_SECONDS, self._timeout_seconds))
-        connection.send({"is": "here", "rank": self._rank, "token": token})
-        self._peers[0] = connection
-        self._ask(lambda: self._register(line, lambda: self._on_messages(connection)))
+    def wait_for_all(self, seconds: float) -> list[int]:
+        """Wait for all ranks to connect with this one; return those that have not."""
+        self._is_complete.wait(seconds)
+        return sorted(set(range(self._world_size)) - self._here)
+
+    def join(self, connection: Connection, messages: list[Message]) -> None:
+        """Watch over a connection with rank 0, by ``call``, and handle what came over it already."""
+        is_joined = threading.Event()
+        self._ask(lambda: self._join(connection, messages))
+        self._ask(is_joined.set)
+        is_joined.wait()
 
     def report(self, error: BaseException) -> None:
         """Report this rank's failure to the job, after which all ranks end, this one too.
@@ -134,7 +135,7 @@ class FailureMonitor:
         Returns only if this rank is not, or no longer, connected with others.
         """
         if not self._is_over and (self._listener or self._peers):
-            status, text = _explain(error, self._rank)
+            status, text = explain(error, self._rank)
             self._ask(lambda: self._tell({"is": "failed", "status": status, "text": text}))
             self._thread.join()
 
@@ -145,11 +146,22 @@ class FailureMonitor:
         # A job that stops hears of it again from each launcher on the way.
         self._stop.is_watched = self._stop.is_requested
 
-    # What follows happens in the thread.
-
     def _ask(self, what: Callable[[], None]) -> None:
         self._requests.put(what)
         self._bell_rope.send(b"!")
+
+    # What follows happens in the thread.
+
+    def _join(self, connection: Connection, messages: list[Message]) -> None:
+        self._peers[0] = connection
+        self._silence.heard(0)
+        self._meet_by = None
+        self._register(connection.line, lambda: self._on_messages(connection))
+        if self._untold is not None:
+            connection.send(self._untold | {"is_early": True})
+            self._untold = self._abandon_at = None
+        for message in messages:
+            self._obey(message)
 
     def _on_bell(self) -> None:
         self._bell.recv(4096)
@@ -164,6 +176,7 @@ class FailureMonitor:
         while not self._is_over:
             for key, _ in self._selector.select(timeout=self._patience()):
                 key.data()
+            self._look_after_peers()
             self._look_after_signals()
             self._look_at_the_clock()
 
@@ -172,11 +185,26 @@ class FailureMonitor:
         moments = [moment for moment in (self._decide_at, self._abandon_at) if moment is not None]
         return max(0.0, min([_TICK_SECONDS, *(moment - time.monotonic() for moment in moments)]))
 
+    def _look_after_peers(self) -> None:
+        """Give signs of life, and notice who gives none."""
+        self._silence.look()
+        now = time.monotonic()
+        is_due = now >= self._beat_at
+        if is_due:
+            self._beat_at = now + self._silence.beat_seconds
+        for connection in self._peers.values():
+            connection.beat() if is_due else connection.flush()
+        if self._is_over or not self._silence.frozen(self._peers):
+            return
+        if self._rank == 0:
+            self._settle()
+        else:
+            self._lost_rank_0(self._silence.described([0]))
+
     def _look_after_signals(self) -> None:
         asked, is_second = self._stop.take_signals()
         if is_second:
-            self._end_process(EXIT_INTERRUPTED)
-            self._is_over = True
+            self._end_alone(EXIT_INTERRUPTED)
         elif asked is not None:
             self._tell({"is": "asked", "reason": asked})
 
@@ -185,10 +213,26 @@ class FailureMonitor:
         if self._is_over:
             return
         if self._decide_at is not None and now >= self._decide_at:
-            self._end_job(*self._verdict())
+            self._end_job(*self._losses.verdict(self._peers))
+        elif self._own_failure is not None and now >= self._own_failure[0]:
+            # Rank 0 does not make an end, and it may be why.
+            _, status, text = self._own_failure
+            suspects = self._silence.suspects(self._peers)
+            self._end_alone(status, self._silence.described(suspects) if suspects else text)
+        elif self._meet_by is not None and now >= self._meet_by[0]:
+            self._end_alone(EXIT_FAILURE, self._meet_by[1])
+        elif self._untold is not None and self._abandon_at is not None and now >= self._abandon_at:
+            self._end_alone(EXIT_INTERRUPTED)
         elif self._abandon_at is not None and self._decide_at is None and now >= self._abandon_at:
             self._stop.wait_for_launcher()
             self._end_job(0, self._stop.farewell)
+
+    def _end_alone(self, status: int, text: str = "") -> None:
+        """End this rank without rank 0, which cannot be reached."""
+        if text:
+            self._tell_user(text)
+        self._end_process(status)
+        self._is_over = True
 
     def _tell(self, message: Message) -> None:
         """Send a message to rank 0, which may be this rank."""
@@ -196,10 +240,12 @@ class FailureMonitor:
             self._hear(0, message)
         elif 0 in self._peers:
             self._peers[0].send(message)
+            if message["is"] == "failed":
+                self._own_failure = (time.monotonic() + _ANSWER_SECONDS, message["status"], message["text"])
         else:
-            # There is nobody to agree with yet, and nothing that could be lost.
-            self._is_over = True
-            self._end_process(EXIT_INTERRUPTED)
+            # There is nobody to agree with yet. Were this rank simply to end, the others would wait for it.
+            self._untold = message
+            self._abandon_at = time.monotonic() + min(self._stop_seconds, _ANSWER_SECONDS)
 
     def _leave(self) -> None:
         for connection in self._peers.values():
@@ -221,12 +267,12 @@ class FailureMonitor:
         """Handle a message from a rank on rank 0, or from rank 0 itself."""
         match message.get("is"):
             case "failed":
-                self._failed.add(rank)
-                if self._failure is None:
-                    self._failure = (int(message["status"]), str(message["text"]))
+                self._losses.fail(rank, status=int(message["status"]), text=str(message["text"]))
                 self._settle()
             case "asked" if self._stop.reason is None:
                 self._ask_to_stop(str(message["reason"]))
+                if message.get("is_early"):
+                    self._stop_early()
             case "done":
                 self._forget(self._peers[rank])
 
@@ -238,20 +284,14 @@ class FailureMonitor:
             for connection in self._peers.values():
                 connection.send({"is": "asked", "reason": reason})
 
+    def _stop_early(self) -> None:
+        """Stop a job with nothing in flight, once all are here: who came later would find nobody."""
+        if self._is_complete.is_set():
+            self._abandon_at = time.monotonic()
+
     def _settle(self) -> None:
         if self._decide_at is None:
             self._decide_at = time.monotonic() + _SETTLE_SECONDS
-
-    def _verdict(self) -> tuple[int, str]:
-        """Return the exit status of all ranks, and the message for the user."""
-        if self._dead or self._failure is None:
-            ranks = ", ".join(map(str, sorted(self._dead)))
-            return EXIT_FAILURE, (
-                f"rank(s) {ranks} ended without a word, or cannot be reached: killed, out of memory (see the "
-                "kernel's log), or the network or the machine is down. What the run has done is in its "
-                "journal: go on with the same command"
-            )
-        return self._failure
 
     def _end_job(self, status: int, text: str) -> None:
         """End all ranks that can be reached; rank 0 ends last, and prints the message."""
@@ -259,9 +299,13 @@ class FailureMonitor:
             for connection in self._peers.values():
                 connection.send({"is": "end", "status": status})
             deadline = time.monotonic() + _LAST_SECONDS
-            while self._peers and (left := deadline - time.monotonic()) > 0:
-                for key, _ in self._selector.select(timeout=left):
+            # Who does not run now reads it when it does.
+            frozen = {*self._silence.doubtful(self._peers)}
+            while self._peers.keys() - frozen and (left := deadline - time.monotonic()) > 0:
+                for key, _ in self._selector.select(timeout=min(left, _TICK_SECONDS)):
                     key.data()
+                for connection in self._peers.values():
+                    connection.flush()
                 self._stop.take_signals()
             self._tell_user(text)
         self._is_over = True
@@ -275,6 +319,9 @@ class FailureMonitor:
             return  # by what arrived at the same time
         try:
             for message in connection.receive():
+                self._silence.heard(0 if connection.rank is None else connection.rank)
+                if message.get("is") == "alive":
+                    continue
                 if connection.rank is not None:
                     self._hear(connection.rank, message)
                 elif self._rank == 0:
@@ -287,8 +334,7 @@ class FailureMonitor:
             self._forget(connection)
             if self._rank != 0:
                 self._lost_rank_0()
-            elif connection.rank is not None and connection.rank not in self._failed:
-                self._dead.append(connection.rank)
+            elif connection.rank is not None and self._losses.die(connection.rank):
                 self._settle()
 
     def _admit(self, connection: Connection, message: Message) -> None:
@@ -297,12 +343,25 @@ class FailureMonitor:
         Raises:
             ValueError: The message is not from a rank of this job.
         """
-        if message.get("token") != self._token:
-            raise ValueError("a stranger")
-        connection.rank = int(message["rank"])
-        self._peers[connection.rank] = connection
+        try:
+            rank = rank_of(message, token=self._token, world_size=self._world_size)
+        except UserError as error:
+            connection.send({"is": "refused", "text": str(error)})
+            self._hear(0, {"is": "failed", "status": EXIT_USER_ERROR, "text": f"Error: {error}"})
+            raise ValueError("no rank of this job") from None
+        if rank in self._here:
+            raise ValueError("there is such a rank already")
+        connection.rank = rank
+        self._here.add(rank)
+        self._peers[rank] = connection
+        self._silence.heard(rank)
+        connection.send({"is": "welcome"})
+        if len(self._here) == self._world_size:
+            self._meet_by = None
+            self._is_complete.set()
         if self._stop.reason is not None:
             connection.send({"is": "asked", "reason": self._stop.reason})
+            self._stop_early()
 
     def _obey(self, message: Message) -> None:
         """Handle a message from rank 0."""
@@ -314,8 +373,7 @@ class FailureMonitor:
             case "end":
                 if message["status"] == 0:
                     self._stop.wait_for_launcher()
-                self._end_process(int(message["status"]))
-                self._is_over = True
+                self._end_alone(int(message["status"]))
             case "done":
                 self._forget(self._peers[0])
 
@@ -325,22 +383,13 @@ class FailureMonitor:
         for rank in [rank for rank, other in self._peers.items() if other is connection]:
             del self._peers[rank]
 
-    def _lost_rank_0(self) -> None:
+    def _lost_rank_0(self, words: str | None = None) -> None:
         """End this rank after the loss of rank 0; one rank of each machine prints a message."""
-        if self._rank == 1 or os.environ.get("LOCAL_RANK") == "0":
-            self._dead.append(0)
-            self._tell_user(self._verdict()[1])
-        self._is_over = True
-        self._end_process(EXIT_FAILURE)
-
-
-def _explain(error: BaseException, rank: int) -> tuple[int, str]:
-    """Return the exit status of an error, and the message for the user."""
-    if isinstance(error, UserError):
-        return EXIT_USER_ERROR, f"Error: {error}"
-    if isinstance(error, StorageError):
-        return EXIT_FAILURE, f"Error: {error}"
-    if isinstance(error, KeyboardInterrupt):
-        return EXIT_INTERRUPTED, "interrupted; go on with the same command"
-    trace = "".join(traceback.format_exception(error))[-_MOST_CHARACTERS:]
-    return EXIT_FAILURE, f"rank {rank} failed:\n{trace}"
+        if words is None:
+            self._losses.die(0)
+            words = self._losses.verdict(())[1]
+        else:
+            # Should rank 0 run again, it learns why it is alone.
+            self._peers[0].send({"is": "failed", "status": EXIT_FAILURE, "text": words})
+        is_speaker = self._rank == 1 or os.environ.get("LOCAL_RANK") == "0"
+        self._end_alone(EXIT_FAILURE, words if is_speaker else "")

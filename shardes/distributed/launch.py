@@ -2,8 +2,6 @@
 
 import datetime
 import os
-import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,15 +10,15 @@ import torch.distributed as dist
 
 from shardes.distributed.failure_monitor import FailureMonitor
 from shardes.distributed.group import Group
+from shardes.distributed.meeting import meet
+from shardes.distributed.place import read_place
 from shardes.distributed.stop import Stop, Stopped
 from shardes.errors import UserError
 
-# Key under which rank 0 writes the name of the attempt that it has begun.
-_ATTEMPT = "attempt"
 # Variables that launchers set on every rank, and that DeepSpeed reads even when it adopts a group.
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Interval at which ranks look for each other while they meet.
-_MEETING_SECONDS = 0.02
+# What DeepSpeed reads of a process that nothing launched.
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 @contextmanager
@@ -40,11 +38,19 @@ def process_group(*, timeout_seconds: int, always: bool, stop: Stop, stop_second
         The group of all ranks. The accelerator of this rank is made the current device.
 
     Raises:
-        UserError: There are more ranks than GPUs on this machine.
+        UserError: There are more ranks than GPUs on this machine, or the launcher's variables are half set.
+        JobError: The ranks did not meet in time.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    place = read_place()
+    rank, world_size, local_rank = place.rank, place.world_size, place.local_rank or 0
     if torch.cuda.is_available():
+        if place.local_rank is None and world_size > 1 and torch.cuda.device_count() > 1:
+            raise UserError(
+                f"LOCAL_RANK: it is not set, so rank {rank} of {world_size} cannot know which of the "
+                f"{torch.cuda.device_count()} GPUs is its own; start the ranks with torchrun, deepspeed or "
+                "accelerate launch, set it to the rank's number on its machine, or show each rank one GPU "
+                "with CUDA_VISIBLE_DEVICES"
+            )
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"this machine has {torch.cuda.device_count()} GPU(s), but rank {rank} is number "
@@ -69,9 +75,12 @@ def process_group(*, timeout_seconds: int, always: bool, stop: Stop, stop_second
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
         store = None
         if world_size > 1 or always:
-            store = _meet(rank, world_size, timeout)
             if world_size > 1:
-                watch.connect(store, host=os.environ["MASTER_ADDR"])
+                store = meet(watch, place, timeout_seconds=timeout_seconds)
+            else:
+                store = dist.HashStore()
+                for name, value in _ALONE.items():
+                    os.environ.setdefault(name, value)
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         yield Group(rank, world_size, device, store=store)
@@ -88,64 +97,3 @@ def process_group(*, timeout_seconds: int, always: bool, stop: Stop, stop_second
         # A process that goes on must not be taken for one that a launcher started.
         for name in own_variables:
             os.environ.pop(name, None)
-
-
-def _meet(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
-    """Meet the other ranks at the launcher's address, and return a store of this attempt alone."""
-    if "MASTER_ADDR" not in os.environ:
-        # Started by hand as one process.
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
-        return dist.HashStore()
-    agent_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=rank == 0 and not agent_hosts_store,
-        timeout=timeout,
-    )
-    return open_attempt(store, rank=rank, world_size=world_size, timeout=timeout)
-
-
-def open_attempt(store: dist.Store, *, rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
-    """Open the part of a store that only the ranks of this attempt use; a collective.
-
-    torchrun keeps its store when it starts ranks anew, after a failure or because nodes have come or gone.
-    There they would find the addresses of the dead. No variable that torchrun sets is the same on all ranks
-    of an attempt and another in the next: each node counts its own restarts, and changes of membership are
-    not counted. So rank 0 makes up a name. A rank cannot tell an old name from the new one, but only the
-    living rank 0 answers, so a rank without an answer looks for another name.
-
-    Args:
-        store: Store of the launcher.
-        rank: Index of this process.
-        world_size: Number of ranks.
-        timeout: Time that a rank waits for another.
-
-    Raises:
-        TimeoutError: A rank did not come in time.
-    """
-    deadline = time.monotonic() + timeout.total_seconds()
-    mine = uuid.uuid4().hex
-    missing = set(range(1, world_size)) if rank == 0 else {0}
-    name = mine
-    if rank == 0:
-        store.set(_ATTEMPT, name)
-    while missing:
-        if rank == 0:
-            for other in [each for each in missing if store.check([f"{name}/here/{each}"])]:
-                store.set(f"{name}/welcome/{other}", store.get(f"{name}/here/{other}").decode())
-                missing.remove(other)
-        elif store.check([_ATTEMPT]):
-            name = store.get(_ATTEMPT).decode()
-            store.set(f"{name}/here/{rank}", mine)
-            welcome = f"{name}/welcome/{rank}"
-            if store.check([welcome]) and store.get(welcome).decode() == mine:
-                missing.clear()
-        if missing and time.monotonic() > deadline:
-            raise TimeoutError(
-                f"rank {rank} has waited {timeout.total_seconds():.0f} s (parallel.timeout_seconds) for "
-                f"rank(s) {', '.join(map(str, sorted(missing)))} to join"
-            )
-        if missing:
-            time.sleep(_MEETING_SECONDS)
-    return dist.PrefixStore(name, store)

@@ -13,12 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shardes.errors import EXIT_INTERRUPTED
+
 # Slurm warns with either, as the user wishes; launchers and service managers end processes with SIGTERM.
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # One request to stop may reach a process twice: from a service manager, and from the launcher that it stops.
 _SAME_REQUEST_SECONDS = 3.0
 # Seconds that a rank waits for its launcher's signal if another rank had one (see ``wait_for_launcher``).
 _LAUNCHER_SECONDS = 2.0
+# Seconds that a rank which is asked to stop before it is watched takes to meet the others and pass it on.
+_MEETING_SECONDS = 20
 
 _is_reset_at_fork = False
 
@@ -46,6 +50,24 @@ class Stop:
         self.is_watched = False
         self._launcher = _Launcher() if signals is not None else None
         self._signalled_at: float | None = None
+        self._was_watched = False
+        self._put_off_at = 0.0
+        self._last_resort: threading.Timer | None = None
+
+    def watch(self) -> None:
+        """Leave signals to a thread, also one that has come already."""
+        self.is_watched = self._was_watched = True
+        if self._last_resort is not None:
+            self._last_resort.cancel()
+
+    def wait_to_be_watched(self) -> bool:
+        """Put off the answer to a signal until a thread reads it, for a while; return whether that may be."""
+        if self._last_resort is None:
+            self._last_resort = threading.Timer(_MEETING_SECONDS, os._exit, [EXIT_INTERRUPTED])
+            self._last_resort.daemon = True
+            self._last_resort.start()
+            self._put_off_at = time.monotonic()
+        return not self._was_watched and time.monotonic() - self._put_off_at < _SAME_REQUEST_SECONDS
 
     @property
     def is_requested(self) -> bool:
@@ -98,13 +120,25 @@ class Stop:
         return [signal.Signals(number).name for number in numbers if number in _SIGNALS]
 
 
+def hold_signals() -> None:
+    """Keep requests to stop until ``stop_signals``, on a rank for which others would wait in vain."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
 @contextmanager
-def stop_signals() -> Iterator[Stop]:
+def stop_signals(*, num_ranks: int = 1) -> Iterator[Stop]:
     """Turn SIGTERM and SIGUSR1 into requests to stop; outside the main thread, do nothing.
+
+    While no thread reads signals, one ends the process at once. But where other ranks would wait for this one
+    to join them, it joins them first, so that they hear of the request, too.
 
     The interpreter runs handlers only between two bytecodes of the main thread, which may be blocked in a
     collective for long. The numbers of signals are therefore also written to a socket, which another thread
     reads (see ``FailureMonitor``).
+
+    Args:
+        num_ranks: Number of ranks of the job.
     """
     if threading.current_thread() is not threading.main_thread():
         yield Stop()
@@ -117,10 +151,11 @@ def stop_signals() -> Iterator[Stop]:
     stop = Stop(reader)
 
     def handle(number: int, frame: object) -> None:
-        if not stop.is_watched:
+        if not stop.is_watched and not (num_ranks > 1 and stop.wait_to_be_watched()):
             os._exit(128 + number)
 
     old_handlers = {number: signal.signal(number, handle) for number in _SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
         yield stop
     finally:

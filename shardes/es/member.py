@@ -100,8 +100,13 @@ def mean_and_deviation(rewards: Sequence[float]) -> tuple[float, float]:
     """Compute mean and population standard deviation of one or more rewards; 0 exactly if all are equal."""
     if min(rewards) == max(rewards):
         return rewards[0], 0.0  # the mean of equal numbers may differ from them in the last place
-    mean = math.fsum(rewards) / len(rewards)
-    return mean, math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards))
+    try:
+        mean = math.fsum(rewards) / len(rewards)
+        return mean, math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards))
+    except OverflowError:  # in a sum or a square
+        scale = 4 * max(map(abs, rewards))
+        mean, deviation = mean_and_deviation([reward / scale for reward in rewards])
+        return mean * scale, deviation * scale
 
 
 def check_enough_rewards(

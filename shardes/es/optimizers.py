@@ -1,8 +1,8 @@
 """Optimizers that turn the ES gradient into steps: plain steps, momentum, Adam.
 
-Every operation is elementwise, so each shard computes its own part, and is a single float32 operation in a
-fixed order, rounded once: no fused multiply-add, no division by a number, which some devices turn into
-another operation. A replay therefore gives the same bits, whatever the sharding.
+docs/updates.md has the same in words; a changed bit is a new ``UPDATE_VERSION``, see ``update``.
+Every operation is elementwise, so each shard computes its own part, and is one of those that ``arithmetic``
+lists, in a fixed order. A replay therefore gives the same bits, whatever the sharding and the device.
 """
 
 from abc import ABC, abstractmethod
@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 from torch import Tensor
+
+from shardes.es.arithmetic import power, rounded, sqrt
 
 
 class Optimizer(ABC):
@@ -85,7 +86,7 @@ class Momentum(Optimizer):
     def step(self, gradient: Tensor, states: Sequence[Tensor], *, alpha: float, number: int) -> Tensor:
         """Update m and return it."""
         (momentum,) = states
-        return momentum.mul_(self.momentum).add_(gradient)
+        return momentum.mul_(rounded(self.momentum)).add_(gradient)
 
     def last_step(self, states: Sequence[Tensor], *, alpha: float, number: int) -> Tensor | None:
         """Return m, which was the step."""
@@ -119,8 +120,9 @@ class Adam(Optimizer):
     def step(self, gradient: Tensor, states: Sequence[Tensor], *, alpha: float, number: int) -> Tensor:
         """Update the moments and compute the step from them."""
         first, second = states
-        first.mul_(self.betas[0]).add_(gradient * (1 - self.betas[0]))
-        second.mul_(self.betas[1]).add_(gradient.square_().mul_(1 - self.betas[1]))
+        keep_first, keep_second = self.betas
+        first.mul_(rounded(keep_first)).add_(gradient * rounded(1 - keep_first))
+        second.mul_(rounded(keep_second)).add_(gradient.mul_(gradient).mul_(rounded(1 - keep_second)))
         return self._step(first, second, alpha=alpha, number=number)
 
     def last_step(self, states: Sequence[Tensor], *, alpha: float, number: int) -> Tensor | None:
@@ -129,14 +131,35 @@ class Adam(Optimizer):
         return self._step(first, second, alpha=alpha, number=number)
 
     def _step(self, first: Tensor, second: Tensor, *, alpha: float, number: int) -> Tensor:
-        rescale = [float(np.float32(1 / (1 - beta ** (number + 1)))) for beta in self.betas]
-        root = (second * rescale[1]).sqrt_().add_(self.epsilon)
-        return (first * rescale[0]).div_(root).mul_(alpha)
+        rescale_first, rescale_second = (rounded(self._rescale(beta, number + 1)) for beta in self.betas)
+        root = self._sqrt(second * rescale_second).add_(rounded(self.epsilon))
+        return (first * rescale_first).div_(root).mul_(rounded(alpha))
+
+    def _rescale(self, beta: float, num_steps: int) -> float:
+        """Return what a moment is multiplied by, so that its weights of all gradients so far add up to 1."""
+        return 1 / (1 - power(beta, num_steps))
+
+    def _sqrt(self, values: Tensor) -> Tensor:
+        return sqrt(values)
 
     def largest_step(self, gradient: float, states: Sequence[float], *, alpha: float) -> float:
         """Return the bound from the Cauchy-Schwarz inequality over the moments' sums, for any gradients."""
         first, second = self.betas
         return alpha / ((1 - second) * (1 - first**2 / second)) ** 0.5
+
+
+class AdamVersion1(Adam):
+    """Adam as it was in version 1, for journals that were begun with it.
+
+    Its square root is torch's, and its powers are the C library's. Neither is correctly rounded everywhere,
+    so its last bits depend on the processor and on the libraries.
+    """
+
+    def _rescale(self, beta: float, num_steps: int) -> float:
+        return 1 / (1 - beta**num_steps)
+
+    def _sqrt(self, values: Tensor) -> Tensor:
+        return values.sqrt_()
 
 
 @dataclass(frozen=True)
@@ -150,3 +173,18 @@ class Decay:
 
     rate: float
     is_anchored: bool
+
+    def added(self, step: Tensor, *, master: Tensor, base: Tensor | None, alpha: float) -> Tensor:
+        """Return a step with the decay of the weights that it is added to.
+
+        Args:
+            step: Step, float32.
+            master: The weights, of the master's dtype.
+            base: The base model's weights in the same dtype; None unless ``is_anchored``.
+            alpha: Step size.
+        """
+        distance = master.float()
+        if self.is_anchored:
+            assert base is not None, "the caller reads it"
+            distance = distance - base.float()
+        return step - distance * rounded(alpha * self.rate)

@@ -7,10 +7,10 @@ import numpy as np
 
 from shardes.config.schema import EsConfig
 from shardes.es.member import MemberResult
-from shardes.es.optimizers import Adam, Decay, Momentum, Optimizer, PlainStep
+from shardes.es.optimizers import Adam, AdamVersion1, Decay, Momentum, Optimizer, PlainStep
 from shardes.es.schedules import between, factor
 from shardes.es.shaping import RewardTable, shape
-from shardes.es.update import Perturbation, Update
+from shardes.es.update import UPDATE_VERSION, Perturbation, Update
 
 
 class Strategy:
@@ -137,13 +137,19 @@ def reward_table(results: Sequence[MemberResult]) -> RewardTable:
     return tables
 
 
-def optimizer_of(settings: EsConfig) -> Optimizer:
-    """Return the optimizer that ``es.optimizer`` names."""
+def optimizer_of(settings: EsConfig, *, update_version: int = UPDATE_VERSION) -> Optimizer:
+    """Return the optimizer that ``es.optimizer`` names.
+
+    Args:
+        settings: Section ``es`` of the configuration.
+        update_version: Version of the updates that a journal was begun with.
+    """
     if settings.optimizer == "momentum":
         return Momentum(settings.momentum)
     if settings.optimizer == "adam":
         first, second = settings.adam_betas
-        return Adam((first, second), settings.adam_epsilon)
+        adam = AdamVersion1 if update_version == 1 else Adam
+        return adam((first, second), settings.adam_epsilon)
     return PlainStep()
 
 

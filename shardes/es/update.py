@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+# Version of docs/updates.md; a journal's header has it, and one without it is of version 1.
+UPDATE_VERSION = 2
+
 
 @dataclass(frozen=True)
 class Update:

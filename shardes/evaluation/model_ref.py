@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardes.config.consent import keys_of, load_trusted, with_consent
 from shardes.config.loading import load_config
 from shardes.config.schema import Config
 from shardes.errors import UserError
@@ -40,7 +41,7 @@ class ModelRef:
             from shardes.runs.resume import restore_weights
 
             assert self.history.header is not None, "a run has begun"
-            session.check_base(self.history.header, self.run_dir)
+            session.follow(self.history.header, self.run_dir)
             restore_weights(
                 session,
                 self.history.updates[: self.iteration],
@@ -49,7 +50,13 @@ class ModelRef:
             )
 
 
-def resolve_model(model: str, *, config_path: Path | None, overrides: list[str]) -> ModelRef:
+# Sections of a run's configuration that an evaluation uses.
+_USED = tuple(name for name in Config.model_fields if name not in ("run", "log"))
+
+
+def resolve_model(
+    model: str, *, config_path: Path | None, overrides: list[str], is_trusted: bool = False
+) -> ModelRef:
     """Return the model that ``--model DIR|RUN_DIR[@K]`` and ``--config FILE`` refer to.
 
     The sections ``model``, ``es`` and ``weights`` are those of the run, all others those of the file, which
@@ -59,9 +66,10 @@ def resolve_model(model: str, *, config_path: Path | None, overrides: list[str])
         model: Value of ``--model``.
         config_path: YAML file of the configuration; None: that of the run.
         overrides: Changes of keys, as ``KEY=VALUE``.
+        is_trusted: Whether the person has consented to what a run's files ask for (``consent.py``).
 
     Raises:
-        UserError: There is no such model, run or iteration.
+        UserError: There is no such model, run or iteration, or a run asks for what takes consent.
     """
     path, at, wanted = Path(model), "", ""
     if not path.is_dir():
@@ -70,18 +78,28 @@ def resolve_model(model: str, *, config_path: Path | None, overrides: list[str])
     if (path / "config.json").is_file() and not at:
         if config_path is None:
             raise UserError(f"--config: give the YAML file that says what {path} is asked")
-        return ModelRef(load_config(config_path, [*overrides, f"model.path={json.dumps(str(path))}"]))
+        # The path is the person's own, as what they say of it is.
+        overrides = [*overrides, f"model.path={json.dumps(str(path))}"]
+        overrides += ["model.trust_remote_code=true"] if is_trusted else []
+        return ModelRef(load_trusted(config_path, overrides, is_trusted=is_trusted))
     if not (path / "journal.jsonl").is_file():
         raise UserError(
             f"--model {model}: neither a model directory (with config.json) nor a run directory (with "
             "journal.jsonl); give DIR, RUN_DIR, RUN_DIR@K for the weights after K iterations, or RUN_DIR@best"
         )
-    own = load_config(path / "config.yaml", [] if config_path else overrides)
-    config = own
-    if config_path is not None:
-        asked = load_config(config_path, overrides)
-        config = asked.model_copy(update={"model": own.model, "es": own.es, "weights": own.weights})
+    origin = path / "config.yaml"
+    own = load_config(origin, [] if config_path else overrides)
     history, *_ = read_journal(path / "journal.jsonl")
     if history.header is None:
         raise UserError(f"--model {model}: its journal is empty; nothing can be evaluated")
+    config = with_consent(
+        own,
+        origin=origin,
+        is_trusted=is_trusted,
+        own=keys_of(overrides),
+        sections=("model",) if config_path else _USED,
+    )
+    if config_path is not None:
+        asked = load_trusted(config_path, overrides, is_trusted=is_trusted)
+        config = asked.model_copy(update={"model": config.model, "es": config.es, "weights": config.weights})
     return ModelRef(config, path, history, history.iteration_of(wanted or None, key=f"--model {model}"))

@@ -36,6 +36,7 @@ def export_run(
     backend: str = "single",
     dtype: str | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
+    is_trusted: bool = False,
 ) -> Exported:
     """Replay a run's journal over its base model and export the weights; a collective of all ranks.
 
@@ -47,16 +48,17 @@ def export_run(
         backend: Backend that shards the model over ranks.
         dtype: Dtype of the exported weights; None: the dtype that the model was trained in.
         max_file_bytes: Largest size of a file, unless one parameter is larger.
+        is_trusted: Whether code of the model directory may run, if the run's configuration asks for it.
 
     Raises:
         UserError: There is no such run or iteration, ``out`` is taken, or the base model is another.
         StorageError: The export cannot be written.
     """
-    config, header, history = read_run(run_dir, base=base, backend=backend)
+    config, header, history = read_run(run_dir, base=base, backend=backend, is_trusted=is_trusted)
     wanted = history.iteration_of(iteration, key=f"--iteration {iteration}")
     check_destination(out)
     with open_session(config) as session:
-        session.check_base(header, run_dir)
+        session.follow(header, run_dir)
         restore_weights(session, history.updates[:wanted], digests=history.digests, run_dir=run_dir)
         try:
             export_model(

@@ -1,6 +1,7 @@
 """Reading a model directory: safetensors headers, and any range of any parameter's elements.
 
-Only safetensors is read. A rank reads the bytes of its own elements and no others.
+Only safetensors is read. A rank reads the bytes of its own elements, and of others only what is between short
+rows of its own, as a shard of a matrix's columns has them.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -20,9 +21,15 @@ import torch
 from shardes.errors import UserError
 from shardes.models.files import weight_files
 from shardes.models.headers import DTYPE_NAMES, DTYPES, quantised_error, read_header
+from shardes.models.stored_rows import Block, DifferentStridesError, Rows, shared
 from shardes.noise.region import Region
+from shardes.utils.files import read_exactly
 
 _READ_BYTES = 1 << 28
+# Rows are read with what is between them, in blocks of so many bytes at most, which processors have room for,
+# if what is between two of them is no more than the second number: that takes less time than another call.
+_BLOCK_BYTES = 1 << 22
+_GAP_BYTES = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,10 @@ class StoredTensor:
     def find(self, first: int, length: int) -> Iterator[tuple["StoredTensor", int, int]]:
         """Yield the stored tensors of a range of elements, each with first element and length in it."""
         yield self, first, length
+
+    def places(self) -> Iterator[tuple["StoredTensor", Sequence[Rows]]]:
+        """Yield the stored tensors, each with the parameter's elements that it holds, one after the other."""
+        yield self, [(0, self.num_elements, 1, 0)]
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,11 @@ class JoinedTensor:
             if low < high:
                 yield self.pieces[i], low - starts[i], high - low
 
+    def places(self) -> Iterator[tuple[StoredTensor, Sequence[Rows]]]:
+        """Yield the stored tensors, each with the parameter's elements that it holds, one after the other."""
+        for start, piece in zip(self._starts, self.pieces, strict=False):
+            yield piece, [(start, piece.num_elements, 1, 0)]
+
 
 class Found(Protocol):
     """A parameter whose elements are stored in files."""
@@ -89,9 +105,12 @@ class Found(Protocol):
     def find(self, first: int, length: int) -> Iterator[tuple[StoredTensor, int, int]]:
         """Yield the stored tensors of a range of elements, each with first element and length in it."""
 
+    def places(self) -> Iterator[tuple[StoredTensor, Sequence[Rows]]]:
+        """Yield the stored tensors, each with the parameter's elements that it holds, one after the other."""
+
 
 class TensorReader:
-    """Reader of ranges of parameters' elements; it reads no other bytes.
+    """Reader of ranges of parameters' elements; it reads no others, but for what is between short rows.
 
     Args:
         tensors: Parameters by name.
@@ -106,28 +125,72 @@ class TensorReader:
         self.bytes_read = 0
 
     def read(self, name: str, *, region: Region, out: torch.Tensor) -> None:
-        """Fill ``out`` (flat, any float dtype) with a region's elements of a tensor, reading no others."""
-        filled = 0
+        """Fill ``out`` (flat, any float dtype) with a region's elements of a tensor."""
         with ExitStack() as files:
             opened: dict[Path, int] = {}
-            for row in range(region.rows):
-                for stored, first, length in self.tensors[name].find(
-                    region.start + row * region.stride, region.length
-                ):
-                    if stored.path not in opened:
-                        opened[stored.path] = os.open(stored.path, os.O_RDONLY)
-                        files.callback(os.close, opened[stored.path])
-                    self._read_range(opened[stored.path], stored, first, out[filled : filled + length])
-                    filled += length
+            for stored, block in self._blocks(self.tensors[name], region):
+                if stored.path not in opened:
+                    opened[stored.path] = os.open(stored.path, os.O_RDONLY)
+                    files.callback(os.close, opened[stored.path])
+                self._read_block(opened[stored.path], stored, block, out)
+
+    def _blocks(self, found: Found, region: Region) -> Iterator[tuple[StoredTensor, Block]]:
+        """Yield the blocks that make up a region, each with the stored tensor that has it."""
+        wanted = (region.start, region.length, region.rows, region.stride)
+        blocks: list[tuple[StoredTensor, Block]] = []
+        with suppress(DifferentStridesError):
+            for stored, places in found.places():
+                place = 0
+                for rows in places:
+                    blocks += [(stored, block) for block in shared(wanted, rows, place=place)]
+                    place += rows[1] * rows[2]
+        if sum(block.num_elements for _, block in blocks) == region.num_elements:
+            yield from blocks
+            return
+        # Row by row, where files have other strides; it also tells which element no file has.
+        target = 0
+        for row in range(region.rows):
+            for stored, first, length in found.find(region.start + row * region.stride, region.length):
+                yield stored, Block(first, length, target, length, length, 1)
+                target += length
+
+    def _read_block(self, descriptor: int, stored: StoredTensor, block: Block, out: torch.Tensor) -> None:
+        """Read a block's rows: all at once, in parts with what is between them, or row by row."""
+        stride, width = block.source_stride, stored.dtype.itemsize
+        is_dense = block.rows == 1 or stride == block.length == block.target_stride
+        if is_dense:
+            target = out[block.target : block.target + block.num_elements]
+            self._read_range(descriptor, stored, block.source, target)
+            return
+        has_gaps = (stride - block.length) * width > _GAP_BYTES
+        most_rows = 1 if has_gaps else max(1, _BLOCK_BYTES // (stride * width))
+        buffer = torch.empty((most_rows - 1) * stride + block.length, dtype=stored.dtype)
+        for row in range(0, block.rows, most_rows):
+            count = min(most_rows, block.rows - row)
+            values = buffer[: (count - 1) * stride + block.length]
+            self._fill(descriptor, stored, block.source + row * stride, values)
+            place = out.storage_offset() + block.target + row * block.target_stride
+            target = out.as_strided((count, block.length), (block.target_stride, 1), place)
+            target.copy_(values.as_strided((count, block.length), (stride, 1)))
 
     def _read_range(self, descriptor: int, stored: StoredTensor, first: int, out: torch.Tensor) -> None:
-        width = stored.dtype.itemsize
-        step = _READ_BYTES // width
+        """Fill a flat tensor of any dtype and device with consecutive elements."""
+        if out.dtype == stored.dtype and out.device.type == "cpu":
+            self._fill(descriptor, stored, first, out)
+            return
+        step = _READ_BYTES // stored.dtype.itemsize
+        buffer = torch.empty(min(step, out.numel()), dtype=stored.dtype)
         for low in range(0, out.numel(), step):
             here = out[low : low + step]
-            data = _read_exactly(descriptor, here.numel() * width, stored.offset + (first + low) * width)
-            self.bytes_read += len(data)
-            here.copy_(torch.frombuffer(data, dtype=stored.dtype))
+            values = buffer[: here.numel()]
+            self._fill(descriptor, stored, first + low, values)
+            here.copy_(values)
+
+    def _fill(self, descriptor: int, stored: StoredTensor, first: int, out: torch.Tensor) -> None:
+        """Fill a flat tensor of the stored dtype, on the CPU, with consecutive elements."""
+        view = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        read_exactly(descriptor, view, offset=stored.offset + first * stored.dtype.itemsize)
+        self.bytes_read += out.numel() * stored.dtype.itemsize
 
 
 class Checkpoint(TensorReader):
@@ -262,17 +325,6 @@ def read_whole(stored: StoredTensor) -> torch.Tensor:
     if size:
         TensorReader({"": stored}).read("", region=Region(0, size, 0, size), out=values)
     return values.view(stored.shape)
-
-
-def _read_exactly(descriptor: int, num_bytes: int, offset: int) -> bytearray:
-    data = bytearray(num_bytes)
-    view, done = memoryview(data), 0
-    while done < num_bytes:  # one call reads 2 GiB at most
-        count = os.preadv(descriptor, [view[done:]], offset + done)
-        if count == 0:
-            raise OSError(f"unexpected end of file at byte {offset + done}")
-        done += count
-    return data
 
 
 def _listed(names: list[str], limit: int = 5) -> str:

@@ -5,9 +5,31 @@ from pathlib import Path
 
 import click
 
-from shardes.runs.directory import read_run_journal
+from shardes.backends.registry import BACKENDS
+from shardes.config.consent import FLAG
+from shardes.distributed.place import read_place
+from shardes.errors import EXIT_FAILURE, UserError
+from shardes.runs.directory import read_run, read_run_journal
+from shardes.utils.logs import printable
+from shardes.utils.reading import open_regular
 
 _PATH = click.Path(path_type=Path)
+
+# Options of several commands.
+BASE = click.option("--base", type=_PATH, help="The base model's directory, if it was moved since the run.")
+BACKEND = click.option(
+    "--backend",
+    type=click.Choice(list(BACKENDS)),
+    default="single",
+    show_default=True,
+    help="Another than single spreads the model over the ranks of a launcher.",
+)
+TRUST = click.option(
+    FLAG,
+    "is_trusted",
+    is_flag=True,
+    help="Let code run that a run directory, or the configuration in it, names.",
+)
 
 
 @click.command()
@@ -22,13 +44,60 @@ def journal(run_dir: Path, as_json: bool) -> None:
 
     _, history, good_bytes, num_bytes = read_run_journal(run_dir)
     if as_json:
-        with (run_dir / "journal.jsonl").open("rb") as file:
+        with open_regular(run_dir / "journal.jsonl") as file:
             click.echo(file.read(good_bytes).decode(), nl=False)
     else:
-        click.echo("\n".join(report(history)))
+        click.echo(printable("\n".join(report(history))))
     if num_bytes > good_bytes:
         torn = f"its last line is incomplete ({num_bytes - good_bytes} bytes) and does not count"
         click.echo(f"{run_dir}: {torn}", err=True)
+
+
+@click.command()
+@click.argument("run_dir", type=_PATH)
+@click.option(
+    "--export", "export_dir", type=_PATH, help="An exported model that must hold the run's weights."
+)
+@BASE
+@BACKEND
+@TRUST
+@click.pass_context
+def verify(
+    context: click.Context,
+    run_dir: Path,
+    export_dir: Path | None,
+    base: Path | None,
+    backend: str,
+    is_trusted: bool,
+) -> None:
+    """Replay RUN_DIR's journal over the base model, and compare what RUN_DIR says with that.
+
+    Weights are compared by digest with the journal's and those in metrics.jsonl, after every iteration, and
+    with snapshots. The exit status is 1 if something differs, and the first iteration that does is named.
+    """
+    read_place()
+    config, header, history = read_run(run_dir, base=base, backend=backend, is_trusted=is_trusted)
+    if export_dir is not None and not export_dir.is_dir():
+        raise UserError(f"--export {export_dir}: is not a directory; give that of an exported model")
+    from shardes.monitor.verify import verify_run
+    from shardes.session import open_session
+    from shardes.utils.logs import configure_logging
+
+    configure_logging()
+    with open_session(config) as session:
+        session.follow(header, run_dir)
+        found = verify_run(session, history, run_dir=run_dir, export=export_dir)
+        if session.mesh.world.is_main:
+            click.echo(
+                f"{run_dir}: {found.num_iterations} iterations replayed, {found.num_compared} digests "
+                f"compared, {found.num_snapshots} snapshots read"
+            )
+            for iteration in found.export_iterations[-1:]:
+                click.echo(f"{export_dir}: the weights after {iteration} iterations")
+            for problem in found.problems:
+                click.echo(f"DIFFERENT: {problem}")
+            click.echo("something differs" if found.problems else "all is as it should be")
+    context.exit(EXIT_FAILURE if found.problems else 0)
 
 
 @click.command()
@@ -74,4 +143,4 @@ def env() -> None:
     click.echo("\n".join(f"{name}: {value}" for name, value in describe().items()))
 
 
-COMMANDS = (journal, plot, watch, env)
+COMMANDS = (journal, verify, plot, watch, env)

@@ -32,8 +32,8 @@ def report(history: History) -> Iterator[str]:
     yield f"base model   {header['config']['model']['path']}, weights digest {header['base_weights_digest']}"
     yield f"trained      {len(header['parameters'])} parameters of {num_trained(header)} elements"
     yield (
-        f"noise        {settings['es.noise']}, version {header['noise_version']}, "
-        f"seed {settings['es.seed']}, population {settings['es.population']}"
+        f"noise        {settings.get('es.noise')}, version {header['noise_version']}, "
+        f"seed {settings.get('es.seed')}, population {settings.get('es.population')}"
     )
     yield f"written by   shardes {header['shardes_version']}, journal version {header['journal_version']}"
     yield ""

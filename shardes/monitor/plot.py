@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shardes.errors import UserError
+from shardes.utils.reading import parse_json, read_regular
 
 METRICS = "metrics.jsonl"
 _FORMATS = (".png", ".svg")
@@ -18,6 +19,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _INK, _GREY = "#333333", "#777777"
 _NUM_COLUMNS = 2
+_MOST_BYTES = 1 << 30
 
 Point = dict[str, float]
 
@@ -68,7 +70,7 @@ def read_metrics(run_dir: Path) -> dict[int, Point]:
     """
     path = run_dir / METRICS
     try:
-        *lines, last = path.read_bytes().split(b"\n")
+        *lines, last = read_regular(path, max_bytes=_MOST_BYTES).split(b"\n")
     except OSError as error:
         raise UserError(
             f"{path} cannot be read: {error.strerror}; wanted a run directory, in which training writes "
@@ -88,7 +90,7 @@ def read_metrics(run_dir: Path) -> dict[int, Point]:
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
+        parse_json(line)
     except ValueError:
         return False
     return True

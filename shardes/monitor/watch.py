@@ -4,7 +4,6 @@ Journal and metrics only grow while a job has them, so that what was read once i
 goes on after another cuts off what it does again; then all is read anew.
 """
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -15,7 +14,9 @@ from typing import Any
 
 from shardes.config.loading import load_run_config
 from shardes.errors import UserError
+from shardes.utils.logs import printable
 from shardes.utils.progress import duration
+from shardes.utils.reading import open_regular, parse_json
 
 # Iterations whose mean time is what the next ones are expected to take.
 _NUM_TIMED = 20
@@ -52,6 +53,8 @@ class _Grown:
                 return self._read()
             except FileNotFoundError:
                 return None
+            except OSError as error:
+                raise UserError(f"{self._path} cannot be read: {error.strerror}") from None
             except ValueError as error:
                 # What was read may have been cut off and written anew in the meantime.
                 self._num_bytes, self.lines = 0, []
@@ -60,7 +63,7 @@ class _Grown:
         raise AssertionError("not reached")
 
     def _read(self) -> float:
-        with self._path.open("rb") as file:
+        with open_regular(self._path) as file:
             stat = os.fstat(file.fileno())
             if stat.st_size < self._num_bytes or stat.st_ino != self._file_id:
                 self._num_bytes, self._file_id, self.lines = 0, stat.st_ino, []
@@ -68,7 +71,7 @@ class _Grown:
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
         for line in whole.splitlines():
-            record = json.loads(line)
+            record = parse_json(line)
             keys = record.keys() if self._keys is None else [k for k in self._keys if k in record]
             self.lines.append({key: record[key] for key in keys})
         self._num_bytes += len(whole)
@@ -129,7 +132,7 @@ class RunView:
         Args:
             now: The time, in seconds since the epoch.
         """
-        return "\n".join(self._paragraphs(now))
+        return printable("\n".join(self._paragraphs(now)))
 
     def _paragraphs(self, now: float) -> Iterator[str]:
         done = [line for line in self._metrics.lines if "num_members" in line]
@@ -244,12 +247,19 @@ def watch(run_dir: Path, *, once: bool, every_seconds: float, is_terminal: bool)
     """
     following, told = RunView(run_dir), None
     while True:
-        following.look()
-        state = (following.num_lines, following.is_finished)
+        try:
+            following.look()
+            state = (following.num_lines, following.is_finished)
+            screen = following.screen(now=time.time())
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"RUN_DIR {run_dir}: its files are damaged ({type(error).__name__}: {error}); shardes "
+                f"journal {run_dir} says where"
+            ) from None
         if is_terminal and not once:
-            yield f"\x1b[H\x1b[J{following.screen(now=time.time())}\n"
+            yield f"\x1b[H\x1b[J{screen}\n"
         elif once or state != told:
-            yield f"{following.screen(now=time.time())}\n"
+            yield f"{screen}\n"
         told = state
         if once or following.is_finished:
             return

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from shardes.config.consent import with_consent
 from shardes.config.loading import dump_config, load_run_config
 from shardes.config.schema import Config
 from shardes.errors import StorageError, UserError
@@ -14,6 +15,7 @@ from shardes.runs.journal import History, Journal, read_journal
 from shardes.runs.lock import DirectoryLock
 from shardes.utils.closing import Closing
 from shardes.utils.files import AppendFile, write_atomically
+from shardes.utils.reading import parse_json, read_whole_lines
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class LineFile:
         self.path = path
         found = read_lines(path)
         lines = [line for line in found if keep(line)]
-        self.first_untold = max((line.get("iteration", -1) for line in found), default=-1) + 1
+        self.first_untold = max((line["iteration"] for line in found), default=-1) + 1
         self.num_lines = len(lines)
         write_lines(path, lines)
         self._file = AppendFile(path)
@@ -55,14 +57,26 @@ class LineFile:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a JSONL file up to a torn or damaged one; none if it does not exist."""
+    """Return the lines of a JSONL file up to a torn or damaged one; none if it does not exist.
+
+    Raises:
+        UserError: It cannot be read, or is no regular file.
+    """
     lines: list[dict[str, Any]] = []
-    for line in (path.read_bytes() if path.exists() else b"").split(b"\n")[:-1]:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            logger.warning("%s: line %d is damaged; what follows it is dropped", path, len(lines) + 1)
-            break
+    try:
+        for text in read_whole_lines(path):
+            line = parse_json(text)
+            if not isinstance(line, dict) or not all(
+                type(number) is int for number in (line.get("iteration"), line.get("member", 0))
+            ):
+                raise ValueError("not a line of a run")
+            lines.append(line)
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        logger.warning("%s: line %d is damaged; what follows it is dropped", path, len(lines) + 1)
+    except OSError as error:
+        raise UserError(f"run.dir: {path} cannot be read: {error.strerror}") from None
     return lines
 
 
@@ -192,6 +206,7 @@ _NOT_COMPARED = (
     "shardes_version",
     "config",
     "parameters",
+    "update_version",
     "base_headers_sha256",
     "is_exact",
 )
@@ -209,7 +224,7 @@ def read_run_journal(run_dir: Path) -> tuple[dict[str, Any], History, int, int]:
         UserError: There is none, or it is empty.
     """
     path = run_dir / "journal.jsonl"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"RUN_DIR {run_dir}: {path} does not exist; give the directory of a run")
     history, _, good_bytes, num_bytes = read_journal(path)
     if history.header is None:
@@ -217,7 +232,9 @@ def read_run_journal(run_dir: Path) -> tuple[dict[str, Any], History, int, int]:
     return history.header, history, good_bytes, num_bytes
 
 
-def read_run(run_dir: Path, *, base: Path | None, backend: str) -> tuple[Config, dict[str, Any], History]:
+def read_run(
+    run_dir: Path, *, base: Path | None, backend: str, is_trusted: bool = False
+) -> tuple[Config, dict[str, Any], History]:
     """Return configuration, header and journal of a run whose weights are to be restored.
 
     The configuration is for the ranks of this job, whatever the run had.
@@ -226,9 +243,10 @@ def read_run(run_dir: Path, *, base: Path | None, backend: str) -> tuple[Config,
         run_dir: The run directory.
         base: The base model's directory; None: the run's ``model.path``.
         backend: Value of ``parallel.backend``.
+        is_trusted: Whether the person has consented to run code of the model directory.
 
     Raises:
-        UserError: The directory holds no run.
+        UserError: The directory holds no run, or the run asks for code to run without consent.
     """
     changes: dict[str, str | None] = {"run.dir": str(run_dir), "parallel.backend": backend}
     changes |= {"parallel.deepspeed": None, "parallel.shard_size": None, "rollout.gather": "auto"}
@@ -236,4 +254,5 @@ def read_run(run_dir: Path, *, base: Path | None, backend: str) -> tuple[Config,
         changes["model.path"] = str(base)
     config = load_run_config(run_dir, changes)
     header, history, *_ = read_run_journal(run_dir)
+    config = with_consent(config, origin=run_dir / "config.yaml", is_trusted=is_trusted, sections=("model",))
     return config, header, history

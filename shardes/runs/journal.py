@@ -20,8 +20,11 @@ from typing import Any
 
 from shardes.config.old_keys import rename_in_header
 from shardes.errors import UserError
+from shardes.es.update import UPDATE_VERSION
+from shardes.runs.records import check_form
 from shardes.utils.closing import Closing
 from shardes.utils.files import AppendFile
+from shardes.utils.reading import parse_json, read_whole_lines
 
 JOURNAL_VERSION = 2
 
@@ -50,6 +53,11 @@ class History:
     probe: dict[str, Any] | None = None
     kls: dict[int, float | None] = field(default_factory=dict)
 
+    @property
+    def update_version(self) -> int:
+        """Version of the updates that the run was begun with; headers of version 1 do not say."""
+        return UPDATE_VERSION if self.header is None else int(self.header.get("update_version", 1))
+
     def iteration_of(self, wanted: str | None, *, key: str) -> int:
         """Return the number of updates that a user means.
 
@@ -70,7 +78,7 @@ class History:
             return best
         if not wanted.isdecimal():
             raise UserError(f"{key}: wanted a number of iterations, or best")
-        if int(wanted) > available:
+        if len(wanted) > 18 or int(wanted) > available:
             raise UserError(f"{key}: the run has {available} iterations; give at most that, or best")
         return int(wanted)
 
@@ -173,32 +181,58 @@ def read_journal(path: Path) -> tuple[History, str, int, int]:
     Raises:
         UserError: A line other than an incomplete last one is damaged.
     """
-    history, link, good_bytes = History(), "", 0
-    data = path.read_bytes() if path.exists() else b""
-    # What follows the last line break is a line whose writer died, so nothing was done because of it.
-    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-            checksum = record.pop("checksum")
-            expected, _ = _seal(record, link)
-            if expected != line:
-                raise ValueError("its checksum does not match")
-            if record.get("type") == "header":
-                rename_in_header(record)
-            history.add(record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"run.dir: {path} line {number} is damaged ({error}); restore the file from a copy, or do "
-                f"again what it says from that line on: truncate --size={good_bytes} {path}"
-            ) from None
-        if record.get("journal_version", 0) > JOURNAL_VERSION:
-            raise UserError(
-                f"run.dir: {path} has the journal version {record['journal_version']}, of a later shardes; "
-                f"this one reads versions up to {JOURNAL_VERSION}"
-            )
-        link = checksum
-        good_bytes += len(line) + 1
-    return history, link, good_bytes, len(data)
+    history, link, good_bytes, num_bytes = History(), "", 0, 0
+    try:
+        for number, line in enumerate(read_whole_lines(path), start=1):
+            try:
+                link = _take(line, history, link, path=path)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise UserError(
+                    f"run.dir: {path} line {number} is damaged ({error}); restore the file from a copy, or "
+                    f"do again what it says from that line on: truncate --size={good_bytes} {path}"
+                ) from None
+            good_bytes += len(line) + 1
+        num_bytes = path.stat().st_size
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"run.dir: {path} cannot be read: {error.strerror}") from None
+    return history, link, good_bytes, max(good_bytes, num_bytes)
+
+
+def _take(line: bytes, history: History, link: str, *, path: Path) -> str:
+    """Check a line of a journal, add its record to the history, and return its checksum.
+
+    Raises:
+        UserError: It is of a later version.
+        ValueError, KeyError, TypeError, AttributeError: It is damaged.
+    """
+    record = parse_json(line)
+    checksum = record.pop("checksum")
+    expected, _ = _seal(record, link)
+    if expected != line:
+        raise ValueError("its checksum does not match")
+    version = record.get("journal_version", 0)
+    if isinstance(version, int) and version > JOURNAL_VERSION:
+        raise UserError(
+            f"run.dir: {path} has the journal version {version}, of a later shardes; this one reads versions "
+            f"up to {JOURNAL_VERSION}"
+        )
+    if record.get("update_version", 1) not in range(1, UPDATE_VERSION + 1):
+        raise UserError(
+            f"run.dir: {path} has version {record['update_version']} of the updates (docs/updates.md), of "
+            f"another shardes; this one knows versions up to {UPDATE_VERSION}"
+        )
+    check_form(record)
+    if record["type"] == "header":
+        rename_in_header(record)
+    elif record["type"] == "update":
+        # Each takes time to replay, and was the result of a member.
+        num_members, count = len(history.members.get(record["iteration"], ())), len(record["coefficients"])
+        if count > num_members:
+            raise ValueError(f"it has {count} coefficients, but its iteration {num_members} members")
+    history.add(record)
+    return str(checksum)
 
 
 def _seal(record: dict[str, Any], link: str) -> tuple[bytes, str]:

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from shardes.errors import StorageError, UserError
+from shardes.utils.files import open_own
+from shardes.utils.reading import parse_json, read_regular
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class DirectoryLock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptor = open_own(path, os.O_RDWR)
         try:
             has_kernel_lock = self._take_kernel_lock()
             is_certain = self._outlive_owner(has_kernel_lock)
@@ -169,7 +171,7 @@ class DirectoryLock:
 
     def _read_text(self) -> str:
         # Opened anew: that is when network file systems look for what other machines wrote.
-        return self._path.read_text(encoding="utf-8", errors="replace")
+        return read_regular(self._path, max_bytes=1 << 20).decode(errors="replace")
 
     def _read(self) -> dict[str, Any]:
         return _parsed(self._read_text())
@@ -186,7 +188,7 @@ class DirectoryLock:
 def _parsed(text: str) -> dict[str, Any]:
     """Return the owner that the file names; an empty mapping if nothing in it can be read."""
     try:
-        owner = json.loads(text.strip("\0 \n") or "{}")
+        owner = parse_json(text.strip("\0 \n") or "{}")
     except ValueError:
         return {}
     return owner if isinstance(owner, dict) else {}

@@ -9,7 +9,7 @@ from shardes.runs.journal import History
 
 def iteration_metrics(history: History, iteration: int) -> dict[str, Any]:
     """Return the metrics of an iteration's members, and of the centre before them if it was evaluated."""
-    members = [MemberResult.of_record(record) for record in history.members[iteration].values()]
+    members = [MemberResult.of_record(record) for record in history.members.get(iteration, {}).values()]
     assert history.header is not None, "updates follow a header"
     on_error = history.header["settings"].get("task.on_reward_error", "exclude")
     rewards = [reward for reward in member_rewards(members, on_error=on_error) if reward is not None]
@@ -54,8 +54,8 @@ def heldout_metrics(history: History, iteration: int) -> dict[str, Any]:
     if "reward" in record:
         metrics |= {
             "heldout_reward": record["reward"],
-            "heldout_num_failures": record["num_failures"],
-            "heldout_components": record["components"],
+            "heldout_num_failures": record.get("num_failures", 0),
+            "heldout_components": record.get("components", {}),
         }
     if "sets" in record:
         metrics["heldout_sets"] = record["sets"]

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from shardes.errors import UserError
 from shardes.es.member import MemberResult
-from shardes.es.update import Update
+from shardes.es.update import UPDATE_VERSION, Update
 from shardes.models.checkpoint import Checkpoint
 from shardes.runs.journal import History
 from shardes.runs.snapshot import Snapshot, SnapshotError, find_snapshots, snapshot_path
@@ -28,6 +28,7 @@ class ResumeState:
         digests: Digests of the weights, by the number of updates that they had had.
         results: Results of the first iteration's members, by member. Members without a reward are left out
             and asked again: the user may have mended the reward function.
+        update_version: Version of the updates that the run was begun with.
         evaluation: Record of the held-out evaluation after all updates; None if there is none.
         best_reward: The highest held-out reward of earlier evaluations; None if there is none.
         kl_probe: Record of the base model's answers to the KL prompts; None if it was not asked.
@@ -37,6 +38,7 @@ class ResumeState:
     updates: list[dict[str, Any]]
     digests: dict[int, str]
     results: dict[int, MemberResult]
+    update_version: int = UPDATE_VERSION
     evaluation: dict[str, Any] | None = None
     best_reward: float | None = None
     kl_probe: dict[str, Any] | None = None
@@ -61,6 +63,7 @@ class ResumeState:
             history.updates,
             history.digests,
             {m: MemberResult.of_record(r) for m, r in members.items() if r["reward"] is not None},
+            update_version=history.update_version,
             evaluation=history.evaluations.get(first),
             best_reward=history.best_reward(before=first),
             kl_probe=history.probe,

@@ -12,13 +12,14 @@ rank 0 alone writes the manifest, which is the mark of a complete snapshot, and 
 
 import hashlib
 import json
+import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,13 +29,16 @@ from shardes.backends.shard import Shard
 from shardes.errors import UserError
 from shardes.models.checkpoint import StoredTensor, TensorReader, stored_tensors
 from shardes.models.safetensors_writer import write_header, write_values
+from shardes.models.stored_rows import Rows
 from shardes.utils.files import flush_to_disk, write_atomically
+from shardes.utils.reading import open_regular, parse_json, read_regular
 from shardes.weights.master import CHUNK_ELEMENTS
 
 SNAPSHOT_VERSION = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"iteration-(\d{8,})")
 _READ_BYTES = 1 << 24
+_MANIFEST_BYTES = 1 << 28
 
 
 class SnapshotError(Exception):
@@ -142,7 +146,7 @@ class Snapshot(TensorReader):
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         try:
-            manifest = json.loads((directory / MANIFEST).read_bytes())
+            manifest = parse_json(read_regular(directory / MANIFEST, max_bytes=_MANIFEST_BYTES))
             if manifest.pop("checksum") != _checksum(manifest):
                 raise SnapshotError(f"the checksum of its {MANIFEST} does not match")
             if manifest["version"] != SNAPSHOT_VERSION:
@@ -151,7 +155,10 @@ class Snapshot(TensorReader):
             self.weights_digest: str = manifest["weights_digest"]
             self.states_digest: str = manifest["states_digest"]
             self._files: list[dict[str, Any]] = manifest["files"]
-            rows: dict[str, list[_Rows]] = {}
+            texts = (self.weights_digest, self.states_digest)
+            if type(self.iteration) is not int or not all(isinstance(text, str) for text in texts):
+                raise SnapshotError(f"its {MANIFEST} does not say which weights it holds")
+            rows: dict[str, list[StoredRegions]] = {}
             for entry in self._files:
                 for name, found in self._open(entry).items():
                     rows.setdefault(name, []).append(found)
@@ -159,21 +166,28 @@ class Snapshot(TensorReader):
             raise SnapshotError(f"{type(error).__name__}: {error}") from None
         super().__init__({name: SpreadTensor(tuple(parts)) for name, parts in rows.items()})
 
-    def _open(self, entry: dict[str, Any]) -> dict[str, "_Rows"]:
+    def _open(self, entry: dict[str, Any]) -> dict[str, "StoredRegions"]:
         """Return the elements that one file holds, by parameter."""
         path = self._directory / entry["name"]
         if path.parent != self._directory:
             raise SnapshotError(f"its {MANIFEST} names a file outside of it")
-        size = path.stat().st_size
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
         if size != entry["num_bytes"]:
             raise SnapshotError(f"{path.name} has {size} bytes; wanted {entry['num_bytes']}")
         stored = stored_tensors(path)
         if stored.keys() != entry["regions"].keys():
             raise SnapshotError(f"{path.name} does not hold the parameters that {MANIFEST} says")
-        return {
-            name: _Rows(stored[name], tuple(tuple(map(int, region)) for region in regions))
+        rows = {
+            name: StoredRegions(
+                stored[name], tuple(cast(Rows, tuple(map(int, region))) for region in regions)
+            )
             for name, regions in entry["regions"].items()
         }
+        for name, found in rows.items():
+            if not found.is_possible:
+                raise SnapshotError(f"{path.name} does not hold the elements of {name} that {MANIFEST} says")
+        return rows
 
     def damaged_files(self, *, part: int = 0, num_parts: int = 1) -> list[str]:
         """Return the names of files whose bytes have changed; reads all, or one of ``num_parts`` parts."""
@@ -191,7 +205,7 @@ class Snapshot(TensorReader):
 
 
 @dataclass(frozen=True)
-class _Rows:
+class StoredRegions:
     """Elements of one parameter that follow each other in a file.
 
     Attributes:
@@ -201,7 +215,16 @@ class _Rows:
     """
 
     stored: StoredTensor
-    regions: tuple[tuple[int, ...], ...]
+    regions: tuple[Rows, ...]
+
+    @property
+    def is_possible(self) -> bool:
+        """Return whether the regions have the tensor's elements; tables of others could be endless."""
+        return (
+            all(len(region) == 4 and min(region) >= 0 and max(region) < 2**62 for region in self.regions)
+            and all(length > 0 for _, length, rows, _ in self.regions if rows)
+            and sum(length * rows for _, length, rows, _ in self.regions) == self.stored.num_elements
+        )
 
 
 @dataclass(frozen=True)
@@ -212,7 +235,7 @@ class SpreadTensor:
         parts: The elements that each file holds.
     """
 
-    parts: tuple[_Rows, ...]
+    parts: tuple[StoredRegions, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -228,6 +251,11 @@ class SpreadTensor:
         order = np.argsort(table[0], kind="stable")
         starts, lengths, places = table[:, order].tolist()
         return starts, lengths, files[order].tolist(), places
+
+    def places(self) -> Iterator[tuple[StoredTensor, Sequence[Rows]]]:
+        """Yield the tensors of files, each with the elements that it holds, one after the other."""
+        for part in self.parts:
+            yield part.stored, part.regions
 
     def find(self, first: int, length: int) -> Iterator[tuple[StoredTensor, int, int]]:
         """Yield the tensors of files that hold a range of elements, each with first element and length there.
@@ -249,7 +277,7 @@ class SpreadTensor:
             row += 1
 
 
-def _table_of(regions: tuple[tuple[int, ...], ...]) -> npt.NDArray[np.int64]:
+def _table_of(regions: Sequence[Rows]) -> npt.NDArray[np.int64]:
     """Return the rows of regions that follow each other in a file, int64: first elements, lengths, places."""
     tables, place = [np.empty((3, 0), dtype=np.int64)], 0
     for start, length, rows, stride in regions:

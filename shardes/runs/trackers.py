@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shardes.errors import UserError
+from shardes.utils.files import write_atomically
+from shardes.utils.reading import read_regular
 
 Line = Mapping[str, Any]
 """A line of metrics.jsonl."""
@@ -141,12 +143,12 @@ class WeightsAndBiases:
         is_new = not remembered.exists()
         self._first = 0 if is_new else run.first_untold
         if is_new:
-            remembered.write_text(uuid.uuid4().hex[:12])
+            write_atomically(remembered, uuid.uuid4().hex[:12])
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "shardes"),
                 name=run.path.resolve().name,
-                id=remembered.read_text().strip(),
+                id=read_regular(remembered, max_bytes=1000).decode().strip(),
                 resume="allow",
                 dir=str(run.path),
                 config=dict(run.config),

@@ -16,9 +16,11 @@ from shardes.config.schema import is_hub_reference
 from shardes.errors import UserError
 from shardes.tasks.base import Row
 from shardes.tasks.rows import shown
-from shardes.utils.json_text import parse_json
 from shardes.utils.paths import path_problem
+from shardes.utils.reading import open_regular, parse_json, read_regular
 
+# What is read of one file: rows are kept in memory, where they take several times as much.
+_MOST_BYTES = 1 << 35
 _INSTALL = "install it with: pip install 'shardes[data]'"
 
 
@@ -137,7 +139,7 @@ def _read(source: Path, key: str) -> Iterator[tuple[str, Any]]:
 
 def _text(source: Path, key: str) -> str:
     try:
-        return source.read_bytes().decode("utf-8-sig")
+        return read_regular(source, max_bytes=_MOST_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{key}: {source} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -152,7 +154,7 @@ def _of_lines(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            yield f"line {number}", parse_json(line)
+            yield f"line {number}", parse_json(line, refuse_repeats=True)
         except ValueError as error:
             raise UserError(
                 f"{key}: {source} line {number}: not JSON ({error}): {line[:80]!r}; every line must be one "
@@ -162,7 +164,7 @@ def _of_lines(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
 
 def _of_json(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
     try:
-        content = parse_json(text)
+        content = parse_json(text, refuse_repeats=True)
     except ValueError as error:
         if str(error).startswith("Extra data"):
             # JSONL under the name of JSON, as data sets often have it.
@@ -223,9 +225,12 @@ def _of_parquet(source: Path, key: str) -> Iterator[tuple[str, Any]]:
     except ImportError:
         raise UserError(f"{key}: {source}: Parquet needs the package pyarrow; {_INSTALL}") from None
     try:
+        with open_regular(source):  # pyarrow would wait for a pipe's writer
+            pass
         rows = pyarrow.parquet.read_table(source).to_pylist()
     except OSError as error:
-        raise UserError(f"{key}: {source} cannot be read ({_one_line(error)})") from None
+        reason = error.strerror or _one_line(error)
+        raise UserError(f"{key}: {source} cannot be read ({reason})") from None
     except pyarrow.ArrowException as error:
         raise UserError(f"{key}: {source}: not a Parquet file ({_one_line(error)})") from None
     return ((f"row {number}", _without_nan(row)) for number, row in enumerate(rows, start=1))
@@ -238,6 +243,10 @@ def _of_data_set(data_set: Any) -> Iterator[tuple[str, Any]]:
 def _from_disk(directory: Path, split: str, key: str) -> Any:
     datasets = _datasets(f"{key}: {directory}")
     try:
+        for path in directory.rglob("*"):
+            if not path.is_dir():
+                with open_regular(path):
+                    pass
         found = datasets.load_from_disk(str(directory))
     except Exception as error:
         raise UserError(

@@ -1,11 +1,13 @@
 """Writing files so that after a crash a reader finds the old text or the new one."""
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from shardes.errors import StorageError
+from shardes.utils.reading import check_regular
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -16,7 +18,9 @@ def write_atomically(path: Path, text: str) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        # Made anew: what has the name may be a link to a file elsewhere, which would be written to.
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             flush_to_disk(file)
         temporary.replace(path)
@@ -42,6 +46,26 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def open_own(path: Path, flags: int) -> int:
+    """Open a file of a run to write to it, and make it if there is none; return its descriptor.
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file: a link could lead to a file of somebody else.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ELOOP, "it is a symbolic link; wanted: a regular file", str(path)) from None
+    try:
+        check_regular(os.fstat(descriptor).st_mode, path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 class AppendFile:
     """A file that grows by whole pieces; nothing remains of one that does not fit on the disk.
 
@@ -53,7 +77,7 @@ class AppendFile:
     def __init__(self, path: Path, *, keep_bytes: int | None = None) -> None:
         self.path = path
         # Without a buffer: one would keep what could not be written, and write it later.
-        self._file = path.open("ab", buffering=0)
+        self._file = os.fdopen(open_own(path, os.O_WRONLY | os.O_APPEND), "ab", buffering=0)
         if keep_bytes is not None:
             self._file.truncate(keep_bytes)
         self._num_bytes = os.fstat(self._file.fileno()).st_size
@@ -89,3 +113,22 @@ def cannot_write(path: Path, error: OSError) -> StorageError:
         f"{path} cannot be written: {error.strerror or error}. What was recorded before is whole; mend the "
         "cause (make room, say) and start the same command again, and it goes on from there"
     )
+
+
+def read_exactly(descriptor: int, view: memoryview, *, offset: int) -> None:
+    """Fill memory with the bytes of a file.
+
+    Args:
+        descriptor: The file, open for reading.
+        view: Memory, as bytes.
+        offset: Index of the first byte in the file.
+
+    Raises:
+        OSError: The file cannot be read, or ends before.
+    """
+    done = 0
+    while done < len(view):  # one call reads 2 GiB at most
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise OSError(f"unexpected end of file at byte {offset + done}")
+        done += count

@@ -25,6 +25,14 @@ def configure_logging() -> None:
     logging.getLogger("shardes").setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
+_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
+def printable(text: str) -> str:
+    """Return a text without characters that would do something to a terminal besides being shown."""
+    return text.translate(_CONTROLS)
+
+
 def tell_user(text: str) -> None:
     """Print a message on standard error, above a progress bar if there is one."""
     tqdm.write(text, file=sys.stderr)

@@ -149,7 +149,7 @@ class Weights:
             yield shard, shard.region(span), span.of(shard.local), self.masters.on_device(shard, span)
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Read this rank's elements, and no others, in the master's dtype, and set the model to the centre.
+        """Read this rank's elements in the master's dtype, and set the model to the centre.
 
         Raises:
             UserError: The checkpoint does not fit the model.
@@ -266,11 +266,7 @@ class Weights:
             self.gradient(region, update), state_parts, alpha=update.alpha, number=update.iteration
         )
         if self._decay is not None:
-            distance = master.float()
-            if self._decay.is_anchored:
-                assert base is not None, "it was read"
-                distance = distance - base.float()
-            step = step - distance * (update.alpha * self._decay.rate)
+            step = self._decay.added(step, master=master, base=base, alpha=update.alpha)
         before = master.clone() if stats is not None else None
         noise.add(master, step, region=region, seed=self.seed, iteration=update.iteration)
         if stats is not None and not shard.is_copy:

@@ -57,6 +57,7 @@ def few_cases(tmp_path, model, world_size):
         backend_case(
             tmp_path,
             model=model(architecture, tied=tied, **heads),
+            checks=["decoding"],
             parallel__backend="tensor_parallel",
             model__dtype=dtype,
         )

@@ -1,17 +1,20 @@
 """What tensor parallelism refuses, and why."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, DeepseekV3Config, GPT2Config
 
-from shardes.backends.tensor_parallel import _check_experts, _check_heads, _untie
+from shardes.backends.split_checks import check_architecture, check_experts, check_forward, check_heads
+from shardes.backends.split_heads import norms_of_heads
+from shardes.backends.tensor_parallel import _untie
 from shardes.config.loading import parse_config
 from shardes.errors import UserError
 from shardes.models.build import build_skeleton, load_model_config
 from tests.helpers.backend_cases import backend_case
-from tests.helpers.models import tiny_model, tree
+from tests.helpers.models import ARCHITECTURES, tiny_model, tree
 from tests.helpers.ranks import Ranks
 
 
@@ -36,11 +39,11 @@ def test_ranks_that_heads_cannot_be_dealt_to_are_refused(architecture, name, tmp
     model = skeleton(path)
     prefix = "model" if architecture == "llama" else "gpt_neox"
     plan = {f"{prefix}.layers.0.{name}": "colwise"}
-    _check_heads(model, plan, 2)
+    check_heads(model, plan, 2)
     with pytest.raises(UserError, match=r"4 attention heads.*3 ranks cannot share.*parallel\.shard_size"):
-        _check_heads(model, plan, 3)
+        check_heads(model, plan, 3)
     # A plan that gathers what it split leaves every rank all heads.
-    _check_heads(model, dict.fromkeys(plan, "colwise_gather_output"), 3)
+    check_heads(model, dict.fromkeys(plan, "colwise_gather_output"), 3)
 
 
 def test_untying_gives_every_name_a_parameter_of_its_own(tmp_path):
@@ -52,7 +55,7 @@ def test_untying_gives_every_name_a_parameter_of_its_own(tmp_path):
 
 def test_experts_are_checked_only_where_torch_groups_them(tmp_path):
     model = skeleton(tiny_model(tmp_path / "m", tied=True, architecture="mixtral"))
-    _check_experts(model, 2)  # nothing is split yet, so nothing is refused
+    check_experts(model, 2)  # nothing is split yet, so nothing is refused
 
 
 @pytest.mark.slow
@@ -74,3 +77,68 @@ def test_what_a_plan_cannot_split_is_refused_on_every_rank(tmp_path):
             assert ranks.wait(120) == [2, 2], ranks.output()
             assert wanted in ranks.output()
             assert "Traceback" not in ranks.output()
+
+
+def config_of(kind):
+    """Return a configuration of a kind of model; only its name is looked at."""
+    return SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(model_type=kind)))
+
+
+def test_plans_that_were_not_compared_with_the_whole_model_are_refused():
+    for architecture in ARCHITECTURES:
+        check_architecture(config_of(ARCHITECTURES[architecture][0].model_type))
+    # A plan that gives other logits and no error, one that cannot be computed, one that nobody has looked at.
+    for kind in ("inkling2_text", "doge", "another"):
+        with pytest.raises(UserError, match=rf"SimpleNamespace \({kind}\) was not compared.*fsdp"):
+            check_architecture(config_of(kind))
+
+
+def test_heads_of_latent_attention_are_checked(tmp_path):
+    config = DeepseekV3Config(num_attention_heads=4, num_key_value_heads=3)
+    model = SimpleNamespace(config=config)
+    plan = dict.fromkeys(
+        ("model.layers.0.self_attn.q_b_proj", "model.layers.0.self_attn.kv_b_proj"), "colwise"
+    )
+    check_heads(model, plan, 2)
+    with pytest.raises(UserError, match=r"4 attention heads, which 3 ranks cannot share"):
+        check_heads(model, plan, 3)
+
+
+class Layer(torch.nn.Module):
+    def forward(self, ids):
+        raise self.error
+
+
+class Model(torch.nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Layer()])
+        self.layers[0].error = error
+
+    def forward(self, input_ids, use_cache):
+        return self.layers[0](input_ids)
+
+
+def test_a_forward_that_does_not_fit_names_its_layer():
+    def check(error):
+        check_forward(Model(error), num_ranks=2, device=torch.device("cpu"))
+
+    with pytest.raises(UserError, match=r"2 ranks cannot compute layers\.0, a Layer, as .*\(sizes 2 and 4\)"):
+        check(RuntimeError("sizes 2 and 4\nand more"))
+    with pytest.raises(torch.OutOfMemoryError):
+        check(torch.OutOfMemoryError("of the device"))
+
+
+def test_norms_of_heads_are_found_before_a_model_is_split(tmp_path):
+    model = skeleton(
+        tiny_model(tmp_path / "m", tied=False, architecture="cohere", num_heads=4, num_kv_heads=2)
+    )
+    attention = "model.layers.1.self_attn"
+    plan = {f"{attention}.{kind}_proj": "colwise" for kind in "qkv"}
+    assert norms_of_heads(model, plan) == [f"{attention}.q_norm", f"{attention}.k_norm"]
+    assert norms_of_heads(model, dict.fromkeys(plan, "colwise_gather_output")) == []
+    # Norms of another architecture have the same weights for every head.
+    other = skeleton(
+        tiny_model(tmp_path / "q", tied=False, architecture="qwen3", num_heads=4, num_kv_heads=2)
+    )
+    assert norms_of_heads(other, plan) == []

@@ -1,6 +1,7 @@
 """The watch: a job ends as a whole, says why once, and stops when it is asked to. Ranks are threads here."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -8,17 +9,18 @@ import threading
 import time
 
 import pytest
-import torch.distributed as dist
 
+from shardes.distributed.connection import call
 from shardes.distributed.failure_monitor import FailureMonitor
+from shardes.distributed.silence import Silence
 from shardes.distributed.stop import Stop, stop_signals
-from shardes.errors import UserError
+from shardes.errors import JobError, UserError
 
 
 class Job:
     """Watches of several ranks in one process, which record how they would have ended it."""
 
-    def __init__(self, world_size, **options):
+    def __init__(self, world_size, *, meets=True, **options):
         self.ended = {}
         self.told = []
         self.stops = [Stop() for _ in range(world_size)]
@@ -34,11 +36,27 @@ class Job:
             )
             for rank in range(world_size)
         ]
-        store = dist.HashStore()
+        self.frozen = threading.Event()
+        first, *others = self.watches
         for watch in self.watches:
             watch.start()
-            watch.connect(store, host="127.0.0.1")
-        self.wait(lambda: len(self.watches[0]._peers) == world_size - 1)
+        self.port, self.token = first.open()
+        for watch in others if meets else ():
+            self.join(watch)
+        assert not meets or first.wait_for_all(20) == []
+
+    def join(self, watch):
+        """What a rank does once it knows where rank 0 listens."""
+        settings = {"world_size": len(self.watches), "token": self.token}
+        limits = {"seconds": 20, "silence_seconds": 20}
+        watch.join(*call(("127.0.0.1", self.port), rank=watch._rank, **settings, **limits))
+
+    def freeze(self, rank):
+        """As SIGSTOP does: the thread neither reads nor writes, and its connections stay as they are."""
+        self.watches[rank]._ask(self.frozen.wait)
+
+    def thaw(self):
+        self.frozen.set()
 
     def end(self, rank, status):
         self.ended.setdefault(rank, status)
@@ -106,6 +124,7 @@ def test_of_several_failures_the_first_counts():
     ("error", "status", "words"),
     [
         (UserError("es.sigma: too large"), 2, "Error: es.sigma: too large"),
+        (JobError("rank(s) 2 did not come"), 1, "Error: rank(s) 2 did not come"),
         (KeyboardInterrupt(), 130, "interrupted; go on with the same command"),
     ],
 )
@@ -163,7 +182,9 @@ def test_a_stranger_is_sent_away_and_disturbs_nobody():
     job = Job(2)
     port = job.watches[0]._listener.getsockname()[1]
     for words in (
-        b'{"is": "here", "rank": 1, "token": "guessed"}\n',
+        b'{"is": "here", "rank": 1, "token": "guessed", "world_size": 2}\n',
+        b"[" * 5000 + b"\n",
+        json.dumps({"is": "here", "rank": 1, "token": job.token, "world_size": 2}).encode() + b"\n",
         b"GET / HTTP/1.1\r\n\r\n",
         b"[1]\n",
         b"1\n",
@@ -174,6 +195,113 @@ def test_a_stranger_is_sent_away_and_disturbs_nobody():
     for watch in reversed(job.watches):
         watch.close()
     assert (job.ended, job.told) == ({}, [])
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A silence is noticed after half a second."""
+    monkeypatch.setattr("shardes.distributed.silence._LEAST_SECONDS", 0.5)
+    monkeypatch.setattr("shardes.distributed.silence._MOST_AWAY_SECONDS", 0.2)
+    monkeypatch.setattr("shardes.distributed.failure_monitor._TICK_SECONDS", 0.05)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_frozen_rank_is_named_by_the_others_and_ends_when_it_wakes(rank, quick):
+    job = Job(3, timeout_seconds=0.5)
+    job.freeze(rank)
+    job.wait(lambda: len(job.ended) == 2)
+    job.wait(lambda: job.told)
+    job.thaw()
+    job.wait_for_the_end()
+    assert job.ended == {0: 1, 1: 1, 2: 1}
+    job.wait(
+        lambda: len(job.told) == (2 if rank == 0 else 1)
+    )  # rank 0 learns from the others why it is alone
+    for text, _ in job.told:
+        assert text.startswith(f"rank(s) {rank} gave no sign of life for ")
+        assert "(parallel.timeout_seconds: 0.5)" in text
+
+
+def test_who_waits_in_vain_for_a_frozen_rank_is_not_taken_for_the_cause(quick):
+    job = Job(3, timeout_seconds=2)
+    job.freeze(2)
+    time.sleep(1.6)
+    job.watches[1].report(error_of(TimeoutError, "a consequence"))
+    job.wait(lambda: job.told)
+    job.thaw()
+    job.wait_for_the_end()
+    assert job.ended == {0: 1, 1: 1, 2: 1}
+    assert [text.partition(" gave")[0] for text, _ in job.told] == ["rank(s) 2"]
+
+
+def test_a_failure_is_told_by_itself_if_rank_0_does_not_answer(quick, monkeypatch):
+    monkeypatch.setattr("shardes.distributed.failure_monitor._ANSWER_SECONDS", 0.3)
+    job = Job(2, timeout_seconds=600)
+    job.freeze(0)
+    job.watches[1].report(error_of(ArithmeticError, "by itself"))
+    assert job.ended == {1: 1}
+    assert ["ArithmeticError: by itself" in text for text, _ in job.told] == [True]
+    job.thaw()
+    job.wait_for_the_end()
+    assert [text.count("by itself") > 0 for text, _ in job.told] == [True, True]
+
+
+def test_a_process_that_was_frozen_itself_blames_nobody():
+    now = [0.0]
+    silence = Silence(25, clock=lambda: now[0])
+    silence.heard(1)
+    for now[0] in (1.0, 1000.0, 1001.0):
+        silence.look()
+    assert silence.seconds(1) == 1.0 + 2.0 + 1.0
+    assert silence.seconds(2) == 0, "of whom nothing was ever heard"
+    for now[0] in range(1002, 1024):
+        silence.look()
+    assert (silence.frozen([1]), silence.suspects([1])) == ([1], [1])
+
+
+def test_a_rank_that_takes_the_job_for_another_ends_it():
+    job = Job(3, meets=False)
+    with pytest.raises(UserError, match=r"WORLD_SIZE: it is 2 on rank 1, but 3 on rank 0"):
+        call(("127.0.0.1", job.port), rank=1, world_size=2, token=job.token, seconds=20, silence_seconds=9)
+    job.wait(lambda: job.told)
+    assert job.ended == {0: 2}
+    assert "WORLD_SIZE: it is 2 on rank 1" in job.told[0][0]
+    for watch in job.watches[1:]:
+        watch.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_request_to_stop_before_the_ranks_have_met_ends_those_that_come_later(rank):
+    job = Job(3, meets=False)
+    watch = job.watches[rank]
+    watch._ask(lambda: watch._tell({"is": "asked", "reason": "SIGTERM"}))
+    job.join(job.watches[1])
+    time.sleep(0.2)
+    assert not job.ended, "rank 2 would look for the others in vain"
+    job.join(job.watches[2])
+    job.wait_for_the_end()
+    assert job.ended == {0: 0, 1: 0, 2: 0}
+    assert [text for text, _ in job.told] == [
+        "stopped by SIGTERM; nothing is lost: resume with the same command"
+    ]
+
+
+def test_a_rank_that_meets_nobody_ends_when_asked_to(monkeypatch):
+    monkeypatch.setattr("shardes.distributed.failure_monitor._ANSWER_SECONDS", 0.1)
+    job = Job(2, meets=False)
+    watch = job.watches[1]
+    watch._ask(lambda: watch._tell({"is": "asked", "reason": "SIGTERM"}))
+    job.wait(lambda: job.ended == {1: 130})
+    job.watches[0].close()
+
+
+def test_a_rank_that_does_not_notice_that_the_time_is_over_is_ended():
+    job = Job(2, meets=False)
+    job.watches[1].meet_within(0.1, "has waited")
+    job.wait(lambda: job.ended == {1: 1})
+    assert [text for text, _ in job.told] == ["has waited"]
+    job.watches[0].close()
 
 
 @pytest.mark.parametrize("rank", [0, 2])

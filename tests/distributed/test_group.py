@@ -14,10 +14,25 @@ from shardes.errors import UserError
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+    ranks = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    for name, value in (ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
         monkeypatch.setenv(name, value)
     with (
         pytest.raises(UserError, match=r"has 1 GPU\(s\), but rank 1 is number 2 on it"),
+        process_group(timeout_seconds=1, always=False, stop=Stop(), stop_seconds=1),
+    ):
+        pass
+
+
+def test_ranks_that_do_not_know_their_gpu_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(UserError, match=r"LOCAL_RANK: it is not set, so rank 1 of 2 cannot know"),
         process_group(timeout_seconds=1, always=False, stop=Stop(), stop_seconds=1),
     ):
         pass

@@ -200,7 +200,7 @@ def test_a_run_at_an_iteration_earns_what_training_saw(run, tmp_path, iteration)
 
 def test_a_run_brings_its_own_configuration_and_an_exported_model_earns_the_same(run, tmp_path):
     run_dir = run_dir_of(run)
-    whole = evaluated("--model", run_dir, "rollout.samples_per_prompt=1")
+    whole = evaluated("--model", run_dir, "rollout.samples_per_prompt=1", "--trust-remote-code")
     assert whole["iteration"] == 4
     assert call("shardes", "export", run_dir, tmp_path / "model").returncode == 0
     exported = evaluated("--model", tmp_path / "model", "--config", run)

@@ -20,9 +20,12 @@ from shardes.distributed.launch import process_group
 from shardes.distributed.stop import Stop
 from shardes.es.update import Perturbation, Update
 from shardes.models.checkpoint import Checkpoint
+from shardes.rollout.batching import compose
+from shardes.rollout.engines.transformers.decoder import Decoder
 from shardes.weights.export_view import gather_centre
 from shardes.weights.master import Weights
 from shardes.weights.master_digest import master_digest
+from tests.helpers.decoding import Remembered
 from tests.helpers.tracing import Trace
 
 NUM_MEMBERS = 4  # DeepSpeed starts to keep gathered copies once it has seen two whole forwards
@@ -80,9 +83,15 @@ class Case:
         self.assert_logits = assert_close if self.backend.needs_same_batch else assert_same
 
     def check_load(self):
-        """A rank reads its own elements only, and together they read everything."""
+        """A rank reads its own elements, and together they read everything."""
         owned = sum(shard.num_owned for shard in self.backend.shards)
-        assert self.bytes_read == owned * torch.float32.itemsize, "the files are float32"
+        num_bytes = owned * torch.float32.itemsize  # the files are float32
+        if self.backend.needs_same_batch and self.group.world_size > 1:
+            # Short rows are read with what is between them.
+            whole = sum(shard.num_elements for shard in self.backend.shards) * torch.float32.itemsize
+            assert num_bytes <= self.bytes_read <= whole
+        else:
+            assert self.bytes_read == num_bytes
         counted = sum(shard.num_owned for shard in self.backend.shards if not shard.is_copy)
         total = sum(shard.num_elements for shard in self.oracle.shards)
         assert self.group.sum_int64(counted) == total
@@ -144,6 +153,31 @@ class Case:
         for tail in self.tails:
             assert (tail == torch.tensor(SENTINEL).to(tail.dtype)).all(), "padding was written"
         return sum(tail.numel() for tail in self.tails)
+
+    def check_decoding(self):
+        """Ranks that share forwards replay captured steps, unless one of them cannot, and answer the same."""
+        if self.group.world_size == 1 or not self.backend.needs_same_batch:
+            return
+        model, steps = self.backend.sharded_model, 6
+        rows = [[2 + i, 5, 7][: 1 + i % 3] for i in range(5)]
+        (batch,) = compose(rows, micro_batch_size=5, pad_id=0, max_new_tokens=steps)
+
+        def fails(function):
+            function()
+            raise RuntimeError("cannot be captured on this rank")
+
+        is_last = self.group.rank == self.group.world_size - 1
+        found = []
+        for make_graph, is_used in (
+            (None, False),
+            (Remembered, True),
+            (fails if is_last else Remembered, False),
+        ):
+            decoder = Decoder(eos_ids=[], pad_id=0, max_new_tokens=steps, make_graph=make_graph)
+            decoder.begin(model)
+            found.append(decoder.decode(model, batch, any_rank=self.group.any, is_split=True).tokens)
+            assert is_used == (decoder._graphs is not None and decoder._graphs.is_usable)
+        assert found[0] == found[1] == found[2]
 
     def trace(self):
         """Forwards of one token, each under new weights."""

@@ -69,6 +69,7 @@ def set_fault(kind, call):
         "raise": (Evaluator, "start", raise_one),
         "hang": (Evaluator, "start", functools.partial(time.sleep, 1000)),
         "die": (Evaluator, "start", functools.partial(signal_self, signal.SIGKILL)),
+        "freeze": (Evaluator, "start", functools.partial(signal_self, signal.SIGSTOP)),
         "interrupt": (Evaluator, "start", functools.partial(signal_self, signal.SIGINT)),
         "stop": (Evaluator, "start", functools.partial(signal_self, signal.SIGUSR1)),
         "slow_stop": (Evaluator, "start", functools.partial(signal_self_and_take_long, signal.SIGTERM)),
@@ -87,6 +88,10 @@ def rank(number, case, port):
         "MASTER_PORT": str(port),
     }
     fault = case["fault"]
+    if fault and fault["kind"] == "freeze":
+        from shardes.distributed import silence
+
+        silence._LEAST_SECONDS = 2.0
     if fault and fault["rank"] == number:
         set_fault(fault["kind"], fault["call"])
     command(["train", "--config", case["config"], *case.get("overrides", {}).get(str(number), [])])
@@ -106,6 +111,10 @@ def run(case, log):
                 statuses[child] = os.waitstatus_to_exitcode(status)
             elif child not in statuses and time.monotonic() - begin > LIMIT_SECONDS:
                 os.kill(child, signal.SIGKILL)
+        if case["fault"] and case["fault"]["kind"] == "freeze" and len(statuses) == len(children) - 1:
+            for child in children:
+                if child not in statuses:
+                    os.kill(child, signal.SIGCONT)  # it is the frozen one, and nobody waits for it any more
         time.sleep(0.01)
     return {
         "statuses": [statuses[child] for child in children],

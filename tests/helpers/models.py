@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPTNeoXConfig,
@@ -35,6 +36,7 @@ ARCHITECTURES = {
     "gemma3": (Gemma3TextConfig, {"head_dim": 10, "sliding_window": 8}),
     "mistral": (MistralConfig, {"head_dim": 10, "sliding_window": None}),
     "phi3": (Phi3Config, {}),
+    "cohere": (CohereConfig, {"use_qk_norm": True, "logit_scale": 1.0}),
     "gpt_neox": (GPTNeoXConfig, {"rotary_pct": 1.0}),
     "qwen2_moe": (
         Qwen2MoeConfig,
@@ -79,8 +81,10 @@ def tiny_model(
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms start as ones and biases as zeros, which would hide a mix-up
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith(
+                "norm.weight"
+            ):  # norms start as ones and biases as zeros, which would hide a mix-up
                 parameter += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(path, **save_arguments)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -15,7 +15,16 @@ from shardes.noise.kinds.registry import make_kind
 from tests.helpers.noise_oracle import accumulated, added, noise_at
 
 f32 = np.float32
+sqrt = np.sqrt  # of NumPy, which is correctly rounded; torch's is not
 eps_at = functools.lru_cache(maxsize=None)(noise_at)  # the same for many runs
+
+
+def power(base, exponent):
+    """Return a power as docs/updates.md has it."""
+    if exponent == 0:
+        return 1.0
+    half = power(base, exponent // 2)
+    return half * half * base if exponent % 2 else half * half
 
 
 class ReferenceES:
@@ -134,8 +143,9 @@ class ReferenceES:
             (b1, b2), g = es["adam_betas"], step
             m[:] = m * b1 + g * (1 - b1)
             v[:] = v * b2 + g * g * (1 - b2)
-            root = (v * float(f32(1 / (1 - b2 ** (t + 1))))).sqrt() + es["adam_epsilon"]
-            step = m * float(f32(1 / (1 - b1 ** (t + 1)))) / root * alpha
+            first, second = (float(f32(1 / (1 - power(b, t + 1)))) for b in (b1, b2))
+            root = torch.from_numpy(sqrt((v * second).numpy())) + es["adam_epsilon"]
+            step = m * first / root * alpha
         if es["weight_decay"]:
             away = master.float() - (self.base[name].float() if es["decay_towards"] == "base" else 0)
             step = step - away * (alpha * es["weight_decay"])

@@ -145,7 +145,7 @@ def test_members_that_are_known_are_not_evaluated_again_and_change_nothing(tmp_p
     for directory in (whole, again):
         assert call("shardes", "verify", directory).returncode == 0
         spec = ("--config", directory / "config.yaml", "--model", directory, "--out", directory / "answers")
-        found = call("shardes", "evaluate", *spec)
+        found = call("shardes", "evaluate", *spec, "--trust-remote-code")
         assert found.returncode == 0, found.stderr
         assert call("shardes", "export", directory, directory / "export").returncode == 0
     assert fingerprint(whole / "export") == fingerprint(again / "export")

@@ -22,18 +22,27 @@ HEADER = {
     "settings": {"es.sigma": 0.1, "es.seed": 3},
     "base": "abc",
     "shardes_version": "1",
+    "journal_version": 2,
+    "noise_version": 1,
+    "base_headers_sha256": "0",
+    "base_weights_digest": "0" * 16,
+    "parameters_sha256": "0",
+    "parameters": [],
+    "config": {"model": {"path": "m"}},
 }
 
 
 def member(iteration, index, reward):
-    return {"type": "member", "iteration": iteration, "member": index, "reward": reward}
+    counts = {"num_failures": 0, "num_tokens": 7}
+    return {"type": "member", "iteration": iteration, "member": index, "reward": reward, **counts}
 
 
-def update(iteration, coefficients=(0.25, -1e-7)):
-    return {"type": "update", "iteration": iteration, "coefficients": list(coefficients), "sigma": 1e-3}
+def update(iteration, coefficients=()):
+    step = {"sigma": 1e-3, "alpha": 1e-4}
+    return {"type": "update", "iteration": iteration, "coefficients": list(coefficients), **step}
 
 
-def weights(iteration, digest="00ff"):
+def weights(iteration, digest="00ff" * 4):
     return {"type": "weights", "iteration": iteration, "digest": digest}
 
 
@@ -46,11 +55,11 @@ RECORDS = [
     evaluation(0),
     member(0, 0, 1 / 3),
     member(0, 1, None),
-    update(0),
+    update(0, [0.25, -1e-7]),
     weights(1, "0123456789abcdef"),
     member(1, 1, -5e-324),
     member(1, 0, 1.7976931348623157e308),
-    update(1),
+    update(1, [0.25, -1e-7]),
     weights(2),
     evaluation(2, None),
     member(2, 0, 0.1 + 0.2),
@@ -325,7 +334,7 @@ def test_history_keeps_every_number_exactly(tmp_path_factory, iterations):
     records = [HEADER]
     for i, rewards in enumerate(iterations):
         records += [member(i, j, reward) for j, reward in enumerate(rewards)]
-        records.append(update(i, [reward or 0.0 for reward in rewards]))
+        records.append(update(i, [r if r is not None and abs(r) < 1e38 else 0.5 for r in rewards]))
     path = tmp_path_factory.mktemp("history") / "journal.jsonl"
     with Journal(path) as journal:
         for record in records:
@@ -377,9 +386,14 @@ def test_a_second_holder_is_refused(settings_of):
 
 
 def test_what_only_describes_a_run_is_not_compared(settings_of):
-    described = {"config": {"run": {"dir": "a"}}, "parameters": [[0, "w", [2]]], "base_headers_sha256": "1"}
+    model = {"model": {"path": "n"}}
+    described = {
+        "config": model | {"run": {"dir": "a"}},
+        "parameters": [[0, "w", [2]]],
+        "base_headers_sha256": "1",
+    }
     job(settings_of(), header=HEADER | described)
-    other = {"config": {}, "parameters": [], "base_headers_sha256": "2"}
+    other = {"config": model, "parameters": [], "base_headers_sha256": "2"}
     assert job(settings_of(), header=HEADER | other)[0] == history_of([HEADER | described])
 
 
@@ -452,7 +466,7 @@ def test_a_damaged_journal_leaves_the_directory_free_and_unchanged(settings_of):
     config = settings_of()
     job(config, records=[update(0)], lines=[{"iteration": 5}])
     path = config.run.dir / "journal.jsonl"
-    path.write_bytes(path.read_bytes().replace(b"0.25", b"0.26"))
+    path.write_bytes(path.read_bytes().replace(b"0.001", b"0.002"))
     before = {p.name: p.read_bytes() for p in config.run.dir.iterdir()}
     assert before[".lock"] == b""
     for _ in range(2):
@@ -471,7 +485,9 @@ def test_a_directory_that_cannot_be_made_is_refused(settings_of, tmp_path):
 def test_a_file_that_cannot_be_opened_is_named_and_the_directory_stays_free(settings_of, name):
     config = settings_of()
     (config.run.dir / name).mkdir(parents=True)  # as good as forbidden, and root may everything
-    with pytest.raises(UserError, match=rf"run\.dir: .*{name}.* cannot be written \(Is a directory\)"):
+    with pytest.raises(
+        UserError, match=rf"run\.dir: .*{name}.* cannot be (written \(I|read: it i)s a directory"
+    ):
         RunDirectory(config, header=HEADER)
     (config.run.dir / name).rmdir()
     job(config)

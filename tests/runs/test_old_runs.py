@@ -132,7 +132,8 @@ def test_a_run_is_looked_at(name, tmp_path):
     assert f"{DONE} of {ITERATIONS}" in succeed("shardes", "watch", run_dir, "--once")
     export(run_dir, tmp_path / "out", "--iteration", 2)
     models = [f"{run_dir}@2"], [tmp_path / "out", "--config", FIXTURES / name / "user.yaml"]
-    found = [succeed("shardes", "evaluate", "--model", *each, "parallel.backend=single") for each in models]
+    more = ["parallel.backend=single", "--trust-remote-code"]  # for rewards that the run names
+    found = [succeed("shardes", "evaluate", "--model", *each, *more) for each in models]
     assert json.loads(found[0])["sets"] == json.loads(found[1])["sets"]
     pytest.importorskip("matplotlib")
     assert "reward.svg" in succeed("shardes", "plot", run_dir, "--out", tmp_path / "reward.svg")

@@ -196,7 +196,7 @@ def test_a_cell_of_a_table_may_be_longer_than_the_csv_module_takes_by_default(tm
             "line 2: not JSON .the name 'prompt' is",
         ),
         ("r.json", '[{"prompt": "a", "x": {"y": 1, "y": 2}}]', "not JSON .the name 'y' is given twice"),
-        ("r.jsonl", '{"prompt": ' + "[" * 100_000, "line 1: not JSON .it is nested too deeply"),
+        ("r.jsonl", '{"prompt": ' + "[" * 100_000, "line 1: not JSON .its lists and objects are nested"),
         ("r.csv", "prompt,x\na," + "[" * 100_000 + "\n", None),
     ],
 )

@@ -84,12 +84,20 @@ def take_turns(sides: dict[str, Side], *, device: str, repeats: int) -> dict[str
     return seconds
 
 
+def _matrix(size: int) -> Region:
+    """Return the region of a whole matrix, about square if its size is a power of two."""
+    rows = 1 << (size.bit_length() // 2)
+    while size % rows:
+        rows //= 2
+    return Region(0, size, 0, size, shape=(rows, size // rows))
+
+
 def perturb_sides(size: int, dtype: torch.dtype, kind: NoiseKind, device: str) -> dict[str, Side]:
     """Return the sides of perturb, by name."""
     generator = torch.Generator(device).manual_seed(SEED)
     master = torch.randn(size, generator=generator, device=device)
     target, copied, weights, buffer = (torch.zeros(size, dtype=dtype, device=device) for _ in range(4))
-    region = Region(0, size, 0, size)
+    region = _matrix(size)
 
     def ours() -> None:
         address = {"seed": SEED, "iteration": 0, "direction": 0}
@@ -114,7 +122,7 @@ def update_sides(
     master = torch.zeros(size, dtype=dtype, device=device)
     copied = torch.zeros_like(master)
     weights, buffer = (torch.zeros(size, device=device) for _ in range(2))
-    region = Region(0, size, 0, size)
+    region = _matrix(size)
 
     def ours() -> None:
         noise.accumulate(

@@ -16,20 +16,29 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from shardes import noise
 from shardes.backends.base import Backend
 from shardes.backends.shard import Shard
-from shardes.backends.split_linear import LinearPart
 from shardes.errors import UserError
 from shardes.es.update import Perturbation
 from shardes.noise import GAUSSIAN, LowRank, Region, matrix_shape
+from shardes.rollout.lowrank.modules import (
+    AddToFunction,
+    Names,
+    class_name,
+    heads_of,
+    hooked,
+    is_cohere_norm,
+    is_layer_norm,
+    is_linear,
+    is_plain_experts,
+    linear_part_of,
+    norm_epsilon,
+    replaced,
+)
 from shardes.weights.master import Weights
-
-Names = dict[str, str]
-"""Names of trained parameters in the model, by their names in the module."""
 
 Patch = Callable[[nn.Module, Names], Callable[[], None]]
 """Has a module compute the members' outputs; returns a function that undoes it."""
@@ -66,7 +75,7 @@ class LowRankHooks:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         uses: dict[str, tuple[Patch, Names]] = {}
         for path, module in model.named_modules():
-            part = _part_of(module)
+            part = linear_part_of(module)
             before = module._parameters if part is None else part.held
             held = {
                 # A part of a tied weight is no parameter of the model, but what it is a part of is.
@@ -81,7 +90,7 @@ class LowRankHooks:
             if patch is None:
                 raise UserError(
                     f"rollout.members_per_forward: {next(iter(held.values()))} is a parameter of {path}, a "
-                    f"{_class_name(module)}, for which there is no batched rule; freeze it (es.trainable), "
+                    f"{class_name(module)}, for which there is no batched rule; freeze it (es.trainable), "
                     "or set rollout.members_per_forward: 1, which evaluates the same members one by one"
                 )
             uses[path] = (patch, held)
@@ -89,28 +98,32 @@ class LowRankHooks:
 
     def _rule(self, module: nn.Module) -> Patch | None:
         """Return the patch for a kind of module; None if there is no rule for it."""
-        name, keys = _class_name(module), set(module._parameters)
+        name, keys = class_name(module), set(module._parameters)
         forward = type(module).forward
-        if _part_of(module) is not None:
+        if linear_part_of(module) is not None:
             return self._patch_part
         is_split = self._is_split and any(isinstance(each, DTensor) for each in module._parameters.values())
         if is_split and not isinstance(module, nn.Embedding):
             return None  # of experts and the like a hook sees a part; of an embedding it sees all
-        if forward is nn.Linear.forward:
-            return functools.partial(_hooked, self._linear)
+        if is_linear(module):
+            return functools.partial(hooked, self._linear)
         if forward is nn.Embedding.forward or (
             isinstance(module, nn.Embedding) and hasattr(module, "embed_scale")
         ):
-            return functools.partial(_hooked, self._embedding)
+            return functools.partial(hooked, self._embedding)
+        if isinstance(module, nn.Embedding) and not is_split:
+            return self._patch_lookup
         if isinstance(module, Conv1D):
-            return functools.partial(_hooked, self._conv1d)
-        if forward is nn.LayerNorm.forward:
-            return functools.partial(_hooked, self._layer_norm)
-        if name.endswith("RMSNorm") and keys == {"weight"} and _norm_epsilon(module) is not None:
-            return functools.partial(_hooked, self._rms_norm)
+            return functools.partial(hooked, self._conv1d)
+        if is_layer_norm(module):
+            return functools.partial(hooked, self._layer_norm)
+        if is_cohere_norm(module):
+            return functools.partial(hooked, self._cohere_norm)
+        if name.endswith("RMSNorm") and keys == {"weight"} and norm_epsilon(module) is not None:
+            return functools.partial(hooked, self._rms_norm)
         if name.endswith("Router") and keys == {"weight"}:
             return self._patch_router
-        if keys == {"gate_up_proj", "down_proj"} and _is_plain_experts(module):
+        if keys == {"gate_up_proj", "down_proj"} and is_plain_experts(module):
             return self._patch_experts
         return None
 
@@ -236,7 +249,7 @@ class LowRankHooks:
 
     def _patch_part(self, module: Any, names: Names) -> Callable[[], None]:
         """Add the terms to this rank's part of a split linear layer, before the ranks combine theirs."""
-        part = _part_of(module)
+        part = linear_part_of(module)
         assert part is not None
         weight, bias = names.get("weight"), names.get("bias")
 
@@ -252,7 +265,7 @@ class LowRankHooks:
 
         part.terms = add
         last = bias if part.is_sum else None
-        unhook = _hooked(lambda module, x, out, names: self._shifted(out, last), module, names)
+        unhook = hooked(lambda module, x, out, names: self._shifted(out, last), module, names)
         return undo
 
     def _conv1d(self, module: Any, x: torch.Tensor, out: torch.Tensor, names: Names) -> torch.Tensor:
@@ -262,13 +275,35 @@ class LowRankHooks:
         return self._shifted(out, names.get("bias"))
 
     def _embedding(self, module: Any, ids: torch.Tensor, out: torch.Tensor, names: Names) -> torch.Tensor:
-        name = names["weight"]
+        out, term = self._looked_up(ids, out, names["weight"])
+        return out + term * getattr(module, "embed_scale", 1.0)
+
+    def _looked_up(
+        self, ids: torch.Tensor, out: torch.Tensor, name: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the outputs of an embedding for all rows, and the terms of the rows' members."""
         rows = len(self._members)
         if len(ids) == 1 < rows:  # positions that all rows share
             ids, out = ids.expand(rows, -1), out.expand(rows, -1, -1)
         left = self._left[name][self._members[:, None], ids.reshape(rows, -1)]
-        term = torch.bmm(left, self._of_rows(self._right[name]).mT).view_as(out)
-        return out + term * getattr(module, "embed_scale", 1.0)
+        return out, torch.bmm(left, self._of_rows(self._right[name]).mT).view_as(out)
+
+    def _patch_lookup(self, module: Any, names: Names) -> Callable[[], None]:
+        """Add the terms to the lookup in an embedding that makes its ids, or changes what it looked up."""
+        forward = module.forward
+
+        def add(arguments: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+            ids, table = arguments[:2]
+            if table is not module.weight:
+                return out
+            out, term = self._looked_up(ids, out, names["weight"])
+            return out + term
+
+        def moved(*arguments: Any, **named: Any) -> Any:
+            with AddToFunction(functional.embedding, add):
+                return forward(*arguments, **named)
+
+        return replaced(module, moved)
 
     def _layer_norm(self, module: Any, x: torch.Tensor, out: torch.Tensor, names: Names) -> torch.Tensor:
         if (name := names.get("weight")) is not None:
@@ -278,8 +313,22 @@ class LowRankHooks:
 
     def _rms_norm(self, module: Any, x: torch.Tensor, out: torch.Tensor, names: Names) -> torch.Tensor:
         wide = x.float()
-        normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + _norm_epsilon(module))
+        normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm_epsilon(module))
         return out + self._scaled(normal, names["weight"]).to(out.dtype)
+
+    def _cohere_norm(self, module: Any, x: torch.Tensor, out: torch.Tensor, names: Names) -> torch.Tensor:
+        wide = x.float()
+        wide = wide - wide.mean(-1, keepdim=True)
+        normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm_epsilon(module))
+        name = names["weight"]
+        if name in self._vectors:
+            return out + self._scaled(normal, name).to(out.dtype)
+        # A matrix of heads by features: its noise, of which this rank may have some heads, is small.
+        heads = heads_of(module)
+        left, right = self._of_rows(self._left[name][:, heads]), self._of_rows(self._right[name])
+        noise_of_rows = torch.bmm(left.float(), right.float().mT)
+        by_row = normal.reshape(len(self._members), -1, *normal.shape[-2:])
+        return out + (by_row * noise_of_rows[:, None]).view_as(out).to(out.dtype)
 
     def _scaled(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Return ``x`` times the noise of a vector; ``x`` may have dimensions in between, such as heads."""
@@ -290,14 +339,14 @@ class LowRankHooks:
         """Add the terms to the one linear product in a router, whose other computations stay as they are."""
         name, forward = names["weight"], module.forward
 
-        def add(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-            return self._moved(x, out, self._right[name], self._left[name])
+        def add(arguments: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
+            return self._moved(arguments[0], out, self._right[name], self._left[name])
 
         def moved(*arguments: Any, **named: Any) -> Any:
-            with _AddToLinear(add):
+            with AddToFunction(functional.linear, add):
                 return forward(*arguments, **named)
 
-        return _replaced(module, moved)
+        return replaced(module, moved)
 
     def _patch_experts(self, module: Any, names: Names) -> Callable[[], None]:
         """Compute the experts one after the other, each with the terms of the rows routed to it."""
@@ -320,34 +369,7 @@ class LowRankHooks:
                 out.index_add_(0, token, found.to(out.dtype))
             return out
 
-        return _replaced(module, moved)
-
-
-class _AddToLinear(TorchFunctionMode):
-    """Context in which results of ``functional.linear`` have terms added to them."""
-
-    def __init__(self, add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self._add = add
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        return self._add(args[0], out) if function is functional.linear else out
-
-
-def _hooked(change: Callable[..., torch.Tensor], module: nn.Module, names: Names) -> Callable[[], None]:
-    """Change the outputs of a module by a forward hook; return the function that removes it."""
-
-    def hook(module: nn.Module, arguments: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
-        return change(module, arguments[0], out, names)
-
-    return module.register_forward_hook(hook).remove
-
-
-def _replaced(module: Any, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Replace the forward of a module, but not the hooks around it; return the function that undoes it."""
-    module.forward = forward
-    return lambda: module.__dict__.pop("forward")
+        return replaced(module, moved)
 
 
 def _by_iteration(members: Sequence[Perturbation]) -> dict[int, list[int]]:
@@ -356,27 +378,3 @@ def _by_iteration(members: Sequence[Perturbation]) -> dict[int, list[int]]:
     for place, member in enumerate(members):
         found.setdefault(member.iteration, []).append(place)
     return found
-
-
-def _class_name(module: nn.Module) -> str:
-    return type(module).__name__
-
-
-def _part_of(module: nn.Module) -> LinearPart | None:
-    """Return this rank's part of a split linear layer; None if the module is no such layer."""
-    forward = module.__dict__.get("forward")
-    return forward if isinstance(forward, LinearPart) else None
-
-
-def _norm_epsilon(module: Any) -> Any:
-    """Return the epsilon of an RMS norm, by either of its usual names; None if it has neither."""
-    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
-
-
-def _is_plain_experts(module: Any) -> bool:
-    """Return True for experts of the usual form: gate and up joined, not transposed, without biases."""
-    return (
-        getattr(module, "has_gate", False)
-        and getattr(module, "is_concatenated", False)
-        and not (module.has_bias or module.is_transposed or getattr(module, "has_post_expert_norm", False))
-    )

@@ -5,7 +5,6 @@ lists of rows of digits. Components: ``solved``, ``cells`` (the share of right c
 right size) and ``format``.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,9 @@ from shardes.tasks.base import Component, Prompt, Row, TaskDefinition
 from shardes.tasks.grids import Grid, answered_grid, grid_text, is_grid
 from shardes.tasks.judging import per_completion
 from shardes.tasks.rows import column, wrong
+from shardes.utils.reading import parse_json, read_regular
+
+_MOST_BYTES = 1 << 24
 
 
 @per_completion
@@ -111,7 +113,7 @@ def rows_of_directory(directory: Path) -> list[dict[str, Any]]:
     rows = []
     for path in paths:
         try:
-            puzzle = json.loads(path.read_text(encoding="utf-8"))
+            puzzle = parse_json(read_regular(path, max_bytes=_MOST_BYTES).decode())
         except (OSError, ValueError) as error:
             raise UserError(f"--source: {path} cannot be read as JSON ({error})") from None
         rows += rows_of_puzzle(puzzle, name=str(path))

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from transformers import GPT2Config
+from transformers import FalconConfig, GPT2Config, NemotronConfig, OPTConfig
 
 from shardes.session import open_session
 from tests.helpers import terms_checks
@@ -36,10 +36,23 @@ def test_terms_give_the_logits_of_perturbed_weights(architecture, tied, tmp_path
     assert error < 2e-4 * effect
 
 
-def test_a_convolution_of_width_one_is_a_matrix_the_other_way_round(tmp_path, monkeypatch):
-    monkeypatch.setitem(ARCHITECTURES, "gpt2", (GPT2Config, {"n_embd": 66, "n_layer": 2, "n_head": 3}))
-    model = tiny_model(tmp_path / "model", tied=True, architecture="gpt2")
+# Modules of their own: a convolution of width one, which is a matrix the other way round; positions that an
+# embedding finds by itself; a product with a transposed weight; a norm that adds 1 to its weight.
+OTHERS = {
+    "gpt2": (GPT2Config, {"n_embd": 66, "n_layer": 2, "n_head": 3}),
+    "opt": (OPTConfig, {"ffn_dim": 101, "word_embed_proj_dim": 66}),
+    "falcon": (FalconConfig, {"bias": True, "alibi": False}),
+    "falcon, new": (FalconConfig, {"new_decoder_architecture": True, "num_kv_heads": 1}),
+    "nemotron": (NemotronConfig, {"head_dim": 20}),
+}
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_terms_of_other_modules(tmp_path, monkeypatch, architecture):
+    monkeypatch.setitem(ARCHITECTURES, architecture, OTHERS[architecture])
+    model = tiny_model(tmp_path / "model", tied=True, architecture=architecture)
     error, effect = compare(tmp_path, model, rank=2)
+    assert effect > 0.05
     assert error < 2e-4 * effect
 
 

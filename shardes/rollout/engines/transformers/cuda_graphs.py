@@ -10,6 +10,7 @@ written yet masked, and a batch shrinks only to the sizes of ``ladder``.
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -32,31 +33,55 @@ def ladder(num_rows: int) -> list[int]:
     return sizes
 
 
-class CudaGraph:
-    """CUDA graph of a function.
+class CudaGraphs:
+    """Captures functions as CUDA graphs that share a pool of memory, as long as no two of them run at once.
+
+    A pool belongs to the graphs of one cache: when these are dropped, nothing holds blocks of it any more.
 
     Args:
-        function: Function to capture; it works on tensors whose addresses do not change.
+        stream: Stream to capture on; None: a new one. Libraries keep a workspace for each that they see.
     """
 
-    _pool: Any = None
+    def __init__(self, stream: Any = None) -> None:
+        self._stream = stream
+        self._pool: Any = None
 
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
+    def renewed(self) -> "CudaGraphs":
+        """Return one that captures on the same stream into a pool of its own."""
+        return CudaGraphs(self._stream)
+
+    def __call__(self, function: Callable[[], None]) -> Any:
+        """Capture a function and return its graph, which has a method ``replay``.
+
+        A capture that fails leaves the current stream as it was. Its own stream and its pool are not used
+        again.
+
+        Args:
+            function: Function to capture; it works on tensors whose addresses do not change.
+        """
+        current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        self._stream = self._stream or torch.cuda.Stream()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UPS):
+                    function()
+            current.wait_stream(self._stream)
+            # Calls of other threads (a snapshot's copies, NCCL's watchdog) must not end the capture.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 function()
-        torch.cuda.current_stream().wait_stream(stream)
-        if CudaGraph._pool is None:
-            CudaGraph._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(self._graph, pool=CudaGraph._pool):
-            function()
-
-    def replay(self) -> None:
-        """Run the captured function again."""
-        self._graph.replay()
+        except BaseException:
+            self._stream = self._pool = None
+            with suppress(RuntimeError):
+                graph.reset()
+            raise
+        finally:
+            # torch does not leave the stream of a capture that could not begin, or not end.
+            torch.cuda.set_stream(current)
+        return graph
 
 
 MakeGraph = Callable[[Callable[[], None]], Any]
@@ -70,13 +95,23 @@ class StepGraphs:
         model: Causal language model whose layers all attend to all tokens.
         slab: Cache of the model, holding a batch.
         make_graph: Function that captures a function.
+        any_rank: Where ranks compute parts of the same steps, a collective that returns True if its argument
+            is True on any rank: they all use a captured step, or none does. None: this rank is alone.
 
     Attributes:
         is_usable: False once a step could not be captured, or gave other logits than the model.
     """
 
-    def __init__(self, model: nn.Module, slab: SlabCache, *, make_graph: MakeGraph = CudaGraph) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        slab: SlabCache,
+        *,
+        make_graph: MakeGraph,
+        any_rank: Callable[[bool], bool] | None = None,
+    ) -> None:
         self.is_usable = True
+        self._any_rank = any_rank or bool
         self._model = model
         self._slab = slab
         self._make_graph = make_graph
@@ -123,27 +158,44 @@ class StepGraphs:
         return self._logits[rows]
 
     def _capture(self, rows: int) -> bool:
-        """Capture the step of ``rows`` rows, and compare it with the model's; return True if it is usable."""
+        """Capture the step of ``rows`` rows, and compare it with the model's; return True if it is usable.
+
+        A captured collective waits for other ranks when it is replayed, so nothing is replayed before all
+        have captured it.
+
+        Raises:
+            OutOfMemoryError: A rank had no memory left; on all ranks.
+        """
 
         def run() -> None:
             self._logits[rows] = self._forward(rows)
 
+        wanted = graph = problem = None
         try:
             wanted = self._forward(rows)
             graph = self._make_graph(run)
+        except Exception as error:  # whatever a model does that cannot be captured
+            problem = error
+        has_failed = self._any_rank(problem is not None)
+        if has_failed and self._any_rank(isinstance(problem, torch.OutOfMemoryError)):
+            if isinstance(problem, torch.OutOfMemoryError):
+                raise problem
+            raise torch.OutOfMemoryError("another rank had no memory left to capture a step")
+        if not has_failed:
+            assert wanted is not None and graph is not None, "there was no problem"
             graph.replay()
             tolerance = 1e-4 if wanted.dtype == torch.float32 else 3e-2
             if not torch.allclose(self._logits[rows], wanted, rtol=tolerance, atol=tolerance):
-                raise RuntimeError("a replayed step gave other logits than the model")
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a model does that cannot be captured
+                problem = RuntimeError("a replayed step gave other logits than the model")
+            has_failed = self._any_rank(problem is not None)
+        if has_failed:
+            problem = problem or RuntimeError("another rank could not")
             self.is_usable = False
             logger.warning(
                 "%s cannot be captured as a CUDA graph (%s: %s), so each token is decoded kernel by kernel",
                 type(self._model).__name__,
-                type(error).__name__,
-                str(error).split("\n")[0],
+                type(problem).__name__,
+                str(problem).split("\n")[0],
             )
             return False
         self._graphs[rows] = graph

@@ -16,7 +16,7 @@ from shardes.models.build import last_positions
 from shardes.rollout.batching import MicroBatch
 from shardes.rollout.engines.base import Completions
 from shardes.rollout.engines.transformers.cuda_graphs import (
-    CudaGraph,
+    CudaGraphs,
     MakeGraph,
     StepGraphs,
     can_be_captured,
@@ -51,7 +51,7 @@ class Decoder:
         stop: Texts that end an answer; None: there are none.
         sampling: Sampler of tokens; None: the most likely token is taken (greedy decoding).
         make_graph: Function that captures a step on the CPU, for tests; None: none does. On CUDA devices
-            it is always ``CudaGraph``.
+            it is always ``CudaGraphs``.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Decoder:
         self._slab: SlabCache | None = None
         self._prefix: SlabCache | None = None
         self._make_graph = make_graph
+        self._cuda_graphs = CudaGraphs()
         self._graphs: StepGraphs | None = None
         self._has_begun = False
 
@@ -114,6 +115,7 @@ class Decoder:
         batch: MicroBatch,
         *,
         any_rank: Callable[[bool], bool] | None = None,
+        is_split: bool = False,
         num_prefills: int = 1,
         most_tokens: int | None = None,
         on_rows: OnRows | None = None,
@@ -125,6 +127,8 @@ class Decoder:
             batch: Prompts, on the device of the model.
             any_rank: Where ranks decode in lock-step, a collective that returns True if its argument is True
                 on any rank: all ranks go on while any has rows left. None: this rank decodes on its own.
+            is_split: Whether these ranks compute parts of the same forwards, all of the same shapes, which
+                are captured if all of them can. Other forwards that are collectives are not.
             num_prefills: Number of forwards before the first token that all ranks make in lock-step.
             most_tokens: Number of tokens after which answers are cut, to probe the memory; None: no cut.
             on_rows: Function called before each forward with the indices of the rows of the micro-batch
@@ -148,9 +152,9 @@ class Decoder:
         )
         growing = [GrowingAnswer(stop) for _ in batch.rows] if stop else []
         logits = rows.prefill(model, num_forwards=num_prefills if any_rank is not None else 1)
-        # In lock-step a forward is a collective, which is not captured; nor is one that must know its rows.
-        is_plain = any_rank is None and on_rows is None
-        graphs = self._graphs_of(model, device) if is_plain else None
+        # What engines gather layer by layer is not captured, nor is a forward that must know its rows.
+        is_plain = on_rows is None and (any_rank is None or is_split)
+        graphs = self._graphs_of(model, device, any_rank=any_rank) if is_plain else None
         num_steps = min(self._max_new_tokens, most_tokens or self._max_new_tokens)
         for step in range(num_steps):
             largest, token = logits.max(dim=-1)  # a NaN counts as the largest
@@ -195,14 +199,24 @@ class Decoder:
             self._slab.take_prefix(self._prefix, [width - length for length in batch.lengths])
         return self._slab
 
-    def _graphs_of(self, model: nn.Module, device: torch.device) -> StepGraphs | None:
-        """Return the graphs of the model's steps; None if steps cannot be captured."""
-        make_graph = CudaGraph if device.type == "cuda" else self._make_graph
-        if make_graph is None or self._slab is None or not can_be_captured(model, self._slab):
+    def _graphs_of(
+        self, model: nn.Module, device: torch.device, *, any_rank: Callable[[bool], bool] | None
+    ) -> StepGraphs | None:
+        """Return the graphs of the model's steps; None if steps cannot be captured, on any of the ranks."""
+        any_rank = any_rank or bool
+        is_cuda, slab = device.type == "cuda", self._slab
+        can_be = (is_cuda or self._make_graph is not None) and can_be_captured(model, slab)
+        if any_rank(not can_be) or slab is None:
             return None
-        if self._graphs is None or not self._graphs.fits(model, self._slab):
-            self._graphs = StepGraphs(model, self._slab, make_graph=make_graph)
-        return self._graphs if self._graphs.is_usable else None
+        # Whether addresses stayed as they were is chance where a cache was allocated anew.
+        is_stale = self._graphs is None or not self._graphs.fits(model, slab)
+        if any_rank(is_stale):
+            self._graphs = None
+            self._cuda_graphs = self._cuda_graphs.renewed()
+            make_graph = self._cuda_graphs if is_cuda else self._make_graph
+            assert make_graph is not None, "it can be captured"
+            self._graphs = StepGraphs(model, slab, make_graph=make_graph, any_rank=any_rank)
+        return self._graphs if self._graphs is not None and self._graphs.is_usable else None
 
     def _cut(self, tokens: list[int]) -> list[int]:
         """Cut an answer after the token or the text that ended it."""

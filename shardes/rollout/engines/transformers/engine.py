@@ -159,6 +159,7 @@ class TransformersEngine(Engine):
                 self._model,
                 batch,
                 any_rank=self._any_rank,
+                is_split=self._backend.needs_same_batch,
                 num_prefills=self._num_prefills(prompts) if self.forward_is_collective else 1,
                 on_rows=on_rows,
             )

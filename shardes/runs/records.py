@@ -1,0 +1,119 @@
+"""The form of a journal's records: what is read from one may have been written by anybody.
+
+A checksum shows that a line is whole, not that it means something. What these models say is relied on by all
+that replays, shows or resumes a run; keys that they do not name are left as they are.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Float32 = Annotated[float, Field(allow_inf_nan=False, ge=-3.4028234663852886e38, le=3.4028234663852886e38)]
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+_Text = Annotated[str, Field(max_length=100_000)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class _Model(_Record):
+    path: _Text
+
+
+class _Config(_Record):
+    model: _Model
+
+
+class _Header(_Record):
+    journal_version: _Count
+    noise_version: _Count
+    update_version: _Count = 1
+    shardes_version: _Text
+    base_headers_sha256: _Text
+    base_weights_digest: _Digest
+    parameters_sha256: _Text
+    parameters: list[Annotated[tuple[_Count, _Text, list[_Count]], Strict(False)]]
+    settings: dict[str, Any]
+    config: _Config
+
+
+class _Set(_Record):
+    reward: _Number | None = None
+    num_failures: _Count = 0
+    components: dict[str, _Number | None] = {}
+
+
+class _Evaluation(_Set):
+    iteration: _Count
+    sets: dict[str, _Set] = {}
+
+
+class _Member(_Set):
+    iteration: _Count
+    member: _Count
+    reward: _Number | None
+    num_failures: _Count
+    num_tokens: _Count
+    num_scored: _Count = 0
+    least: _Number | None = None
+    is_finite: bool = True
+    by_problem: list[_Number | None] = []
+    problems: list[_Count] | None = None
+    version: _Count = 1
+
+
+class _Update(_Record):
+    iteration: _Count
+    coefficients: list[_Float32]
+    alpha: _Float32
+    sigma: _Float32
+    noise_iteration: _Count | None = None
+    instruments: dict[str, Any] = {}
+
+
+class _Weights(_Record):
+    iteration: _Count
+    digest: _Digest
+    instruments: dict[str, Any] = {}
+
+
+class _Probe(_Record):
+    pairs: list[Annotated[tuple[list[_Count], list[_Count]], Strict(False)]]
+    log_likelihoods: list[_Number]
+
+
+class _Divergence(_Record):
+    iteration: _Count
+    kl: _Number | None
+
+
+_FORMS: dict[str, type[_Record]] = {
+    "header": _Header,
+    "evaluation": _Evaluation,
+    "member": _Member,
+    "update": _Update,
+    "weights": _Weights,
+    "probe": _Probe,
+    "kl": _Divergence,
+}
+
+
+def check_form(record: dict[str, Any]) -> None:
+    """Check the keys of a record, as JSON has it, that this program relies on.
+
+    Raises:
+        ValueError: One is missing, or not what it must be; the message has its name.
+    """
+    form = _FORMS.get(str(record.get("type")))
+    if form is None:
+        raise ValueError(f"a record of the type {record.get('type')!r:.80} is not known")
+    try:
+        form.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        message = f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        raise ValueError(f"{message}, got {first['input']!r:.80}") from None
