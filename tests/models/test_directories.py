@@ -314,13 +314,13 @@ def test_a_run_is_not_resumed_over_other_buffers(originals, tmp_path):
     config = make_config(tmp_path, model=directory, run_dir=tmp_path / "run")
     with open_session(config) as session:
         header = json.loads(json.dumps(session.identity))
-        session.check_base(header, tmp_path)
+        session.follow(header, tmp_path)
     bias_of_experts(directory)
     with open_session(config) as session:
         with pytest.raises(UserError, match=r"base_buffers_sha256 of the run is .* give the run its base"):
-            session.check_base(header, tmp_path)
+            session.follow(header, tmp_path)
         with pytest.raises(UserError, match="base_buffers_sha256 of the run is None"):
-            session.check_base({k: v for k, v in header.items() if "buffers" not in k}, tmp_path)
+            session.follow({k: v for k, v in header.items() if "buffers" not in k}, tmp_path)
 
 
 def pickle_only(directory):
