@@ -158,10 +158,8 @@ def file_text(data: bytes) -> str:
     """Decode the bytes of a file.
 
     Raises:
-        YamlError: It is too large, or no UTF-8 text.
+        YamlError: It is no UTF-8 text.
     """
-    if len(data) > MAX_BYTES:
-        raise YamlError(f"it has more than {MAX_BYTES} bytes, which no configuration needs")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
