@@ -18,10 +18,11 @@ from typing import Any
 from shardes.config.consent import check_consent
 from shardes.config.loading import parse_config, read_tree
 from shardes.config.old_keys import apply_changes
-from shardes.config.schema import Config, check_model_directory
+from shardes.config.schema import Config
 from shardes.distributed.place import read_place
 from shardes.distributed.stop import Stop, Stopped
 from shardes.errors import UserError
+from shardes.models.files import check_model_directory
 from shardes.rewards.pool import InProcessRewards, RewardProcessPool, make_reward_runner
 from shardes.runs.directory import read_lines
 from shardes.runs.trackers import check_trackers

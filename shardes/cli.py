@@ -16,10 +16,11 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from shardes.config.consent import load_trusted
 from shardes.config.old_keys import warn_once
-from shardes.config.schema import Config, check_model_directory
+from shardes.config.schema import Config
 from shardes.distributed.place import Place, read_place
 from shardes.distributed.stop import Stop, Stopped, stop_signals
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, JobError, StorageError, UserError
+from shardes.models.files import check_model_directory
 from shardes.monitor.commands import BACKEND, BASE, COMMANDS, TRUST
 from shardes.planning.machine import Machine
 from shardes.rewards.pool import make_reward_runner

@@ -133,7 +133,7 @@ def make_deepspeed_config(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = parse_json(read_regular(path, max_bytes=_MOST_BYTES))
+        tree = parse_json(read_regular(path, max_bytes=_MOST_BYTES), refuse_repeats=True)
     except OSError as error:
         raise UserError(f"parallel.deepspeed: {path} cannot be read ({error.strerror})") from None
     except ValueError as error:

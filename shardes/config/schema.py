@@ -15,14 +15,10 @@ from shardes.backends.registry import BACKENDS
 from shardes.config.es import EsConfig
 from shardes.config.log import LogConfig
 from shardes.config.section import NeedsConsent, Registered, Section
-from shardes.errors import UserError
 from shardes.rollout.engines.registry import ENGINES
 
 # Prompts per forward on CPUs, if the user does not say.
 CPU_MICRO_BATCH_SIZE = 32
-FETCH_HINT = (
-    "give a local model directory (fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
-)
 
 
 def is_hub_reference(source: Path) -> bool:
@@ -36,22 +32,11 @@ _IS_FETCHED = NeedsConsent(
 )
 
 
-def check_model_directory(path: Path) -> None:
-    """Refuse a ``model.path`` that is no model directory; quick, and nothing is loaded.
-
-    Raises:
-        UserError: There is no config.json.
-    """
-    config = path / "config.json"
-    if not config.is_file():
-        raise UserError(f"model.path: {config} does not exist; {FETCH_HINT}")
-
-
 class ModelConfig(Section):
     """The base model."""
 
     path: Path
-    """A local directory in Hugging Face format, with safetensors weights and a tokenizer."""
+    """A local directory in Hugging Face format, with safetensors weights and a tokenizer (docs/models.md)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """The dtype of the weights that generate, and of the exported model."""
     trust_remote_code: Annotated[bool, NeedsConsent("code in the model directory runs")] = False
@@ -205,6 +190,11 @@ class WeightsConfig(Section):
     in chunks whenever it is read or updated; saves the master's bytes on the accelerator."""
 
 
+def _with_home(value: str | None) -> str | None:
+    """Return the location of a function, ``~`` at its beginning replaced by the home directory."""
+    return str(Path(value).expanduser()) if value is not None and value.startswith("~/") else value
+
+
 class RewardConfig(Section):
     """One of several rewards."""
 
@@ -218,6 +208,8 @@ class RewardConfig(Section):
     """Its name in metrics; null: ``name``, or the function's."""
     arguments: dict[str, Any] = {}
     """Values passed to the function by name, besides the columns."""
+
+    _expand_path = field_validator("path")(_with_home)
 
     @model_validator(mode="after")
     def _one_function(self) -> Self:
@@ -282,6 +274,8 @@ class ProblemSetConfig(Section):
         if taken:
             raise ValueError(f"{', '.join(taken)} cannot be given: shardes decides it, by the prompt")
         return value
+
+    _expand_reward = field_validator("reward")(_with_home)
 
     @field_validator("label_words", mode="before")
     @classmethod

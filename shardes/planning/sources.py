@@ -9,6 +9,7 @@ from shardes.errors import UserError
 from shardes.models.build import parameter_aliases, skeleton_of
 from shardes.models.checkpoint import Checkpoint
 from shardes.models.conversion import Conversion
+from shardes.models.files import has_weights
 from shardes.planning.machine import Machine
 from shardes.planning.plan import Plan
 from shardes.planning.workload import make_workload
@@ -72,12 +73,12 @@ def check_files(path: Path, model: PreTrainedModel) -> str:
     Raises:
         UserError: The headers are damaged, or belong to another model.
     """
-    if not any(path.glob("*.safetensors*")):
+    if not has_weights(path):
         return "no weights there yet: planned from config.json alone"
     checkpoint = Checkpoint(path)
     files = {stored.path for found in checkpoint.tensors.values() for stored, *_ in found.find(0, 1)}
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    checkpoint.join(Conversion(model).join(checkpoint.tensors), shapes=shapes)
+    Conversion(model).apply(checkpoint, shapes=shapes)
     checkpoint.check_matches(shapes, aliases=parameter_aliases(model))
     total = shown_bytes(sum(file.stat().st_size for file in files))
     return f"{len(files)} with {total}; all parameters are there, in the right shapes"

@@ -16,6 +16,7 @@ from shardes.errors import UserError
 from shardes.tasks.base import PlacedRow, Row
 from shardes.tasks.canonical import canonical, is_plain
 from shardes.tasks.rows import shown
+from shardes.utils.paths import path_problem
 from shardes.utils.reading import open_regular, parse_json, read_regular
 
 # What is read of one file: rows are kept in memory, where they take several times as much.
@@ -30,8 +31,8 @@ def read_rows(
 
     Args:
         source: A file, whose name ends with what it holds (``.jsonl``, ``.json``, ``.csv``, ``.tsv``,
-            ``.parquet``; any other is read as JSONL); ``DIR[@SPLIT]``, a data set saved to disk; or
-            ``hf:NAME[:SUBSET][@SPLIT]``, one of the Hugging Face hub.
+            ``.parquet``, in small or capital letters; any other is read as JSONL); ``DIR[@SPLIT]``, a data
+            set saved to disk; or ``hf:NAME[:SUBSET][@SPLIT]``, one of the Hugging Face hub.
         key: The configuration key that names it, for messages.
         columns: Names that rows get besides their own: from the new name to the column that it means.
         check: Raises ``UserError`` for a row that the task cannot use.
@@ -144,13 +145,20 @@ def _read(source: Path, key: str) -> Iterator[tuple[str, Any]]:
         directory = source.with_name(name) if name else source
     if directory.is_dir():
         return _of_data_set(_from_disk(directory, split, key), f"{key}: {source}")
-    if source.suffix == ".parquet":
+    if not source.is_file():
+        raise UserError(
+            f"{key}: {source} cannot be read (it {path_problem(source)}); give the path of a file of "
+            "problems (.jsonl, .json, .csv, .tsv or .parquet), the directory of a data set saved to disk, "
+            "or hf:NAME for one of the Hugging Face hub"
+        )
+    suffix = source.suffix.lower()
+    if suffix == ".parquet":
         return _of_parquet(source, key)
     text = _text(source, key)
-    if source.suffix == ".json":
+    if suffix == ".json":
         return _of_json(text, source, key)
-    if source.suffix in (".csv", ".tsv"):
-        return _of_csv(text, source, key, delimiter="\t" if source.suffix == ".tsv" else ",")
+    if suffix in (".csv", ".tsv"):
+        return _of_csv(text, source, key, delimiter="\t" if suffix == ".tsv" else ",")
     return _of_lines(text, source, key)
 
 
@@ -158,11 +166,7 @@ def _text(source: Path, key: str) -> str:
     try:
         return read_regular(source, max_bytes=_MOST_BYTES).decode("utf-8-sig")
     except OSError as error:
-        raise UserError(
-            f"{key}: {source} cannot be read ({error.strerror}); give the path of a file of problems "
-            "(.jsonl, .json, .csv, .tsv or .parquet), the directory of a data set saved to disk, or "
-            "hf:NAME for one of the Hugging Face hub"
-        ) from None
+        raise UserError(f"{key}: {source} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{key}: {source} is not UTF-8 text ({error.reason} at byte {error.start}); convert it, or give "
@@ -175,7 +179,7 @@ def _of_lines(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            yield f"line {number}", parse_json(line)
+            yield f"line {number}", parse_json(line, refuse_repeats=True)
         except ValueError as error:
             raise UserError(
                 f"{key}: {source} line {number}: not JSON ({error}): {line[:80]!r}; every line must be one "
@@ -185,7 +189,7 @@ def _of_lines(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
 
 def _of_json(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
     try:
-        content = parse_json(text)
+        content = parse_json(text, refuse_repeats=True)
     except ValueError as error:
         if str(error).startswith("Extra data"):
             # JSONL under the name of JSON, as data sets often have it.
@@ -202,6 +206,8 @@ def _of_csv(text: str, source: Path, key: str, *, delimiter: str) -> Iterator[tu
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     lines: list[tuple[int, list[str]]] = []
     first = 1
+    # A text to be summarised may be longer than the 128 KiB that a cell has by default.
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
     try:
         for cells in reader:
             if cells:
@@ -209,6 +215,8 @@ def _of_csv(text: str, source: Path, key: str, *, delimiter: str) -> Iterator[tu
             first = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{key}: {source} line {reader.line_num}: not CSV ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
     if not lines:
         return
     names = lines.pop(0)[1]

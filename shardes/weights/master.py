@@ -175,7 +175,7 @@ class Weights:
         """
         shapes = {shard.name: shard.shape for shard in self.backend.shards}
         if self.backend.conversion is not None:
-            checkpoint.join(self.backend.conversion.join(checkpoint.tensors), shapes=shapes)
+            self.backend.conversion.apply(checkpoint, shapes=shapes)
         checkpoint.check_matches(shapes, aliases=self.backend.aliases)
 
     def read_buffers(self, buffers: ShardedBuffers, source: Source, *, state: str | None = None) -> None:

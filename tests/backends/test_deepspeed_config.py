@@ -268,3 +268,8 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
 def test_deepspeed_itself_is_not_needed_to_check_a_file(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert made(tmp_path, {"zero_optimization": {"stage": 3}})["zero_optimization"]["stage"] == 3
+
+
+def test_a_key_twice_is_refused(tmp_path):
+    message = refusal(tmp_path, '{"zero_optimization": {"stage": 3}, "zero_optimization": {"stage": 3}}')
+    assert "is not JSON: the name 'zero_optimization' is given twice" in message

@@ -276,11 +276,6 @@ def test_a_wrong_override_is_refused(tmp_path, override, words):
         load_config(write(tmp_path, yaml.safe_dump(MINIMAL)), [override])
 
 
-def test_a_value_that_looks_like_an_impossible_date_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"run\.dir"):
-        load_config(write(tmp_path, yaml.safe_dump(MINIMAL)), ["run.dir=2024-02-30"])
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -290,6 +290,53 @@ def test_a_broken_table_is_refused_with_its_place(tmp_path, name, content, words
     assert words in message
 
 
+@pytest.mark.parametrize("name", ["rows.CSV", "rows.Tsv", "rows.JSONL", "rows.Json", "rows.PARQUET"])
+def test_endings_may_be_in_capital_letters(tmp_path, name):
+    rows = [{"prompt": "a,b", "x": 1}, {"prompt": "c", "x": 2}]
+    path = write_as(tmp_path, name.lower().rpartition(".")[2], rows)
+    assert read(path.rename(tmp_path / name)) == rows
+
+
+def test_a_cell_of_a_table_may_be_longer_than_the_csv_module_takes_by_default(tmp_path):
+    limit = csv.field_size_limit()
+    write_csv(tmp_path / "rows.csv", [{"prompt": "x" * 400_000}])
+    assert read(tmp_path / "rows.csv") == [{"prompt": "x" * 400_000}]
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "r.jsonl",
+            '{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}',
+            "line 2: not JSON .the name 'prompt' is",
+        ),
+        ("r.json", '[{"prompt": "a", "x": {"y": 1, "y": 2}}]', "not JSON .the name 'y' is given twice"),
+        ("r.jsonl", '{"prompt": ' + "[" * 100_000, "line 1: not JSON .its lists and objects are nested"),
+        ("r.csv", "prompt,x\na," + "[" * 100_000 + "\n", None),
+    ],
+)
+def test_json_that_loses_a_value_or_is_too_deep_is_refused(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    if words is None:  # a text like any other
+        assert read(tmp_path / name)[0]["x"] == "[" * 100_000
+        return
+    with pytest.raises(UserError, match=words):
+        read(tmp_path / name)
+
+
+def test_a_broken_link_and_a_pipe_are_called_what_they_are(tmp_path):
+    (tmp_path / "link.jsonl").symlink_to("nowhere.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(
+        UserError, match=r"link\.jsonl cannot be read .it is a link to nowhere\.jsonl, which does not exist"
+    ):
+        read(tmp_path / "link.jsonl")
+    with pytest.raises(UserError, match=r"pipe\.jsonl cannot be read .it is a pipe, and not a file"):
+        read(tmp_path / "pipe.jsonl")
+
+
 @pytest.mark.parametrize("key", ["data", "heldout_data"])
 def test_a_line_that_is_not_json_is_named_by_file_and_number(tmp_path, key):
     message = refusal(tmp_path, '{"prompt": "a"}\n\n{"prompt": \n', key=key)
