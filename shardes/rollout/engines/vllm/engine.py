@@ -16,7 +16,7 @@ from shardes.rollout.engines.base import Completions, Engine
 from shardes.rollout.engines.vllm.finite import FiniteLogits
 from shardes.rollout.engines.vllm.requests import Request, RequestLoop
 from shardes.rollout.prompts import PromptBatch
-from shardes.rollout.stop_strings import StopStrings
+from shardes.rollout.stop_strings import make_stop_strings
 from shardes.utils.timers import PhaseTimer
 from shardes.weights.master import Weights
 
@@ -75,7 +75,7 @@ class VllmEngine(Engine):
             FiniteLogits(backend.model),
         )
         self._eos_ids = end_tokens(backend.sharded_model, tokenizer)
-        self._stop = StopStrings(settings.stop, tokenizer)
+        self._stop = make_stop_strings(settings, tokenizer)
         self._in_flight: dict[int, tuple[MicroBatch | LikelihoodBatch, list[Request]]] = {}
 
     def with_settings(self, settings: RolloutConfig) -> "VllmEngine":
