@@ -18,10 +18,11 @@ from typing import Any
 from shardes.config.consent import check_consent
 from shardes.config.loading import parse_config, read_tree
 from shardes.config.old_keys import apply_changes
-from shardes.config.schema import Config, check_model_directory
+from shardes.config.schema import Config
 from shardes.distributed.place import read_place
 from shardes.distributed.stop import Stop, Stopped
 from shardes.errors import UserError
+from shardes.models.files import check_model_directory
 from shardes.rewards.pool import InProcessRewards, RewardProcessPool, make_reward_runner
 from shardes.runs.directory import read_lines
 from shardes.runs.trackers import check_trackers
@@ -197,6 +198,8 @@ class Trainer:
         task, heldout_sets = self._load_tasks()
         is_finished = True
         with self._make_rewards([task, *heldout_sets.values()]) as rewards:
+            from shardes.rollout.preparing import prepare_tasks
+            from shardes.runs.journal import recorded_setting
             from shardes.runs.reporting import Callbacks
             from shardes.session import open_session
             from shardes.trainer import make_training_loop
@@ -204,11 +207,14 @@ class Trainer:
 
             if not logging.getLogger().handlers:
                 configure_logging()
+            date = recorded_setting(config.run.dir, "task.date")
+            prepared = prepare_tasks(config, task, heldout_sets, date=date)
+            parts: dict[str, Any] = {"heldout_sets": prepared.heldout_sets, "encoder": prepared.encoder}
             callbacks = Callbacks(on_iteration=self._on_iteration, on_evaluation=self._on_evaluation)
             try:
                 with open_session(config, stop=self._stop) as session:
                     make_training_loop(
-                        session, task, rewards=rewards, heldout_sets=heldout_sets, callbacks=callbacks
+                        session, prepared.task, rewards=rewards, callbacks=callbacks, **parts
                     ).train()
             except Stopped:
                 is_finished = False

@@ -16,14 +16,16 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from shardes.config.consent import load_trusted
 from shardes.config.old_keys import warn_once
-from shardes.config.schema import Config, check_model_directory
+from shardes.config.schema import Config
 from shardes.distributed.place import Place, read_place
 from shardes.distributed.stop import Stop, Stopped, stop_signals
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, JobError, StorageError, UserError
+from shardes.models.files import check_model_directory
 from shardes.monitor.commands import BACKEND, BASE, COMMANDS, TRUST
 from shardes.planning.machine import Machine
 from shardes.rewards.pool import make_reward_runner
 from shardes.runs.directory import read_run, write_lines
+from shardes.runs.journal import recorded_setting
 from shardes.runs.trackers import check_trackers
 from shardes.tasks.generating import MAKEABLE, make_problems
 from shardes.tasks.loading import load_tasks
@@ -85,21 +87,27 @@ def _train(config: Config, *, place: Place, stop: Stop, dry_run: bool) -> None:
     # Processes for rewards come before threads, process groups and accelerators.
     with make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards:
         from shardes.models.build import skeleton_of
+        from shardes.rollout.preparing import prepare_tasks
         from shardes.session import open_session
         from shardes.trainer import make_training_loop
         from shardes.utils.logs import configure_logging, tell_user
 
         configure_logging()
+        date = recorded_setting(config.run.dir, "task.date")
+        prepared = prepare_tasks(config, task, heldout_sets, date=date)
+        task, heldout_sets, encoder = prepared.task, prepared.heldout_sets, prepared.encoder
         # Before the session: a backend may change the classes that models are made of.
         model = skeleton_of(config) if dry_run else None
         try:
             with open_session(config, stop=stop) as session:
                 if model is None:
-                    make_training_loop(session, task, rewards=rewards, heldout_sets=heldout_sets).train()
+                    make_training_loop(
+                        session, task, rewards=rewards, heldout_sets=heldout_sets, encoder=encoder
+                    ).train()
                     return
                 from shardes.planning.dry_run import dry_run as try_member
 
-                lines = try_member(session, task, model=model, rewards=rewards)
+                lines = try_member(session, task, model=model, rewards=rewards, encoder=encoder)
                 if session.mesh.world.is_main:
                     click.echo("\n".join(lines))
         except Stopped:
@@ -133,13 +141,21 @@ def evaluate(
     task, heldout_sets = load_tasks(config)
     with make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards:
         from shardes.evaluation.summary import evaluate_model
+        from shardes.rollout.preparing import prepare_tasks
         from shardes.session import open_session
         from shardes.utils.logs import configure_logging
 
         configure_logging()
+        prepared = prepare_tasks(config, task, heldout_sets, date=model_ref.date, trains=False)
         with open_session(config) as session:
             model_ref.restore(session)
-            sets, lines = evaluate_model(session, task, rewards=rewards, heldout_sets=heldout_sets)
+            sets, lines = evaluate_model(
+                session,
+                prepared.task,
+                rewards=rewards,
+                heldout_sets=prepared.heldout_sets,
+                encoder=prepared.encoder,
+            )
             if session.mesh.world.is_main:
                 if out is not None:
                     out.parent.mkdir(parents=True, exist_ok=True)

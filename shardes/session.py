@@ -22,7 +22,9 @@ from shardes.errors import UserError
 from shardes.es.arithmetic import check_arithmetic
 from shardes.es.strategy import decay_of, optimizer_of
 from shardes.es.update import UPDATE_VERSION, Update
+from shardes.models.build import skeleton_of
 from shardes.models.checkpoint import Checkpoint
+from shardes.models.trial import check_forward, may_be_of_model
 from shardes.noise import NOISE_VERSION
 from shardes.noise.kinds.registry import make_kind
 from shardes.utils.progress import progress
@@ -77,11 +79,12 @@ class Session:
         Raises:
             UserError: The base model or the noise definition is not the journal's.
         """
-        for key in ("noise_version", "parameters_sha256", "base_weights_digest"):
-            if header[key] != self.identity[key]:
+        for key in ("noise_version", "parameters_sha256", "base_weights_digest", "base_buffers_sha256"):
+            wanted, found = header.get(key), self.identity.get(key)
+            if wanted != found:
                 raise UserError(
-                    f"RUN_DIR {run_dir}: {key} of the run is {header[key]}, but of model.path "
-                    f"{self.config.model.path} it is {self.identity[key]}; give the run its base model back"
+                    f"RUN_DIR {run_dir}: {key} of the run is {wanted}, but of model.path "
+                    f"{self.config.model.path} it is {found}; give the run its base model back"
                 )
         self.use_update_version(header.get("update_version", 1))
 
@@ -150,10 +153,11 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
         stop=stop,
         stop_seconds=config.run.stop_seconds,
     ) as world:
+        config = config.on_device(world.device.type)
         shard_size = parallel.shard_size or spec.default_shard_size
         check_arithmetic(world.device)
         mesh = make_mesh(world, shard_size=shard_size, timeout_seconds=parallel.timeout_seconds)
-        backend = make_backend(config, group=mesh.shard)
+        backend = make_backend(config, group=mesh.shard, checkpoint=checkpoint)
         weights = Weights(
             backend,
             seed=config.es.seed,
@@ -178,7 +182,13 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
             sum(shard.num_elements for shard in weights.trained),
             sum(shard.num_elements for shard in backend.shards),
         )
-        yield Session(config, mesh, backend, weights, identity, PhaseTimer(), stop)
+        try:
+            yield Session(config, mesh, backend, weights, identity, PhaseTimer(), stop)
+        except Exception as error:
+            # A config.json that fits the files' shapes may still describe a model that cannot compute.
+            if may_be_of_model(error):
+                check_forward(skeleton_of(config), like=error)
+            raise
         backend.close()
 
 
@@ -218,7 +228,9 @@ def _combined(mesh: Mesh, backend: Backend, digest: int, *, compare: bool) -> st
 
 def _identity(weights: Weights, checkpoint: Checkpoint, base_digest: str) -> dict[str, Any]:
     table = [[shard.param_id, shard.name, list(shard.shape)] for shard in weights.trained]
-    return {
+    # Few models have any; the digest of the weights is of parameters alone.
+    buffers = {"base_buffers_sha256": checkpoint.buffers_sha256()} if checkpoint.buffers else {}
+    return buffers | {
         "noise_version": NOISE_VERSION,
         "update_version": UPDATE_VERSION,
         "shardes_version": VERSION,

@@ -16,6 +16,7 @@ from shardes.evaluation.centre import CentreEvaluator
 from shardes.evaluation.kl import KLEstimator
 from shardes.rewards.pool import RewardRunner
 from shardes.rollout.build import Rollout, make_rollout
+from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.iteration import IterationSpec
 from shardes.runs.journal import recorded_setting
 from shardes.runs.recorder import RunRecorder
@@ -208,6 +209,7 @@ def make_training_loop(
     rewards: RewardRunner | None = None,
     heldout_sets: Mapping[str, Task] | None = None,
     callbacks: Callbacks | None = None,
+    encoder: PromptEncoder | None = None,
 ) -> TrainingLoop:
     """Put the parts of a run together; a collective of all ranks.
 
@@ -217,6 +219,7 @@ def make_training_loop(
         rewards: Runs rewards; None: they run in this process.
         heldout_sets: Further tasks by name, on whose rows the centre is evaluated, too.
         callbacks: Are told of the run as it goes on.
+        encoder: Has the tokens of their prompts; None: a new one, which makes them when they are asked.
 
     Raises:
         UserError: The configuration does not fit the model or the data.
@@ -224,9 +227,16 @@ def make_training_loop(
     run, sets, mesh, timer = session.config.run, heldout_sets or {}, session.mesh, session.timer
 
     recorded = partial(recorded_setting, run.dir)
-    rollout = make_rollout(session, task, recorded=recorded, rewards=rewards, heldout_sets=sets)
-    config, world = rollout.config, mesh.world
-    settings = resume_fingerprint(config, data_sha256=rows_sha256(task.train))
+    rollout = make_rollout(
+        session, task, recorded=recorded, rewards=rewards, heldout_sets=sets, encoder=encoder
+    )
+    config, world, encoder = rollout.config, mesh.world, rollout.encoder
+    settings = resume_fingerprint(
+        config,
+        data_sha256=rows_sha256(task.train if task.all_train is None else task.all_train),
+        prompts_sha256=encoder.sha256_of(task),
+        date=encoder.told_date,
+    )
     engine = rollout.evaluator.engine
     facts = {"name": config.rollout.engine, **engine.facts}
     identity = session.identity | {"is_exact": engine.is_exact, "engine": facts}

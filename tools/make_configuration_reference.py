@@ -26,9 +26,12 @@ HEAD = """\
 
 Every key with the values it takes, its default and its meaning. A configuration is a YAML file of the
 sections below; keys whose default is `-` have to be given. `section.key=value` on the command line changes a
-key: `es.sigma=0.002`, `task.columns={prompt: question}`. Paths are relative to where the command is started.
-A key that would have no effect is refused when the configuration is read; `config.yaml` in the run directory
-has every default filled in.
+key: `es.sigma=0.002`, `task.columns={prompt: question}`. Where the key wants a text or a path, the value is
+what was typed, `#` and `010` included (quotes around all of it are taken off, `null` is none); elsewhere it
+is YAML. Numbers are decimal, in files too: `010` is ten. A key that a file gives twice is refused. Paths are
+relative to where the command is started, and `~` at their beginning is the home directory. A key that would
+have no effect is refused when the configuration is read; `config.yaml` in the run directory has every
+default filled in.
 
 [toolbox.md](toolbox.md) explains the algorithm (`es`), [tasks.md](tasks.md) and [rewards.md](rewards.md) the
 problems, [planning.md](planning.md) the memory, [durability.md](durability.md) resumed runs.

@@ -112,7 +112,7 @@ def make_deepspeed_config(
             )
     # DeepSpeed's own limits are absolute numbers, which hold whole models of a billion parameters. It fetches
     # until its limit is reached, so that the last parameter comes on top.
-    limits = {
+    defaults = {
         "stage3_max_live_parameters": 2 * largest_layer - largest_parameter,
         # Whenever a module is called, the next parameter is fetched ahead, soon several. What is fetched
         # in one go could be held until the last of it was used, ...
@@ -120,9 +120,12 @@ def make_deepspeed_config(
         # ... and would be copied out of a buffer as large as all of it.
         "stage3_allgather_sequential": True,
         "stage3_param_persistence_threshold": hidden_size,
+        # Gathers then begin after what is queued on the stream that shards are written on. NCCL still
+        # transfers while layers compute.
+        "overlap_comm": False,
     }
-    for key, limit in limits.items():
-        tree["zero_optimization"].setdefault(key, limit)
+    for key, value in defaults.items():
+        tree["zero_optimization"].setdefault(key, value)
     tree.setdefault("train_micro_batch_size_per_gpu", per_rank)
     tree.setdefault("steps_per_print", 10**9)
     return tree
@@ -130,7 +133,7 @@ def make_deepspeed_config(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = parse_json(read_regular(path, max_bytes=_MOST_BYTES))
+        tree = parse_json(read_regular(path, max_bytes=_MOST_BYTES), refuse_repeats=True)
     except OSError as error:
         raise UserError(f"parallel.deepspeed: {path} cannot be read ({error.strerror})") from None
     except ValueError as error:

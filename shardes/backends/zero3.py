@@ -5,7 +5,10 @@ a forward reads such a copy without noticing that the shard underneath was writt
 """
 
 import functools
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -19,9 +22,11 @@ from shardes.backends.footprint import RankFootprint, parameter_sizes
 from shardes.backends.layout import chunk, flat_layout
 from shardes.backends.sharded import GatheringBackend
 from shardes.config.schema import Config
+from shardes.distributed.devices import collectives_of
 from shardes.distributed.group import Group
 from shardes.errors import UserError
 from shardes.models.build import largest_layer, largest_parameter
+from shardes.utils.device import synchronize
 
 _RELIED_ON = ("ds_tensor", "ds_numel", "ds_shape", "ds_process_group")
 
@@ -42,6 +47,22 @@ def import_deepspeed() -> Any:
             "install it with: pip install 'shardes[zero3]', or set parallel.backend: single"
         ) from None
     return deepspeed
+
+
+@contextmanager
+def numbered_by_device(device: torch.device) -> Iterator[None]:
+    """Have DeepSpeed take a rank's own GPU, whose number it reads from a variable of the launcher.
+
+    The two differ where a launcher shows each rank one GPU.
+    """
+    given = os.environ.get("LOCAL_RANK")
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)
+    try:
+        yield
+    finally:
+        if given is not None:
+            os.environ["LOCAL_RANK"] = given
 
 
 def _check_alike(group: Group, ints: list[int]) -> None:
@@ -117,15 +138,14 @@ class Zero3Backend(GatheringBackend):
         if group.device.type == "cpu":
             # Its shared-memory collectives take a minute to compile at the first start, and gain nothing.
             sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-        deepspeed.init_distributed(
-            dist_backend="nccl" if group.device.type == "cuda" else "gloo", verbose=False
-        )
+        deepspeed.init_distributed(dist_backend=collectives_of(group.device), verbose=False)
         # DeepSpeed has all ranks of the job compare what their first forwards gathered. A replica that has
         # nothing to answer yet runs none, and the others would wait for it.
         coordinator: Any = sys.modules["deepspeed.runtime.zero.partitioned_param_coordinator"]
         coordinator.assert_ints_same_as_other_ranks = functools.partial(_check_alike, group)
         ranks = _Ranks(group)
         with (
+            numbered_by_device(group.device),
             no_init_weights(),
             deepspeed.zero.Init(
                 data_parallel_group=ranks.get_data_parallel_group(),
@@ -140,7 +160,8 @@ class Zero3Backend(GatheringBackend):
         model.tie_weights()
         model.generation_config = skeleton.generation_config
         _copy_buffers(skeleton, model)
-        self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config, mpu=ranks)
+        with numbered_by_device(group.device):
+            self._engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config, mpu=ranks)
         self._engine.eval()
         self.sharded_model = model
         self._parameters = dict(sorted(model.named_parameters()))
@@ -207,8 +228,12 @@ class Zero3Backend(GatheringBackend):
                 )
 
     def commit(self) -> None:
-        """Drop every gathered copy, so that the next forward gathers the shards anew."""
+        """Drop every gathered copy, so that the next forward gathers the shards anew.
+
+        DeepSpeed gathers on a stream of its own, which does not wait for the one that shards are written on.
+        """
         self._engine.optimizer.empty_partition_cache()
+        synchronize(self.device)
 
 
 def _copy_buffers(source: nn.Module, target: nn.Module) -> None:

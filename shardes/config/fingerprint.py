@@ -22,19 +22,34 @@ _FREE_KEYS = {
     "task.heldout_fraction",
     "task.split_seed",
     "task.reward",
+    "task.on_prompt_error",
+    "task.date",  # by what it is settled to
     "task.reward_timeout_seconds",
     "task.reward_workers",
     "task.reward_memory_bytes",
+    "task.reward_isolation",
+}
+# Keys that journals of older versions do not have: absent where they mean what those did.
+_LATER_KEYS = {
+    "rollout.engine": DEFAULT_ENGINE,
+    "rollout.cudnn_attention": False,
+    "rollout.skip_special_tokens": True,
+    "task.chat_template": None,
+    "task.template_arguments": {},
 }
 
 
-def resume_fingerprint(config: Config, *, data_sha256: str) -> dict[str, Any]:
+def resume_fingerprint(
+    config: Config, *, data_sha256: str, prompts_sha256: str | None = None, date: str | None = None
+) -> dict[str, Any]:
     """Return the keys that decide the result, by dotted name, with JSON-able values.
 
     Args:
         config: The configuration, in which ``auto`` has been replaced where a run finds numbers for it.
         data_sha256: A hash of the training rows as they were read: the same problems may come from another
             file or format.
+        prompts_sha256: A hash of the tokens of their prompts; None: it is not known.
+        date: The date that prompts depend on; None if they depend on none.
     """
     flat = {
         f"{section}.{key}": value
@@ -52,7 +67,9 @@ def resume_fingerprint(config: Config, *, data_sha256: str) -> dict[str, Any]:
         kept["rollout.members_per_forward"] = None
     elif rollout.members_per_forward == "auto":
         kept["rollout.members_per_forward"] = 1
-    # Journals of versions that had one engine do not name it.
-    if rollout.engine == DEFAULT_ENGINE:
-        del kept["rollout.engine"]
-    return kept | {"task.data sha256": data_sha256}
+    for key, default in _LATER_KEYS.items():
+        if kept[key] == default:
+            del kept[key]
+    kept["task.data sha256"] = data_sha256
+    found = {"task.prompts sha256": prompts_sha256, "task.date": date}
+    return kept | {key: value for key, value in found.items() if value is not None}

@@ -5,19 +5,20 @@ Nothing heavy is imported, so that a mistake is answered at once.
 
 import difflib
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from shardes.config.old_keys import apply_changes
+from shardes.config.overrides import parse_override, section_of
 from shardes.config.schema import Config, is_hub_reference
+from shardes.config.yaml_text import MAX_BYTES, YamlError, file_text, parse_yaml
 from shardes.errors import UserError
 from shardes.utils.reading import read_regular
 
-_MOST_BYTES = 1 << 24
+_SHOWN_CHARACTERS = 200
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
@@ -36,7 +37,7 @@ def read_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
         UserError: The file cannot be read, or an override is none.
     """
     tree = _read_tree(path, role="--config", remedy="give the path of a YAML file")
-    apply_changes(tree, map(_parse_override, overrides), source=str(path))
+    apply_changes(tree, map(parse_override, overrides), source=str(path))
     return tree
 
 
@@ -55,15 +56,11 @@ def load_run_config(run_dir: Path, changes: dict[str, Any]) -> Config:
 def _read_tree(path: Path, *, role: str, remedy: str) -> dict[str, Any]:
     """Return the sections of a YAML file; ``role`` is what the user gave it as."""
     try:
-        tree = yaml.safe_load(read_regular(path, max_bytes=_MOST_BYTES).decode())
+        tree = parse_yaml(file_text(read_regular(path, max_bytes=MAX_BYTES)))
     except OSError as error:
         raise UserError(f"{role} {path}: cannot be read ({error.strerror}); {remedy}") from None
-    except RecursionError:
-        raise UserError(
-            f"{role} {path}: not valid YAML: its lists and mappings are nested too deep"
-        ) from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{role} {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except YamlError as error:
+        raise UserError(f"{role} {path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{role} {path}: must be a mapping of sections such as 'model:' and 'es:'")
     return tree
@@ -86,20 +83,6 @@ def parse_config(tree: dict[str, Any], *, source: str) -> Config:
         raise UserError("\n".join([f"{source}: the configuration cannot be used", *lines])) from None
 
 
-def _parse_override(override: str) -> tuple[str, Any]:
-    """Return the dotted key and the value of ``a.b=value`` or ``--a.b=value``."""
-    key, equals, text = override.removeprefix("--").partition("=")
-    if not equals or not key:
-        raise UserError(
-            f"override {override!r}: must look like section.key=value, for example es.sigma=0.001"
-        )
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
-    return key, value
-
-
 def _explain(detail: ErrorDetails, location: list[str]) -> str:
     """Return what one key got, what was wanted, and the remedy."""
     key = ".".join(location)
@@ -113,7 +96,10 @@ def _explain(detail: ErrorDetails, location: list[str]) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return message
-    return f"got {detail['input']!r}; {message[0].lower()}{message[1:]}"
+    got = repr(detail["input"])
+    if len(got) > _SHOWN_CHARACTERS:
+        got = f"{got[:_SHOWN_CHARACTERS]}..."
+    return f"got {got}; {message[0].lower()}{message[1:]}"
 
 
 def _location(loc: tuple[int | str, ...]) -> list[str]:
@@ -126,22 +112,10 @@ def _location(loc: tuple[int | str, ...]) -> list[str]:
         location.append(part)
         if part not in section.model_fields:
             break
-        section, is_container = _section_of(section.model_fields[part].annotation)
+        section, is_container = section_of(section.model_fields[part].annotation)
         if is_container and parts:
             location.append(str(parts.pop(0)))
     return location
-
-
-def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """Return the section that an annotation is about, and whether it holds several, by index or by name."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, False
-    for argument in get_args(annotation):
-        section, _ = _section_of(argument)
-        if section is not None:
-            is_optional = get_origin(annotation) in (Union, UnionType)
-            return section, not is_optional or _section_of(argument)[1]
-    return None, False
 
 
 def _keys_of(location: list[str]) -> list[str]:
@@ -149,7 +123,7 @@ def _keys_of(location: list[str]) -> list[str]:
     section: type[BaseModel] = Config
     parts = list(location)
     while parts:
-        found, is_container = _section_of(section.model_fields[parts.pop(0)].annotation)
+        found, is_container = section_of(section.model_fields[parts.pop(0)].annotation)
         if found is None:
             return []
         section = found

@@ -65,6 +65,11 @@ def apply_changes(tree: dict[str, Any], changes: Iterable[tuple[str, Any]] = (),
         )
 
 
+def current_name(key: str) -> str:
+    """Return the name that a dotted key has today."""
+    return _OLD_KEYS.get(key, (key,))[0]
+
+
 def rename_in_header(header: dict[str, Any]) -> None:
     """Give the keys in the header of an old version's journal their new names; the header is changed."""
     settings = header.get("settings", {})

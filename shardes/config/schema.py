@@ -4,6 +4,7 @@ docs/configuration.md is made of the docstrings of the keys. Nothing heavy is im
 answered at once.
 """
 
+import datetime
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -13,13 +14,9 @@ from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_
 from shardes.backends.registry import BACKENDS
 from shardes.config.es import EsConfig
 from shardes.config.log import LogConfig
+from shardes.config.rollout import RolloutConfig
 from shardes.config.section import NeedsConsent, Registered, Section
-from shardes.errors import UserError
-from shardes.rollout.engines.registry import DEFAULT_ENGINE, ENGINES
-
-FETCH_HINT = (
-    "give a local model directory (fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
-)
+from shardes.rollout.engines.registry import DEFAULT_ENGINE
 
 
 def is_hub_reference(source: Path) -> bool:
@@ -33,22 +30,11 @@ _IS_FETCHED = NeedsConsent(
 )
 
 
-def check_model_directory(path: Path) -> None:
-    """Refuse a ``model.path`` that is no model directory; quick, and nothing is loaded.
-
-    Raises:
-        UserError: There is no config.json.
-    """
-    config = path / "config.json"
-    if not config.is_file():
-        raise UserError(f"model.path: {config} does not exist; {FETCH_HINT}")
-
-
 class ModelConfig(Section):
     """The base model."""
 
     path: Path
-    """A local directory in Hugging Face format, with safetensors weights and a tokenizer."""
+    """A local directory in Hugging Face format, with safetensors weights and a tokenizer (docs/models.md)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """The dtype of the weights that generate, and of the exported model."""
     trust_remote_code: Annotated[bool, NeedsConsent("code in the model directory runs")] = False
@@ -115,81 +101,6 @@ class ParallelConfig(Section):
         return value
 
 
-class RolloutConfig(Section):
-    """Generation of the members' answers."""
-
-    engine: Annotated[str, Registered("engine", lambda: [*ENGINES, "auto"])] = "auto"
-    """What generates and scores. ``transformers``: the model's own forward in a decode loop. ``vllm``: vLLM,
-    which goes with ``parallel.backend: vllm`` alone. ``auto``: ``vllm`` for that backend, else
-    ``transformers``."""
-    gather: Literal["auto", "iteration", "member", "layer"] = "auto"
-    """Unit of work for which weights are gathered from their shards. ``iteration``: the centre, once an
-    iteration, into a whole model on every rank; each rank evaluates members of its own, adding their noise to
-    its copy, and holds two copies. ``member``: each member's weights, once, into a whole model on every rank;
-    the ranks of a replica share its prompts. ``layer``: every layer in every forward, all ranks of a replica
-    in step. ``auto``: the first of the three for which every rank has the memory, and the next one where
-    memory runs out all the same; ``layer`` for ``tensor_parallel``, which has no other. All give the same
-    bits. Where every rank holds a whole model anyway (``single``, or a ``shard_size`` of 1), there is no
-    second copy, and ``iteration`` says only that ranks do not share prompts. With several members in a
-    forward the model stays the centre, and ``iteration`` takes one copy."""
-    members_per_forward: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
-    """Members whose prompts are rows of one forward. More than 1, or ``auto``, needs ``es.noise: low_rank``:
-    members are terms added to what the layers of the centre compute, and each costs less, the more there are,
-    but takes memory for a cache of its own. Like ``micro_batch_size`` the number may change the last bits, so
-    a run keeps to one. ``auto``: as many as fit when the run begins, at most 64; the run keeps what was
-    found. The engine ``vllm`` takes a number, and trains the matrices of linear layers alone."""
-    micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = 32
-    """Prompts per forward. Micro-batches are composed from the data alone, so results do not depend on the
-    number of ranks; a different size may change the last bits. ``auto``: as many as memory allows and as give
-    every rank work, found by trying when a run begins; the run keeps what was found."""
-    max_new_tokens: int = Field(gt=0)
-    """The longest answer, in tokens."""
-    stop: list[str] = []
-    """Texts that end an answer, which keeps the first of them; end-of-sequence tokens always do."""
-    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """0: the most likely token is taken, as in the paper. Above: tokens are drawn, the logits divided by it.
-    The random numbers depend on seed, iteration, prompt, sample and position alone: all members have the
-    same."""
-    top_k: int | None = Field(default=None, gt=0)
-    """Tokens are drawn from that many of the most likely ones; null: from all."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Tokens are drawn from the most likely ones that together reach this probability."""
-    samples_per_prompt: int = Field(default=1, gt=0)
-    """Answers to each prompt; a member's reward is the mean over all of them."""
-    kv_cache_gib: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """GiB on each rank for the keys and values of the engine ``vllm``. null: what the weights, their masters
-    and the optimizer leave of an accelerator; on CPUs at most 4."""
-    batch_invariant: bool = False
-    """Have the engine ``vllm`` use kernels whose results do not depend on which prompts are computed together
-    (VLLM_BATCH_INVARIANT; slower, on GPUs of compute capability 9.0 or more)."""
-    vllm: dict[str, bool | int | float | str] = {}
-    """Further arguments of ``vllm.LLM`` by name, such as ``max_model_len``, ``max_num_seqs`` or
-    ``enforce_eager``."""
-
-    @property
-    def is_batched(self) -> bool:
-        """Return whether several members share a forward."""
-        return self.members_per_forward != 1
-
-    @field_validator("stop")
-    @classmethod
-    def _stop_texts_are_texts(cls, value: list[str]) -> list[str]:
-        if "" in value:
-            raise ValueError(f"got {value}; an empty text would end every answer before it begins")
-        return value
-
-    @field_validator("top_k", "top_p", "samples_per_prompt")
-    @classmethod
-    def _drawing_takes_a_temperature(cls, value: Any, info: ValidationInfo) -> Any:
-        default = cls.model_fields[str(info.field_name)].default
-        if value != default and info.data.get("temperature") == 0:
-            raise ValueError(
-                f"got {value}, but rollout.temperature is 0, so that the most likely token is always taken; "
-                f"set that above 0, or this to {default}"
-            )
-        return value
-
-
 class WeightsConfig(Section):
     """The master weights, which only updates write."""
 
@@ -199,6 +110,11 @@ class WeightsConfig(Section):
     master_device: Literal["device", "cpu"] = "device"
     """Memory that holds the master. ``cpu``: pinned host memory, from which it passes through the accelerator
     in chunks whenever it is read or updated; saves the master's bytes on the accelerator."""
+
+
+def _with_home(value: str | None) -> str | None:
+    """Return the location of a function, ``~`` at its beginning replaced by the home directory."""
+    return str(Path(value).expanduser()) if value is not None and value.startswith("~/") else value
 
 
 class RewardConfig(Section):
@@ -215,6 +131,8 @@ class RewardConfig(Section):
     arguments: dict[str, Any] = {}
     """Values passed to the function by name, besides the columns."""
 
+    _expand_path = field_validator("path")(_with_home)
+
     @model_validator(mode="after")
     def _one_function(self) -> Self:
         if (self.name is None) == (self.path is None):
@@ -229,6 +147,15 @@ def _task_names() -> Iterable[str]:
     from shardes.tasks.registry import TASKS
 
     return TASKS
+
+
+# What rendering a chat is told besides the template's own variables.
+_ARGUMENTS_OF_OURS = {
+    *("conversation", "conversations", "messages", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors"),
+    *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+    "strftime_now",
+}
 
 
 class ProblemSetConfig(Section):
@@ -247,6 +174,11 @@ class ProblemSetConfig(Section):
     system: str | None = None
     """A system message; makes the prompt a chat, for the tokenizer's chat template. An empty text: a chat
     without one. null: the prompt stays what it is."""
+    chat_template: str | None = None
+    """The template that chats go through: the name of one of the tokenizer's, if it has several, or a Jinja
+    template itself. null: the tokenizer's only one, or the one that it calls ``default``."""
+    template_arguments: dict[str, Any] = {}
+    """Further variables of the chat template, such as ``{enable_thinking: false}``."""
     label_words: list[str] | None = None
     """One word for each class of ``classification``, ``sst2`` or ``boolq``; null: the task's own words."""
     reward: Annotated[str | None, _IS_CODE] = None
@@ -256,6 +188,16 @@ class ProblemSetConfig(Section):
     """Several, which add up, each with a weight. With ``name``, they replace the built-in task's own."""
     metric: Literal["accuracy", "cross_entropy", "log_likelihood"] | None = None
     """Reward of a task that compares likelihoods; null: the task's own."""
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _arguments_are_the_templates(cls, value: dict[str, Any]) -> dict[str, Any]:
+        taken = sorted(_ARGUMENTS_OF_OURS.intersection(value))
+        if taken:
+            raise ValueError(f"{', '.join(taken)} cannot be given: shardes decides it, by the prompt")
+        return value
+
+    _expand_reward = field_validator("reward")(_with_home)
 
     @field_validator("label_words", mode="before")
     @classmethod
@@ -305,6 +247,14 @@ class TaskConfig(ProblemSetConfig):
     """Value of an answer whose reward raised, hung, ended its process or was not a number. ``exclude``: it
     does not count. ``worst``: the least reward of all answers of the iteration (for the centre, of the
     evaluation). Or a number."""
+    on_prompt_error: Literal["error", "exclude"] = "error"
+    """What is done about a row whose prompt the model cannot be asked: too long, refused by the chat
+    template, no valid text. Every row is tried before the model is loaded. ``error``: the job ends and names
+    the row. ``exclude``: such rows are left out, of held-out sets as well, and named in the log; a run that
+    has begun may change to this."""
+    date: datetime.date | None = None
+    """What chat templates are told is today's date. null: the day on which the run began, also when it is
+    resumed on a later one."""
     reward_timeout_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     """Seconds that the rewards of a micro-batch may take. Answers without one then count as failed."""
     reward_workers: int = Field(default=16, ge=0)
@@ -313,6 +263,10 @@ class TaskConfig(ProblemSetConfig):
     reward_memory_bytes: int | None = Field(default=4 * 2**30, gt=0)
     """Address space of such a process, in bytes; null: no limit, as a reward with a model of its own may
     need."""
+    reward_isolation: Literal["auto", "none"] = "auto"
+    """``auto``: such a process sees no processes but those that it starts, where the kernel allows it (a PID
+    namespace; docs/rewards.md); ``none``: it sees all, for a reward that uses ``sudo`` or rootless
+    containers."""
 
     @field_validator("heldout_fraction")
     @classmethod
@@ -348,6 +302,10 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     task: TaskConfig
+
+    def on_device(self, device_type: str) -> Self:
+        """Return the configuration with what null stands for on a type of device, ``cuda`` or ``cpu``."""
+        return self.model_copy(update={"rollout": self.rollout.on_device(device_type)})
 
     @field_validator("rollout")
     @classmethod

@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 from pydantic import (
     BaseModel,
@@ -77,3 +78,19 @@ class Section(BaseModel):
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError(f"got {str(value).lower()}, which is neither a number nor a text")
         return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _home_is_expanded(cls, value: Any, info: ValidationInfo) -> Any:
+        """Replace ``~`` at the beginning of a path by the home directory, as a shell does."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        is_path = Path in (annotation, *get_args(annotation))
+        if not is_path or not isinstance(value, str | Path) or not str(value).startswith("~"):
+            return value
+        try:
+            return Path(value).expanduser()
+        except RuntimeError:
+            raise ValueError(
+                f"got {value}, whose home directory is not known; give the whole path, or ./{value} for a "
+                "directory of that name"
+            ) from None

@@ -59,7 +59,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def _hash(thing: Any) -> int:
-    data = thing if isinstance(thing, bytes) else json.dumps(thing, sort_keys=True).encode()
+    data = thing if isinstance(thing, bytes) else json.dumps(thing, sort_keys=True, default=str).encode()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 

@@ -5,18 +5,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
 
+from shardes.distributed.devices import check_devices_differ, choose_device, collectives_of
 from shardes.distributed.failure_monitor import FailureMonitor
 from shardes.distributed.group import Group
+from shardes.distributed.interface import choose_interface
 from shardes.distributed.meeting import meet
 from shardes.distributed.place import read_place
 from shardes.distributed.stop import Stop, Stopped
-from shardes.errors import UserError
 
-# Variables that launchers set on every rank, and that DeepSpeed reads even when it adopts a group.
-_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Variables that launchers set on every rank, and that DeepSpeed and gloo read.
+_JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
 # What DeepSpeed reads of a process that nothing launched.
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
@@ -38,29 +38,13 @@ def process_group(*, timeout_seconds: int, always: bool, stop: Stop, stop_second
         The group of all ranks. The accelerator of this rank is made the current device.
 
     Raises:
-        UserError: There are more ranks than GPUs on this machine, or the launcher's variables are half set.
+        UserError: Ranks and GPUs do not go together (see ``choose_device`` and ``check_devices_differ``), or
+            the launcher's variables are half set.
         JobError: The ranks did not meet in time.
     """
     place = read_place()
-    rank, world_size, local_rank = place.rank, place.world_size, place.local_rank or 0
-    if torch.cuda.is_available():
-        if place.local_rank is None and world_size > 1 and torch.cuda.device_count() > 1:
-            raise UserError(
-                f"LOCAL_RANK: it is not set, so rank {rank} of {world_size} cannot know which of the "
-                f"{torch.cuda.device_count()} GPUs is its own; start the ranks with torchrun, deepspeed or "
-                "accelerate launch, set it to the rank's number on its machine, or show each rank one GPU "
-                "with CUDA_VISIBLE_DEVICES"
-            )
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"this machine has {torch.cuda.device_count()} GPU(s), but rank {rank} is number "
-                f"{local_rank + 1} on it; start one rank per GPU, or hide them with CUDA_VISIBLE_DEVICES= "
-                "to run on the CPU"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    rank, world_size = place.rank, place.world_size
+    device = choose_device(place)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     watch = FailureMonitor(
         rank=rank,
@@ -70,9 +54,9 @@ def process_group(*, timeout_seconds: int, always: bool, stop: Stop, stop_second
         timeout_seconds=timeout_seconds,
     )
     watch.start()
-    own_variables = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
+    own_variables = [name for name in _JOB_VARIABLES if name not in os.environ]
     try:
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+        os.environ.setdefault("LOCAL_RANK", str(place.local_rank or 0))
         store = None
         if world_size > 1 or always:
             if world_size > 1:
@@ -81,7 +65,10 @@ def process_group(*, timeout_seconds: int, always: bool, stop: Stop, stop_second
                 store = dist.HashStore()
                 for name, value in _ALONE.items():
                     os.environ.setdefault(name, value)
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            check_devices_differ(store, device, rank=rank, world_size=world_size)
+            backend = collectives_of(device)
+            if backend == "gloo":
+                choose_interface(os.environ["MASTER_ADDR"])
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         yield Group(rank, world_size, device, store=store)
     except Stopped:

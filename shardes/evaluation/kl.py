@@ -38,7 +38,7 @@ class KLEstimator:
         rows = (task.heldout or task.train)[: config.log.kl_prompts]
         # Answers are compared by their likelihood, not by a reward.
         constant = Component("constant", _constant)
-        kl_task = Task("kl", rows, (), task.make_prompt, (constant,), metric="log_likelihood")
+        kl_task = Task("kl", rows, (), task.make_prompt, (constant,), metric="log_likelihood", chat=task.chat)
         self._scorer = Scorer(kl_task, rewards=InProcessRewards([constant]), on_error="exclude")
         self._prompts: PromptBatch | None = None
         self._base: list[float] = []

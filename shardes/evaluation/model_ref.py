@@ -31,6 +31,12 @@ class ModelRef:
     history: History | None = None
     iteration: int = 0
 
+    @property
+    def date(self) -> str | None:
+        """Return the date that the prompts of the run have, in ISO format; None if they have none."""
+        header = None if self.history is None else self.history.header
+        return None if header is None else header["settings"].get("task.date")
+
     def restore(self, session: "Session") -> None:
         """Bring a session's model to the weights to evaluate; a collective of all ranks.
 

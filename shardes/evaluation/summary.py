@@ -11,6 +11,7 @@ from shardes.rewards.pool import RewardRunner
 from shardes.rollout.aggregate import Evaluation, Sample
 from shardes.rollout.autotune import find_micro_batch_size
 from shardes.rollout.build import make_evaluator, make_scheduler
+from shardes.rollout.encoding import PromptEncoder
 from shardes.session import Session
 from shardes.tasks.base import Task
 
@@ -101,7 +102,12 @@ def summarise(
 
 
 def evaluate_model(
-    session: Session, task: Task, *, rewards: RewardRunner | None, heldout_sets: Mapping[str, Task]
+    session: Session,
+    task: Task,
+    *,
+    rewards: RewardRunner | None,
+    heldout_sets: Mapping[str, Task],
+    encoder: PromptEncoder | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Evaluate the centre on held-out problems, or on all if none are; a collective of all ranks.
 
@@ -110,12 +116,15 @@ def evaluate_model(
         task: Task whose held-out rows are answered, or its other rows if it has none.
         rewards: Runner of the rewards; None: rewards run in this process.
         heldout_sets: Further tasks by name, whose rows are answered as well.
+        encoder: Has the tokens of their prompts; None: a new one, which makes them when they are asked.
 
     Returns:
         Statistics by name of the set, and a line for each answer on rank 0; no lines on other ranks.
     """
     config = session.config
-    evaluator, scorer, scorers = make_evaluator(session, task, rewards=rewards, others=heldout_sets)
+    evaluator, scorer, scorers = make_evaluator(
+        session, task, rewards=rewards, others=heldout_sets, encoder=encoder
+    )
     if config.rollout.micro_batch_size == "auto":
         rows = task.heldout or task.train
         find_micro_batch_size(evaluator, rows, num_rows=len(rows), mesh=session.mesh, sigma=config.es.sigma)

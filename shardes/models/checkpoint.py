@@ -5,9 +5,8 @@ rows of its own, as a shard of a matrix's columns has them.
 """
 
 import hashlib
-import json
+import math
 import os
-import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -15,18 +14,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from shardes.config.schema import FETCH_HINT
 from shardes.errors import UserError
+from shardes.models.files import weight_files
+from shardes.models.headers import DTYPE_NAMES, DTYPES, quantised_error, read_header
 from shardes.models.stored_rows import Block, DifferentStridesError, Rows, shared
 from shardes.noise.region import Region
 from shardes.utils.files import read_exactly
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MAX_HEADER_BYTES = 100_000_000
 _READ_BYTES = 1 << 28
 # Rows are read with what is between them, in blocks of so many bytes at most, which processors have room for,
 # if what is between two of them is no more than the second number: that takes less time than another call.
@@ -53,7 +51,7 @@ class StoredTensor:
     @property
     def num_elements(self) -> int:
         """Number of elements of the whole tensor."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     def find(self, first: int, length: int) -> Iterator[tuple["StoredTensor", int, int]]:
         """Yield the stored tensors of a range of elements, each with first element and length in it."""
@@ -199,10 +197,12 @@ class Checkpoint(TensorReader):
     """The weights of a model directory.
 
     Args:
-        directory: A directory with ``*.safetensors`` files.
+        directory: A directory with safetensors files; those are read that transformers would load.
 
     Attributes:
         tensors: Stored tensors by name; after ``join``, parameters by name.
+        buffers: Stored tensors of the model's buffers by name in the files; set by ``Conversion.apply``.
+        num_bytes: Size of the files.
         header_sha256: Hash of all headers: names, shapes, dtypes and offsets.
 
     Raises:
@@ -213,11 +213,22 @@ class Checkpoint(TensorReader):
         self.directory = directory
         tensors: dict[str, StoredTensor] = {}
         digest = hashlib.sha256()
-        for path in _weight_files(directory):
+        files = weight_files(directory)
+        self.num_bytes = sum(path.stat().st_size for path in files)
+        for path in files:
             tensors |= stored_tensors(path, on_header=digest.update)
         super().__init__(tensors)
+        self.buffers: dict[str, StoredTensor] = {}
         self._pieces: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
         self.header_sha256 = digest.hexdigest()
+
+    def buffers_sha256(self) -> str:
+        """Compute a hash of the buffers: names, dtypes, shapes and values."""
+        digest = hashlib.sha256()
+        for name, stored in sorted(self.buffers.items()):
+            digest.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
+            digest.update(read_whole(stored).view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def join(self, pieces: Mapping[str, Sequence[str]], *, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Replace the files' tensors by the model's parameters; a second call changes nothing.
@@ -267,6 +278,10 @@ class Checkpoint(TensorReader):
         Raises:
             UserError: Names the tensors that are missing, left over, or of another shape.
         """
+        for name, found in self.tensors.items():
+            for stored, *_ in found.find(0, math.prod(found.shape)):
+                if stored.dtype not in DTYPES.values():
+                    raise quantised_error(f"model.path: {stored.path}: {name}", DTYPE_NAMES[stored.dtype])
         missing = sorted(set(shapes) - set(self.tensors))
         extra = sorted(set(self.tensors) - set(shapes) - aliases)
         if missing or extra:
@@ -295,103 +310,21 @@ def stored_tensors(
         on_header: Function that is called with the header's bytes.
 
     Raises:
-        UserError: The file is damaged or cut short, or holds a dtype that is no float.
+        UserError: The file is damaged or cut short, or holds a dtype that torch does not have.
         OSError: It cannot be read.
     """
-    header = _read_header(path)
+    header, entries = read_header(path)
     on_header(header)
-    base, size = 8 + len(header), path.stat().st_size
-    tensors: dict[str, StoredTensor] = {}
-    for name, entry in json.loads(header).items():
-        if name == "__metadata__":
-            continue
-        where = f"model.path: {path}: {name}"
-        if not _is_entry(entry):
-            raise UserError(f"{where}: its entry in the header is damaged; fetch the file again")
-        if entry["dtype"] not in DTYPES:
-            raise UserError(
-                f"{where} is stored as {entry['dtype']}; wanted one of {sorted(DTYPES)}. Quantised "
-                "weights cannot be perturbed: use the model's unquantised version"
-            )
-        begin, end = entry["data_offsets"]
-        stored = StoredTensor(path, base + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        wanted = stored.num_elements * stored.dtype.itemsize
-        if end - begin != wanted:
-            raise UserError(
-                f"{where} has {end - begin} bytes, but its shape {stored.shape} and dtype "
-                f"{entry['dtype']} take {wanted}; fetch the file again"
-            )
-        if base + end > size:
-            raise UserError(
-                f"{where} should end at byte {base + end}, but the file is cut short at {size}; fetch or "
-                "copy it again"
-            )
-        tensors[name] = stored
-    return tensors
+    return {name: StoredTensor(path, *entry) for name, entry in entries.items()}
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        raise UserError(f"model.path: {directory} is not a directory; {FETCH_HINT}")
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({directory / name for name in _indexed_files(index)})
-    else:
-        files = sorted(directory.glob("*.safetensors"))
-    missing = [path.name for path in files if not path.is_file()]
-    if missing:
-        raise UserError(
-            f"model.path: {directory}: {index.name} names files that are missing: {_listed(missing)}"
-        )
-    if not files:
-        pickled = sorted(path.name for path in directory.glob("*.bin"))
-        hint = (
-            f"; {pickled[0]} is a pickle, which is never loaded: convert it to safetensors" if pickled else ""
-        )
-        raise UserError(f"model.path: {directory} has no *.safetensors files, so no weights{hint}")
-    return files
-
-
-def _indexed_files(index: Path) -> list[str]:
-    """Return the file names in an index.
-
-    Raises:
-        UserError: The file is not an index.
-    """
-    try:
-        names = list(json.loads(index.read_bytes())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        names = [None]
-    if not all(isinstance(name, str) for name in names):
-        raise UserError(f"model.path: {index} is damaged: it has no weight_map of file names; fetch it again")
-    return names
-
-
-def _is_entry(entry: Any) -> bool:
-    """Return whether an entry of a header has a dtype, a shape and two offsets."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
-        return False
-    numbers = [entry.get("shape"), entry.get("data_offsets")]
-    if not all(isinstance(n, list) and all(type(i) is int and i >= 0 for i in n) for n in numbers):
-        return False
-    return len(entry["data_offsets"]) == 2
-
-
-def _read_header(path: Path) -> bytes:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > min(size - 8, _MAX_HEADER_BYTES):
-            raise UserError(f"model.path: {path} is not a safetensors file, or is cut short; fetch it again")
-        header = file.read(length)
-    try:
-        is_object = isinstance(json.loads(header), dict)
-    except ValueError:
-        is_object = False
-    if not is_object:
-        raise UserError(f"model.path: {path}: its header is not a JSON object; fetch the file again")
-    return header
+def read_whole(stored: StoredTensor) -> torch.Tensor:
+    """Read a whole tensor in the dtype and shape that it has in its file."""
+    size = stored.num_elements
+    values = torch.empty(size, dtype=stored.dtype)
+    if size:
+        TensorReader({"": stored}).read("", region=Region(0, size, 0, size), out=values)
+    return values.view(stored.shape)
 
 
 def _listed(names: list[str], limit: int = 5) -> str:

@@ -7,16 +7,24 @@ by ranges as long as its elements are those of whole tensors, one after the othe
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from shardes.config.old_keys import warn_once
 from shardes.errors import UserError
+from shardes.models.checkpoint import Checkpoint, StoredTensor
 
 _REMEDY = (
     "load the model with transformers and save it again with save_original_format=False, which stores "
     "tensors as the model has them"
+)
+
+
+# Buffers of older versions of models, which the constructors compute today.
+_OLD_BUFFER = re.compile(
+    r"(^|[._])(inv_freq|position_ids|masked_bias|causal_mask|(cos|sin)_cached|(attn|(self_)?attention)\.bias)$"
 )
 
 
@@ -25,6 +33,11 @@ class Conversion:
 
     Args:
         model: Model of the architecture; its parameters may be on the meta device.
+
+    Attributes:
+        aliases: Further names of tied weights, and the first name of each.
+        is_untied: Whether the weights that config.json ties are different in the files, so that the model
+            was built without ties; set by ``build_model``.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -39,12 +52,45 @@ class Conversion:
         }
         self._prefix = model.base_model_prefix
         self._state = model.state_dict()
-        self._ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
+        self._modules = {name for name, _ in model.named_modules()}
+        first = {id(parameter): name for name, parameter in model.named_parameters()}
+        named = list(model.named_parameters(remove_duplicate=False))
+        self.aliases = {name: first[id(held)] for name, held in named if first[id(held)] != name}
+        self.is_untied = False
+        self._buffers = set(self._state) - {name for name, _ in named}
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        # transformers adds these by itself, see PreTrainedModel._adjust_missing_and_unexpected_keys.
+        if any(name.endswith("rotary_emb.inv_freq") for name, _ in model.named_buffers()):
+            ignored.add(r"rotary_emb\.inv_freq")
+        self._ignored = [re.compile(pattern) for pattern in ignored]
+
+    def apply(self, checkpoint: Checkpoint, *, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Replace a checkpoint's tensors by the model's parameters; a second call changes nothing.
+
+        Args:
+            checkpoint: The checkpoint, whose ``buffers`` become the tensors of the model's buffers.
+            shapes: Shape of each parameter.
+
+        Raises:
+            UserError: The tensors do not add up to parameters.
+        """
+        for name in self.find_buffers(checkpoint.tensors).values():
+            stored = checkpoint.tensors[name]
+            assert isinstance(stored, StoredTensor), "nothing is joined yet"
+            checkpoint.buffers[name] = stored
+        checkpoint.join(self.join(checkpoint.tensors), shapes=shapes)
+
+    def find_buffers(self, stored: Iterable[str]) -> dict[str, str]:
+        """Return the file tensor of each of the model's buffers that the files hold."""
+        targets = {self._target(name)[0]: name for name in stored}
+        return {target: name for target, name in targets.items() if target in self._buffers}
 
     def join(self, stored: Iterable[str]) -> dict[str, list[str]]:
         """Return the file tensors of each parameter, in the order of its elements.
 
-        Names that fit no parameter stand for themselves, unless transformers is told to ignore them.
+        A tied weight is found under whichever of its names the files have. Left out are buffers and, as in
+        transformers, tensors of parts that the model does not have, which is warned of. Other names that fit
+        no parameter stand for themselves.
 
         Raises:
             UserError: A tensor has to be changed in a way that ranges of bytes cannot express.
@@ -52,13 +98,47 @@ class Conversion:
         from transformers.core_model_loading import dot_natural_key
 
         parts: dict[str, dict[str | None, list[str]]] = {}
+        unused: list[str] = []
         for name in sorted(stored, key=dot_natural_key):
             target, pattern = self._target(name)
+            if target in self._buffers:
+                continue
             if target in self._state:
                 parts.setdefault(target, {}).setdefault(pattern, []).append(name)
-            elif not any(ignored.search(name) for ignored in self._ignored):
+            elif self._is_of_another_part(target):
+                unused.append(name)
+            elif not self._is_ignored(name) and not self._is_ignored(target):
                 parts.setdefault(name, {}).setdefault(None, []).append(name)
-        return {target: self._order(target, by_pattern) for target, by_pattern in parts.items()}
+        if unused:
+            warn_once(
+                f"model.path: {len(unused)} tensors of parts that the model does not have are left out, as "
+                f"transformers does: {', '.join(unused[:5])}{' ...' if len(unused) > 5 else ''}"
+            )
+        joined = {target: self._order(target, by_pattern) for target, by_pattern in parts.items()}
+        for alias, name in self.aliases.items():
+            if alias in joined and name not in joined:
+                joined[name] = joined.pop(alias)
+        return joined
+
+    def _is_ignored(self, name: str) -> bool:
+        """Return whether a tensor is one that transformers ignores, or a buffer that is computed today."""
+        return bool(_OLD_BUFFER.search(name)) or any(ignored.search(name) for ignored in self._ignored)
+
+    def _is_of_another_part(self, name: str) -> bool:
+        """Return whether a tensor belongs to no module of the model: a value head, say, or a vision tower.
+
+        One inside a layer, or of a layer too many, rather means that config.json is not the files' own.
+        """
+        return "." in name and all(
+            self._owner(each) in ("", self._prefix) for each in (name, f"{self._prefix}.{name}")
+        )
+
+    def _owner(self, name: str) -> str:
+        """Return the innermost module of the model that a name lies in."""
+        owner = name.rpartition(".")[0]
+        while owner and owner not in self._modules:
+            owner = owner.rpartition(".")[0]
+        return owner
 
     def _target(self, name: str) -> tuple[str, str | None]:
         """Return the parameter that a file tensor belongs to, and the pattern that joins it to others."""
@@ -68,7 +148,7 @@ class Conversion:
             name, self._renamings, self._converters, self._prefix, self._state
         )
         if target not in self._state and name in self._state:
-            return name, None
+            target, pattern = rename_source_key(name, [], [], self._prefix, self._state)
         return target, pattern
 
     def _order(self, target: str, by_pattern: dict[str | None, list[str]]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+from shardes.models.headers import DTYPE_NAMES
 
 
 class Sink(Protocol):
@@ -29,7 +29,7 @@ def write_header(stream: Sink, tensors: Sequence[tuple[str, torch.dtype, Sequenc
     offset = 0
     for name, dtype, shape in tensors:
         end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -35,6 +35,7 @@ from shardes.noise.cpu_math import (
 )
 from shardes.noise.definition import BLOCK, LANES, Floats, Ints, NoiseKey, Stream, seed_key
 from shardes.noise.region import Region
+from shardes.utils.compiling import compile_kernel
 from shardes.utils.threads import split_over_threads
 
 # Elements that are worth a thread; see split_over_threads.
@@ -93,8 +94,7 @@ def _compiled(kernel: Any, **functions: Callable[..., None]) -> Callable[..., No
     bound = FunctionType(
         kernel.__code__, kernel.__globals__ | functions, kernel.__name__, None, kernel.__closure__
     )
-    compiled: Callable[..., None] = nb.njit(nogil=True, cache=True, error_model="numpy")(bound)
-    return compiled
+    return compile_kernel(bound)
 
 
 @nb.njit(inline="always")
@@ -184,7 +184,7 @@ def add_kernel(master_format: int) -> Callable[..., None]:
     """Compile the kernel for a bfloat16 or float16 master at its first call; numba keeps it on disk."""
     sources = checksum()
 
-    @nb.njit(nogil=True, cache=True, error_model="numpy")
+    @compile_kernel
     def add(first, last, geometry, master, delta, words, key):
         _ = sources
         bits = np.empty(BLOCK, np.uint32)

@@ -7,7 +7,6 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from shardes.models.build import load_tokenizer
 from shardes.planning.machine import Machine
 from shardes.planning.plan import Plan
 from shardes.planning.report import report
@@ -15,6 +14,7 @@ from shardes.planning.sources import check_files
 from shardes.planning.workload import make_workload
 from shardes.rewards.pool import RewardRunner
 from shardes.rollout.build import make_rollout
+from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.memory import free_bytes
 from shardes.runs.journal import recorded_setting
 from shardes.runs.reporting import peak_memory_bytes
@@ -26,7 +26,14 @@ from shardes.utils.units import shown_bytes, shown_seconds
 _NUM_PROBLEMS = 2
 
 
-def dry_run(session: Session, task: Task, *, model: PreTrainedModel, rewards: RewardRunner) -> list[str]:
+def dry_run(
+    session: Session,
+    task: Task,
+    *,
+    model: PreTrainedModel,
+    rewards: RewardRunner,
+    encoder: PromptEncoder | None = None,
+) -> list[str]:
     """Evaluate one member on two problems, and plan for the ranks and memory that are here; a collective.
 
     Args:
@@ -34,25 +41,24 @@ def dry_run(session: Session, task: Task, *, model: PreTrainedModel, rewards: Re
         task: What would be trained on.
         model: The model, its parameters on meta.
         rewards: Runs rewards.
+        encoder: Has the tokens of its prompts; None: a new one, which makes them when they are asked.
 
     Returns:
         The page of the plan and the result of the member, by line.
     """
     world = session.mesh.world
-    rollout = make_rollout(
-        session, task, recorded=partial(recorded_setting, session.config.run.dir), rewards=rewards
-    )
+    recorded = partial(recorded_setting, session.config.run.dir)
+    rollout = make_rollout(session, task, recorded=recorded, rewards=rewards, encoder=encoder)
     rollout.begin()
     start = time.monotonic()
     spec = rollout.spec(0, num_problems=_NUM_PROBLEMS)
     result = rollout.scheduler.evaluate_members([0], spec=spec, on_result=lambda _: None)[0]
     seconds, peak = time.monotonic() - start, peak_memory_bytes(world.device)
     config = rollout.config
-    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     plan = Plan(
         config,
         model,
-        workload=make_workload(config, task=task, tokenizer=tokenizer),
+        workload=make_workload(config, task=task, encoder=rollout.encoder),
         machine=Machine(_memory_bytes(world.device), world.device.type),
         world_size=world.world_size,
     )

@@ -11,7 +11,7 @@ class Machine:
         memory_bytes: Memory of the device.
         device_type: ``cuda`` or ``cpu``.
         reserved_bytes: Part of the memory that is left to the driver, the communication library and
-            fragmentation.
+            fragmentation; what ``rollout/memory.py`` leaves to them, which needs torch.
         gather_bytes_per_second: Rate at which a rank receives in a large gather.
         memory_bytes_per_second: Rate at which weights are read.
         flops_per_second: Rate of large matrix products in the model's dtype.

@@ -6,7 +6,7 @@ ranks, and ``rollout/memory.py`` for the needs that ``rollout.gather: auto`` com
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -24,6 +24,7 @@ from shardes.planning.workload import Workload
 from shardes.rollout.memory import cache_bytes, generation_bytes, likelihood_bytes, mode_bytes
 from shardes.utils.units import shown_bytes
 from shardes.weights.master import CHUNK_ELEMENTS
+from shardes.weights.pinned import pinned_bytes
 from shardes.weights.trainable import select_trainable
 
 # Numbers of ranks that are tried in the search for the fewest.
@@ -39,7 +40,7 @@ class RankMemory:
         master: The rank's part of the master weights, on the device or in host memory.
         optimizer: States of the optimizer, in the same place as the master weights.
         passing: Buffer on the device through which chunks of host memory pass.
-        is_on_host: Whether master weights and optimizer states are in host memory.
+        pinned: Pinned host memory that holds master weights and optimizer states; 0 if the device does.
         gathers: Memory that each value of ``rollout.gather`` takes besides, fastest first.
         gather_buffers: Temporary buffers of gathering a whole model.
         cache: Keys and values of a micro-batch.
@@ -50,7 +51,7 @@ class RankMemory:
     master: int
     optimizer: int
     passing: int
-    is_on_host: bool
+    pinned: int
     gathers: dict[str, int]
     gather_buffers: int
     cache: int
@@ -63,9 +64,9 @@ class RankMemory:
         return self.working + self.passing + kept
 
     @property
-    def on_host(self) -> int:
-        """Bytes in pinned host memory."""
-        return self.master + self.optimizer if self.is_on_host else 0
+    def is_on_host(self) -> bool:
+        """Whether master weights and optimizer states are in host memory."""
+        return self.pinned > 0
 
     def needed(self, gather: str) -> int:
         """Compute the most bytes on the device with a value of ``rollout.gather``."""
@@ -222,9 +223,14 @@ class Plan:
     def _memory(self, footprint: RankFootprint) -> RankMemory:
         """Compute the memory of a rank that has a footprint."""
         config, itemsize = self.config, self.dtype.itemsize
-        trained = sum(size for name, size in footprint.held.items() if name in self._trained)
+        held = {name: size for name, size in footprint.held.items() if name in self._trained}
+        trained = sum(held.values())
         master_itemsize = torch.float32.itemsize if config.weights.master == "float32" else itemsize
         num_states = len(optimizer_of(config.es).state_names)
+        kept = [
+            {name: size * each for name, size in held.items()}
+            for each in (master_itemsize, *num_states * [torch.float32.itemsize])
+        ]
         is_on_host = config.weights.master_device == "cpu"
         chunk_bytes = CHUNK_ELEMENTS * (master_itemsize + num_states * torch.float32.itemsize)
         is_split, load = self._spec.needs_same_batch, self.workload
@@ -234,17 +240,18 @@ class Plan:
             "dtype": self.dtype,
             "num_sharers": footprint.num_ranks if is_split else 1,
         }
-        generating = (generation_bytes if load.answer_tokens else likelihood_bytes)(
-            self.model.config, **wanted
-        )
         cache = cache_bytes(self.model.config, **wanted)
+        if load.answer_tokens:
+            generating = generation_bytes(self.model.config, **wanted, prompt_length=load.prompt_tokens)
+        else:
+            generating = likelihood_bytes(self.model.config, **wanted)
         reserved = config.rollout.kv_cache_gib
         return RankMemory(
             working=sum(footprint.held.values()) * itemsize,
             master=trained * master_itemsize,
             optimizer=trained * num_states * torch.float32.itemsize,
             passing=chunk_bytes if is_on_host else 0,
-            is_on_host=is_on_host,
+            pinned=sum(map(pinned_bytes, kept)) if is_on_host else 0,
             gathers=self._gather_bytes(footprint),
             gather_buffers=footprint.gather_buffer_bytes(itemsize, device_type=self.machine.device_type)
             if self._spec.is_sharded and not is_split
@@ -266,17 +273,47 @@ class Plan:
         held["layer"] = footprint.gathered * itemsize
         return {gather: size for gather, size in held.items() if gather in self._spec.gathers}
 
+    def with_rows_found(self) -> "Plan":
+        """Return the plan for the micro-batches that ``rollout.micro_batch_size: auto`` is expected to find.
+
+        As in a run, ``rollout.gather`` is chosen before, and the first try gives work to all ranks that share
+        a member's prompts; then half as many rows are tried, until they fit.
+        """
+        gather, load = self.chosen_gather, self.workload
+        if gather is None:
+            return self
+        rows = -(-load.num_sequences // self._num_sharers(gather))
+        while True:
+            guess = f"{rows} prompts in a forward, by the formula (rollout.micro_batch_size: auto tries)"
+            found = Plan(
+                self.config,
+                self.model,
+                workload=replace(load, micro_batch_rows=rows, assumed=(*load.assumed, guess)),
+                machine=self.machine,
+                world_size=self.world_size,
+            )
+            if found.fits(gather) or rows == 1:
+                return found
+            rows = -(-rows // 2)
+
+    def _is_apart(self, gather: str) -> bool:
+        """Return whether each rank has members of its own."""
+        is_batched = self.config.rollout.is_batched
+        return (gather == "iteration" or is_batched) and not self._spec.needs_same_batch
+
+    def _num_sharers(self, gather: str) -> int:
+        """Return the number of ranks among which a member's micro-batches are divided."""
+        return 1 if self._is_apart(gather) or self._spec.needs_same_batch else self.shard_size
+
     def cost(self, gather: str) -> GatherCost:
         """Estimate the cost of an iteration to a rank, if every answer is as long as it may be."""
         load, machine, ranks = self.workload, self.machine, self.shard_size
-        is_split, is_batched = self._spec.needs_same_batch, self.config.rollout.is_batched
-        is_apart = (gather == "iteration" or is_batched) and not is_split
+        is_split, is_apart = self._spec.needs_same_batch, self._is_apart(gather)
         num_teams = self.world_size if is_apart else self.num_replicas
         together = self._members_per_forward
         num_members = -(-load.num_members // (num_teams * together))
         num_batches = -(-load.num_sequences // load.micro_batch_rows)
-        if not (is_apart or is_split):
-            num_batches = -(-num_batches // ranks)
+        num_batches = -(-num_batches // self._num_sharers(gather))
         num_batches *= num_members
         num_steps = max(load.answer_tokens - 1, 0)
         num_forwards = num_batches * (1 + num_steps)

@@ -58,6 +58,7 @@ def _memory(plan: Plan) -> list[str]:
         ("working weights", memory.working, config.model.dtype),
         ("master weights", memory.master, config.weights.master + place),
         (f"states of {config.es.optimizer}", memory.optimizer, "float32" + place),
+        ("pinned host memory", memory.pinned, "for master weights and states, in blocks of powers of two"),
         ("transfer buffers", memory.passing, "on the way from and to host memory"),
         *((f"gather: {gather}", held, _GATHER_NOTES[gather]) for gather, held in memory.gathers.items()),
         ("keys and values", memory.cache, "while answering"),

@@ -1,18 +1,19 @@
 """The sources of a plan: the architecture, the headers of the weights, and the data if it is there."""
 
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from shardes.config.schema import Config, is_hub_reference
 from shardes.errors import UserError
-from shardes.models.build import load_tokenizer, parameter_aliases, skeleton_of
+from shardes.models.build import parameter_aliases, skeleton_of
 from shardes.models.checkpoint import Checkpoint
 from shardes.models.conversion import Conversion
+from shardes.models.files import has_weights
 from shardes.planning.machine import Machine
 from shardes.planning.plan import Plan
 from shardes.planning.workload import make_workload
+from shardes.rollout.preparing import make_encoder
 from shardes.tasks.loading import load_task
 from shardes.utils.units import shown_bytes
 
@@ -42,6 +43,7 @@ def plan_run(
     Raises:
         UserError: A file that is there cannot be used, or the ranks cannot hold the model.
     """
+    config = config.on_device(machine.device_type)
     path = config.model.path
     if model_config is None and not (path / "config.json").is_file():
         raise UserError(
@@ -53,15 +55,16 @@ def plan_run(
     is_there = model_config is None and any(
         (path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
     )
-    tokenizer: Any = None
-    if is_there:
-        tokenizer = load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
+    encoder = make_encoder(config) if is_there else None
     data = config.task.data
     task = load_task(config.task) if not is_hub_reference(data) and data.exists() else None
     workload = make_workload(
-        config, task=task, tokenizer=tokenizer, num_prompts=num_prompts, prompt_tokens=prompt_tokens
+        config, task=task, encoder=encoder, num_prompts=num_prompts, prompt_tokens=prompt_tokens
     )
-    return Plan(config, model, workload=workload, machine=machine, world_size=world_size), files
+    plan = Plan(config, model, workload=workload, machine=machine, world_size=world_size)
+    if config.rollout.micro_batch_size == "auto":
+        plan = plan.with_rows_found()
+    return plan, files
 
 
 def check_files(path: Path, model: PreTrainedModel) -> str:
@@ -70,12 +73,12 @@ def check_files(path: Path, model: PreTrainedModel) -> str:
     Raises:
         UserError: The headers are damaged, or belong to another model.
     """
-    if not any(path.glob("*.safetensors*")):
+    if not has_weights(path):
         return "no weights there yet: planned from config.json alone"
     checkpoint = Checkpoint(path)
     files = {stored.path for found in checkpoint.tensors.values() for stored, *_ in found.find(0, 1)}
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    checkpoint.join(Conversion(model).join(checkpoint.tensors), shapes=shapes)
+    Conversion(model).apply(checkpoint, shapes=shapes)
     checkpoint.check_matches(shapes, aliases=parameter_aliases(model))
     total = shown_bytes(sum(file.stat().st_size for file in files))
     return f"{len(files)} with {total}; all parameters are there, in the right shapes"

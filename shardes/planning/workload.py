@@ -2,14 +2,14 @@
 
 import heapq
 from dataclasses import dataclass
-from typing import Any
 
 from shardes.config.schema import Config
+from shardes.errors import UserError
 from shardes.rollout.autotune import USUAL_SIZE
-from shardes.rollout.batching import tokenize
-from shardes.rollout.choices import make_choice_set
+from shardes.rollout.encoding import PromptEncoder, Question
 from shardes.tasks.base import Task
 from shardes.tasks.registry import definition_of
+from shardes.utils.limits import LimitError
 
 # Used if neither the data nor the user says how many there are.
 ASSUMED_PROMPTS = 200
@@ -43,7 +43,7 @@ def make_workload(
     config: Config,
     *,
     task: Task | None = None,
-    tokenizer: Any = None,
+    encoder: PromptEncoder | None = None,
     num_prompts: int | None = None,
     prompt_tokens: int | None = None,
 ) -> Workload:
@@ -52,7 +52,7 @@ def make_workload(
     Args:
         config: Configuration of the run.
         task: Task with its data; None if the data cannot be read.
-        tokenizer: Tokenizer of the model; None if it is not there.
+        encoder: Makes tokens of prompts; None if the model's tokenizer is not there.
         num_prompts: Prompts of an iteration; None to take them from the configuration and the data.
         prompt_tokens: Tokens of the longest prompt; None to measure them in the data.
     """
@@ -75,16 +75,16 @@ def make_workload(
         if not per_prompt:
             per_prompt = 1
             assumed.append("one completion to each prompt")
-    if prompt_tokens is None and task is not None and tokenizer is not None:
-        prompt_tokens = longest_prompt(task, tokenizer)
+    if prompt_tokens is None and task is not None and encoder is not None:
+        leaves_out = config.task.on_prompt_error == "exclude"
+        prompt_tokens = longest_prompt(task, encoder, leaves_out=leaves_out)
     if prompt_tokens is None:
         prompt_tokens = ASSUMED_PROMPT_TOKENS
         assumed.append(f"prompts of up to {prompt_tokens} tokens (--prompt-tokens)")
     num_sequences = round(num_prompts * per_prompt)
     rows = rollout.micro_batch_size
-    if rows == "auto":
-        rows = USUAL_SIZE
-        assumed.append(f"{rows} prompts in a forward (rollout.micro_batch_size: auto finds out)")
+    if not isinstance(rows, int):
+        rows = USUAL_SIZE  # with which rollout.gather is chosen; see Plan.with_rows_found
     return Workload(
         num_members,
         num_sequences,
@@ -95,14 +95,27 @@ def make_workload(
     )
 
 
-def longest_prompt(task: Task, tokenizer: Any) -> int:
-    """Return the tokens of the longest prompt; for likelihoods, of prompt and completion."""
+def longest_prompt(task: Task, encoder: PromptEncoder, *, leaves_out: bool = False) -> int:
+    """Return the tokens of the longest prompt; for likelihoods, of prompt and completion.
+
+    Args:
+        task: Task with its data.
+        encoder: Makes tokens of its prompts.
+        leaves_out: Whether a prompt that cannot be asked is left out, if others are left.
+
+    Raises:
+        UserError: One of the longest cannot be asked.
+    """
     rows = heapq.nlargest(_NUM_TOKENISED, task.train, key=lambda row: len(str(row)))
-    prompts = [task.make_prompt(row) for row in rows]
-    if task.choices is None:
-        return max(len(tokenize(prompt, tokenizer)) for prompt in prompts)
-    found = make_choice_set(prompts, [task.choices(row) for row in rows], tokenizer, max_positions=None)
-    return max(len(prompt) + len(completion) for prompt, completion in found.pairs)
+    questions = [Question.of(task, row) for row in rows]
+    try:
+        problems = list(encoder.encode_ahead(questions))
+    except LimitError as error:
+        raise UserError(f"task: the chat template or the tokenizer {error} for a prompt") from None
+    asked = [each for each, problem in zip(questions, problems, strict=True) if problem is None]
+    if not asked or (len(asked) < len(questions) and not leaves_out):
+        raise UserError(f"task: {next(filter(None, problems))}")
+    return max(encoder.encode(question).num_tokens for question in asked)
 
 
 def _choices_per_prompt(task: Task | None) -> float:

@@ -4,50 +4,59 @@ It is started as a fresh interpreter before the training process has threads, an
 group, so nothing of these reaches a worker, and a new worker takes milliseconds. It runs nothing but this
 module. Over its socket it takes single-letter commands: ``f`` with a socket: fork a worker that serves it,
 and answer with its process id; ``k`` and a process id: kill that worker and all that it started, and answer
-with how it ended. When the socket closes, or its parent dies, it kills all workers and ends.
+with how it ended; ``i``: say why workers are not isolated, or ``-``. When the socket closes, or its parent
+dies, it kills all workers and ends.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import pickle
 import resource
+import select
 import signal
 import socket
 import struct
 import sys
+import time
 from types import FrameType
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
+from shardes.rewards.descendants import adopt_orphans, descendants, end_all, end_with_parent, reap
+from shardes.rewards.isolation import run_isolated, why_not_isolated
+from shardes.rewards.leftovers import ProcessState
+from shardes.rewards.output import LimitedLog
 from shardes.rewards.worker import RewardCaller
 
-_PR_SET_PDEATHSIG = 1
 HEADER = struct.Struct("!Q")
 """The length of a message, before each message between a worker and its pool."""
 
+# How long an isolated worker may take to end with all that it has started.
+_END_SECONDS = 5.0
 
-def main(descriptor: int, memory_bytes: int, parent: int) -> None:
+
+def main(descriptor: int, memory_bytes: int, parent: int, may_isolate: int = 0) -> None:
     """Serve the pool until it goes away.
 
     Args:
         descriptor: File descriptor of the socket to the pool.
         memory_bytes: Address space of a worker; 0: no limit.
         parent: The process that has the pool.
+        may_isolate: 1: workers are isolated where the kernel allows it.
     """
     signal.signal(signal.SIGTERM, _leave)
-    _end_with_parent(signal.SIGTERM)
-    workers: set[int] = set()
+    end_with_parent(signal.SIGTERM)
+    adopt_orphans()
+    server = _Server(socket.socket(fileno=descriptor), memory_bytes, may_isolate=bool(may_isolate))
     try:
         try:
             with contextlib.suppress(ConnectionError):  # a pool that died may have left a reply unread
-                _obey(socket.socket(fileno=descriptor), workers, memory_bytes, parent)
+                server.serve(parent)
         finally:
             # A parent that dies closes the socket a moment before it has the signal sent.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
     finally:
-        for pid in workers:
-            _end(pid)
+        server.close()
 
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:
@@ -56,40 +65,122 @@ def _leave(number: int, _frame: FrameType | None) -> NoReturn:
     sys.exit()
 
 
-def _obey(control: socket.socket, workers: set[int], memory_bytes: int, parent: int) -> None:
-    """Obey commands until the pool goes away; ``workers`` holds the process ids of those alive."""
-    while os.getppid() == parent:
-        message, descriptors, _, _ = socket.recv_fds(control, 64, 1)
-        if not message:
+class _Server:
+    """State of the fork server.
+
+    Args:
+        control: Socket to the pool.
+        memory_bytes: Address space of a worker; 0: no limit.
+        may_isolate: Isolates workers where the kernel allows it.
+    """
+
+    def __init__(self, control: socket.socket, memory_bytes: int, *, may_isolate: bool) -> None:
+        self._control = control
+        self._memory_bytes = memory_bytes
+        self._obstacle = why_not_isolated() if may_isolate else "task.reward_isolation is none"
+        self._workers: set[int] = set()
+        # How workers ended that nobody has asked for yet.
+        self._codes: dict[int, int] = {}
+        # What they print.
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        self._log = LimitedLog(sys.stderr.fileno())
+
+    def serve(self, parent: int) -> None:
+        """Obey commands until the pool goes away, and copy what workers print."""
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        poll.register(self._reader, select.POLLIN)
+        while os.getppid() == parent:
+            ready = dict(poll.poll())
+            if self._reader in ready:
+                self._copy()
+            if self._control.fileno() not in ready:
+                continue
+            message, descriptors, _, _ = socket.recv_fds(self._control, 64, 1)
+            if not message:
+                return
+            self._control.send(self._obey(message, descriptors).encode())
+
+    def _obey(self, message: bytes, descriptors: list[int]) -> str:
+        match message[:1]:
+            case b"f":
+                return str(self._fork(descriptors[0]))
+            case b"k":
+                return str(self._end(int(message[1:])))
+            case _:
+                return self._obstacle or "-"
+
+    def _copy(self) -> bool:
+        """Copy some of what workers have printed; return False if there is nothing."""
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self._reader, 1 << 16)
+            self._log.write(data)
+            return bool(data)
+        return False
+
+    def _fork(self, descriptor: int) -> int:
+        # A worker has this process's handlers until it sets its own.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        pid = os.fork()
+        if pid == 0:
+            self._become_worker(descriptor)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        os.close(descriptor)
+        self._workers.add(pid)
+        self._codes.pop(pid, None)  # of a process that had the number before
+        return pid
+
+    def _become_worker(self, descriptor: int) -> NoReturn:
+        try:
+            self._control.close()
+            os.close(self._reader)
+            # What a reward prints must not mix with what the program prints.
+            os.dup2(self._writer, 1)
+            os.dup2(self._writer, 2)
+            os.close(self._writer)
+            connection = socket.socket(fileno=descriptor)
+            if self._obstacle is None:
+                run_isolated(lambda: _work(connection, self._memory_bytes), close=connection.close)
+            _work(connection, self._memory_bytes)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(1)
+
+    def _end(self, pid: int) -> int:
+        """Kill a worker and all that it started; return the exit code, or minus the signal, it ended with."""
+        if pid not in self._workers:
+            return 0
+        self._workers.discard(pid)
+        # Not waited for yet, a dead worker keeps its id: no other process can have it.
+        self._end_isolated({pid} - set(self._codes))
+        # An orphan's new parent is this process.
+        end_all(lambda: descendants(without=self._workers), self._codes)
+        code = self._codes.pop(pid, -signal.SIGKILL)
+        self._codes = {each: code for each, code in self._codes.items() if each in self._workers}
+        return code
+
+    def _end_isolated(self, pids: set[int]) -> None:
+        """Have isolated workers end with all that they have started, or fail to."""
+        if self._obstacle is not None:
             return
-        if message[:1] == b"f":
-            pid = os.fork()
-            if pid == 0:
-                control.close()
-                _work(socket.socket(fileno=descriptors[0]), memory_bytes)
-            os.close(descriptors[0])
-            workers.add(pid)
-            control.send(str(pid).encode())
-        else:
-            pid = int(message[1:])
-            code = _end(pid) if pid in workers else 0
-            workers.discard(pid)
-            control.send(str(code).encode())
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + _END_SECONDS
+        while not pids <= set(self._codes) and time.monotonic() < deadline:
+            reap(self._codes)
+            time.sleep(0.001)
 
-
-def _end(pid: int) -> int:
-    """Kill a worker's process group; return the exit code, or minus the signal, that it had ended with."""
-    # Not waited for yet, a dead worker keeps its id: no other process can have it.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError):  # it may not have made its group yet
-        os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def _end_with_parent(number: signal.Signals) -> None:
-    """Have this process sent a signal when its parent dies."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+    def close(self) -> None:
+        """Kill all workers, and copy the last of what they have printed."""
+        self._end_isolated(self._workers - set(self._codes))
+        end_all(descendants, self._codes)
+        os.close(self._writer)
+        while self._copy():
+            pass
+        self._log.close()
 
 
 def _work(connection: socket.socket, memory_bytes: int) -> NoReturn:
@@ -97,11 +188,15 @@ def _work(connection: socket.socket, memory_bytes: int) -> NoReturn:
     status = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.setsid()
-        _end_with_parent(signal.SIGKILL)
-        os.dup2(2, 1)  # what a reward prints must not mix with what the program prints
+        end_with_parent(signal.SIGKILL)
+        adopt_orphans()
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         if memory_bytes:
             resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+        # A child must never answer, and must not keep the pool from seeing that its parent has ended.
+        os.register_at_fork(after_in_child=connection.close)
         _serve(connection)
         status = 0
     except (EOFError, ConnectionError):  # an error, if the pool died and left a reply unread
@@ -115,27 +210,43 @@ def _work(connection: socket.socket, memory_bytes: int) -> NoReturn:
 
 def _serve(connection: socket.socket) -> None:
     """Import the rewards, report an error or none, and judge batches until the pool goes away."""
-    messages = connection.makefile("rb")
+    number, setup = _receive(connection)
     try:
-        caller = RewardCaller(_receive(messages))
+        caller = RewardCaller(setup)
     except ValueError as error:
-        _send(connection, {"error": str(error)})
+        _send(connection, {"id": number, "error": str(error)})
         return
-    _send(connection, {"error": None})
+    state = ProcessState()
+    caller.after_call = state.restore
+    _send(connection, {"id": number, "error": None, "columns": caller.columns})
     while True:
-        _send(connection, vars(caller.judge(*_receive(messages))))
+        number, question = _receive(connection)
+        output = caller.judge(*question)
+        state.restore()
+        left = state.left
+        if (output.first_failure or "").startswith("MemoryError"):
+            left = left or "too little memory"  # which an earlier call may have filled
+        _send(connection, vars(output) | {"id": number, "left": left})
 
 
-def _receive(messages: BinaryIO) -> Any:
-    """Receive the pool's next message. The training process made it, so it may be unpickled."""
-    (length,) = HEADER.unpack(_read(messages, HEADER.size))
-    return pickle.loads(_read(messages, length))
+def _receive(connection: socket.socket) -> tuple[int, Any]:
+    """Receive the pool's next request: its id, and what is asked.
+
+    The training process made it, so it may be unpickled.
+    """
+    (length,) = HEADER.unpack(_read(connection, HEADER.size))
+    request: tuple[int, Any] = pickle.loads(_read(connection, length))
+    return request
 
 
-def _read(messages: BinaryIO, length: int) -> bytes:
-    data = messages.read(length)
-    if len(data) < length:
-        raise EOFError
+def _read(connection: socket.socket, length: int) -> bytearray:
+    data = bytearray(length)
+    view = memoryview(data)
+    while view:
+        count = connection.recv_into(view)
+        if not count:
+            raise EOFError
+        view = view[count:]
     return data
 
 

@@ -1,27 +1,25 @@
 """Pool of worker processes that judge answers; those that hang or die are replaced."""
 
 import asyncio
-import collections
-import contextlib
-import itertools
+import logging
 import queue
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from shardes.config.schema import TaskConfig
 from shardes.errors import UserError
-from shardes.rewards.processes import ForkServer, WorkerProcess, ending
-from shardes.rewards.worker import MAX_REWARD, RewardBatch, RewardCaller, RewardOutput, reference_of
+from shardes.rewards.crew import Crew
+from shardes.rewards.importing import reference_of
+from shardes.rewards.processes import ForkServer, ending, read_reply
+from shardes.rewards.worker import RewardBatch, RewardCaller, RewardOutput
 from shardes.tasks.base import Component, Task, all_rewards
 from shardes.utils.closing import Closing
 
-# How long the import of a reward may take.
-IMPORT_SECONDS = 600.0
-# How long answers wait for a worker before there are more of them.
-PATIENCE_SECONDS = 0.5
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -76,6 +74,7 @@ def make_reward_runner(config: TaskConfig, tasks: Sequence[Task]) -> "InProcessR
         timeout_seconds=config.reward_timeout_seconds,
         max_workers=config.reward_workers,
         memory_bytes=config.reward_memory_bytes,
+        may_isolate=config.reward_isolation == "auto",
     )
 
 
@@ -92,6 +91,7 @@ class RewardProcessPool(Closing):
         timeout_seconds: The time limit of a call.
         max_workers: Processes at most. There is one at first; more come when answers have to wait.
         memory_bytes: Address space of a process; None: no limit.
+        may_isolate: Has processes see only themselves, where the kernel allows it.
 
     Raises:
         UserError: A function cannot be found by another process, or importing it fails there.
@@ -104,32 +104,33 @@ class RewardProcessPool(Closing):
         timeout_seconds: float,
         max_workers: int,
         memory_bytes: int | None,
+        may_isolate: bool = False,
     ) -> None:
         self._components = list(components)
-        self._setup = [replace(c, function=reference_of(c.function)) for c in components]
         self._timeout_seconds = timeout_seconds
-        self._max_workers = max_workers
-        self._idle: list[WorkerProcess] = []
-        self._waiting: collections.deque[asyncio.Future[WorkerProcess]] = collections.deque()
-        # All workers, and those of them that are not ready yet.
-        self._num_workers = self._num_starting = 0
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._memory_bytes = memory_bytes
-        self._fork_server = ForkServer(memory_bytes)
         self._loop = asyncio.new_event_loop()
+        self._crew = Crew(
+            [replace(c, function=reference_of(c.function)) for c in components],
+            max_workers=max_workers,
+            start_fork_server=partial(ForkServer, memory_bytes, may_isolate=may_isolate),
+            background=self._background,
+        )
         self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
         self._thread.start()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._forwarder = threading.Thread(target=self._forward, name="rewards inbox", daemon=True)
         self._forwarder.start()
         try:
-            self._run(self._new_worker()).result()
+            self._run(self._crew.start()).result()
         except BaseException:
             self.close()
             raise
+        self._has_told_of_isolation = False
 
     def submit(self, components: Sequence[Component], batches: Sequence[RewardBatch]) -> list[PendingRewards]:
         """Have batches judged by worker processes."""
+        self._tell_of_isolation()
         indices = [self._components.index(component) for component in components]
         futures: list[PendingRewards] = [Future() for _ in batches]
 
@@ -139,6 +140,16 @@ class RewardProcessPool(Closing):
 
         self._inbox.put(judge)
         return futures
+
+    def _tell_of_isolation(self) -> None:
+        # Not when the pool is made: that is before logs are set up.
+        if not self._has_told_of_isolation:
+            self._has_told_of_isolation = True
+            obstacle = self._crew.obstacle
+            logger.info(
+                "rewards run in processes of their own, which %s",
+                "see no others" if obstacle is None else f"see those of this machine ({obstacle})",
+            )
 
     def _forward(self) -> None:
         """Pass on to the event loop what callers put into the inbox.
@@ -159,7 +170,7 @@ class RewardProcessPool(Closing):
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self._fork_server.close()
+        self._crew.close()
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -175,8 +186,7 @@ class RewardProcessPool(Closing):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for worker in self._idle:
-            worker.writer.close()
+        self._crew.forget_idle()
 
     async def _judge_into(self, future: PendingRewards, indices: list[int], batch: RewardBatch) -> None:
         try:
@@ -190,13 +200,14 @@ class RewardProcessPool(Closing):
     async def _judge(self, indices: list[int], batch: RewardBatch) -> RewardOutput:
         """Judge a batch, whatever its rewards do to a worker."""
         half = self._timeout_seconds / 2
+        batch = self._with_needed_columns(indices, batch)
         alone: list[asyncio.Task[RewardOutput | str]] = []
         timers: list[asyncio.TimerHandle] = []
 
         def judge_alone() -> None:
             if not alone and len(batch) > 1:
                 alone.extend(self._background(self._ask(indices, one, limit=half)) for one in batch.alone())
-                self._loop.call_soon(self._grow)  # once they wait: whoever is busy may be for long
+                self._loop.call_soon(self._crew.grow)  # once they wait: whoever is busy may be for long
 
         def begin() -> None:
             timers.append(self._loop.call_later(half, judge_alone))
@@ -220,6 +231,13 @@ class RewardProcessPool(Closing):
             for task in alone:
                 task.cancel()
 
+    def _with_needed_columns(self, indices: list[int], batch: RewardBatch) -> RewardBatch:
+        """Leave out columns that no reward looks at; they may hold images."""
+        needed = [self._crew.columns[i] for i in indices]
+        if any(names is None for names in needed):
+            return batch
+        return batch.with_columns({name for names in needed for name in names or ()})
+
     def _names(self, indices: Sequence[int]) -> list[str]:
         return [self._components[i].name for i in indices]
 
@@ -233,148 +251,35 @@ class RewardProcessPool(Closing):
     ) -> RewardOutput | str:
         """Return a worker's output, or why there is none; ``begin`` is called when the worker starts."""
         for _ in range(2):
-            worker = await self._acquire()
+            worker = await self._crew.acquire()
             begin()
             try:
                 async with asyncio.timeout(limit):
                     reply = await worker.ask((indices, batch))
-                found = _read_reply(reply, self._names(indices), len(batch))
+                found = read_reply(reply, self._names(indices), len(batch))
+                left = reply["left"]
             except TimeoutError:
-                self._discard(worker)
+                self._crew.discard(worker)
                 return (
                     f"TimeoutError: the reward did not end within {self._timeout_seconds:g} s "
                     "(task.reward_timeout_seconds)"
                 )
             except (EOFError, OSError):
-                code = self._discard(worker)
+                code = self._crew.discard(worker)
                 if code is not None:
                     return f"the reward ended its process ({ending(code)})"
                 # The fork server was killed, and with it every worker: this call may not be to blame.
-                self._forget_idle_workers()
+                self._crew.forget_idle()
             except (ValueError, TypeError, KeyError) as error:
-                self._discard(worker)
+                self._crew.discard(worker)
                 return f"the reward broke its process ({type(error).__name__}: {error})"
             except BaseException:
-                self._discard(worker)
+                self._crew.discard(worker)
                 raise
             else:
-                self._release(worker)
+                if left is None:
+                    self._crew.release(worker)
+                else:
+                    self._crew.retire(worker, left)
                 return found
         return "the process that starts reward processes was killed"
-
-    async def _acquire(self) -> WorkerProcess:
-        """Take an idle worker, or wait for one; a long wait starts further workers."""
-        if self._idle:
-            return self._idle.pop()
-        place: asyncio.Future[WorkerProcess] = self._loop.create_future()
-        self._waiting.append(place)
-        if self._num_workers == 0:
-            self._grow()
-        else:
-            self._loop.call_later(PATIENCE_SECONDS, self._grow)
-        try:
-            return await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
-                self._release(place.result())
-            raise
-
-    def _release(self, worker: WorkerProcess) -> None:
-        """Give a worker to whoever has waited longest."""
-        while self._waiting:
-            place = self._waiting.popleft()
-            if not place.done():
-                place.set_result(worker)
-                return
-        self._idle.append(worker)
-
-    def _grow(self) -> None:
-        """Start a worker for everyone who waits, up to the limit."""
-        num_wanted = sum(not place.done() for place in self._waiting) - self._num_starting
-        for _ in range(min(num_wanted, self._max_workers - self._num_workers)):
-            self._background(self._add_worker(self._new_worker()))
-
-    async def _add_worker(self, new: Coroutine[Any, Any, None]) -> None:
-        try:
-            await new
-        except (UserError, OSError) as error:
-            if self._num_workers:
-                return
-            for place in self._waiting:  # nobody else will come
-                if not place.done():
-                    place.set_exception(RuntimeError(f"no process for rewards can be started: {error}"))
-            self._waiting.clear()
-
-    def _new_worker(self) -> Coroutine[Any, Any, None]:
-        """Start a worker that imports the rewards; it counts from this call, not from when that begins."""
-        self._num_workers += 1
-        self._num_starting += 1
-        return self._start_worker()
-
-    async def _start_worker(self) -> None:
-        try:
-            worker = await self._fork()
-        except BaseException:
-            self._num_workers -= 1
-            self._num_starting -= 1
-            raise
-        try:
-            async with asyncio.timeout(IMPORT_SECONDS):
-                error = (await worker.ask(self._setup))["error"]
-        except TimeoutError:
-            error = f"importing it took longer than {IMPORT_SECONDS:g} s"
-        except (EOFError, OSError):
-            error = f"importing it ended the process ({ending(self._fork_server.kill(worker.pid))})"
-        except BaseException:
-            self._discard(worker)
-            raise
-        finally:
-            self._num_starting -= 1
-        if error is not None:
-            self._discard(worker)
-            raise UserError(f"task.reward: {error}")
-        self._release(worker)
-
-    async def _fork(self) -> WorkerProcess:
-        """Fork a worker; if the fork server is gone, start another first."""
-        try:
-            pid, connection = self._fork_server.fork()
-        except OSError:
-            self._fork_server.close()
-            self._fork_server = ForkServer(self._memory_bytes)
-            pid, connection = self._fork_server.fork()
-        return WorkerProcess(pid, *await asyncio.open_unix_connection(sock=connection))
-
-    def _discard(self, worker: WorkerProcess) -> int | None:
-        """Kill a worker, replace it if somebody waits, and return its exit code (see ``kill``) if known."""
-        self._num_workers -= 1
-        worker.writer.close()
-        code = None
-        with contextlib.suppress(OSError):
-            code = self._fork_server.kill(worker.pid)
-        self._grow()
-        return code
-
-    def _forget_idle_workers(self) -> None:
-        for worker in self._idle:
-            worker.writer.close()
-        self._num_workers -= len(self._idle)
-        self._idle.clear()
-
-
-def _read_reply(reply: Any, names: Sequence[str], num_completions: int) -> RewardOutput:
-    """Check a worker's reply, which a reward may have forged, and return what it says.
-
-    Raises:
-        ValueError, TypeError, KeyError: It is not what a worker sends.
-    """
-    components = {name: list(reply["components"][name]) for name in names}
-    output = RewardOutput(components, list(map(bool, reply["has_failed"])), reply["first_failure"])
-    if {len(column) for column in (*components.values(), output.has_failed)} != {num_completions}:
-        raise ValueError("a reply of the wrong size")
-    values = itertools.chain.from_iterable(components.values())
-    if not all(value is None or (isinstance(value, float) and abs(value) < MAX_REWARD) for value in values):
-        raise ValueError("a reply that is not made of numbers")
-    if not isinstance(output.first_failure, str | None):
-        raise TypeError("a reply whose message is no text")
-    return output

@@ -1,23 +1,30 @@
 """Calls of reward functions, whose failures are data; light enough to be imported in any process."""
 
 import asyncio
-import importlib
-import importlib.util
+import contextlib
 import inspect
 import math
+import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
-from shardes.tasks.base import Component, Prompt, RewardFunction, Row
+from shardes.rewards.importing import import_functions
+from shardes.rewards.signature import GIVEN, Signature
+from shardes.tasks.base import Component, Prompt, Row
 
 # Beyond it, the squares in the standard deviation would overflow.
 MAX_REWARD = 1e100
 
 # Names that a reward has for other things than columns.
-_RESERVED = {"prompt", "prompts", "completions", "completion_ids"}
+_RESERVED = GIVEN | {"prompt"}
+# Bound here, as guards against other people's programs replace functions of this module.
+_exit, _getpid = os._exit, os.getpid
+
+# How long coroutines that a call has left behind may take to end when they are cancelled.
+_CANCEL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,10 @@ class RewardBatch:
 
     def __len__(self) -> int:
         return len(self.completions)
+
+    def with_columns(self, names: Collection[str]) -> Self:
+        """Return a copy without the columns of other names."""
+        return replace(self, columns={name: values for name, values in self.columns.items() if name in names})
 
     def alone(self) -> Iterator[Self]:
         """Yield each completion as a batch of its own."""
@@ -138,18 +149,34 @@ class RewardCaller:
     Args:
         components: Components whose functions are called; references to functions are imported.
 
+    Attributes:
+        after_call: Called after each call of a function.
+
     Raises:
         ValueError: A function does not exist, or importing it fails.
     """
 
     def __init__(self, components: Sequence[Component]) -> None:
         self._components = components
+        references = [c.function for c in components if isinstance(c.function, str)]
+        imported = dict(zip(references, import_functions(references), strict=True))
         self._functions = [
-            import_function(c.function) if isinstance(c.function, str) else c.function for c in components
+            imported[c.function] if isinstance(c.function, str) else c.function for c in components
         ]
-        self._signatures = [_Signature.of(function) for function in self._functions]
-        # One event loop for all calls, so that what a function keeps open stays usable.
-        self._runner = asyncio.Runner()
+        self._signatures = [Signature.of(function) for function in self._functions]
+        for component, signature in zip(components, self._signatures, strict=True):
+            try:
+                signature.check_arguments(component.arguments)
+            except ValueError as error:
+                raise ValueError(f"reward {component.name!r}: {error}") from None
+        self._loop = _EventLoop()
+        self._process = _getpid()
+        self.after_call: Callable[[], object] = lambda: None
+
+    @property
+    def columns(self) -> list[list[str] | None]:
+        """The columns that each component looks at; None: all."""
+        return [None if s.columns is None else sorted(s.columns) for s in self._signatures]
 
     def judge(self, indices: Sequence[int], batch: RewardBatch) -> RewardOutput:
         """Judge completions by some components.
@@ -183,7 +210,8 @@ class RewardCaller:
         returned = [self._call(i, batch) for i, batch in calls]
         awaitables = {place: value for place, value in enumerate(returned) if inspect.isawaitable(value)}
         if awaitables:
-            values = self._runner.run(_gather(list(awaitables.values())))
+            values = self._loop.run([self._settle(value) for value in awaitables.values()])
+            self.after_call()
             for place, value in zip(awaitables, values, strict=True):
                 returned[place] = value
         return [
@@ -203,57 +231,103 @@ class RewardCaller:
                 text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
                 for prompt, text in zip(batch.prompts, batch.completions, strict=True)
             ]
-        arguments, keywords = self._signatures[i].bind(list(batch.prompts), completions, batch)
+        positional, keywords = _bind(self._signatures[i], completions, batch)
+        given = component.arguments
+        if getattr(self._functions[i], "is_per_completion", False):
+            given = {name: [value] * len(batch) for name, value in given.items()}
         try:
-            return self._functions[i](*arguments, **keywords, **component.arguments)
+            # What the configuration gives counts more than a column of that name.
+            value = self._functions[i](*positional, **(keywords | dict(given)))
         except (Exception, SystemExit) as error:
-            return error
+            value = error
+        self._leave_if_forked(value)
+        self.after_call()
+        return value
 
-
-@dataclass(frozen=True)
-class _Signature:
-    """Arguments that a reward function takes.
-
-    Attributes:
-        names: Names of its parameters.
-        takes_any: True if it takes every column, whatever its name.
-    """
-
-    names: frozenset[str]
-    takes_any: bool
-
-    @classmethod
-    def of(cls, function: RewardFunction) -> Self:
-        """Inspect a function; one that cannot be inspected takes everything."""
+    async def _settle(self, awaitable: Awaitable[Any]) -> Any:
+        """Return what a coroutine returns, or the exception that it raises."""
         try:
-            parameters = inspect.signature(function).parameters.values()
-        except (TypeError, ValueError):
-            return cls(frozenset(), True)
-        names = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-        return cls(names, any(p.kind is p.VAR_KEYWORD for p in parameters))
+            value = await awaitable
+        except (Exception, SystemExit) as error:
+            value = error
+        self._leave_if_forked(value)
+        return value
 
-    def bind(
-        self, prompts: list[Prompt], completions: list[Any], batch: RewardBatch
-    ) -> tuple[list[Any], dict[str, Any]]:
-        """Return the positional arguments and those by name."""
-        positional: list[Any] = []
-        keywords: dict[str, Any] = {}
-        if "completions" in self.names:  # by name, so that a function need not take the prompts
-            keywords["completions"] = completions
-            if self.takes_any or "prompts" in self.names:
-                keywords["prompts"] = prompts
-        else:
-            positional = [prompts, completions]
-        for key, values in batch.columns.items():
-            if self.takes_any or key in self.names:
-                keywords[key] = list(values)
-        if "completion_ids" in self.names:
-            keywords["completion_ids"] = [list(ids) for ids in batch.token_ids]
-        return positional, keywords
+    def _leave_if_forked(self, value: Any) -> None:
+        """End this process, as Python would, if the reward has forked it and come back here."""
+        if _getpid() != self._process:
+            _exit_with(value)
 
 
-async def _gather(awaitables: Sequence[Any]) -> list[Any]:
-    return await asyncio.gather(*awaitables, return_exceptions=True)
+def _exit_with(value: Any) -> NoReturn:
+    """End a process that returns a value, or raises it."""
+    status = 0
+    try:
+        if isinstance(value, SystemExit):
+            status = value.code if isinstance(value.code, int) else int(value.code is not None)
+            if value.code is not None and not isinstance(value.code, int):
+                sys.stderr.write(f"{value.code}\n")
+        elif isinstance(value, BaseException):
+            status = 1
+            sys.excepthook(type(value), value, value.__traceback__)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    finally:
+        _exit(status & 0xFF)
+
+
+def _bind(
+    signature: Signature, completions: list[Any], batch: RewardBatch
+) -> tuple[list[Any], dict[str, Any]]:
+    """Return the positional arguments of a call and those by name."""
+    positional: list[Any] = []
+    keywords: dict[str, Any] = {}
+    prompts = list(batch.prompts)
+    if "completions" in signature.names:  # by name, so that a function need not take the prompts
+        keywords["completions"] = completions
+        if signature.takes_any or "prompts" in signature.names:
+            keywords["prompts"] = prompts
+    else:
+        positional = [prompts, completions]
+    for key, values in batch.columns.items():
+        if signature.takes_any or key in signature.names:
+            keywords[key] = list(values)
+    if "completion_ids" in signature.names:
+        keywords["completion_ids"] = [list(ids) for ids in batch.token_ids]
+    return positional, keywords
+
+
+class _EventLoop:
+    """Event loop of all calls, so that what a function keeps open stays usable."""
+
+    def __init__(self) -> None:
+        self._runner = asyncio.Runner()
+        self._thread: ThreadPoolExecutor | None = None
+
+    def run(self, coroutines: Sequence[Any]) -> list[Any]:
+        """Run coroutines at the same time; also where a loop runs already, as in a notebook."""
+        with contextlib.suppress(RuntimeError):
+            asyncio.get_running_loop()
+            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="rewards")
+        if self._thread is not None:
+            return self._thread.submit(self._run, coroutines).result()
+        return self._run(coroutines)
+
+    def _run(self, coroutines: Sequence[Any]) -> list[Any]:
+        values, is_clean = self._runner.run(_gather(coroutines))
+        if not is_clean:  # what goes on in that loop never runs again
+            self._runner = asyncio.Runner()
+        return values
+
+
+async def _gather(coroutines: Sequence[Any]) -> tuple[list[Any], bool]:
+    """Return what coroutines return, and whether all that they started has ended."""
+    values = await asyncio.gather(*coroutines, return_exceptions=True)
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    pending = (await asyncio.wait(left, timeout=_CANCEL_SECONDS))[1] if left else set()
+    return values, not pending
 
 
 def _checked(returned: Any, label: str, batch: RewardBatch) -> RewardOutput | str:
@@ -308,58 +382,3 @@ def _described(error: BaseException, label: str) -> str:
         trace = trace.tb_next
     where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}, " if trace is not None else ""
     return f"{type(error).__name__}: {error} ({where}reward {label!r})"
-
-
-def import_function(reference: str) -> RewardFunction:
-    """Import the function that ``package.module:function`` or ``path/to/file.py:function`` names.
-
-    Raises:
-        ValueError: There is no such module, file or function, or importing it fails.
-    """
-    source, _, name = reference.rpartition(":")
-    try:
-        module: Any = _module_of_file(Path(source)) if source.endswith(".py") else _module_of_name(source)
-    except (Exception, SystemExit) as error:
-        raise ValueError(
-            f"{source} cannot be imported ({type(error).__name__}: {error}); give package.module:function, "
-            "or path/to/file.py:function relative to where the command is started"
-        ) from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"{source} has no function {name!r}")
-    return function
-
-
-def reference_of(function: RewardFunction | str) -> str:
-    """Return the reference, ``module:function``, by which another process finds a function.
-
-    Raises:
-        ValueError: It is not at the top level of a module that can be imported.
-    """
-    if isinstance(function, str):
-        return function
-    name, module = getattr(function, "__qualname__", ""), getattr(function, "__module__", None)
-    if module in (None, "__main__") or not name.isidentifier():
-        raise ValueError(
-            f"{function!r} is not a function at the top level of a module, so no other process can find it"
-        )
-    return f"{module}:{name}"
-
-
-def _module_of_name(name: str) -> Any:
-    # A script's first import path is its own directory, but a user's module lies where the command starts.
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    return importlib.import_module(name)
-
-
-def _module_of_file(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
-    return module

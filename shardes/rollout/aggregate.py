@@ -158,6 +158,7 @@ class CompletionAccumulator:
         samples_per_prompt: Answers to each; answer i is to prompt ``i // samples_per_prompt``.
         scorer: Has completions scored.
         text: Turns the tokens of a completion into text.
+        opened: What the text of the answers to each row begins with, before their tokens; empty: nothing.
         keeps_samples: Whether all completions are kept, and not only those of the first micro-batch.
     """
 
@@ -169,8 +170,10 @@ class CompletionAccumulator:
         samples_per_prompt: int,
         scorer: Scorer,
         text: Callable[[list[int]], str],
+        opened: Sequence[str] = (),
         keeps_samples: bool,
     ) -> None:
+        self._opened = opened or [""] * len(rows)
         self._rows = rows
         self._prompts = prompts
         self._samples_per_prompt = samples_per_prompt
@@ -189,7 +192,9 @@ class CompletionAccumulator:
         assert isinstance(output, Completions), "prompts are answered"
         of_rows = [index // self._samples_per_prompt for index in indices]
         prompts = [self._prompts[row] for row in of_rows]
-        texts = [self._text(tokens) for tokens in output.tokens]
+        texts = [
+            self._opened[row] + self._text(tokens) for row, tokens in zip(of_rows, output.tokens, strict=True)
+        ]
         self._indices.append(indices)
         self._unsent.append(
             RewardBatch.of([self._rows[row] for row in of_rows], prompts, texts, output.tokens)

@@ -1,13 +1,12 @@
-"""Tokenise prompts and completions, and cut them into micro-batches by the data alone."""
+"""Cut tokenised prompts and completions into micro-batches by the data alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 
 from shardes.errors import UserError
-from shardes.tasks.base import Prompt
 
 # Fewer tokens than this are computed with each prompt: putting them into every row would save nothing.
 LEAST_PREFIX = 16
@@ -65,28 +64,6 @@ class MicroBatch:
             budgets=None if self.budgets is None else self.budgets.to(device),
             uniforms=None if self.uniforms is None else self.uniforms.to(device),
         )
-
-
-def tokenize(prompt: Prompt, tokenizer: Any) -> list[int]:
-    """Return the token ids of a prompt; chat messages go through the tokenizer's chat template.
-
-    Raises:
-        UserError: The prompt is chat messages and the tokenizer has no template, or it has no tokens.
-    """
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    elif tokenizer.chat_template is None:
-        raise UserError(
-            "task: the prompts are chat messages, but the model's tokenizer has no chat template; use an "
-            "instruct model, or prompts of plain text"
-        )
-    else:
-        ids = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-    if not ids:
-        raise UserError(f"task: the prompt {prompt!r} has no tokens; give every problem a non-empty prompt")
-    return list(ids)
 
 
 def compose(

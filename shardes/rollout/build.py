@@ -8,15 +8,17 @@ from typing import Any
 from shardes.backends.registry import BACKENDS
 from shardes.config.schema import Config
 from shardes.es.strategy import Strategy
-from shardes.models.build import load_tokenizer, max_positions
+from shardes.models.build import end_tokens, max_positions, pad_token
 from shardes.rewards.pool import InProcessRewards, RewardRunner
 from shardes.rewards.scorer import Scorer
 from shardes.rollout.autotune import resolve_auto
+from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Engine
 from shardes.rollout.engines.registry import ENGINES
 from shardes.rollout.evaluator import Evaluator
 from shardes.rollout.gather_modes import BATCHED_GATHERS
 from shardes.rollout.iteration import IterationSpec
+from shardes.rollout.preparing import make_encoder
 from shardes.rollout.scheduler import MemberScheduler
 from shardes.session import Session
 from shardes.tasks.base import Row, Task, all_rewards
@@ -38,6 +40,7 @@ class Rollout:
         task: What is trained on.
         scorer: Has answers to its problems scored.
         set_scorers: The same of further tasks, by name.
+        encoder: Makes tokens of prompts.
     """
 
     config: Config
@@ -47,6 +50,7 @@ class Rollout:
     task: Task
     scorer: Scorer
     set_scorers: Mapping[str, Scorer]
+    encoder: PromptEncoder
 
     def draw_problems(self, iteration: int) -> list[Row]:
         """Return the problems that an iteration asks."""
@@ -68,6 +72,7 @@ def make_evaluator(
     *,
     rewards: RewardRunner | None = None,
     others: Mapping[str, Task] | None = None,
+    encoder: PromptEncoder | None = None,
 ) -> tuple[Evaluator, Scorer, dict[str, Scorer]]:
     """Build what answers and scores a task's problems with a session's model.
 
@@ -76,6 +81,7 @@ def make_evaluator(
         task: What it is trained on.
         rewards: Runs rewards; None: they run in this process.
         others: Further tasks by name.
+        encoder: Has the tokens of their prompts; None: a new one, which makes them when they are asked.
 
     Returns:
         The evaluator, the task's scorer, and those of the others.
@@ -91,14 +97,17 @@ def make_evaluator(
     if settings.gather == "auto" and only in (BATCHED_GATHERS if settings.is_batched else spec.gathers):
         logger.info("rollout.gather: auto is %s: %s", only, spec.auto_reason)
         settings = settings.model_copy(update={"gather": only})
-    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    encoder = encoder or make_encoder(config)
+    encoder.settle_date(session.mesh.world)
+    tokenizer, model = encoder.tokenizer, session.backend.sharded_model
     common: dict[str, Any] = {"tokenizer": tokenizer, "mesh": session.mesh, "settings": settings}
     common |= {"seed": config.es.seed, "timer": session.timer}
     engine: Engine = load_class(ENGINES[settings.engine])(
         backend=session.backend, weights=session.weights, **common
     )
-    longest = max_positions(session.backend.sharded_model)
-    return Evaluator(engine, scorer=scorer, max_positions=longest, **common), scorer, scorers
+    common |= {"encoder": encoder, "max_positions": max_positions(model)}
+    common |= {"pad_id": pad_token(model, tokenizer), "end_ids": end_tokens(model, tokenizer)}
+    return Evaluator(engine, scorer=scorer, **common), scorer, scorers
 
 
 def make_scheduler(session: Session, evaluator: Evaluator) -> MemberScheduler:
@@ -119,6 +128,7 @@ def make_rollout(
     recorded: Callable[[str], Any],
     rewards: RewardRunner | None = None,
     heldout_sets: Mapping[str, Task] | None = None,
+    encoder: PromptEncoder | None = None,
 ) -> Rollout:
     """Build what evaluates the members of a run, and find what ``auto`` is; a collective of all ranks.
 
@@ -128,12 +138,16 @@ def make_rollout(
         recorded: Returns the setting of a dotted key with which the run began; None if it is new.
         rewards: Runs rewards; None: they run in this process.
         heldout_sets: Further tasks by name.
+        encoder: Has the tokens of their prompts; None: a new one, which makes them when they are asked.
 
     Raises:
         UserError: Members that share forwards would compute other logits than by themselves.
     """
     config = session.config
-    evaluator, scorer, set_scorers = make_evaluator(session, task, rewards=rewards, others=heldout_sets)
+    encoder = encoder or make_encoder(config, date=recorded("task.date"))
+    evaluator, scorer, set_scorers = make_evaluator(
+        session, task, rewards=rewards, others=heldout_sets, encoder=encoder
+    )
     num_elements = sum(shard.num_elements for shard in session.weights.trained)
     strategy = Strategy(config.es, num_elements=num_elements)
     config = resolve_auto(
@@ -146,7 +160,7 @@ def make_rollout(
         mesh=session.mesh,
     )
     scheduler = make_scheduler(session, evaluator)
-    rollout = Rollout(config, evaluator, scheduler, strategy, task, scorer, set_scorers)
+    rollout = Rollout(config, evaluator, scheduler, strategy, task, scorer, set_scorers, encoder)
     if config.rollout.is_batched:
         rollout.begin()
         evaluator.engine.check(sigma=config.es.sigma)

@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from shardes.errors import UserError
-from shardes.rollout.batching import tokenize
-from shardes.tasks.base import Choices, Prompt, as_text
+from shardes.rollout.encoding import PromptEncoder, Question
+from shardes.tasks.base import ChatTemplate, Choices, Prompt
 
 
 @dataclass(frozen=True)
@@ -27,19 +25,18 @@ class ChoiceSet:
 
 
 def make_choice_set(
-    prompts: Sequence[Prompt], choices: Sequence[Choices], tokenizer: Any, *, max_positions: int | None
+    prompts: Sequence[Prompt], choices: Sequence[Choices], encoder: PromptEncoder, *, chat: ChatTemplate
 ) -> ChoiceSet:
     """Tokenise each prompt and its completions.
 
-    Prompt and completion are tokenised apart, so that a prompt's tokens do not depend on the completion. A
-    prompt without text becomes the tokenizer's first token (``bos``); where there is none, the completion's
+    A prompt without text becomes the tokenizer's first token (``bos``); where there is none, the completion's
     first token takes its place and is not scored itself.
 
     Args:
         prompts: Prompt of each row.
         choices: Completions of each row.
-        tokenizer: Tokenizer of the model.
-        max_positions: Number of positions of the model; None: no limit.
+        encoder: Makes tokens of them.
+        chat: The template of prompts that are chat messages.
 
     Raises:
         UserError: A completion has no tokens to score, or more than the model has positions for.
@@ -47,24 +44,9 @@ def make_choice_set(
     pairs: list[tuple[list[int], list[int]]] = []
     first_pairs = [0]
     for prompt, choice in zip(prompts, choices, strict=True):
-        start = tokenize(prompt, tokenizer) if prompt else []
-        if not start and tokenizer.bos_token_id is not None:
-            start = [tokenizer.bos_token_id]
-        for completion in choice.completions:
-            tokens = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
-            pair = (start, tokens) if start else (tokens[:1], tokens[1:])
-            if not pair[1]:
-                raise UserError(
-                    f"task: the completion {completion!r} of the prompt {as_text(prompt)[:80]!r} has no "
-                    "tokens to score; give every completion some text"
-                )
-            length = len(pair[0]) + len(pair[1])
-            if max_positions is not None and length > max_positions:
-                raise UserError(
-                    f"task: the prompt {as_text(prompt)[:80]!r} and a completion of it have {length} tokens, "
-                    f"but the model has {max_positions} positions (max_position_embeddings); shorten or drop "
-                    "them"
-                )
-            pairs.append(pair)
+        encoded = encoder.encode(Question(prompt, chat, tuple(choice.completions)))
+        pairs += [
+            (list(start), list(ids)) for start, ids in zip(encoded.prompts, encoded.completions, strict=True)
+        ]
         first_pairs.append(len(pairs))
     return ChoiceSet(prompts, choices, pairs, first_pairs)

@@ -1,6 +1,6 @@
 """Members and the centre, evaluated on a batch of problems by some ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,11 +10,12 @@ from shardes.es.update import Perturbation
 from shardes.rewards.scorer import Scorer
 from shardes.rollout.aggregate import CompletionAccumulator, Evaluation, PartialResult, RewardAccumulator
 from shardes.rollout.batching import LikelihoodBatch, MicroBatch
+from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Completions, Engine, EngineOutput
 from shardes.rollout.likelihood import LogLikelihoodAccumulator
 from shardes.rollout.memory import MemoryShortageError, is_shortage
 from shardes.rollout.prompts import PromptBatch, PromptBuilder
-from shardes.rollout.stop_strings import StopStrings
+from shardes.rollout.stop_strings import make_stop_strings
 from shardes.tasks.base import Row, Task
 from shardes.utils.timers import PhaseTimer
 
@@ -74,6 +75,9 @@ class Evaluator:
         seed: The key of the random numbers that draw answers.
         max_positions: Tokens of a prompt and its answer that the model was made for; None: any number.
         timer: Where the time goes.
+        encoder: Makes tokens of prompts; None: one for this tokenizer.
+        pad_id: Token id that fills rows; None: the tokenizer's.
+        end_ids: Tokens that end an answer and are no part of its text.
 
     Attributes:
         engine: Answers.
@@ -90,14 +94,23 @@ class Evaluator:
         seed: int,
         max_positions: int | None,
         timer: PhaseTimer,
+        encoder: PromptEncoder | None = None,
+        pad_id: int | None = None,
+        end_ids: Collection[int] = (),
     ) -> None:
         self.engine = engine
+        encoder = encoder or PromptEncoder(tokenizer, max_positions=max_positions)
+        pad_id = tokenizer.pad_token_id if pad_id is None else pad_id
         self._parts = {"tokenizer": tokenizer, "mesh": mesh, "scorer": scorer, "seed": seed, "timer": timer}
-        self._parts |= {"max_positions": max_positions}
-        self._tokenizer, self._mesh, self._settings, self._timer = tokenizer, mesh, settings, timer
-        self._stop = StopStrings(settings.stop, tokenizer)
+        self._parts |= {"max_positions": max_positions, "encoder": encoder, "pad_id": pad_id}
+        self._parts |= {"end_ids": end_ids}
+        # Special tokens that are left out anyway may end an answer, too.
+        self._end_ids = frozenset(() if settings.skip_special_tokens else end_ids)
+        self._mesh, self._settings, self._timer = mesh, settings, timer
+        self._stop = make_stop_strings(settings, tokenizer)
         self._builder = PromptBuilder(
-            tokenizer,
+            encoder,
+            pad_id=pad_id,
             scorer=scorer,
             settings=settings,
             seed=seed,
@@ -115,8 +128,9 @@ class Evaluator:
     @property
     def micro_batch_size(self) -> int:
         """Prompts per forward; a number once it is known what ``auto`` is."""
-        assert self._settings.micro_batch_size != "auto", "what auto is must be found first"
-        return self._settings.micro_batch_size
+        size = self._settings.micro_batch_size
+        assert isinstance(size, int), "what auto is must be found first"
+        return size
 
     @micro_batch_size.setter
     def micro_batch_size(self, size: int) -> None:
@@ -279,6 +293,7 @@ class Evaluator:
             samples_per_prompt=prompts.samples_per_prompt,
             scorer=scorer,
             text=self._text,
+            opened=prompts.opened,
             keeps_samples=keeps_samples,
         )
 
@@ -294,7 +309,9 @@ class Evaluator:
             return None
 
     def _text(self, tokens: list[int]) -> str:
-        return self._stop.trim(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        if tokens and tokens[-1] in self._end_ids:
+            tokens = tokens[:-1]
+        return self._stop.trim(self._stop.decode(tokens))
 
 
 def _of_member(output: EngineOutput, index: int, num_members: int) -> EngineOutput:

@@ -17,7 +17,7 @@ from shardes.backends.registry import BACKENDS
 from shardes.distributed.group import Group, Mesh
 from shardes.es.update import Perturbation
 from shardes.rollout.lowrank.hooks import LowRankHooks
-from shardes.rollout.memory import free_bytes, is_shortage, mode_bytes
+from shardes.rollout.memory import free_bytes, is_shortage, mode_bytes, reserved_bytes
 from shardes.weights.gathered import GatheredWeights
 from shardes.weights.master import Weights
 
@@ -303,10 +303,13 @@ class GatherModeSelector:
         if self._is_batched:
             held = {"iteration": copy * self._backend.is_sharded}
         needs = {name: need + num_bytes for name, need in held.items()}
-        free = self._mesh.world.min(free_bytes(self._backend.device))
+        device = self._backend.device
+        reserved = reserved_bytes(device)
+        free = self._mesh.world.min(free_bytes(device) - reserved)
         name = next((name for name, need in needs.items() if need <= free), self._by_speed[-1])
         wants = ", ".join(f"{other} needs {_gib(need)}" for other, need in needs.items())
         here = f"{_gib(num_bytes)} of it to generate; {_gib(free)} are free on every rank"
+        here += f", besides {_gib(reserved)} that stay free" if reserved else ""
         logger.info("rollout.gather: auto is %s: %s, %s", name, wants, here)
         return name
 

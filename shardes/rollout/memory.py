@@ -6,8 +6,20 @@ from typing import Any
 
 import torch
 
-# Messages of allocators other than CUDA's own: those of CPUs, and of libraries that a CUDA kernel calls.
-_COMPLAINTS = ("can't allocate memory", "not enough memory", "ALLOC_FAILED")
+# Part of an accelerator's memory that is left to the driver, the communication library and fragmentation.
+RESERVED_BYTES = 2 * 2**30
+# What messages of a shortage contain, in lower case: those of CUDA (whose graphs, modules and kernels take
+# memory, too), NCCL and Triton; of cuBLAS, cuDNN and their like; and of CPUs' allocators. A handle of cuBLAS
+# that finds no memory for its workspace says that it is not initialized.
+_COMPLAINTS = (
+    "out of memory",
+    "alloc_failed",
+    "cublas_status_not_initialized",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "bad_alloc",
+)
 
 
 class MemoryShortageError(Exception):
@@ -18,7 +30,8 @@ def is_shortage(error: BaseException) -> bool:
     """Return True if an exception reports that memory ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _COMPLAINTS)
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(text in message for text in _COMPLAINTS)
 
 
 def free_bytes(device: torch.device, *, meminfo: Path = Path("/proc/meminfo")) -> int:
@@ -37,6 +50,11 @@ def free_bytes(device: torch.device, *, meminfo: Path = Path("/proc/meminfo")) -
         return 0  # not Linux: nothing is known, so nothing is taken for granted
     free = min([kibibytes[0] * 1024, *_container_bytes(Path("/sys/fs/cgroup"))])
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """Return the bytes of free memory that a choice must leave: of an accelerator, ``RESERVED_BYTES``."""
+    return 0 if device.type == "cpu" else RESERVED_BYTES
 
 
 def _container_bytes(group: Path) -> list[int]:
@@ -75,7 +93,13 @@ def cache_bytes(
 
 
 def generation_bytes(
-    model_config: Any, *, rows: int, length: int, dtype: torch.dtype, num_sharers: int = 1
+    model_config: Any,
+    *,
+    rows: int,
+    length: int,
+    dtype: torch.dtype,
+    num_sharers: int = 1,
+    prompt_length: int | None = None,
 ) -> int:
     """Estimate the bytes of a micro-batch besides the weights: its cache, activations and logits.
 
@@ -83,12 +107,15 @@ def generation_bytes(
         model_config: Configuration of the model, a transformers ``PretrainedConfig``.
         rows: Number of rows in the micro-batch.
         length: Tokens of a prompt and its answer together.
+        prompt_length: Tokens of a prompt, which are computed together and have the most activations; None:
+            all ``length`` are computed together.
         dtype: Dtype of weights and activations.
         num_sharers: Number of ranks that share the heads and the inner neurons of each layer.
     """
     config = model_config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    activations = (4 * config.hidden_size + 3 * inner // num_sharers) * length * dtype.itemsize
+    at_once = length if prompt_length is None else prompt_length
+    activations = (4 * config.hidden_size + 3 * inner // num_sharers) * at_once * dtype.itemsize
     cache = cache_bytes(model_config, rows=rows, length=length, dtype=dtype, num_sharers=num_sharers)
     return cache + rows * (activations + 2 * 4 * config.vocab_size)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -14,9 +13,9 @@ from shardes.rollout.batching import (
     compose,
     compose_likelihood_batches,
     shared_prefix,
-    tokenize,
 )
 from shardes.rollout.choices import ChoiceSet, make_choice_set
+from shardes.rollout.encoding import PromptEncoder, Question
 from shardes.rollout.sampling import make_sampler
 from shardes.tasks.base import Choices, Prompt, Row, Task
 
@@ -33,6 +32,8 @@ class PromptBatch:
         micro_batches: Prompts, once for each answer; or, for a likelihood task, prompts with completions.
         prefix: The tokens with which all prompts begin, int64 of shape [1, length]; None if they are few.
         choices: For a likelihood task, what may follow the prompts.
+        opened: For prompts to be answered, the tag that the chat template has opened for the answer to each;
+            empty where it has opened none. It is a part of the answer, though no token of it.
     """
 
     rows: Sequence[Row]
@@ -42,6 +43,7 @@ class PromptBatch:
     micro_batches: Sequence[MicroBatch | LikelihoodBatch]
     prefix: torch.Tensor | None = None
     choices: ChoiceSet | None = None
+    opened: Sequence[str] = ()
 
     def fingerprint(self) -> bytes:
         """Return the tokens that a model is asked: equal for equal problems, templates and tokenizers."""
@@ -52,7 +54,8 @@ class PromptBuilder:
     """Renders, tokenises and cuts batches of problems.
 
     Args:
-        tokenizer: The model's tokenizer.
+        encoder: Makes tokens of prompts.
+        pad_id: Token id that fills rows.
         scorer: Of the task that is trained on.
         settings: How prompts are answered.
         seed: The key of the random numbers that draw answers.
@@ -63,8 +66,9 @@ class PromptBuilder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        encoder: PromptEncoder,
         *,
+        pad_id: int,
         scorer: Scorer,
         settings: RolloutConfig,
         seed: int,
@@ -72,7 +76,8 @@ class PromptBuilder:
         max_positions: int | None,
         text: Callable[[list[int]], str],
     ) -> None:
-        self._tokenizer = tokenizer
+        self._encoder = encoder
+        self._pad_id = pad_id
         self._scorer = scorer
         self._settings = settings
         self._device = device
@@ -100,16 +105,17 @@ class PromptBuilder:
             choices = make_choice_set(
                 prompts,
                 [scorer.task.choices(row) for row in rows],
-                self._tokenizer,
-                max_positions=self._max_positions,
+                self._encoder,
+                chat=scorer.task.chat,
             )
             return self._of_choices(rows, prompts, choices, scorer, micro_batch_size)
-        tokens = [tokenize(prompt, self._tokenizer) for prompt in prompts]
+        encoded = [self._encoder.encode(Question(prompt, scorer.task.chat)) for prompt in prompts]
+        tokens = [list(question.prompts[0]) for question in encoded]
         count = settings.samples_per_prompt
         batches = compose(
             [prompt for prompt in tokens for _ in range(count)],
             micro_batch_size=micro_batch_size,
-            pad_id=self._tokenizer.pad_token_id,
+            pad_id=self._pad_id,
             max_new_tokens=settings.max_new_tokens,
             max_positions=self._max_positions,
         )
@@ -125,7 +131,8 @@ class PromptBuilder:
         shared = shared_prefix(tokens)
         prefix = torch.tensor([shared], device=self._device) if shared else None
         batches = [batch.to(self._device) for batch in batches]
-        return PromptBatch(rows, prompts, scorer, count, batches, prefix)
+        opened = [question.opened for question in encoded]
+        return PromptBatch(rows, prompts, scorer, count, batches, prefix, opened=opened)
 
     def build_pairs(
         self, pairs: Sequence[Sequence[list[int]]], *, scorer: Scorer, micro_batch_size: int
@@ -147,7 +154,8 @@ class PromptBuilder:
 
     def tokens_of(self, task: Task) -> list[list[int]]:
         """Return the tokens of a task's prompts."""
-        return [tokenize(task.make_prompt(row), self._tokenizer) for row in task.train]
+        questions = [Question(task.make_prompt(row), task.chat) for row in task.train]
+        return [list(self._encoder.encode(question).prompts[0]) for question in questions]
 
     def _of_choices(
         self,
@@ -161,7 +169,7 @@ class PromptBuilder:
             [prompt for prompt, _ in choices.pairs],
             [completion for _, completion in choices.pairs],
             micro_batch_size=micro_batch_size,
-            pad_id=self._tokenizer.pad_token_id,
+            pad_id=self._pad_id,
         )
         batches = [batch.to(self._device) for batch in batches]
         return PromptBatch(rows, prompts, scorer, 1, batches, choices=choices)

@@ -183,6 +183,12 @@ class RunDirectory(Closing):
                 f"run.dir: {self.path} holds a run that was made with other settings; give another "
                 "run.dir, or the settings it was made with:\n" + "\n".join(differences)
             )
+        if "task.date" in header["settings"] and "task.date" not in known["settings"]:
+            logger.warning(
+                "prompts have a date in them, and the journal of an older version does not say which: it is "
+                "now %s; for another: task.date",
+                header["settings"]["task.date"],
+            )
         self._go_on_with(engine_of(header), may_differ=config.run.resume_engine == "any")
 
     def _go_on_with(self, engine: dict[str, Any], *, may_differ: bool) -> None:
@@ -210,18 +216,31 @@ class RunDirectory(Closing):
         self._stack.close()
 
 
+_EXPLAINED = {
+    "task.prompts sha256": " (the tokens of all prompts: by the tokenizer, its chat template and the data)"
+}
+
+
 def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Return one line for each key on which two headers differ."""
-    return _differing_lines(_comparable(known), _comparable(wanted), now="this configuration")
+    old, new = _comparable(known), _comparable(wanted)
+    for key in _LATER_SETTINGS:
+        if key not in old:
+            new.pop(key, None)
+    return _differing_lines(old, new, now="this configuration")
 
 
 def _differing_lines(old: dict[str, Any], new: dict[str, Any], *, now: str) -> list[str]:
     return [
         f"  {key}: the run has {json.dumps(old.get(key))}, {now} {json.dumps(new.get(key))}"
+        f"{_EXPLAINED.get(key, '')}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
 
+
+# Settings that journals of older versions do not have: which prompts their runs asked is not known.
+_LATER_SETTINGS = ("task.prompts sha256", "task.date")
 
 # Keys of a header for readers: compared in another way, or of no influence on the run.
 _NOT_COMPARED = (

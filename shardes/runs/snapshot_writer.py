@@ -13,6 +13,7 @@ import torch
 from shardes.distributed.group import Mesh
 from shardes.errors import UserError
 from shardes.runs.snapshot import find_snapshots, snapshot_path, write_manifest, write_part
+from shardes.utils.device import synchronize
 from shardes.utils.files import sync_directory
 from shardes.weights.master import Weights
 from shardes.weights.snapshot_view import owned_tensors
@@ -213,8 +214,7 @@ def _after_queued_work(
     device: torch.device,
 ) -> Callable[[], contextlib.AbstractContextManager[object]]:
     """Return a context in which another thread's copies from the device see all that was computed by now."""
-    if device.type != "cuda":
-        return contextlib.nullcontext
-    torch.cuda.synchronize(device)
-    stream = torch.cuda.Stream(device)
-    return lambda: torch.cuda.stream(stream)
+    synchronize(device)
+    module = torch.get_device_module(device)
+    stream = module.Stream(device)
+    return lambda: module.stream(stream)

@@ -12,6 +12,20 @@ from typing import Any, Literal, Protocol
 Row = Mapping[str, Any]
 """One problem, as read from a data file: its columns by name."""
 
+
+class PlacedRow(dict[str, Any]):
+    """Row that knows where it was read, for messages.
+
+    Args:
+        columns: The row's columns.
+        where: Its place, such as ``task.data: file.jsonl line 3``.
+    """
+
+    def __init__(self, columns: Mapping[str, Any], where: str) -> None:
+        super().__init__(columns)
+        self.where = where
+
+
 Prompt = str | list[dict[str, str]]
 """Plain text, or chat messages (``role``, ``content``) for the tokenizer's chat template."""
 
@@ -53,6 +67,20 @@ class Component:
     weight: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
     takes_messages: bool = False
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Choice of the template that chat messages go through, and what it is given besides them.
+
+    Attributes:
+        name: One of the tokenizer's templates, or a template itself, as transformers takes either; None: the
+            tokenizer's only one, or the one that it calls ``default``.
+        arguments: Further variables, such as ``enable_thinking``.
+    """
+
+    name: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,6 +158,8 @@ class Task:
         choices: Turns a row into the completions to compare, for a likelihood task; None for a generation
             task.
         metric: Reward of a likelihood task.
+        chat: The template of prompts that are chat messages.
+        all_train: What ``train`` was read as, with rows that were left out since; None: ``train``.
     """
 
     name: str
@@ -139,6 +169,8 @@ class Task:
     rewards: tuple[Component, ...] = ()
     choices: Callable[[Row], Choices] | None = None
     metric: Metric = "cross_entropy"
+    chat: ChatTemplate = ChatTemplate()
+    all_train: Sequence[Row] | None = None
 
 
 def as_text(prompt: Prompt) -> str:

@@ -6,7 +6,6 @@ The libraries that Parquet and data sets need are imported when such data are re
 import csv
 import hashlib
 import io
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +13,10 @@ from typing import Any
 
 from shardes.config.schema import is_hub_reference
 from shardes.errors import UserError
-from shardes.tasks.base import Row
+from shardes.tasks.base import PlacedRow, Row
+from shardes.tasks.canonical import canonical, is_plain
 from shardes.tasks.rows import shown
+from shardes.utils.paths import path_problem
 from shardes.utils.reading import open_regular, parse_json, read_regular
 
 # What is read of one file: rows are kept in memory, where they take several times as much.
@@ -25,13 +26,13 @@ _INSTALL = "install it with: pip install 'shardes[data]'"
 
 def read_rows(
     source: Path, *, key: str, columns: Mapping[str, str] | None = None, check: Callable[[Row, str], None]
-) -> list[Row]:
+) -> list[PlacedRow]:
     """Read the rows of a file or data set, and check each.
 
     Args:
         source: A file, whose name ends with what it holds (``.jsonl``, ``.json``, ``.csv``, ``.tsv``,
-            ``.parquet``; any other is read as JSONL); ``DIR[@SPLIT]``, a data set saved to disk; or
-            ``hf:NAME[:SUBSET][@SPLIT]``, one of the Hugging Face hub.
+            ``.parquet``, in small or capital letters; any other is read as JSONL); ``DIR[@SPLIT]``, a data
+            set saved to disk; or ``hf:NAME[:SUBSET][@SPLIT]``, one of the Hugging Face hub.
         key: The configuration key that names it, for messages.
         columns: Names that rows get besides their own: from the new name to the column that it means.
         check: Raises ``UserError`` for a row that the task cannot use.
@@ -39,32 +40,38 @@ def read_rows(
     Raises:
         UserError: It cannot be read, is empty, a row cannot be used, or two rows have the same ``id``.
     """
-    rows: list[Row] = []
+    rows: list[PlacedRow] = []
     places: dict[Any, str] = {}
+    known: set[tuple[str, type]] = set()
     for place, raw in _read(source, key):
         where = f"{key}: {source} {place}"
         if not isinstance(raw, dict):
             raise UserError(f"{where}: got {shown(raw)}; every {place.split()[0]} must be one JSON object")
         row = _with_columns(raw, columns or {}, where, f"{key.rpartition('.')[0]}.columns")
         check(row, where)
+        _check_contents(row, where, known)
         if row.get("id") is not None:
-            first = places.setdefault(json.dumps(row["id"], default=str), place)
+            first = places.setdefault(_text_of({"id": row["id"]}, where), place)
             if first != place:
                 raise UserError(
                     f"{where}: column 'id' is {shown(row['id'])}, as in {first}; give each problem an id of "
                     "its own, or leave the column out"
                 )
-        rows.append(row)
+        rows.append(PlacedRow(row, where))
     if not rows:
         raise UserError(f"{key}: {source} has no rows; give at least one problem")
     return rows
 
 
 def rows_sha256(rows: Sequence[Row]) -> str:
-    """Compute a hash of the rows in their order, whatever file or format they came from."""
+    """Compute a hash of the rows in their order, whatever file or format they came from.
+
+    Raises:
+        UserError: A row holds an object whose contents cannot be known.
+    """
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(_canonical(row).encode() + b"\n")
+    for number, row in enumerate(rows, start=1):
+        digest.update(_text_of(row, f"task.data: row {number}").encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -86,15 +93,34 @@ def split_rows(
     Returns:
         Training and held-out rows, each in the order in which they were.
     """
-    keys = [row_key(row) if row_key else _canonical({k: row[k] for k in row if k != "id"}) for row in rows]
+    keys = [
+        row_key(row) if row_key else _text_of({k: row[k] for k in row if k != "id"}, "task.data")
+        for row in rows
+    ]
     ordered = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
     heldout = set(ordered[: max(1, round(fraction * len(ordered)))])
     pairs = list(zip(rows, keys, strict=True))
     return [row for row, key in pairs if key not in heldout], [row for row, key in pairs if key in heldout]
 
 
-def _canonical(row: Row) -> str:
-    return json.dumps(row, sort_keys=True, default=str)
+def _text_of(row: Row, where: str) -> str:
+    try:
+        return canonical(row)
+    except Exception as error:  # an object's own methods may raise anything
+        raise UserError(
+            f"{where}: {_one_line(error)}; leave such objects out, or make them of texts, numbers, bytes, "
+            "lists, dictionaries, arrays and images"
+        ) from None
+
+
+def _check_contents(row: Row, where: str, known: set[tuple[str, type]]) -> None:
+    """Refuse objects that cannot be told apart; columns are taken to hold objects of few types."""
+    for name, value in row.items():
+        if is_plain(value) or (name, type(value)) in known:
+            continue
+        _text_of({name: value}, f"{where}: column {name!r}")
+        if not isinstance(value, list | tuple | dict):
+            known.add((name, type(value)))
 
 
 def _with_columns(
@@ -112,20 +138,27 @@ def _with_columns(
 def _read(source: Path, key: str) -> Iterator[tuple[str, Any]]:
     """Read the rows as they are, each with its place in the source."""
     if is_hub_reference(source):
-        return _of_data_set(_from_hub(source, key))
+        return _of_data_set(_from_hub(source, key), f"{key}: {source}")
     directory, split = source, ""
     if not source.exists() and "@" in source.name:
         name, _, split = source.name.rpartition("@")
         directory = source.with_name(name) if name else source
     if directory.is_dir():
-        return _of_data_set(_from_disk(directory, split, key))
-    if source.suffix == ".parquet":
+        return _of_data_set(_from_disk(directory, split, key), f"{key}: {source}")
+    if not source.is_file():
+        raise UserError(
+            f"{key}: {source} cannot be read (it {path_problem(source)}); give the path of a file of "
+            "problems (.jsonl, .json, .csv, .tsv or .parquet), the directory of a data set saved to disk, "
+            "or hf:NAME for one of the Hugging Face hub"
+        )
+    suffix = source.suffix.lower()
+    if suffix == ".parquet":
         return _of_parquet(source, key)
     text = _text(source, key)
-    if source.suffix == ".json":
+    if suffix == ".json":
         return _of_json(text, source, key)
-    if source.suffix in (".csv", ".tsv"):
-        return _of_csv(text, source, key, delimiter="\t" if source.suffix == ".tsv" else ",")
+    if suffix in (".csv", ".tsv"):
+        return _of_csv(text, source, key, delimiter="\t" if suffix == ".tsv" else ",")
     return _of_lines(text, source, key)
 
 
@@ -133,11 +166,7 @@ def _text(source: Path, key: str) -> str:
     try:
         return read_regular(source, max_bytes=_MOST_BYTES).decode("utf-8-sig")
     except OSError as error:
-        raise UserError(
-            f"{key}: {source} cannot be read ({error.strerror}); give the path of a file of problems "
-            "(.jsonl, .json, .csv, .tsv or .parquet), the directory of a data set saved to disk, or "
-            "hf:NAME for one of the Hugging Face hub"
-        ) from None
+        raise UserError(f"{key}: {source} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{key}: {source} is not UTF-8 text ({error.reason} at byte {error.start}); convert it, or give "
@@ -150,7 +179,7 @@ def _of_lines(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            yield f"line {number}", parse_json(line)
+            yield f"line {number}", parse_json(line, refuse_repeats=True)
         except ValueError as error:
             raise UserError(
                 f"{key}: {source} line {number}: not JSON ({error}): {line[:80]!r}; every line must be one "
@@ -160,7 +189,7 @@ def _of_lines(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
 
 def _of_json(text: str, source: Path, key: str) -> Iterator[tuple[str, Any]]:
     try:
-        content = parse_json(text)
+        content = parse_json(text, refuse_repeats=True)
     except ValueError as error:
         if str(error).startswith("Extra data"):
             # JSONL under the name of JSON, as data sets often have it.
@@ -177,6 +206,8 @@ def _of_csv(text: str, source: Path, key: str, *, delimiter: str) -> Iterator[tu
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     lines: list[tuple[int, list[str]]] = []
     first = 1
+    # A text to be summarised may be longer than the 128 KiB that a cell has by default.
+    limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
     try:
         for cells in reader:
             if cells:
@@ -184,6 +215,8 @@ def _of_csv(text: str, source: Path, key: str, *, delimiter: str) -> Iterator[tu
             first = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{key}: {source} line {reader.line_num}: not CSV ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
     if not lines:
         return
     names = lines.pop(0)[1]
@@ -228,8 +261,19 @@ def _of_parquet(source: Path, key: str) -> Iterator[tuple[str, Any]]:
     return ((f"row {number}", _without_nan(row)) for number, row in enumerate(rows, start=1))
 
 
-def _of_data_set(data_set: Any) -> Iterator[tuple[str, Any]]:
-    return ((f"row {number}", _without_nan(row)) for number, row in enumerate(data_set, start=1))
+def _of_data_set(data_set: Any, where: str) -> Iterator[tuple[str, Any]]:
+    rows, number = iter(data_set), 0
+    while True:
+        number += 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # such as an image that is damaged, or a decoder that is not installed
+            raise UserError(
+                f"{where} row {number} cannot be read ({type(error).__name__}: {_one_line(error)})"
+            ) from None
+        yield f"row {number}", _without_nan(row)
 
 
 def _from_disk(directory: Path, split: str, key: str) -> Any:

@@ -30,4 +30,6 @@ def per_completion(judge: Callable[..., float]) -> RewardFunction:
             for text, *values in zip(completions, *taken.values(), strict=True)
         ]
 
+    # Arguments of the configuration are then values for each completion, not lists of them.
+    reward.is_per_completion = True  # type: ignore[attr-defined]
     return reward

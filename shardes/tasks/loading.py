@@ -1,15 +1,14 @@
 """Loading of tasks: the configuration's task sections become tasks with data."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from shardes.config.schema import Config, ProblemSetConfig, TaskConfig
 from shardes.errors import UserError
-from shardes.tasks.base import Prompt, Row, Task, TaskDefinition
+from shardes.tasks.base import ChatTemplate, Row, Task, TaskDefinition
 from shardes.tasks.data import read_rows, split_rows
 from shardes.tasks.registry import REWARDS, definition_of
 from shardes.tasks.rewards import components
-from shardes.tasks.templates import check_prompt, prompt_column, prompt_maker
+from shardes.tasks.templates import check_prompt, make_prompts, prompt_column, prompt_maker
 
 # Rewards of the user's own judge answers to the rows' own prompts, which are checked for every task.
 _OWN = TaskDefinition("rewards", prompt_column, check_row=lambda row, where: None)
@@ -44,8 +43,11 @@ def load_task(config: ProblemSetConfig, *, key: str = "task") -> Task:
     )
 
     def read(source: Path, name: str) -> list[Row]:
-        check = _checker(definition, make_prompt)
-        return read_rows(source, key=f"{key}.{name}", columns=config.columns, check=check)
+        rows = read_rows(source, key=f"{key}.{name}", columns=config.columns, check=definition.check_row)
+        prompts = make_prompts(make_prompt, rows, template=config.template, key=key)
+        for row, prompt in zip(rows, prompts, strict=True):
+            check_prompt(prompt, row.where, may_be_empty=definition.choices is not None)
+        return [*rows]
 
     train, heldout = read(config.data, "data"), []
     if isinstance(config, TaskConfig) and config.heldout_data is not None:
@@ -67,18 +69,5 @@ def load_task(config: ProblemSetConfig, *, key: str = "task") -> Task:
         rewards=components(config, built_in, known=REWARDS, key=key),
         choices=definition.choices,
         metric=config.metric or definition.metric,
+        chat=ChatTemplate(config.chat_template, config.template_arguments),
     )
-
-
-def _checker(definition: TaskDefinition, make_prompt: Callable[[Row], Prompt]) -> Callable[[Row, str], None]:
-    """Return a check of a row and of the prompt made from it."""
-
-    def check(row: Row, where: str) -> None:
-        definition.check_row(row, where)
-        try:
-            prompt = make_prompt(row)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        check_prompt(prompt, where, may_be_empty=definition.choices is not None)
-
-    return check

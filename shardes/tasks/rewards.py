@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from shardes.config.schema import ProblemSetConfig
 from shardes.errors import UserError
+from shardes.rewards.signature import GIVEN
 from shardes.tasks.base import Component, RewardFunction, TaskDefinition
 
 
@@ -49,6 +50,11 @@ def components(
             raise UserError(
                 f"{key}.rewards.{i}.name: got {reward.name!r}; known rewards: {', '.join(sorted(known))}; "
                 "a function of your own goes into path"
+            )
+        if taken := sorted(GIVEN & set(reward.arguments)):
+            raise UserError(
+                f"{key}.rewards.{i}.arguments: {taken[0]} is what every call is given; call the argument "
+                "something else"
             )
         source = reward.path or known[str(reward.name)]
         label = reward.label or reward.name or label_of(str(reward.path))

@@ -88,14 +88,19 @@ def read_whole_lines(path: Path, *, max_bytes: int = MAX_LINE_BYTES) -> Iterator
             yield line[:-1]
 
 
-def parse_json(text: str | bytes, *, max_depth: int = MAX_DEPTH) -> Any:
+def parse_json(text: str | bytes, *, max_depth: int = MAX_DEPTH, refuse_repeats: bool = False) -> Any:
     """Parse a JSON document of bounded depth.
 
+    Args:
+        text: The document.
+        max_depth: Largest depth.
+        refuse_repeats: Whether an object may not give a name twice; otherwise the last one counts.
+
     Raises:
-        ValueError: It is not JSON, or nested deeper than ``max_depth``.
+        ValueError: It is not JSON, is nested deeper than ``max_depth``, or repeats a name.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_repeats if refuse_repeats else None)
     except RecursionError:
         raise _too_deep(max_depth) from None
     # Few documents have so many brackets at all; the others are looked through.
@@ -105,6 +110,15 @@ def parse_json(text: str | bytes, *, max_depth: int = MAX_DEPTH) -> Any:
     if num_brackets > max_depth and _is_deeper(value, max_depth):
         raise _too_deep(max_depth)
     return value
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {repeated!r} is given twice")
+    return found
 
 
 def _is_deeper(value: Any, depth: int) -> bool:

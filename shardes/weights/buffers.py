@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from shardes.backends.shard import Shard, ShardSpan
+from shardes.weights.pinned import pinned_zeros
 
 
 def buffer_name(shard: Shard, state: str | None) -> str:
@@ -34,15 +35,10 @@ class ShardedBuffers:
         on_host: bool,
         part_elements: int | None,
     ) -> None:
-        self.tensors = {
-            shard.name: torch.zeros(
-                shard.local.shape,
-                dtype=dtype,
-                device="cpu" if on_host else shard.local.device,
-                pin_memory=on_host,
-            )
-            for shard in shards
-        }
+        if on_host:
+            self.tensors = pinned_zeros({shard.name: shard.local.numel() for shard in shards}, dtype=dtype)
+        else:
+            self.tensors = {shard.name: torch.zeros_like(shard.local, dtype=dtype) for shard in shards}
         self._passing = torch.empty(part_elements, dtype=dtype, device=device) if part_elements else None
 
     def view(self, shard: Shard, span: ShardSpan) -> torch.Tensor:

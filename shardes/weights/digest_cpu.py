@@ -12,6 +12,7 @@ from shardes.noise.definition import (
     DIGEST_PARAM_FACTOR,
 )
 from shardes.noise.region import Region
+from shardes.utils.compiling import compile_kernel
 from shardes.utils.threads import split_over_threads
 
 u64 = np.uint64
@@ -28,7 +29,7 @@ def _mix(value):
     return value ^ (value >> u64(31))
 
 
-@nb.njit(nogil=True, cache=True, error_model="numpy")
+@compile_kernel
 def _digest(first, last, per_row, start, stride, length, bits, param):
     total = u64(0)
     for part in range(first, last):

@@ -21,6 +21,7 @@ from shardes.es.optimizers import Decay, Optimizer, PlainStep
 from shardes.es.update import Perturbation, Update
 from shardes.models.checkpoint import Checkpoint
 from shardes.noise import GAUSSIAN, NoiseKind, Region
+from shardes.utils.device import synchronize
 from shardes.utils.progress import progress
 from shardes.weights.buffers import ShardedBuffers, buffer_name
 from shardes.weights.digest import add_digest
@@ -181,7 +182,7 @@ class Weights:
         """
         shapes = {shard.name: shard.shape for shard in self.backend.shards}
         if self.backend.conversion is not None:
-            checkpoint.join(self.backend.conversion.join(checkpoint.tensors), shapes=shapes)
+            self.backend.conversion.apply(checkpoint, shapes=shapes)
         checkpoint.check_matches(shapes, aliases=self.backend.aliases)
 
     def read_buffers(self, buffers: ShardedBuffers, source: Source, *, state: str | None = None) -> None:
@@ -192,6 +193,7 @@ class Weights:
             source: File that has them under the names of ``buffer_name``.
             state: Name of the optimizer state; None for the masters.
         """
+        synchronize(self.backend.device)  # copies from host memory, which is written here, may be queued
         parts = list(self.spans(self.trained, most_elements=CHUNK_ELEMENTS))
         what = "loading weights" if state is None else f"loading the optimizer's {state}"
         for shard, span in progress(parts, what=what, total=len(parts), unit="parts"):
@@ -246,8 +248,7 @@ class Weights:
             states = self.state_buffers()
             for shard, span in self.spans(self.trained, most_elements=STEP_ELEMENTS):
                 self._step(shard, span, states, update, stats)
-        if self.backend.device.type == "cuda":
-            torch.cuda.synchronize(self.backend.device)  # the host may read the masters next
+        synchronize(self.backend.device)  # the host may read the masters next
         self.last_update = update
         self.version += 1
 

@@ -24,6 +24,7 @@ LIMITS = {
     "stage3_prefetch_bucket_size": 1,
     "stage3_allgather_sequential": True,
     "stage3_param_persistence_threshold": 10,
+    "overlap_comm": False,
 }
 
 
@@ -103,6 +104,7 @@ def test_autos_are_filled(tmp_path):
             "stage3_param_persistence_threshold": 100,
             "stage3_max_live_parameters": 70,
             "stage3_allgather_sequential": True,
+            "overlap_comm": False,
         },
         "steps_per_print": 10**9,
     }
@@ -266,3 +268,8 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
 def test_deepspeed_itself_is_not_needed_to_check_a_file(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert made(tmp_path, {"zero_optimization": {"stage": 3}})["zero_optimization"]["stage"] == 3
+
+
+def test_a_key_twice_is_refused(tmp_path):
+    message = refusal(tmp_path, '{"zero_optimization": {"stage": 3}, "zero_optimization": {"stage": 3}}')
+    assert "is not JSON: the name 'zero_optimization' is given twice" in message

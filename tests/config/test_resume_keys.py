@@ -14,6 +14,7 @@ FREE = [
     ("task.reward_timeout_seconds", 5.0),
     ("task.reward_workers", 0),
     ("task.reward_memory_bytes", None),
+    ("task.reward_isolation", "none"),
     ("model.path", "elsewhere"),
     ("model.trust_remote_code", True),
     ("run.dir", "other"),
@@ -43,6 +44,8 @@ FREE = [
     ("task.columns", {"numbers": "cards"}),  # what it makes of the rows is compared, as for the next two
     ("task.heldout_fraction", 0.5),
     ("task.split_seed", 1),
+    ("task.on_prompt_error", "exclude"),
+    ("task.date", "2024-07-26"),  # the one that prompts have is compared
 ]
 
 
@@ -53,6 +56,7 @@ BINDING = [
     ("rollout.micro_batch_size", 3),
     ("rollout.max_new_tokens", 6),
     ("rollout.stop", ["."]),
+    ("rollout.skip_special_tokens", False),
     ("rollout.temperature", 0.7),
     ("rollout.top_k", 5),
     ("rollout.top_p", 0.9),
@@ -88,7 +92,11 @@ BINDING = [
     ("task.template", "{{ numbers }}"),
     ("task.system", "Be brief."),
     ("task.on_reward_error", 0.0),
+    ("task.chat_template", "tool_use"),
+    ("task.template_arguments", {"enable_thinking": False}),
 ]
+# Of these, journals of older versions have none, so they are absent where they mean what those did.
+LATER = {"rollout.skip_special_tokens", "task.chat_template", "task.template_arguments"}
 
 
 # Keys without which a key would do nothing, and is refused.
@@ -122,7 +130,7 @@ def test_a_resume_may_change(resume_fingerprint, key, value):
 @pytest.mark.parametrize(("key", "value"), BINDING)
 def test_a_resume_may_not_change(resume_fingerprint, key, value):
     changed = resume_fingerprint(key, value, needed_for=key)
-    assert changed[key] != resume_fingerprint(needed_for=key)[key]
+    assert changed[key] != resume_fingerprint(needed_for=key).get(key)
 
 
 def test_every_key_is_known_to_be_free_or_binding(resume_fingerprint):
@@ -133,13 +141,14 @@ def test_every_key_is_known_to_be_free_or_binding(resume_fingerprint):
         "task.reward",  # by the user's own care
         "task.label_words",  # of tasks that the minimal configuration does not name; see below
         "rollout.members_per_forward",  # where it is not 1; see below
+        "rollout.cudnn_attention",  # where it is set; see below
         "rollout.engine",  # the journal says from where on a run has another, see tests/rollout/engines
         "rollout.kv_cache_gib",  # of another engine, as are the next two; see below
         "rollout.batch_invariant",
         "rollout.vllm",
     }
     others = {"task.label_words", "task.data sha256", "rollout.members_per_forward"}
-    assert set(resume_fingerprint()) == {key for key, _ in BINDING} | others
+    assert set(resume_fingerprint()) == {key for key, _ in BINDING} - LATER | others
 
 
 def test_memory_and_arguments_of_an_engine_are_free(resume_fingerprint):
@@ -160,6 +169,12 @@ def test_the_members_of_a_forward_bind_where_there_are_several(resume_fingerprin
     assert members(members_per_forward=4) == members(members_per_forward=4, gather="layer") == 4
     # What is still auto when a run begins has found memory for one.
     assert members(members_per_forward="auto") == 1
+
+
+def test_kernels_of_attention_bind_where_they_are_not_the_usual_ones(resume_fingerprint):
+    key = "rollout.cudnn_attention"
+    assert key not in resume_fingerprint(), "older journals do not have it"
+    assert resume_fingerprint(key, True)[key] is True
 
 
 def test_label_words_bind(resume_fingerprint):

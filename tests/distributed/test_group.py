@@ -11,19 +11,6 @@ from shardes.distributed.stop import Stop
 from shardes.errors import UserError
 
 
-def test_more_ranks_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    ranks = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
-    for name, value in (ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
-        monkeypatch.setenv(name, value)
-    with (
-        pytest.raises(UserError, match=r"has 1 GPU\(s\), but rank 1 is number 2 on it"),
-        process_group(timeout_seconds=1, always=False, stop=Stop(), stop_seconds=1),
-    ):
-        pass
-
-
 def test_ranks_that_do_not_know_their_gpu_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

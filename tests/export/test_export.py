@@ -119,7 +119,8 @@ def test_transformers_loads_the_very_model(runs, model_dirs, case, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
     assert model.dtype == getattr(torch, dtype)
-    assert json.loads((out / "config.json").read_text())["dtype"] == dtype
+    written = json.loads((out / "config.json").read_text())
+    assert (written["dtype"], written["torch_dtype"]) == (dtype, dtype)
     logits = logits_of(model, tokenizer)
     assert same_bits(logits, logits_of(session.backend.gathered(), tokenizer))
     base = AutoModelForCausalLM.from_pretrained(model_dirs[name, tied], dtype=dtype).eval()
@@ -199,12 +200,36 @@ def test_only_what_belongs_to_a_model_is_copied(run, model_dirs, tmp_path):
         "special_tokens_map.json": "{}",
         "merges.txt": "m",
         "modeling_x.py": "1",
+        "qwen.tiktoken": "q",
+        "tekken.json": "{}",
+        "vocab.bpe": "b",
+        "LICENSE": "l",
+        "additional_chat_templates/tool_use.jinja": "u",
     }
-    for name, text in (wanted | {"optimizer.pt": "x", "pytorch_model.bin": "x", "train.log": "x"}).items():
+    left_out = [
+        *(
+            "optimizer.pt",
+            "pytorch_model.bin",
+            "train.log",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ),
+        *(
+            "model.safetensors.index.json",
+            ".gitattributes",
+            "original/params.json",
+            "tokenizer/tokenizer.json",
+        ),
+        *("model.gguf", "trainer_state.json", "additional_chat_templates/notes.txt"),
+    ]
+    for name, text in (wanted | dict.fromkeys(left_out, "{}")).items():
+        (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_text(text)
     with open_session(make_config(tmp_path, model=model, run_dir=tmp_path / "run")) as session:
         export_model(session, tmp_path / "export", settings=SETTINGS, iteration=0)
-    names = {path.name for path in (tmp_path / "export").iterdir()}
+    out = tmp_path / "export"
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert all((out / name).read_text() == text for name, text in wanted.items())
     assert names == set(wanted) | {
         "README.md",
         "config.json",

@@ -8,6 +8,12 @@ def spread(prompts, completions, **columns):
     ]
 
 
+def spread_of_chats(prompts, completions, **columns):
+    """The same of answers that may be chat messages."""
+    texts = [each if isinstance(each, str) else each[0]["content"] for each in completions]
+    return spread(prompts, texts)
+
+
 def fragile(prompts, completions, **columns):
     """Raises on answers of even length, and is not a number for lengths that 3 divides."""
     values = []

@@ -127,7 +127,7 @@ def main():
     for raw in cases:
         config = parse_config(raw["config"], source="case")
         skeleton = skeleton_of(config)
-        oracles.append((*make_oracle(config, alone), _file_tensors(config, skeleton), skeleton))
+        oracles.append((*make_oracle(config, alone), _file_tensors(config), skeleton))
     with process_group(timeout_seconds=60, always=True, stop=Stop(), stop_seconds=60) as world:
         for raw, oracle in zip(cases, oracles, strict=True):
             model = raw["config"]["model"]

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from shardes.errors import UserError
 from shardes.models import checkpoint as checkpoint_module
+from shardes.models import headers
 from shardes.models.checkpoint import Checkpoint
 from shardes.noise import Region
 from tests.helpers.safetensors_files import write_index, write_raw, write_sharded
@@ -84,14 +85,14 @@ def test_a_long_read_is_cut_into_pieces(stored, monkeypatch):
     assert checkpoint.bytes_read == 400
 
 
-def test_a_single_file_needs_no_index_and_an_index_decides_which_files_are_read(tmp_path):
+def test_only_the_files_that_an_index_names_are_read(tmp_path):
     tensors = tensors_of(torch.float32)
-    save_file(tensors, tmp_path / "model.safetensors")
-    assert sorted(Checkpoint(tmp_path).tensors) == sorted(tensors)
+    save_file(tensors, tmp_path / "one.safetensors")
     (tmp_path / "other.safetensors").write_text("no weights at all")
-    with pytest.raises(UserError, match=r"other\.safetensors is not a safetensors file"):
-        Checkpoint(tmp_path)
-    write_index(tmp_path, dict.fromkeys(tensors, "model.safetensors"))
+    assert "There is one.safetensors, other.safetensors, which transformers does not load" in refusal(
+        tmp_path
+    )
+    write_index(tmp_path, dict.fromkeys(tensors, "one.safetensors"))
     assert sorted(Checkpoint(tmp_path).tensors) == sorted(tensors)
 
 
@@ -138,6 +139,8 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
     for length in range(len(data)):
         path.write_bytes(data[:length])
         assert "cut short" in refusal(tmp_path)
+    path.write_bytes(data + b"!")
+    assert "has 1 bytes that belong to no tensor" in refusal(tmp_path)
     path.write_bytes(data)
     assert len(Checkpoint(tmp_path).tensors) == 3
 
@@ -159,8 +162,16 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         {"a": ENTRY | {"shape": [3]}},
         {"a": ENTRY | {"data_offsets": [8, 0]}},
         {"a": ENTRY | {"data_offsets": [-8, 0]}},
+        {"a": ENTRY | {"shape": [2**40, 2**40]}},
+        {
+            "a": ENTRY | {"shape": [0], "data_offsets": [0, 0]},
+            "b": ENTRY | {"shape": [1], "data_offsets": [4, 8]},
+        },
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+        b'"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+        b'{"a":' + b"[" * 100_000,
     ],
-    ids=str,
+    ids=lambda header: str(header)[:40],
 )
 def test_a_garbage_header_is_refused(tmp_path, header):
     write_raw(tmp_path / "model.safetensors", header, bytes(8))
@@ -181,10 +192,13 @@ def test_the_plain_header_of_those_cases_is_accepted(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["I8", "I32", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F4"])
 def test_integers_and_quantised_weights_are_refused(tmp_path, dtype):
-    write_raw(tmp_path / "model.safetensors", {"a.qweight": ENTRY | {"dtype": dtype}}, bytes(8))
-    message = refusal(tmp_path)
-    assert f"a.qweight is stored as {dtype}; wanted one of ['BF16', 'F16', 'F32', 'F64']" in message
-    assert "unquantised" in message
+    num_bytes = 4 if dtype == "F4" else 4 * headers.ANY_DTYPES[dtype].itemsize
+    entry = {"dtype": dtype, "shape": [4], "data_offsets": [0, num_bytes]}
+    write_raw(tmp_path / "model.safetensors", {"a.qweight": entry}, bytes(num_bytes))
+    with pytest.raises(UserError) as caught:
+        Checkpoint(tmp_path).check_matches({"a.weight": (4,)}, aliases=set())
+    assert f"a.qweight is stored as {dtype}; wanted one of ['BF16', 'F16', 'F32', 'F64']" in str(caught.value)
+    assert "unquantised" in str(caught.value)
 
 
 def test_an_index_that_names_a_missing_file_is_refused(tmp_path):
@@ -197,7 +211,7 @@ def test_an_index_that_names_a_missing_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}'])
 def test_a_garbage_index_is_refused(tmp_path, text):
-    save_file(tensors_of(torch.float32), tmp_path / "model.safetensors")
+    save_file(tensors_of(torch.float32), tmp_path / "model-00001-of-00001.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(text)
     assert "model.safetensors.index.json" in refusal(tmp_path)
 
@@ -205,7 +219,7 @@ def test_a_garbage_index_is_refused(tmp_path, text):
 @pytest.fixture
 def small(tmp_path):
     save_file(
-        {"a": torch.zeros(2, 3), "b": torch.zeros(4), "tied": torch.zeros(4)}, tmp_path / "m.safetensors"
+        {"a": torch.zeros(2, 3), "b": torch.zeros(4), "tied": torch.zeros(4)}, tmp_path / "model.safetensors"
     )
     return Checkpoint(tmp_path)
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import logging
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -15,7 +17,7 @@ import pytest
 
 from shardes.config.schema import TaskConfig
 from shardes.errors import UserError
-from shardes.rewards import pool
+from shardes.rewards import crew, isolation, output
 from shardes.rewards.fork_server import HEADER
 from shardes.rewards.pool import InProcessRewards, RewardProcessPool, make_reward_runner
 from shardes.rewards.processes import ForkServer
@@ -28,6 +30,10 @@ OBEY = Component("obey", hostile_rewards.obey)
 LATER = Component("later", hostile_rewards.obey_later)
 LENGTH = Component("length", "tests/helpers/hostile_rewards.py:length")
 PID = Component("pid", hostile_rewards.pid)
+SURROUNDINGS = Component("surroundings", hostile_rewards.surroundings)
+PROCESSES = Component("processes", hostile_rewards.processes)
+NUMBER = Component("number", hostile_rewards.number)
+COLUMNS = Component("columns", hostile_rewards.num_columns)
 MEET = Component("meet", hostile_rewards.meet)
 LIMIT = 2.0
 
@@ -38,12 +44,13 @@ def answers(*completions):
     )
 
 
-def sandbox(*components, timeout_seconds=LIMIT, max_workers=16, memory_bytes=None):
+def sandbox(*components, timeout_seconds=LIMIT, max_workers=16, memory_bytes=None, may_isolate=False):
     return RewardProcessPool(
         components or [OBEY],
         timeout_seconds=timeout_seconds,
         max_workers=max_workers,
         memory_bytes=memory_bytes,
+        may_isolate=may_isolate,
     )
 
 
@@ -58,7 +65,7 @@ def judged(rewards, *completions, component=OBEY):
 def forged(values, has_failed=(False,), first_failure=None):
     """Return the command that has a worker reply this for one answer."""
     parts = {"components": {"obey": values}, "has_failed": has_failed, "first_failure": first_failure}
-    return f"forge:{json.dumps(parts)}"
+    return "forge:" + json.dumps(parts | {"id": "ID"}).replace('"ID"', "ID")
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +110,10 @@ def test_a_reward_runs_in_another_process_which_is_kept(rewards):
         ("crash", "the reward ended its process (signal 11)"),
         ("fill:4000000000", "MemoryError"),
         ("raise:no such key", "LookupError: no such key"),
-        ("forge:{}", "the reward broke its process (KeyError: 'components')"),
-        ("forge:[]", "the reward broke its process (TypeError"),
+        ('forge:{"id": ID}', "the reward broke its process (KeyError: 'components')"),
+        ("forge:{}", "the reward broke its process (ValueError: a reply to nothing that was asked)"),
+        ("forge:[]", "the reward broke its process (ValueError: a reply to nothing that was asked)"),
+        ('forge:{"id": 1000000}', "the reward broke its process (ValueError: a reply to nothing that was a"),
         ("forge:not json", "the reward broke its process (JSONDecodeError"),
         (forged([]), "the reward broke its process (ValueError: a reply of the wrong size)"),
         (
@@ -134,6 +143,228 @@ def test_an_answer_that_hangs_fails_alone_and_its_process_is_replaced(rewards, c
     assert judged(rewards, "ab")[0] == [2.0]
 
 
+@pytest.fixture(scope="module", params=["auto", "none"])
+def one_worker(request):
+    """Rewards in one process at a time, so that every call follows the one before in it, or replaces it."""
+    config = TaskConfig(
+        data="d", reward="m:f", reward_workers=1, reward_timeout_seconds=20, reward_isolation=request.param
+    )
+    task = Task("t", [{}], [], lambda row: "p", (OBEY, LATER, SURROUNDINGS))
+    with make_reward_runner(config, [task]) as rewards:
+        yield rewards
+
+
+@pytest.mark.parametrize("component", [OBEY, LATER])
+def test_a_child_never_answers(one_worker, component):
+    commands = ["fork:exit", "fork:return", "fork:raise", "fork:linger", "abc"]
+    wanted = [3.0, 0.0, 1.0, 6.0, 3.0]
+    for _ in range(2):
+        assert judged(one_worker, *commands, component=component) == (wanted, None)
+    for length in range(1, 20):  # the last child may still live, and what it says must not be taken for ours
+        assert judged(one_worker, "x" * length, component=component) == ([float(length)], None)
+
+
+LEAVINGS = ["alarm", "alarm by a number", "raising alarm", "pending", "handlers", "surroundings"]
+LEAVINGS += ["guard", "files", "streams", "no stream"]
+if os.geteuid() == 0:
+    LEAVINGS.append("user")
+WITH_PROCESSES = ["thread", "process=PATH", "daemon=PATH"]
+
+
+@pytest.mark.parametrize(
+    ("one_worker", "what"),
+    [("auto", what) for what in LEAVINGS + WITH_PROCESSES] + [("none", what) for what in WITH_PROCESSES],
+    indirect=["one_worker"],
+)
+def test_what_a_call_leaves_behind_does_not_reach_the_next(one_worker, what, tmp_path):
+    path = tmp_path / "pid"
+    before = judged(one_worker, "a", component=SURROUNDINGS)
+    command = "leave:" + what.replace("PATH", str(path))
+    assert judged(one_worker, command) == ([float(len(command))], None)
+    assert judged(one_worker, "sleep:0.1", "b") == ([9.0, 1.0], None)
+    assert judged(one_worker, command) == ([float(len(command))], None)
+    assert judged(one_worker, "a", component=SURROUNDINGS) == before
+    # Nor the next reward of the same answers.
+    (future,) = one_worker.submit([OBEY, SURROUNDINGS], [answers(command)])
+    if what not in ("thread", "user", "files", "streams", "no stream"):
+        assert future.result(60).components["surroundings"] == before[0]
+    wait_until(lambda: not is_open(path))
+
+
+def test_a_process_whose_memory_is_full_is_replaced(rewards):
+    assert judged(rewards, "leave:memory")[0] == [None]
+    assert judged(rewards, "fill:700000000") == ([700000000.0], None)
+
+
+def is_open(path):
+    """Return True if a process has a file open."""
+    with contextlib.suppress(OSError):
+        for link in Path("/proc").glob("[0-9]*/fd/*"):
+            with contextlib.suppress(OSError):
+                if link.readlink() == path:
+                    return True
+    return False
+
+
+def test_a_worker_that_ended_unasked_costs_no_answer(one_worker):
+    assert judged(one_worker, "ab")[0] == [2.0]
+    for worker in one_worker._crew._idle:
+        os.kill(worker.pid, signal.SIGKILL)
+        wait_until(worker.reader.at_eof)
+    assert judged(one_worker, "abc") == ([3.0], None)
+
+
+def test_a_worker_sees_its_own_processes_alone_or_the_log_says_why_not(caplog):
+    caplog.set_level(logging.INFO)
+    with sandbox(PROCESSES, OBEY, may_isolate=True, timeout_seconds=1) as rewards:
+        (num_seen,), _ = judged(rewards, "a", component=PROCESSES)
+        if isolation.why_not_isolated() is not None:
+            assert "which see those of this machine (" in caplog.text
+            pytest.skip("the kernel does not allow it")
+        assert "which see no others" in caplog.text
+        assert num_seen == 2  # the one that waits for the worker, and the worker
+        assert judged(rewards, "kill template", "ab")[0] == [None, 2.0]  # it lives on
+        assert judged(rewards, "crash", "exit:9")[1] == "the reward ended its process (signal 11)"
+        assert judged(rewards, "exit:9")[1] == "the reward ended its process (exit status 9)"
+    with sandbox(PROCESSES) as rewards:
+        assert judged(rewards, "a", component=PROCESSES)[0][0] > 2
+
+
+@pytest.mark.parametrize(
+    ("refused", "words"), [("unshare", "unshare: not here"), ("mount", "/proc: not here")]
+)
+def test_a_kernel_that_does_not_allow_it_is_quoted(monkeypatch, refused, words):
+    def call(name, *arguments):
+        if name == refused:
+            raise OSError(1, "not here")
+
+    monkeypatch.setattr(isolation, "_call", call)
+    monkeypatch.setattr(isolation, "_has_capabilities", lambda: True)
+    assert isolation.why_not_isolated() == words
+
+
+AS_NOBODY = """
+import ctypes, os, sys
+from pathlib import Path
+from shardes.rewards.isolation import run_isolated, why_not_isolated
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE, as it is after a login
+if (obstacle := why_not_isolated()) is not None:
+    print(obstacle)
+    sys.exit(7)
+def work():
+    rights = Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0]
+    print(os.getuid(), os.getgid(), os.getpid(), rights, flush=True)
+    os._exit(3)
+run_isolated(work, close=lambda: None)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_user_without_rights_is_isolated_and_gets_none():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", AS_NOBODY]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    if result.returncode == 7:
+        pytest.skip(result.stdout)
+    assert (result.returncode, result.stdout) == (3, "65534 65534 2 0000000000000000\n"), result.stderr
+
+
+@pytest.mark.parametrize("may_isolate", [True, False])
+def test_a_killed_reward_leaves_no_semaphores(may_isolate, tmp_path):
+    before = set(Path("/dev/shm").iterdir())
+    path = tmp_path / "made"
+    with sandbox(may_isolate=may_isolate, timeout_seconds=60) as rewards:
+        (future,) = rewards.submit([OBEY], [answers(f"semaphores:{path}")])
+        wait_until(path.exists)
+        left = set(Path("/dev/shm").iterdir()) - before
+        assert {each.name.split("_")[0].split("-")[0] for each in left} == {"sem.mp", "psm"}
+        future.cancel()
+    assert not any(each.exists() for each in left)
+
+
+def test_what_rewards_print_is_cut(capfd):
+    with sandbox(timeout_seconds=60) as rewards:
+        assert judged(rewards, "print:first\n", "flood:30000000", "print:last\n")[1] is None
+    printed = capfd.readouterr().err
+    assert printed.startswith("first\nxxx")
+    assert 60_000 < len(printed) < 70_000
+    assert "\n[rewards printed more than 65536 bytes at once; what follows is cut]\n" in printed
+    cut = int(re.search(r"\[(\d+) bytes that rewards printed were cut\]\n$", printed)[1])
+    assert cut + printed.count("x" * 63 + "\n") * 64 == (30_000_000 >> 16 << 16) + len("last\n")
+
+
+def test_a_log_goes_on_after_a_cut(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(output.time, "monotonic", lambda: now)
+    with (tmp_path / "log").open("wb") as file:
+        log = output.LimitedLog(file.fileno(), max_bytes=100, bytes_per_second=10)
+        log.write(b"a" * 60 + b"\n")
+        log.write(b"b" * 30 + b"\n" + b"c" * 30)  # the line that is cut is left out as a whole
+        log.write(b"d" * 10)
+        now = 4.0
+        log.write(b"e" * 10)
+        now = 60.0
+        log.write(b"f" * 10)
+        log.close()
+    lines = (tmp_path / "log").read_text().splitlines()
+    cut = ["", "[rewards printed more than 100 bytes at once; what follows is cut]"]
+    assert lines == ["a" * 60, "b" * 30, *cut, "[50 bytes that rewards printed were cut]", "f" * 10]
+
+
+REWARD_FILE = """
+from concurrent.futures import ProcessPoolExecutor
+import multiprocessing
+import neighbour
+
+def spawned(completions, **kwargs):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(double, completions))
+
+def forked(completions, **kwargs):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(double, completions))
+
+def double(text):
+    return float(neighbour.double(len(text)))
+"""
+
+
+def test_rewards_of_a_file_use_their_neighbours_and_processes_of_their_own(tmp_path):
+    (tmp_path / "neighbour.py").write_text("def double(n):\n    return 2 * n\n")
+    (tmp_path / "in_a_pool.py").write_text(REWARD_FILE)
+    parts = [Component(name, f"{tmp_path}/in_a_pool.py:{name}") for name in ("spawned", "forked")]
+    with sandbox(*parts, may_isolate=True, timeout_seconds=60) as rewards:
+        workers = list(rewards._crew._idle)
+        (future,) = rewards.submit(parts, [answers("a", "bc")])
+        output = future.result(60)
+        assert output.components == {"spawned": [2.0, 4.0], "forked": [2.0, 4.0]}, output.first_failure
+        assert rewards._crew._idle == workers  # nothing was left behind
+
+
+class Picture:
+    """A large object, which must not be sent to another process."""
+
+    def __reduce__(self):
+        raise TypeError("it was sent")
+
+
+def test_columns_that_no_reward_looks_at_are_not_sent():
+    rows = [{"picture": Picture(), "n": 3}, {"picture": Picture(), "n": 4}]
+    batch = RewardBatch.of(rows, ["p", "p"], ["a", "b"], [[], []])
+    with sandbox(NUMBER, LENGTH) as rewards:
+        (future,) = rewards.submit([NUMBER, LENGTH], [batch])
+        assert future.result(60).components == {"number": [3.0, 4.0], "length": [1.0, 1.0]}
+        assert batch.columns["picture"][0] is rows[0]["picture"]
+    with sandbox(NUMBER, COLUMNS) as rewards:
+        (future,) = rewards.submit([NUMBER, COLUMNS], [batch])
+        assert "it was sent" in future.result(60).first_failure
+        (future,) = rewards.submit([COLUMNS], [RewardBatch.of([{"n": 1, "m": 2}], ["p"], ["a"], [[]])])
+        assert future.result(60).components == {"columns": [2.0]}
+
+
 def test_many_that_hang_do_so_at_the_same_time(rewards):
     start = time.monotonic()
     batches = [answers("hang", *("x" * n for n in range(1, 5))) for _ in range(8)]
@@ -156,7 +387,7 @@ def test_a_call_may_take_its_whole_limit(rewards):
 
 
 def test_processes_grow_in_number_while_answers_wait(monkeypatch):
-    monkeypatch.setattr(pool, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(crew, "PATIENCE_SECONDS", 0.01)
     with sandbox(OBEY, PID, timeout_seconds=30, max_workers=3) as rewards:
         slow = rewards.submit([OBEY, PID], [answers("sleep:0.5")] * 6)
         pids = {future.result(60).components["pid"][0] for future in slow}
@@ -178,7 +409,7 @@ def test_killing_the_template_costs_no_innocent_answer(rewards):
 def test_when_the_template_dies_so_do_its_workers_and_others_take_over():
     with sandbox(OBEY, PID, timeout_seconds=60) as rewards:
         (first,), _ = judged(rewards, "a", component=PID)
-        os.kill(rewards._fork_server._process.pid, signal.SIGKILL)
+        os.kill(rewards._crew._fork_server._process.pid, signal.SIGKILL)
         wait_until(lambda: not is_alive(int(first)))
         (second,), _ = judged(rewards, "a", component=PID)
         assert second is not None  # it is not this call's fault
@@ -211,7 +442,7 @@ def test_what_a_reward_prints_goes_to_standard_error(capfd):
     ],
 )
 def test_a_reward_that_cannot_be_imported_is_refused(tmp_path, monkeypatch, text, words):
-    monkeypatch.setattr(pool, "IMPORT_SECONDS", 0.5)
+    monkeypatch.setattr(crew, "IMPORT_SECONDS", 0.5)
     path = tmp_path / "reward.py"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
@@ -241,7 +472,7 @@ parts = [Component("pid", hostile_rewards.pid), Component("obey", hostile_reward
 rewards = RewardProcessPool(parts, timeout_seconds=1000, max_workers=3, memory_bytes=None)
 one = lambda text: [RewardBatch.of([{}], ["p"], [text], [[]])]
 (future,) = rewards.submit(parts[:1], one("a"))
-print(int(future.result().components["pid"][0]), rewards._fork_server._process.pid)
+print(int(future.result().components["pid"][0]), rewards._crew._fork_server._process.pid)
 sys.stdout.flush()
 rewards.submit(parts[1:], one("hang"))
 time.sleep(1000)
@@ -270,7 +501,7 @@ main(int(sys.argv[1]), 0, os.getppid())
 def test_a_process_whose_reply_nobody_reads_ends_in_silence():
     with contextlib.closing(ForkServer(None)) as template:
         pid, connection = template.fork()
-        setup = pickle.dumps([])
+        setup = pickle.dumps((1, []))
         connection.sendall(HEADER.pack(len(setup)) + setup)
         connection.recv(1, socket.MSG_PEEK)
         connection.close()  # what is left unread is reported to the other end, as an error

@@ -1,7 +1,9 @@
 """Rewards: where they are found, how they are called, how they add up, and what a failing one costs."""
 
 import asyncio
+import functools
 import math
+import os
 import sys
 from decimal import Decimal
 from fractions import Fraction
@@ -13,10 +15,14 @@ import torch
 from shardes.config.schema import ProblemSetConfig
 from shardes.errors import UserError
 from shardes.es.member import MemberResult, apply_reward_error_policy, member_rewards
+from shardes.rewards import worker
+from shardes.rewards.importing import import_function, import_functions, reference_of
 from shardes.rewards.pool import InProcessRewards
 from shardes.rewards.scorer import Scorer
-from shardes.rewards.worker import RewardBatch, import_function, reference_of
+from shardes.rewards.signature import Signature
+from shardes.rewards.worker import RewardBatch
 from shardes.tasks.base import Component, Task, TaskDefinition
+from shardes.tasks.builtin.matching import exact_match_reward, regex_reward
 from shardes.tasks.rewards import components
 
 
@@ -42,6 +48,62 @@ def f(prompts, completions):
     assert import_function("found_by_name:f")([], []) == [8]
     assert import_function("found_by_file.py:f")([], []) == [7]
     assert import_function("math:sqrt") is math.sqrt
+
+
+@pytest.fixture
+def clean_imports(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def test_a_file_with_several_rewards_is_executed_once(tmp_path, monkeypatch, clean_imports):
+    text = """import os, pickle
+COUNT = []
+COUNT.append(None)
+def f(prompts, completions):
+    return [len(COUNT)]
+def g(prompts, completions):
+    COUNT.append(None)
+    return [pickle.loads(pickle.dumps(f)) is f]
+"""
+    write_module(tmp_path, "two_in_one", text)
+    (tmp_path / "link.py").symlink_to(tmp_path / "two_in_one.py")
+    monkeypatch.chdir(tmp_path)
+    references = [f"{tmp_path}/two_in_one.py:g", "two_in_one.py:f", "two_in_one:f", "link.py:f"]
+    g, *all_f = import_functions(references)
+    assert len(set(all_f)) == 1
+    assert g([], []) == [True]
+    assert [f([], []) for f in all_f] == [[2]] * 3
+    # Another time, what the file is by then.
+    write_module(tmp_path, "two_in_one", "def f(prompts, completions):\n    return [70]")
+    assert import_function("two_in_one.py:f")([], []) == [70]
+
+
+def test_a_reward_can_import_its_neighbours(tmp_path, monkeypatch, clean_imports):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_module(tmp_path / name, "common", f"NAME = {name!r}\n")
+        text = "import common\ndef f(prompts, completions):\n    return [common.NAME]\n"
+        write_module(tmp_path / name, "reward", text)
+    write_module(tmp_path / "b", "random", "from reward import f\n")  # Python has one of that name
+    found = import_functions([f"{tmp_path}/{name}.py:f" for name in ("a/reward", "b/reward", "b/random")])
+    assert [f([], [])[0] for f in found] == ["a", "b", "b"]
+    assert len({sys.modules[f.__module__] for f in found[:2]}) == 2  # so that processes find each
+    import random
+
+    assert random.__file__ != f"{tmp_path}/b/random.py"
+    assert sys.path[0] == str(tmp_path / "b")
+
+
+def test_a_module_that_fails_is_not_kept(tmp_path, clean_imports):
+    path = write_module(tmp_path, "fails_at_first", "raise RuntimeError('at first')")
+    with pytest.raises(ValueError, match="at first"):
+        import_function(f"{path}:f")
+    write_module(tmp_path, "fails_at_first", "def f(completions):\n    return [1.0]")
+    assert import_function(f"{path}:f")([]) == [1.0]
 
 
 def test_a_reward_that_does_not_exist_is_refused(tmp_path):
@@ -220,6 +282,150 @@ def test_arguments_of_the_configuration_are_passed_on():
 
     component = Component("r", reward, arguments={"pattern": "ab", "scale": 0.5})
     assert scores_of([component], ["abab", "b"])[0].values == [1.0, 0.0]
+
+
+def test_an_argument_counts_more_than_the_column_of_its_name():
+    def reward(completions, answer, **columns):
+        return [answer + columns.get("hint", [0])[0]] * len(completions)
+
+    rows = [{"prompt": "p", "answer": "a", "hint": 4}, {"prompt": "q", "answer": "b"}]
+    component = Component("r", reward, arguments={"answer": 3})
+    assert scores_of([component], ["x", "y"], rows=rows)[0].values == [7.0, 7.0]
+    for arguments, values in (({}, [0.0, 1.0]), ({"answer": "A"}, [1.0, 0.0]), ({"answer": "B"}, [0.0, 1.0])):
+        built_in = Component("exact_match", exact_match_reward, arguments=arguments)
+        assert scores_of([built_in], ["a", "b"], rows=rows[1:] * 2)[0].values == values
+    pattern = Component("regex", regex_reward, arguments={"pattern": "x+"})
+    assert scores_of([pattern], ["xx", "y"], rows=[{"prompt": "p", "pattern": "y"}] * 2)[0].values == [
+        1.0,
+        0.0,
+    ]
+
+
+def test_arguments_that_no_call_can_have_are_refused():
+    def reward(completions, limit=1):
+        return [1.0]
+
+    with pytest.raises(
+        UserError, match=r"reward 'r': arguments: the function has no parameter 'limits'; it has"
+    ):
+        InProcessRewards([Component("r", reward, arguments={"limits": 2})])
+    with pytest.raises(UserError, match=r"^eval\.sets\.x\.rewards\.0\.arguments: completions is what every"):
+        of_config(rewards=[{"path": "m:f", "arguments": {"completions": []}}])
+
+
+def test_an_async_reward_runs_where_a_loop_runs_already():
+    loops = []
+
+    async def reward(completions):
+        await asyncio.sleep(0)
+        loops.append(asyncio.get_running_loop())
+        return [len(text) for text in completions]
+
+    task = Task("t", [{}], [], lambda row: "p", (Component("r", reward),))
+    runner = InProcessRewards(task.rewards)
+    batch = RewardBatch.of([{}] * 2, ["p"] * 2, ["a", "bc"], [[]] * 2)
+
+    def judged():
+        (future,) = runner.submit(task.rewards, [batch])
+        return future.result().components["r"]
+
+    async def notebook():
+        return judged()
+
+    assert [judged(), asyncio.run(notebook()), judged()] == [[1.0, 2.0]] * 3
+    assert len(set(loops)) == 1  # what it keeps open stays usable
+
+
+def test_what_coroutines_leave_behind_does_not_reach_the_next_call(monkeypatch):
+    monkeypatch.setattr(worker, "_CANCEL_SECONDS", 0.02)
+    reached, tasks = [], []
+
+    async def later(*, is_stubborn):
+        try:
+            await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            if not is_stubborn:
+                raise
+            await asyncio.sleep(0.1)
+        reached.append(is_stubborn)
+        raise SystemExit(3)
+
+    async def reward(completions, leaves):
+        if leaves == ["exit"]:
+            raise SystemExit(3)
+        tasks.append(asyncio.ensure_future(later(is_stubborn=leaves == ["stubborn"])))
+        await asyncio.sleep(0)
+        return [1.0]
+
+    component = Component("r", reward)
+    runner = InProcessRewards([component])
+    for leaves, failures in (("a task", 0), ("exit", 1), ("stubborn", 0), ("a task", 0)):
+        batch = RewardBatch.of([{"leaves": leaves}], ["p"], ["a"], [[]])
+        (future,) = runner.submit([component], [batch])
+        assert future.result().num_failures == failures
+    assert not reached
+
+
+@pytest.mark.parametrize("name", ["sync", "async"])
+def test_a_child_that_comes_back_does_not_go_on_as_this_process(name, tmp_path):
+    path = tmp_path / "children"
+
+    def forks(completions):
+        if os.fork() == 0:
+            with path.open("a") as file:
+                file.write("x")
+            return [1.0]
+        return [float(os.waitstatus_to_exitcode(os.wait()[1]))]
+
+    async def forks_later(completions):
+        return forks(completions)
+
+    process = os.getpid()
+    try:
+        assert score({"sync": forks, "async": forks_later}[name], ["a"])[0] == [0.0]
+    finally:
+        if os.getpid() != process:
+            os._exit(77)
+    assert path.read_text() == "x"
+
+
+def unread(completions, answer, **kwargs):
+    return [len(kwargs_) for kwargs_ in answer]
+
+
+def read(completions, **kwargs):
+    return [float(len(v)) for v in kwargs.values()]
+
+
+def closed_over(completions, **kwargs):
+    return [sum(kwargs[key] for key in ("a",))]
+
+
+def local_names(completions, **kwargs):
+    return [len(locals())]
+
+
+@functools.wraps(unread)
+def wrapping(*args, **kwargs):
+    return unread(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("function", "columns"),
+    [
+        (unread, {"answer", "completions"}),
+        (read, None),
+        (closed_over, None),
+        (local_names, None),
+        (wrapping, None),
+        (functools.partial(unread), None),
+        (lambda completions, answer: [1.0], {"answer", "completions"}),
+        (exact_match_reward, {"answer"}),
+        (regex_reward, {"prompts", "completions", "pattern"}),
+    ],
+)
+def test_columns_that_a_reward_does_not_look_at_are_known(function, columns):
+    assert Signature.of(function).columns == columns
 
 
 def test_coroutines_are_awaited_together():

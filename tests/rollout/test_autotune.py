@@ -64,6 +64,11 @@ def test_the_size_is_halved_until_it_fits(tmp_path, model, memory, caplog, most,
     assert f"rollout.micro_batch_size: auto is {wanted}" in caplog.text
 
 
+def test_without_a_size_a_cpu_has_its_own(tmp_path, model):
+    changes = {"rollout__micro_batch_size": None, "eval__every": 0, "es__iterations": 1}
+    assert train(make_config(tmp_path, model=model, run_dir=tmp_path / "run", **changes)) == 32
+
+
 def test_where_too_much_memory_ends_the_process_a_formula_is_asked(tmp_path, model, monkeypatch):
     of_four = []
 

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from shardes.distributed.group import Group, Mesh
-from shardes.errors import UserError
 from shardes.es.update import Perturbation
 from shardes.models.build import load_tokenizer
-from shardes.rollout.batching import compose, tokenize
+from shardes.rollout.batching import compose
 from shardes.rollout.build import make_evaluator
 from shardes.session import open_session
 from shardes.tasks.base import Component, Task
@@ -22,6 +21,7 @@ from shardes.tasks.loading import load_task
 from tests.helpers.evaluators import evaluate_member, make_evaluator_of, start_member
 from tests.helpers.models import make_config, tiny_model
 from tests.helpers.rewards import spread
+from tests.helpers.tokenizers import CHAT, VOCABULARY, sentence_pieces
 
 PAD = 0
 
@@ -67,20 +67,6 @@ def model_dirs(tmp_path_factory):
         "qwen2": tiny_model(root / "qwen2", tied=True, seed=0),
         "llama": tiny_model(root / "llama", tied=False, architecture="llama", seed=1),
     }
-
-
-def test_prompts_become_tokens_by_the_tokenizer_and_its_template(model_dirs):
-    tokenizer = load_tokenizer(model_dirs["qwen2"], trust_remote_code=False)
-    assert tokenize("3+7=", tokenizer) == tokenizer("3+7=")["input_ids"]
-    chat = [{"role": "user", "content": "3+"}, {"role": "user", "content": "7"}]
-    with pytest.raises(UserError, match="no chat template"):
-        tokenize(chat, tokenizer)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
-    )
-    assert tokenize(chat, tokenizer) == tokenize("3+7=", tokenizer)
-    with pytest.raises(UserError, match="has no tokens"):
-        tokenize("", tokenizer)
 
 
 ROWS = [{"prompt": f"{i}" + "+7" * ((5 * i) % 4) + "=", "n": i} for i in range(11)]
@@ -290,3 +276,47 @@ def test_where_ranks_share_batches_all_answer_the_same_and_the_first_scores(sess
     assert all((one is None) != (other is None) for one, other in zip(*parts, strict=True))
     assert [one if other is None else other for one, other in zip(*parts, strict=True)] == whole.rewards
     assert [len(seen[rank, 4][1]) for rank in range(4)] == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_rewards_see_what_the_template_opened_and_special_tokens_if_asked(tmp_path, skips):
+    template = CHAT.replace("assistant\n", "assistant\n<think>\n")
+    model_dir = tiny_model(
+        tmp_path / "model", tied=False, architecture="llama", vocab_size=len(VOCABULARY), seed=3
+    )
+    tokenizer = sentence_pieces(legacy=False, chat_template=template, eos_token="<|im_end|>")
+    tokenizer.save_pretrained(model_dir)
+    (model_dir / "generation_config.json").write_text('{"eos_token_id": [1, 4, 13]}')
+    changes = {"rollout__skip_special_tokens": skips, "rollout__max_new_tokens": 24}
+    config = make_config(tmp_path, model=model_dir, run_dir=tmp_path / "run", **changes)
+    asked = [[{"role": "user", "content": "the film " * (i % 4)}] for i in range(6)]
+    rows = [{"prompt": asked[i // 2] if i % 2 else "the " * i + "film", "n": i} for i in range(12)]
+    seen = {}
+
+    def reward(prompts, completions, n):
+        texts = [each if isinstance(each, str) else each[0]["content"] for each in completions]
+        seen.update(zip(n, texts, strict=True))
+        return [0.0 for _ in n]
+
+    task = Task("test", rows, [], lambda row: row["prompt"], (Component("own", reward),))
+    with open_session(config) as session:
+        evaluator, *_ = make_evaluator(session, task)
+        evaluator.begin(evaluator.prepare(rows, iteration=0))
+        evaluator.evaluate_centre(evaluator.prepare(rows, iteration=0), group=session.mesh.world)
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    num_special = 0
+    for row in rows:
+        prompt, start = row["prompt"], ""
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt).input_ids
+        else:
+            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            ids, start = tokenizer(text, add_special_tokens=False).input_ids, "<think>\n"
+        output = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24)[
+            0, len(ids) :
+        ].tolist()
+        if not skips and output[-1] in (1, 4, 13):
+            output.pop()
+        assert seen[row["n"]] == start + tokenizer.decode(output, skip_special_tokens=skips)
+        num_special += any(token in tokenizer.all_special_ids for token in output[:-1])
+    assert num_special > 0, "there was something to leave out"

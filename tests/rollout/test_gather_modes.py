@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import GPT2Config, LlamaConfig
 
 from shardes.distributed.group import Group, Mesh
@@ -32,6 +33,16 @@ CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocato
         (CPU_ERROR, True),
         (MemoryError(), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        # Of graphs, modules and kernels, which are no tensors.
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be", 2), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (dist.DistBackendError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("[Errno 12] Cannot allocate memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("out of resource: shared memory, Required: 300000"), False),
         (RuntimeError("shape mismatch"), False),
         (ValueError("can't allocate memory"), False),
     ],
@@ -73,6 +84,11 @@ def test_generating_needs_the_cache_at_least():
     need = generation_bytes(llama, rows=7, length=50, dtype=torch.bfloat16)
     assert need > cache
     assert generation_bytes(llama, rows=14, length=50, dtype=torch.bfloat16) == 2 * need
+    # An answer's tokens are computed one by one: only the prompts' activations are there at the same time.
+    inner = llama.intermediate_size
+    saved = 7 * 30 * (4 * llama.hidden_size + 3 * inner) * torch.bfloat16.itemsize
+    prompts = generation_bytes(llama, rows=7, length=50, dtype=torch.bfloat16, prompt_length=20)
+    assert need - prompts == saved
     assert generation_bytes(GPT2Config(), rows=1, length=1, dtype=torch.float32) > 0
 
 
@@ -106,6 +122,13 @@ def make_modes(monkeypatch, *, free, wanted="auto", mesh=None, trained=2, **attr
     return backend, GatherModeSelector(
         wanted, is_batched=False, backend=backend, weights=weights, mesh=mesh or Mesh(WORLD, WORLD)
     )
+
+
+@pytest.mark.parametrize(("free", "wanted"), [(450, "iteration"), (449, "member")])
+def test_of_an_accelerators_memory_some_is_left(monkeypatch, free, wanted):
+    two_gib = 2 * 2**30
+    _, chosen = make_modes(monkeypatch, free=two_gib + free, device=torch.device("cuda"))
+    assert chosen._fastest_that_fits(50) == wanted
 
 
 @pytest.mark.parametrize(

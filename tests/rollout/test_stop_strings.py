@@ -11,6 +11,7 @@ from shardes.models.build import load_tokenizer
 from shardes.rollout.stop_strings import TOKENS_PER_WINDOW, GrowingAnswer, StopStrings
 from tests.helpers.decoding import composed, decoded, random_prompts
 from tests.helpers.models import QUICKSTART
+from tests.helpers.tokenizers import sentence_pieces
 
 WORDS = [
     *["don't", "we've", "it's", "'", '"', ".", " .", ",", "?", "\n", "\n\n", " ", "  ", "END", "</answer>"],
@@ -190,6 +191,66 @@ def test_checks_and_ends_are_those_of_decoding_everything(tokenizer, stride):
     found = [end for end in hits if end is not None]
     assert len(found) > 5, "some were meant to be found"
     assert max(found) > 2 * TOKENS_PER_WINDOW, "some of them after windows were shortened"
+
+
+@pytest.mark.parametrize(("stride", "skips"), [(1, True), (None, True), (8, False)])
+def test_a_stop_text_may_have_special_tokens_in_it(tokenizer, stride, skips):
+    """Such a text is looked for in the text of all tokens, any other in what rewards see."""
+    if isinstance(tokenizer, Bytes):
+        pytest.skip("it has no special tokens")
+    names = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    num_found = num_hidden = 0
+    for seed in range(16):
+        rng = random.Random(f"{seed} {stride}")
+        tokens = random_answer(tokenizer, rng)
+        for _ in range(rng.randrange(3)):
+            place = rng.randrange(len(tokens) + 1)
+            tokens[place:place] = rng.choices(list(names.values()), k=rng.randrange(1, 3))
+        end = rng.randrange(len(tokens) + 1)
+        whole = tokenizer.decode(tokens[:end], skip_special_tokens=False)[-rng.randrange(1, 30) :]
+        stops = [rng.choice(list(names)), "END" if "\ufffd" in whole else whole or "END", "END"][
+            rng.randrange(3) :
+        ]
+        hidden = [text for text in stops if not skips or any(name in text for name in names)]
+        num_hidden += len(hidden)
+
+        def found(end, texts, *, skips, tokens=tokens):
+            text = tokenizer.decode(tokens[:end], skip_special_tokens=skips)
+            return any(stop in text for stop in texts)
+
+        def first_end(texts, *, skips, tokens=tokens, found=found):
+            """None as well if later tokens took the text back, as words that lose their spaces do."""
+            ends = [end for end in range(1, len(tokens) + 1) if found(end, texts, skips=skips)]
+            return ends[0] if ends and ends[-1] == len(tokens) else None
+
+        shown = [stop for stop in stops if stop not in hidden]
+        ends = [first_end(shown, skips=True), first_end(hidden, skips=False)]
+        wanted = min((end for end in ends if end is not None), default=None)
+        stop = StopStrings(stops, tokenizer, skip_special_tokens=skips)
+        assert stop.find(tokens) == wanted, stops
+        strides = itertools.repeat(stride) if stride else iter(rng.choices(range(1, 40), k=len(tokens)))
+        growing, end, is_over = GrowingAnswer(stop), 0, False
+        while end < len(tokens) and not is_over:
+            start, end = end, min(end + next(strides), len(tokens))
+            is_over = found(end, shown, skips=True) or found(end, hidden, skips=False)
+            assert growing.has_stopped(tokens[start:end]) == is_over, (stops, end)
+        num_found += wanted is not None
+    assert min(num_found, num_hidden) > 2, "some were meant to be found"
+
+
+def test_what_is_special_stays_out_of_text_or_not():
+    tokenizer = sentence_pieces(legacy=False)
+    tokens = tokenizer("good<think>bad</think>the<|im_end|>film", add_special_tokens=False)["input_ids"]
+    stop = StopStrings(["<|im_end|>", "the"], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(tokens[: stop.find(tokens)])[-3:] == [*"the"]
+    stop = StopStrings(["<|im_end|>"], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(tokens[: stop.find(tokens)])[-1] == "<|im_end|>"
+    assert stop.trim(stop.decode(tokens[: stop.find(tokens)])) == "goodbadthe"
+    seen = StopStrings(["<|im_end|>"], tokenizer, skip_special_tokens=False)
+    assert seen.trim(seen.decode(tokens)) == "good<think>bad</think>the<|im_end|>"
+    # Pieces of one are no text of their own.
+    assert StopStrings(["im_end"], tokenizer).find(tokens) is None
+    assert StopStrings(["im_end"], tokenizer, skip_special_tokens=False).find(tokens) is not None
 
 
 @pytest.mark.parametrize("stride", [1, 8])

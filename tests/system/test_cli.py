@@ -69,6 +69,9 @@ def test_a_model_directory_without_weights_is_refused(tmp_path, model):
     (bare / "config.json").write_text((model / "config.json").read_text())
     result = train(write_config(tmp_path, model), f"model.path={bare}")
     assert_refused(result, "model.path", "has no *.safetensors files")
+    (bare / "model.safetensors").symlink_to(model / "model.safetensors")
+    result = train(write_config(tmp_path, model), f"model.path={bare}")
+    assert_refused(result, "model.path", "its tokenizer has no vocabulary")
 
 
 def test_a_line_that_is_not_json_is_refused_by_its_number(tmp_path, model):

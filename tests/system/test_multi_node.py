@@ -70,7 +70,9 @@ STAND_INS = {
         wait -n && wait -n
     """,
     "scontrol": 'if [ "$1 $2" = "show hostnames" ]; then echo node1; echo node2; fi',
+    # A site may bind each task to a core, which all ranks of the node would share.
     "srun": """
+        [[ " $* " = *" --cpu-bind=none "* ]] || exit 77
         while [[ $1 = --* ]]; do shift; done
         for number in 0 1; do on $number "$@" & done
         wait -n && wait -n

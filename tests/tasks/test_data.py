@@ -1,10 +1,18 @@
 """Reading problems: all formats give the same rows, and a mistake is one message that names its place."""
 
+import collections
 import csv
+import datetime
+import decimal
+import fractions
 import json
+import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +21,7 @@ from shardes.config.schema import ProblemSetConfig, TaskConfig
 from shardes.errors import UserError
 from shardes.tasks.data import read_rows, rows_sha256, split_rows
 from shardes.tasks.loading import load_task
+from tests.helpers.ranks import ROOT
 
 REWARD = "tests/helpers/rewards.py:spread"
 LINE_SEPARATOR = chr(0x2028)
@@ -118,6 +127,115 @@ def test_data_sets_saved_to_disk(tmp_path, monkeypatch):
         load_task(ProblemSetConfig(name="exact_match", data="hf:some/name"), key="eval.sets.other")
 
 
+def test_images_and_arrays_are_told_apart_by_what_they_show(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    image = pytest.importorskip("PIL.Image")
+    pictures = [image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "red")]
+    maps = [[[float(i == j == 3)] * 50 for i in range(30)] for j in range(3)]
+    data_set = datasets.Dataset.from_dict({"prompt": ["p"] * 3, "image": pictures, "map": maps})
+    data_set.save_to_disk(tmp_path / "plain")
+    data_set.with_format("numpy").save_to_disk(tmp_path / "numpy")
+    data_set.with_format("torch").save_to_disk(tmp_path / "torch")
+    for source in ("plain", "numpy", "torch"):
+        rows = read(tmp_path / source)
+        assert type(rows[0]["image"]).__module__.split(".")[0] == {"plain": "PIL"}.get(source, source)
+        assert rows_sha256(rows) == rows_sha256(read(tmp_path / source))  # other objects, elsewhere in memory
+        hashes = [rows_sha256([{**row, "map": 0}]) for row in rows]
+        assert [hashes.index(each) for each in hashes] == [0, 1, 0]
+        train, heldout = split_rows(rows, fraction=0.5, seed=0)
+        assert {len(train), len(heldout)} == {1, 2}  # equal problems stay together
+    # An array that is not shown as a whole.
+    rows = [{"map": numpy.zeros(2000)} for _ in range(3)]
+    rows[1]["map"][1000] = 1
+    hashes = [rows_sha256([row]) for row in rows]
+    assert [hashes.index(each) for each in hashes] == [0, 1, 0]
+
+
+class Grid:
+    def __init__(self, cells, within=None):
+        self.cells = cells
+        self.within = within
+
+
+class Slotted:
+    __slots__ = ("cells",)
+
+    def __init__(self, cells):
+        self.cells = cells
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: Grid([n, 2]),
+        lambda n: Grid({"a": Grid((n,))}),
+        lambda n: Slotted(n),
+        lambda n: {"a": [Grid(n)]},
+        lambda n: (Slotted(n),),
+        lambda n: collections.deque([Grid(n)]),
+        lambda n: {"x", "y", f"z{n}"},
+        lambda n: frozenset({b"x", b"y", n}),
+        lambda n: {1: n, "a": 2, (1, 2): 3, None: 4},
+        lambda n: memoryview(b"ab%d" % n),
+        lambda n: datetime.datetime(2026, 1, n),
+        lambda n: fractions.Fraction(1, n),
+        lambda n: Path(f"/0xffffffff/{n}"),
+    ],
+)
+def test_any_object_is_told_apart_by_its_contents(make):
+    assert rows_sha256([{"a": make(1)}]) == rows_sha256([{"a": make(1)}])
+    assert rows_sha256([{"a": make(1)}]) != rows_sha256([{"a": make(2)}])
+
+
+SETS = """
+from shardes.tasks.data import rows_sha256
+print(rows_sha256([{'a': set('abcdef'), 'b': [{('x', 'y')}]}]))
+"""
+
+
+def test_sets_are_the_same_in_every_process():
+    environments = [os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)} for seed in "12"]
+    command = [sys.executable, "-c", SETS]
+    hashes = {subprocess.check_output(command, env=environment) for environment in environments}
+    assert len(hashes) == 1
+
+
+def test_the_hash_of_rows_is_pinned():
+    """Runs of earlier versions go on: what had a text before has the same text."""
+    rows = [
+        {
+            "prompt": "p\u00fc",
+            "n": 1,
+            "x": 0.5,
+            "list": [1, None, True],
+            "nested": {"b": 1, "a": [2]},
+            "id": 3,
+        },
+        {"bytes": b"\x00\xff", "when": datetime.datetime(2026, 1, 2, 3), "some": decimal.Decimal("0.10")},
+        {"array": numpy.arange(3), "scalar": numpy.int64(3), "tuple": (1, "a")},
+    ]
+    assert rows_sha256(rows) == "0d094119cf0dc7d424b4cf7aa9c08012adebdff898393770bdf974360aa70d30"
+
+
+def test_an_object_that_nothing_is_known_of_is_refused_where_it_stands(tmp_path, monkeypatch):
+    from shardes.tasks import data
+
+    rows = [("row 1", {"prompt": "p", "video": None}), ("row 2", {"prompt": "p", "video": iter(())})]
+    rows[1][1]["video"] = threading.Lock()
+    monkeypatch.setattr(data, "_read", lambda source, key: iter(rows))
+    with pytest.raises(UserError, match=r"^task.data: d row 2: column 'video': <unlocked .*cannot pickle"):
+        read(Path("d"))
+
+
+def test_a_damaged_image_is_refused_by_its_row(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image()})
+    rows = {"prompt": ["p"] * 2, "image": [None, {"bytes": b"no image", "path": None}]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "broken")
+    with pytest.raises(UserError, match=r"broken row 2 cannot be read \(UnidentifiedImageError: "):
+        read(tmp_path / "broken")
+
+
 @pytest.mark.parametrize(("module", "name"), [("pyarrow.parquet", "rows.parquet"), ("datasets", "hf:a/b")])
 def test_a_missing_package_is_named_with_the_extra_that_has_it(tmp_path, monkeypatch, module, name):
     monkeypatch.setitem(sys.modules, module, None)
@@ -170,6 +288,53 @@ def test_a_broken_table_is_refused_with_its_place(tmp_path, name, content, words
     message = refusal(tmp_path, content, name=name)
     assert message.startswith(f"task.data: {tmp_path / name}")
     assert words in message
+
+
+@pytest.mark.parametrize("name", ["rows.CSV", "rows.Tsv", "rows.JSONL", "rows.Json", "rows.PARQUET"])
+def test_endings_may_be_in_capital_letters(tmp_path, name):
+    rows = [{"prompt": "a,b", "x": 1}, {"prompt": "c", "x": 2}]
+    path = write_as(tmp_path, name.lower().rpartition(".")[2], rows)
+    assert read(path.rename(tmp_path / name)) == rows
+
+
+def test_a_cell_of_a_table_may_be_longer_than_the_csv_module_takes_by_default(tmp_path):
+    limit = csv.field_size_limit()
+    write_csv(tmp_path / "rows.csv", [{"prompt": "x" * 400_000}])
+    assert read(tmp_path / "rows.csv") == [{"prompt": "x" * 400_000}]
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "r.jsonl",
+            '{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}',
+            "line 2: not JSON .the name 'prompt' is",
+        ),
+        ("r.json", '[{"prompt": "a", "x": {"y": 1, "y": 2}}]', "not JSON .the name 'y' is given twice"),
+        ("r.jsonl", '{"prompt": ' + "[" * 100_000, "line 1: not JSON .its lists and objects are nested"),
+        ("r.csv", "prompt,x\na," + "[" * 100_000 + "\n", None),
+    ],
+)
+def test_json_that_loses_a_value_or_is_too_deep_is_refused(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    if words is None:  # a text like any other
+        assert read(tmp_path / name)[0]["x"] == "[" * 100_000
+        return
+    with pytest.raises(UserError, match=words):
+        read(tmp_path / name)
+
+
+def test_a_broken_link_and_a_pipe_are_called_what_they_are(tmp_path):
+    (tmp_path / "link.jsonl").symlink_to("nowhere.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(
+        UserError, match=r"link\.jsonl cannot be read .it is a link to nowhere\.jsonl, which does not exist"
+    ):
+        read(tmp_path / "link.jsonl")
+    with pytest.raises(UserError, match=r"pipe\.jsonl cannot be read .it is a pipe, and not a file"):
+        read(tmp_path / "pipe.jsonl")
 
 
 @pytest.mark.parametrize("key", ["data", "heldout_data"])

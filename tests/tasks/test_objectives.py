@@ -13,9 +13,10 @@ from shardes.es.update import Perturbation
 from shardes.models.build import load_tokenizer
 from shardes.rollout.aggregate import PartialResult
 from shardes.rollout.choices import ChoiceSet, make_choice_set
+from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.likelihood import LogLikelihoodAccumulator
 from shardes.session import open_session
-from shardes.tasks.base import Choices, Task
+from shardes.tasks.base import ChatTemplate, Choices, Task
 from shardes.tasks.loading import load_task
 from shardes.trainer import make_training_loop
 from tests.helpers.evaluators import evaluate_member, make_evaluator_of
@@ -151,13 +152,12 @@ def test_a_text_alone_is_judged_by_its_mean_log_likelihood(session, model_dir):
     assert found.components["accuracy"] == [1.0, 1.0]
 
 
-def test_pairs_are_tokenised_apart_and_checked(model_dir):
+def test_pairs_are_tokenised_and_checked(model_dir):
     tokenizer = load_tokenizer(model_dir, trust_remote_code=False)
 
     def pairs(prompt, *completions, max_positions=None):
-        found = make_choice_set(
-            [prompt], [Choices(list(completions), 0)], tokenizer, max_positions=max_positions
-        )
+        encoder = PromptEncoder(tokenizer, max_positions=max_positions)
+        found = make_choice_set([prompt], [Choices(list(completions), 0)], encoder, chat=ChatTemplate())
         return list(found.pairs)
 
     ids = {character: tokenizer(character)["input_ids"] for character in "37+"}

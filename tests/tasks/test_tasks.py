@@ -8,8 +8,9 @@ import pytest
 
 from shardes.config.schema import ProblemSetConfig
 from shardes.errors import UserError
+from shardes.rewards.importing import import_function, reference_of
 from shardes.rewards.pool import RewardProcessPool
-from shardes.rewards.worker import RewardBatch, import_function, reference_of
+from shardes.rewards.worker import RewardBatch
 from shardes.tasks import builtin
 from shardes.tasks.base import Choices
 from shardes.tasks.builtin.boxed import boxed_reward, expression_reward

@@ -82,8 +82,10 @@ def compare(
     from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
     from shardes.rollout.batching import compose, shared_prefix
+    from shardes.rollout.engines.transformers.attention import choose_attention
     from shardes.rollout.engines.transformers.decoder import Decoder
 
+    choose_attention(uses_cudnn=False)  # for both sides, as runs do by default
     device = model.device
     prompts = random_prompts(num_prompts, prefix_length=PREFIX_LENGTH if shared else 0)
     lengths = answer_lengths(num_prompts, longest=longest, spread=spread)

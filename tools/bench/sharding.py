@@ -184,7 +184,7 @@ def measure_plain(tree: dict[str, Any], out: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from shardes.models.build import load_tokenizer
-    from shardes.rollout.batching import compose, tokenize
+    from shardes.rollout.batching import compose
     from shardes.tasks.loading import load_task
 
     config = parse_config(tree, source="benchmark")
@@ -194,8 +194,8 @@ def measure_plain(tree: dict[str, Any], out: Path) -> None:
     dtype = getattr(torch, config.model.dtype)
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype).to(device).eval()
     size = config.rollout.micro_batch_size
-    assert size != "auto", "both sides are told the same"
-    tokens = [tokenize(row["prompt"], tokenizer) for row in load_task(config.task).train]
+    assert isinstance(size, int), "both sides are told the same"
+    tokens = [tokenizer(row["prompt"])["input_ids"] for row in load_task(config.task).train]
     batches = compose(
         tokens,
         micro_batch_size=size,

@@ -23,9 +23,8 @@ from shardes.backends.vllm.recording import FileTensor, record_copies
 from shardes.config.schema import Config
 from shardes.distributed.group import Group
 from shardes.errors import UserError
-from shardes.models.build import parameter_aliases
+from shardes.models.build import build_model
 from shardes.models.checkpoint import Checkpoint
-from shardes.models.conversion import Conversion
 
 # vLLM pads vocabularies to a multiple of this, so that ranks can share them.
 _VOCABULARY_UNIT = 64
@@ -85,7 +84,7 @@ class VllmBackend(ShardedBackend):
         """
         _check_unquantised(config, skeleton)
         held = cls.footprint(skeleton, num_ranks=group.world_size).held
-        files = _file_tensors(config, skeleton)
+        files = _file_tensors(config)
         llm = start_engine(config, skeleton=skeleton, group=group, num_elements=sum(held.values()))
         timeout_seconds = config.parallel.timeout_seconds
         return cls(skeleton, group=group, llm=llm, files=files, timeout_seconds=timeout_seconds)
@@ -179,16 +178,15 @@ def _check_unquantised(config: Config, skeleton: PreTrainedModel) -> None:
         )
 
 
-def _file_tensors(config: Config, skeleton: PreTrainedModel) -> list[FileTensor]:
+def _file_tensors(config: Config) -> list[FileTensor]:
     """Return the tensors of the model's files, without further names of tied weights.
 
     Raises:
         UserError: The files do not fit the model.
     """
     checkpoint = Checkpoint(config.model.path)
-    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    checkpoint.join(Conversion(skeleton).join(checkpoint.tensors), shapes=shapes)
-    checkpoint.check_matches(shapes, aliases=parameter_aliases(skeleton))
+    model, _ = build_model(config, checkpoint)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     files = []
     for parameter in shapes:
         start = 0

@@ -8,18 +8,18 @@ SymPy busy for ever: the obvious cases are refused before, and a reward's proces
 import functools
 import importlib.util
 import logging
+import math
 import re
 from fractions import Fraction
 from typing import Any
 
 from shardes.errors import UserError
+from shardes.tasks.amounts import MAX_CHARACTERS, amount_in, plain
 from shardes.tasks.answers import exact_number, last_boxed
 from shardes.tasks.base import Component, Prompt, Row, TaskDefinition
 from shardes.tasks.judging import per_completion
 from shardes.tasks.rows import column, text_column, wrong
 
-_MAX_CHARACTERS = 300
-_NUMBER = re.compile(r"[-+]?[0-9][0-9,]*(?:\.[0-9]+)?")
 _COSTLY = re.compile(
     r"\^\s*\{?\s*-?\s*[0-9]{4}|[)}\]]\s*\^\s*\{?\s*[0-9]{3}"  # a large exponent, of a sum above all
     r"|\^\s*\{[^{}]*\^|[)}]\s*\^.*\^|\*\*"  # a power of a power
@@ -32,7 +32,8 @@ _COSTLY = re.compile(
 def number_reward(text: str, /, *, answer: Any) -> bool:
     """Return 1.0 if the number in the last box is the row's, exactly, else 0.0.
 
-    Words around a single number are not looked at. The row's answer may end with ``#### 72``, as in GSM8K.
+    Words and units around a single number do not count, but what changes it does: ``5!`` and ``2x`` are not
+    numbers. The row's answer may end with ``#### 72``, as in GSM8K.
     """
     return (found := _boxed_number(text)) is not None and found == _gold_number(answer)
 
@@ -57,17 +58,14 @@ def boxed_reward(text: str, /) -> bool:
 
 def _boxed_number(response: str) -> Fraction | None:
     boxed = last_boxed(response)
-    if boxed is None or len(boxed) > _MAX_CHARACTERS:
-        return None
-    number = exact_number(boxed)
-    if number is None:
-        numbers = _NUMBER.findall(boxed)
-        number = exact_number(numbers[0]) if len(numbers) == 1 else None
-    return number
+    amount = None if boxed is None else amount_in(boxed, any_words=True)
+    return None if amount is None else amount.value
 
 
 def _gold_number(answer: Any) -> Fraction | None:
-    return exact_number(str(answer).rpartition("####")[2])
+    if isinstance(answer, int | float):
+        return Fraction(str(answer)) if math.isfinite(answer) else None
+    return exact_number(plain(str(answer).rpartition("####")[2]))
 
 
 def _gold_expression(answer: Any, solution: Any) -> str | None:
@@ -81,11 +79,18 @@ def _is_equal(boxed: str | None, gold: str | None) -> bool:
         return False
     if boxed.strip() == gold.strip():
         return True
-    numbers = exact_number(boxed), exact_number(gold)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    if len(boxed) > _MAX_CHARACTERS or _COSTLY.search(boxed):
+    boxed, gold = plain(boxed), plain(gold)
+    if not ("=" in boxed and "=" in gold):  # else the variables count
+        amounts = amount_in(boxed, any_words=False), amount_in(gold, any_words=False)
+        if amounts[0] is not None and amounts[1] is not None:
+            return amounts[0].is_same(amounts[1])
+    if len(boxed) > MAX_CHARACTERS or _COSTLY.search(boxed):
         return False
+    return ask_math_verify(gold, boxed)
+
+
+def ask_math_verify(gold: str, boxed: str) -> bool:
+    """Return True if math-verify takes two expressions for equal; nothing limits its time."""
     # Imported by the process in which the reward runs: it takes a second.
     import math_verify
 

@@ -63,6 +63,17 @@ def test_what_cannot_be_captured_is_decoded_step_by_step_with_one_warning(models
     ]
 
 
+def test_a_capture_that_finds_no_memory_says_so(models):
+    # As the instantiation of a graph does: no tensor was allocated.
+    def fails(function):
+        raise torch.AcceleratorError("CUDA error: out of memory", 2)
+
+    decoder = Decoder(eos_ids=[3], pad_id=PAD, max_new_tokens=BUDGET, make_graph=fails)
+    decoder.begin(models["qwen2"])
+    with pytest.raises(torch.AcceleratorError, match="out of memory"):
+        decoder.decode(models["qwen2"], composed(random_prompts(0)))
+
+
 def test_a_capture_that_gives_other_logits_is_not_used(models, caplog):
     model, batch = models["qwen2"], composed(random_prompts(0))
 

@@ -29,6 +29,7 @@ from shardes.noise.definition import BLOCK, Ints
 from shardes.noise.kinds.gaussian import cpu as gaussian_cpu
 from shardes.noise.kinds.gaussian.cpu import PAIR, fill_normals
 from shardes.noise.kinds.low_rank.tables import Factors, Tile
+from shardes.utils.compiling import compile_kernel
 from shardes.utils.threads import split_over_threads
 
 # Rows and columns whose sums are computed together; with three terms at a time they fit the registers.
@@ -41,7 +42,7 @@ def _table_kernel() -> Callable[..., None]:
     """Compile the kernel that fills tables at its first call; numba keeps it on disk."""
     sources = _SOURCES
 
-    @nb.njit(nogil=True, cache=True, error_model="numpy")
+    @compile_kernel
     def table(first, last, out, begin, scale, directions, words, key):
         _ = sources
         eps = np.empty(PAIR, np.float32)
@@ -69,7 +70,7 @@ def _perturb_kernel(source_format: int, target_format: int) -> Callable[..., Non
     """Compile the kernel that perturbs, for a pair of formats."""
     sources = _SOURCES
 
-    @nb.njit(nogil=True, cache=True, error_model="numpy")
+    @compile_kernel
     def perturb(first, last, source, target, offset, pitch, left, right, sigma):
         _ = sources
         terms, columns = right.shape
@@ -123,7 +124,7 @@ def _accumulate_kernel(master_format: int) -> Callable[..., None]:
     """Compile the kernel that accumulates, for a format."""
     sources = _SOURCES
 
-    @nb.njit(nogil=True, cache=True, error_model="numpy")
+    @compile_kernel
     def accumulate(first, last, master, offset, pitch, left, right, start, words, key):
         _ = sources
         terms, columns = right.shape

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from shardes.rollout.engines.transformers.kv_cache import SlabCache
+from shardes.rollout.memory import is_shortage
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ class StepGraphs:
         have captured it.
 
         Raises:
-            OutOfMemoryError: A rank had no memory left; on all ranks.
+            RuntimeError: A rank had no memory left, see ``is_shortage``; on all ranks.
         """
 
         def run() -> None:
@@ -177,8 +178,8 @@ class StepGraphs:
         except Exception as error:  # whatever a model does that cannot be captured
             problem = error
         has_failed = self._any_rank(problem is not None)
-        if has_failed and self._any_rank(isinstance(problem, torch.OutOfMemoryError)):
-            if isinstance(problem, torch.OutOfMemoryError):
+        if has_failed and self._any_rank(problem is not None and is_shortage(problem)):
+            if problem is not None and is_shortage(problem):
                 raise problem
             raise torch.OutOfMemoryError("another rank had no memory left to capture a step")
         if not has_failed:

@@ -11,17 +11,24 @@ from shardes.backends.base import Backend
 from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Group, Mesh
 from shardes.es.update import Perturbation
-from shardes.models.build import end_tokens
+from shardes.models.build import end_tokens, pad_token
 from shardes.rollout.batching import LikelihoodBatch, MicroBatch
 from shardes.rollout.engines.base import Completions, Engine
+from shardes.rollout.engines.transformers.attention import choose_attention, warn_of_repeated_heads
 from shardes.rollout.engines.transformers.decoder import Decoder, OnRows, prefill_parts
 from shardes.rollout.engines.transformers.likelihood import log_likelihoods
 from shardes.rollout.gather_modes import BatchedGather, GatherModeSelector
 from shardes.rollout.lowrank.check import check_hooks
-from shardes.rollout.memory import free_bytes, generation_bytes, is_shortage, likelihood_bytes
+from shardes.rollout.memory import (
+    free_bytes,
+    generation_bytes,
+    is_shortage,
+    likelihood_bytes,
+    reserved_bytes,
+)
 from shardes.rollout.prompts import PromptBatch
 from shardes.rollout.sampling import make_sampler
-from shardes.rollout.stop_strings import StopStrings
+from shardes.rollout.stop_strings import make_stop_strings
 from shardes.utils.timers import PhaseTimer
 from shardes.weights.master import Weights
 
@@ -65,11 +72,14 @@ class TransformersEngine(Engine):
         )
         self._decoder = Decoder(
             eos_ids=end_tokens(backend.sharded_model, tokenizer),
-            pad_id=tokenizer.pad_token_id,
+            pad_id=pad_token(backend.sharded_model, tokenizer),
             max_new_tokens=settings.max_new_tokens,
-            stop=StopStrings(settings.stop, tokenizer),
+            stop=make_stop_strings(settings, tokenizer),
             sampling=make_sampler(settings, seed=seed),
         )
+        choose_attention(uses_cudnn=settings.cudnn_attention)
+        if gather_modes is None and mesh.world.is_main:
+            warn_of_repeated_heads(backend.sharded_model.config, backend.device)
         self._model: nn.Module | None = None
         self._num_members, self._has_hooks, self._is_fresh = 1, False, True
 
@@ -203,8 +213,14 @@ class TransformersEngine(Engine):
         dtype, num_sharers = self._backend.dtype, self.ranks_per_forward
         if isinstance(batch, LikelihoodBatch):
             return likelihood_bytes(config, rows=rows, length=width, dtype=dtype, num_sharers=num_sharers)
-        length = width + self._max_new_tokens
-        return generation_bytes(config, rows=rows, length=length, dtype=dtype, num_sharers=num_sharers)
+        return generation_bytes(
+            config,
+            rows=rows,
+            length=width + self._max_new_tokens,
+            dtype=dtype,
+            num_sharers=num_sharers,
+            prompt_length=width,
+        )
 
     def fits(self, batch: MicroBatch | LikelihoodBatch, *, prompts: PromptBatch) -> bool:
         """Return whether this rank has the memory for a micro-batch; a collective of ``group``.
@@ -214,7 +230,8 @@ class TransformersEngine(Engine):
         """
         device = self._mesh.world.device
         is_collective = self.forward_is_collective
-        if (device.type == "cpu" or is_collective) and self.bytes_for(batch) > free_bytes(device):
+        usable = free_bytes(device) - reserved_bytes(device)
+        if (device.type == "cpu" or is_collective) and self.bytes_for(batch) > usable:
             return False
         if is_collective:
             return True

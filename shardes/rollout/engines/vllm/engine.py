@@ -17,7 +17,7 @@ from shardes.rollout.engines.vllm.finite import FiniteLogits
 from shardes.rollout.engines.vllm.requests import Request, RequestLoop
 from shardes.rollout.lowrank.check import check_agreement
 from shardes.rollout.prompts import PromptBatch
-from shardes.rollout.stop_strings import StopStrings
+from shardes.rollout.stop_strings import make_stop_strings
 from shardes.utils.timers import PhaseTimer
 from shardes.weights.master import Weights
 
@@ -74,7 +74,7 @@ class VllmEngine(Engine):
         self._requests, self._finite, self._slots = shared or self._attach()
         self._num_members = 0
         self._eos_ids = end_tokens(backend.sharded_model, tokenizer)
-        self._stop = StopStrings(settings.stop, tokenizer)
+        self._stop = make_stop_strings(settings, tokenizer)
         self._in_flight: dict[int, tuple[MicroBatch | LikelihoodBatch, list[Request]]] = {}
 
     def _attach(self) -> tuple[RequestLoop, FiniteLogits, AdapterSlots | None]:

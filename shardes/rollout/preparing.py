@@ -1,0 +1,140 @@
+"""Asking every question once before the model is loaded, so that no row ends a run in the middle."""
+
+import datetime
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from shardes.config.schema import Config
+from shardes.errors import UserError
+from shardes.models.build import load_model_config, load_tokenizer, positions_of, vocabulary_size
+from shardes.models.checkpoint import Checkpoint
+from shardes.rollout.encoding import PromptEncoder, Question
+from shardes.tasks.base import PlacedRow, Row, Task
+from shardes.utils.limits import LimitError
+
+logger = logging.getLogger(__name__)
+
+# Rows that are left out and named one by one; more are counted.
+_NUM_NAMED = 5
+
+
+@dataclass(frozen=True)
+class PreparedTasks:
+    """Tasks all of whose rows can be asked.
+
+    Attributes:
+        encoder: Has the tokens of all their prompts.
+        task: What is trained on.
+        heldout_sets: Further tasks by name.
+    """
+
+    encoder: PromptEncoder
+    task: Task
+    heldout_sets: dict[str, Task]
+
+
+def make_encoder(config: Config, *, date: str | None = None) -> PromptEncoder:
+    """Return what makes tokens of a run's prompts; of the model, only its configuration is read.
+
+    Args:
+        config: Configuration of the run.
+        date: The date that the run's journal has for its prompts; None: it has none.
+
+    Raises:
+        UserError: The model's configuration or tokenizer cannot be used.
+    """
+    path, trust = config.model.path, config.model.trust_remote_code
+    model_config = load_model_config(path, trust_remote_code=trust)
+    recorded = None if date is None else datetime.date.fromisoformat(date)
+    return PromptEncoder(
+        load_tokenizer(path, trust_remote_code=trust),
+        date=config.task.date or recorded,
+        max_positions=positions_of(model_config),
+        num_tokens=vocabulary_size(model_config),
+    )
+
+
+def prepare_tasks(
+    config: Config,
+    task: Task,
+    heldout_sets: Mapping[str, Task] | None = None,
+    *,
+    date: str | None = None,
+    trains: bool = True,
+) -> PreparedTasks:
+    """Render and tokenise every row that a job asks; rows that cannot be asked are refused or left out.
+
+    Args:
+        config: Configuration of the run.
+        task: What is trained on.
+        heldout_sets: Further tasks by name, all of whose rows are asked.
+        date: The date that the run's journal has for its prompts; None: it has none.
+        trains: Whether the training rows are asked even if there are held-out ones.
+
+    Raises:
+        UserError: A row cannot be asked; the message names it.
+    """
+    Checkpoint(config.model.path)  # says if there are no weights to ask
+    encoder = make_encoder(config, date=date)
+    task = _prepare_train(task, encoder, config, key="task") if trains or not task.heldout else task
+    heldout = _askable(task, task.heldout, encoder, config, key="task.heldout_data")
+    task = replace(task, heldout=heldout)
+    sets = {
+        name: _prepare_train(other, encoder, config, key=f"eval.sets.{name}")
+        for name, other in (heldout_sets or {}).items()
+    }
+    if config.task.date is not None and encoder.told_date is None:
+        raise UserError(f"task.date: got {config.task.date}, but no prompt has a date in it; remove it")
+    return PreparedTasks(encoder, task, sets)
+
+
+def _prepare_train(task: Task, encoder: PromptEncoder, config: Config, *, key: str) -> Task:
+    found = _askable(task, task.train, encoder, config, key=f"{key}.data")
+    return task if len(found) == len(task.train) else replace(task, train=found, all_train=task.train)
+
+
+def _askable(
+    task: Task, rows: Sequence[Row], encoder: PromptEncoder, config: Config, *, key: str
+) -> list[Row]:
+    """Return the rows that can be asked.
+
+    Raises:
+        UserError: One cannot, and such rows are not to be left out; or none can.
+    """
+    questions = [Question.of(task, row) for row in rows]
+    encoder.chats.check_arguments(
+        task.chat, has_chats=any(not isinstance(each.prompt, str) for each in questions)
+    )
+    found: list[Row] = []
+    problems: list[str] = []
+    try:
+        for row, error in zip(rows, encoder.encode_ahead(questions), strict=True):
+            if error is None:
+                found.append(row)
+                continue
+            problems.append(f"{_place(row, key)}: {error}")
+            if config.task.on_prompt_error == "error":
+                raise UserError(f"{problems[0]}. Or have such rows left out: task.on_prompt_error=exclude")
+    except LimitError as error:
+        raise UserError(
+            f"{_place(rows[error.index], key)}: the chat template or the tokenizer of {config.model.path} "
+            f"{error} for this prompt; mend it, or give another template (task.chat_template)"
+        ) from None
+    if rows and not found:
+        raise UserError(f"{key}: no row can be asked; the first one: {problems[0]}")
+    if problems:
+        named = "".join(f"\n  {problem}" for problem in problems[:_NUM_NAMED])
+        logger.warning(
+            "%s: %d of %d rows are left out (task.on_prompt_error: exclude):%s%s",
+            key,
+            len(problems),
+            len(rows),
+            named,
+            "\n  ..." if len(problems) > _NUM_NAMED else "",
+        )
+    return found
+
+
+def _place(row: Row, key: str) -> str:
+    return row.where if isinstance(row, PlacedRow) else key

@@ -1,0 +1,146 @@
+"""Chat messages as text: the tokenizer's chat template, with the run's date."""
+
+import datetime
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
+
+from shardes.errors import UserError
+from shardes.tasks.base import ChatTemplate, Prompt
+from shardes.tasks.templates import MAX_PROMPT_CHARACTERS
+
+
+class ChatRenderer:
+    """Renders chats by a tokenizer's templates: the same text on every rank, on every day of a run.
+
+    A chat that ends with a message of the assistant is continued; after any other message, the template opens
+    the assistant's turn.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        date: What templates are told is today's date.
+
+    Attributes:
+        date: What templates are told is today's date.
+        has_told_date: Whether a template has asked for it.
+    """
+
+    def __init__(self, tokenizer: Any, *, date: datetime.date) -> None:
+        self._tokenizer = tokenizer
+        self.date = date
+        self.has_told_date = False
+
+    @property
+    def has_own_tokens(self) -> bool:
+        """Return whether the tokenizer makes tokens of chats in a way of its own, not of their text."""
+        return type(self._tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+
+    def check_arguments(self, chat: ChatTemplate, *, has_chats: bool) -> None:
+        """Refuse a template, and arguments of it, that change no prompt.
+
+        Args:
+            chat: The template and its arguments.
+            has_chats: Whether some prompts are chat messages.
+
+        Raises:
+            UserError: No prompt is, or the template has no variable of such a name.
+        """
+        given = {"task.chat_template": chat.name, "task.template_arguments": chat.arguments}
+        for key, value in given.items():
+            if value and not has_chats:
+                raise UserError(
+                    f"{key}: the prompts are plain texts, for which there is no chat template; remove it, or "
+                    'make chats of them with task.system: ""'
+                )
+        if chat.arguments:
+            self._check_template(chat.name)
+            template = self._tokenizer.get_chat_template(chat.name)
+            for name in chat.arguments:
+                if name not in template:
+                    raise UserError(
+                        f"task.template_arguments: the chat template has no {name!r}; remove it, or give "
+                        "another template (task.chat_template)"
+                    )
+
+    def text(self, prompt: Prompt, chat: ChatTemplate) -> str:
+        """Return the text of a chat.
+
+        Raises:
+            UserError: There is no template, or it fails.
+        """
+        text: str = self._apply(prompt, chat, tokenize=False)
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise UserError(f"the chat template makes a text of {len(text)} characters; shorten the prompt")
+        return text
+
+    def tokens(self, prompt: Prompt, chat: ChatTemplate) -> list[int]:
+        """Return the tokens of a chat, for a tokenizer that has its own way.
+
+        Raises:
+            UserError: There is no template, or it fails.
+        """
+        return list(self._apply(prompt, chat, tokenize=True, return_dict=False))
+
+    def _apply(self, prompt: Prompt, chat: ChatTemplate, **arguments: Any) -> Any:
+        assert isinstance(prompt, list)
+        self._check_template(chat.name)
+        is_continued = prompt[-1]["role"] == "assistant"
+        arguments |= {"add_generation_prompt": not is_continued, "continue_final_message": is_continued}
+        try:
+            with self._dated():
+                return self._tokenizer.apply_chat_template(
+                    prompt, chat_template=chat.name, **arguments, **chat.arguments
+                )
+        except MemoryError:
+            raise
+        except Exception as error:  # templates raise whatever their expressions do
+            raise UserError(
+                f"the tokenizer's chat template refuses the prompt ({type(error).__name__}: {error}); leave "
+                "out what it does not take, such as a system message (task.system) or two messages in a row "
+                "of the same role, or give another template (task.chat_template)"
+            ) from None
+
+    def _check_template(self, name: str | None) -> None:
+        templates = self._tokenizer.chat_template
+        names = sorted(templates) if isinstance(templates, dict) else []
+        if name is None and not templates:
+            raise UserError(
+                "the prompts are chat messages, but the model's tokenizer has no chat template; use an "
+                "instruct model, prompts of plain text, or a template of your own (task.chat_template)"
+            )
+        if name is None and names and "default" not in names:
+            raise UserError(
+                f"the tokenizer has several chat templates, {', '.join(names)}, and none is the default; say "
+                "which with task.chat_template"
+            )
+        # transformers takes what is no name for a template, and every prompt would be that text.
+        if name is not None and name not in names and "{" not in name:
+            known = f"there are {', '.join(names)}" if names else "the tokenizer's has none"
+            raise UserError(
+                f"task.chat_template: got {name!r}, neither a Jinja template nor the name of one: {known}"
+            )
+
+    @contextmanager
+    def _dated(self) -> Iterator[None]:
+        """Have templates see the run's date, and draw the same random numbers every time."""
+        renderer, midnight = self, datetime.datetime.combine(self.date, datetime.time())
+
+        class Midnight(datetime.datetime):
+            @classmethod
+            def now(cls, tz: datetime.tzinfo | None = None) -> Any:
+                renderer.has_told_date = True
+                return midnight
+
+        # transformers has no argument for it.
+        original, state = chat_template_utils.datetime, random.getstate()
+        chat_template_utils.datetime = Midnight
+        random.seed(0)
+        try:
+            yield
+        finally:
+            chat_template_utils.datetime = original
+            random.setstate(state)

@@ -1,0 +1,268 @@
+r"""Parser of an amount: one number with what people write around it, such as units, words and currency signs.
+
+``x = -5``, ``\$12\,500.00``, ``12\text{ cm}^2`` and ``about 72 pens`` are amounts; ``5!``, ``2x``, ``5\pi``,
+``x - 5`` and ``5 or 6`` are none, though they hold a number. All functions take any text, and cost time
+linear in its length.
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+MAX_CHARACTERS = 300
+
+_MINUS = dict.fromkeys("\u2212\ufe63\uff0d\u2010\u2011", "-")
+_SPACES = dict.fromkeys("\u00a0\u2007\u2009\u202f", " ")
+_DIGITS = {chr(0xFF10 + digit): str(digit) for digit in range(10)}
+_SYMBOLS = {
+    "\u00b2": "^2",
+    "\u00b3": "^3",
+    "\u00b0": r"^\circ ",
+    "\u00b7": r"\cdot ",
+    "\u00d7": r"\times ",
+    "\u00bc": r"\frac{1}{4}",
+    "\u00bd": r"\frac{1}{2}",
+    "\u00be": r"\frac{3}{4}",
+    "\u221e": r"\infty ",
+    "\u03c0": r"\pi ",
+}
+_PLAIN = str.maketrans({**_MINUS, **_SPACES, **_DIGITS, **_SYMBOLS, "\uff05": "%", "\uff0b": "+"})
+# An en dash is a minus sign where a number begins, and elsewhere may mean a range.
+_LEADING_DASH = re.compile(r"(^|[=:(,{\[])(\s*)\u2013")
+_ROOT = re.compile(r"\u221a\s*([0-9]+|[a-zA-Z])")
+_THIN = r"\\[,;: ]|~| "
+_THOUSANDS = re.compile(
+    rf"(?<![0-9.])[0-9]{{1,3}}(?:(,|\{{,\}}|{_THIN})[0-9]{{3}})(?:\1[0-9]{{3}})*(?![0-9])"
+)
+_SEPARATORS = re.compile(r"[^0-9]")
+
+
+def plain(text: str) -> str:
+    """Write minus signs, separators of thousands, and some symbols as a parser of LaTeX expects them."""
+    text = text.replace(r"\!", "").translate(_PLAIN)
+    text = _ROOT.sub(r"\\sqrt{\1}", _LEADING_DASH.sub(r"\1\2-", text))
+    text = _THOUSANDS.sub(lambda match: _SEPARATORS.sub("", match[0]), text)
+    return text.strip().removesuffix(".").strip().removesuffix("\\")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Number that a text states.
+
+    Attributes:
+        value: The number as it is written, not divided by 100 for percent.
+        is_percent: A percent sign, or the word, follows it.
+    """
+
+    value: Fraction
+    is_percent: bool = False
+
+    def is_same(self, other: "Amount") -> bool:
+        """Return True for the same amount; of percent, the sign may be left out, or be worked out."""
+        if self.is_percent == other.is_percent:
+            return self.value == other.value
+        percent, number = (self, other) if self.is_percent else (other, self)
+        # Who leaves out the sign of less than one percent has probably meant a fraction.
+        is_left_out = percent.value == number.value and abs(number.value) >= 1
+        return is_left_out or percent.value / 100 == number.value
+
+
+class _Token(NamedTuple):
+    kind: str
+    text: str
+    start: int
+    end: int
+
+
+_DECIMAL = r"(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+_FRAC = (
+    rf"\\[dt]?frac\s*(?:\{{\s*(-?{_DECIMAL})\s*\}}\s*\{{\s*(-?{_DECIMAL})\s*\}}"
+    r"|([0-9])\s*([0-9])|\{([0-9]+)\}([0-9])"
+    r"|([0-9])\{([0-9]+)\})"
+)
+_NUMBERS = [
+    re.compile(r"(?P<fixed>[0-9]*\.[0-9]*)\\overline\{(?P<period>[0-9]+)\}"),
+    re.compile(
+        rf"(?P<mantissa>{_DECIMAL})\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*\{{?\s*(?P<power>-?[0-9]{{1,2}})\b\s*\}}?"
+    ),
+    re.compile(rf"(?P<whole>[0-9]+)?\s*{_FRAC}"),
+    re.compile(rf"(?:(?P<whole>[0-9]+)\s+)?({_DECIMAL})\s*/\s*({_DECIMAL})"),
+    re.compile(rf"({_DECIMAL})"),
+]
+_TOKENS = {
+    "space": re.compile(rf"(?:\s|{_THIN}|\\q?quad(?![a-zA-Z]))+"),
+    "text": re.compile(
+        r"\\(?:text|textbf|textit|textrm|underline|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}"
+    ),
+    "degree": re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])"),
+    "ordinal": re.compile(r"\^\s*(?:\{\s*(?:\\text\s*\{(?:th|st|nd|rd)\}|(?:th|st|nd|rd))\s*\})"),
+    "power": re.compile(r"\^\s*(?:[0-9]|\{\s*-?[0-9]\s*\})"),
+    "word": re.compile(r"[^\W\d_]+"),
+    "percent": re.compile(r"\\?%"),
+    "currency": re.compile(r"\\?\$|[\u20ac\u00a3\u00a5\u20b9]"),
+    "approx": re.compile(r"\\approx(?![a-zA-Z])|\u2248"),
+    "sign": re.compile(r"[-+]"),
+    "mark": re.compile(r"[:.,;]"),
+    "bracket": re.compile(r"[()]"),
+    "slash": re.compile(r"/|\\cdot(?![a-zA-Z])"),
+}
+_PATTERNS = [*(("number", number) for number in _NUMBERS), *_TOKENS.items()]
+# Where any word may stand, these still change the number: before it, right behind it, or anywhere behind it.
+_FUNCTIONS = frozenset(["pi", "sqrt", "log", "ln", "sin", "cos", "tan", "exp", "mod", "factorial"])
+_CHANGES_BEFORE = _FUNCTIONS | frozenset(
+    """
+    negative minus plus not than least most below above under over half third quarter twice double triple
+    square cube squared cubed root or
+    """.split()  # noqa: SIM905
+)
+_CHANGES_NEXT = _FUNCTIONS | frozenset(
+    """
+    squared cubed halves third thirds fourth fourths fifths sixths eighths tenths hundredths
+    """.split()  # noqa: SIM905
+)
+_CHANGES_BEHIND = frozenset(["half", "or", "plus", "minus"])
+# One letter is a variable, unless it is one of these behind the number of a word problem.
+_LETTERS = frozenset("mghls")
+_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_UNITS = frozenset(
+    """
+    cm mm km dm nm ft feet foot inch inches yard yards yd mile miles mi meter meters metre metres kilometer
+    kilometers kg mg gram grams lb lbs pound pounds oz ounce ounces ton tons ml liter liters litre litres cup
+    cups gallon gallons sec secs second seconds min mins minute minutes hr hrs hour hours day days week weeks
+    month months year years mph kmh kph cent cents dollar dollars usd euro euros degree degrees radians square
+    sq cubic unit units per percent people students ways th st nd rd
+    """.split()  # noqa: SIM905
+)
+
+
+def amount_in(text: str, *, any_words: bool) -> Amount | None:
+    r"""Parse a text as one amount; None if it is something else.
+
+    Args:
+        text: A text, at most ``MAX_CHARACTERS`` long; a longer one is None.
+        any_words: Whatever words stand around the number are taken for a sentence and its unit, as fits word
+            problems. Otherwise only known units and ``\text{...}`` are; ``2ab`` may be a product.
+    """
+    if len(text) > MAX_CHARACTERS:
+        return None
+    text = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])", "", plain(text)).strip("*`\"' ")
+    left, equals, right = _without_parentheses(text).rpartition("=")
+    if equals and (left.rstrip()[-1:] in ("<", ">", "!") or re.search(r"[,;]|\band\b|\bor\b", left)):
+        return None
+    right = _without_parentheses(right)
+    tokens = _tokenize(right)
+    if tokens is None or [token.kind for token in tokens].count("number") != 1:
+        return None
+    place = next(i for i, token in enumerate(tokens) if token.kind == "number")
+    value = _value(tokens[place].text)
+    sign = _sign(tokens[:place], any_words=any_words)
+    suffix = _suffix(tokens[place:], any_words=any_words)
+    if value is None or sign is None or suffix is None:
+        return None
+    scale, is_percent = suffix
+    return Amount(sign * value * scale, is_percent)
+
+
+def _without_parentheses(text: str) -> str:
+    text = text.strip()
+    for opening, closing in ("()", "[]", ("$", "$"), ("{", "}")):
+        inner = text[1:-1]
+        if text[:1] == opening and text[-1:] == closing and not set("()[]$") & set(inner) and inner:
+            text = inner.strip()
+    return text
+
+
+def _tokenize(text: str) -> list[_Token] | None:
+    """Split a text into tokens without the spaces; None if something else is in it."""
+    tokens: list[_Token] = []
+    place = 0
+    while place < len(text):
+        found = next(((kind, m) for kind, pattern in _PATTERNS if (m := pattern.match(text, place))), None)
+        if found is None:
+            return None
+        kind, match = found
+        place = match.end()
+        if kind == "text":
+            inner = match[1].strip()
+            if re.search(r"[0-9]", inner):  # a number in bold, say
+                within = _tokenize(inner)
+                if within is None:
+                    return None
+                tokens += [_Token(*token[:2], match.start(), place) for token in within]
+                continue
+        if kind != "space":
+            tokens.append(_Token(kind, match[0], match.start(), place))
+    return tokens
+
+
+def _value(text: str) -> Fraction | None:
+    match = next(match for number in _NUMBERS if (match := number.fullmatch(text)))
+    named = match.groupdict()
+    if "period" in named:
+        digits, period = named["fixed"].partition(".")[2], named["period"]
+        tail = Fraction(int(period), 10 ** len(digits) * (10 ** len(period) - 1))
+        return Fraction(f"0{named['fixed']}0") + tail
+    if "power" in named:
+        return Fraction(named["mantissa"]) * Fraction(10) ** int(named["power"])
+    whole = named.get("whole")
+    numerator, denominator = ([part for part in match.groups()[whole is not None :] if part] + ["1"])[:2]
+    if Fraction(denominator) == 0:
+        return None
+    return Fraction(numerator) / Fraction(denominator) + int(whole or 0)
+
+
+def _sign(before: Sequence[_Token], *, any_words: bool) -> int | None:
+    """Return the sign of a number, from what stands before it; None if that is no part of an amount."""
+    rest = [token for token in before if token.kind != "currency"]
+    sign = 1
+    if rest and rest[-1].kind == "sign":
+        sign = -1 if rest.pop().text == "-" else 1
+        # After a word it is a sign; after a variable it would subtract.
+        if rest and rest[-1].text != ":" and not (any_words and _is_word(rest[-1])):
+            return None
+    # The article is no variable: a word follows it.
+    rest = [token for i, token in enumerate(rest) if token.text != "a" or not rest[i + 1 : i + 2]]
+    kinds = {"approx", "mark", "text"} | ({"bracket"} if any_words else set())
+    fits = all(token.kind in kinds or (any_words and _is_word(token)) for token in rest)
+    return sign if fits and not any(token.text.lower() in _CHANGES_BEFORE for token in rest) else None
+
+
+def _is_word(token: _Token) -> bool:
+    word = token.text.lower()
+    # One character of Chinese, say, is a word.
+    return token.kind == "text" or (token.kind == "word" and (len(word) > 1 or word > "\u2e7f"))
+
+
+def _suffix(tokens: Sequence[_Token], *, any_words: bool) -> tuple[int, bool] | None:
+    """Return the factor after a number, the first token, and whether percent follow; None: no amount."""
+    scale, is_percent = 1, False
+    for i, (previous, token) in enumerate(itertools.pairwise(tokens)):
+        word = token.text.lower()
+        is_attached = previous.end == token.start and previous.kind == "number"
+        match token.kind:
+            case "word" if word in _CHANGES_BEHIND or (i == 0 and word in _CHANGES_NEXT):
+                return None
+            case "percent":
+                is_percent = True
+            case "currency" | "text" | "degree" | "ordinal" | "mark":
+                pass
+            case "power" | "slash" if previous.kind in ("word", "text", "power"):
+                pass
+            case "word" if i == 0 and any_words and word in _SCALES and not is_attached:
+                scale = _SCALES[word]
+            case "word" if word in _UNITS or (previous.kind in ("degree", "slash") and len(word) == 1):
+                is_percent |= word == "percent"
+            case "word" if any_words and word in _LETTERS:
+                pass
+            case "word" if (
+                any_words and _is_word(token) and not (is_attached and word.isascii() and len(word) < 4)
+            ):
+                pass
+            case "bracket" if any_words:
+                pass
+            case _:
+                return None
+    return scale, is_percent

@@ -1,0 +1,41 @@
+"""Small tokenizers of the kinds that models have."""
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+WORDS = ["▁good", "▁bad", "▁the", "▁film", "▁is", "good", "▁▁"]
+CHARACTERS = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,?!:<>/|()\n='_+-"
+VOCABULARY = [*SPECIAL, *WORDS, *CHARACTERS]
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def sentence_pieces(
+    *, bos=True, eos=False, legacy=True, chat_template=None, special=SPECIAL[1:], **arguments
+):
+    """A tokenizer as Llama 2 has it, by default: each text begins with a space, and with ``<s>``.
+
+    ``legacy`` has the normaliser put the space, as old conversions do, otherwise the pre-tokenizer does.
+    """
+    model = models.Unigram([(piece, -float(i)) for i, piece in enumerate(VOCABULARY)], unk_id=0)
+    tokenizer = Tokenizer(model)
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        parts = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokenizer.decoder = decoders.Sequence(parts)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer.add_special_tokens(special)
+    if bos or eos:
+        around = ("<s> " if bos else "") + "$A" + (" </s>" if eos else "")
+        known = [("<s>", 1), ("</s>", 2)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=known)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | arguments
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    made.chat_template = chat_template
+    return made
