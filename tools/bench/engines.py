@@ -279,11 +279,8 @@ def memory(device: torch.device) -> dict[str, int]:
     return {"memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
-MEASURES = {
-    "plain vllm": measure_plain_vllm,
-    "unpacked vllm": measure_plain_vllm,
-    "generate": measure_generate,
-}
+MEASURES = dict.fromkeys(("plain vllm", "unpacked vllm"), measure_plain_vllm)
+MEASURES["generate"] = measure_generate
 
 
 def run_side(spec_path: Path, out: Path) -> None:

@@ -1,5 +1,6 @@
 """What vLLM's CPU build needs to be told, so that its weights can be perturbed and jobs do not meet."""
 
+import functools
 import re
 import secrets
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ def _find_kernels_beside_llvmlite() -> None:
 
 
 def _name_shared_memory(group: Group) -> None:
-    """Have ranks share memory under a name that no other job has; a collective.
+    """Have ranks share memory under a name that no other job has, and that is gone at once; a collective.
 
     vLLM's own name is the same for all jobs of a machine, and that of a killed job is in the next one's way.
     """
@@ -60,10 +61,21 @@ def _name_shared_memory(group: Group) -> None:
         return f"{_SHARED_MEMORY}{token}-{communicator.unique_name}"
 
     _CPUSHMDistributed.make_group_name = staticmethod(name)
+    share = _CPUSHMDistributed._init_cpu_shm
+    if hasattr(share, "__wrapped__"):  # by an engine before
+        return
+
+    @functools.wraps(share)
+    def share_and_unlink(communicator: Any) -> Any:
+        handle = share(communicator)
+        _unlink_shared_memory()
+        return handle
+
+    _CPUSHMDistributed._init_cpu_shm = share_and_unlink
 
 
-def unlink_shared_memory() -> None:
-    """Remove the names of this process's shared memory, which all ranks have mapped once an engine runs."""
+def _unlink_shared_memory() -> None:
+    """Remove the names of this process's shared memory, once all ranks have mapped it."""
     maps = Path("/proc/self/maps")
     for name in set(re.findall(rf"/dev/shm/{_SHARED_MEMORY}\S+", maps.read_text() if maps.exists() else "")):
         Path(name).unlink(missing_ok=True)

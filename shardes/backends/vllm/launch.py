@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shardes.backends.vllm.adapters import adapter_arguments
-from shardes.backends.vllm.cpu import prepare, unlink_shared_memory
+from shardes.backends.vllm.cpu import prepare
 from shardes.config.schema import Config
 from shardes.distributed.group import Group
 from shardes.errors import UserError
@@ -146,7 +146,6 @@ def start_engine(config: Config, *, skeleton: PreTrainedModel, group: Group, num
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # it looks at every attribute of every module
             llm = vllm.LLM(**arguments)
-        unlink_shared_memory()
         # It would end groups that the job has ended before.
         llm.llm_engine.engine_core._finalizer.detach()
         return llm
