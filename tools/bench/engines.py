@@ -195,8 +195,7 @@ def measure_plain_vllm(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["side"] == "unpacked vllm":
         _custom_ops._supports_onednn = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, rollout = spec["tree"]["model"], spec["tree"]["rollout"]
-    gib = rollout.get("kv_cache_gib")
+    model, gib = spec["tree"]["model"], spec["tree"]["rollout"].get("kv_cache_gib")
     arguments = {} if gib is None else {"kv_cache_memory_bytes": int(gib * 2**30)}
     llm = LLM(
         model=model["path"],
