@@ -1,13 +1,15 @@
 """Kill the ranks of small runs, again and again, and compare the results of the runs.
 
     python tools/soak.py --kills 200 --seed 0
+    python tools/soak.py --kills 20 --backend vllm --last-backend vllm --config configs/vllm/quickstart.yaml \
+        --ranks 2 --seconds 20 --timeout-seconds 60 parallel.shard_size=2
 
 Each run is the quickstart's model, shortened. An attempt starts it on 1 to 4 ranks, kills one of them, and
 sees that all others end by themselves, and not as if all were well; the next attempt goes on. The kill
 comes at a random moment, or at a place: within a perturbation, a rollout, an update, a snapshot or a line
 of a file, or before or after a file is renamed or flushed to disk. When a run has been killed often enough
-it is left to end, and its journal and exported bytes are compared with those of a run that nobody
-disturbed. A line is printed per kill; the exit status is 1 if anything differed.
+it is left to end, and its journal and exported bytes are compared with those of a run of one process over
+plain tensors that nobody disturbed. A line is printed per kill; the exit status is 1 if anything differed.
 
 Ranks are forked from this process, which has imported everything, so that an attempt costs about a second.
 """
@@ -36,21 +38,24 @@ sys.path.insert(0, str(ROOT))
 
 # Where a rank can be told to kill itself, besides being killed by this process at any moment.
 PLACES = ("perturb", "rollout", "update", "snapshot", "line", "rename", "flush")
+# Further ones of a backend.
+OWN_PLACES = {"vllm": ("step",)}
 SHORT = [
     "es.iterations=30",
     "es.population=5",
     "task.batch_size=8",
     "eval.every=3",
-    "parallel.timeout_seconds=20",
     "run.snapshot_every=2",
 ]
+# What other backends are told, and one process over plain tensors is not.
+PLAIN = ["parallel.shard_size=null", "rollout.kv_cache_gib=null"]
 # What depends on the clock or on how members are evaluated, or is not written again after a crash.
 VOLATILE = ("seconds", "gather", "peak_memory_bytes", "weights_digest")
-# After the kill, how long the others may take to end. Without a launcher it is the ranks that see to it: at
-# once, unless the dead one had not met them yet; then, when parallel.timeout_seconds are over.
-END_SECONDS = 40
+# After the kill, how many times parallel.timeout_seconds the others may take to end. Without a launcher it is
+# the ranks that see to it: at once, unless the dead one had not met them yet; then, when these are over.
+END_TIMEOUTS = 2
 # A run that nobody kills must end within this time.
-RUN_SECONDS = 300
+RUN_SECONDS = 900
 
 
 def main() -> int:
@@ -62,8 +67,13 @@ def main() -> int:
     parser.add_argument("--kills-per-run", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", nargs="+", default=["zero3", "fsdp"], help="attempts take turns")
+    parser.add_argument("--last-backend", default="fsdp", help="of what ends each run, on 2 ranks")
+    parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 2, 3, 2, 1, 4])
+    parser.add_argument("--seconds", type=float, default=3.0, help="within which a random kill comes")
+    parser.add_argument("--timeout-seconds", type=int, default=20, help="parallel.timeout_seconds")
     parser.add_argument("--dir", type=Path, help="default: a temporary one, removed at the end")
+    parser.add_argument("changes", nargs="*", help="key=value, of attempts that are killed and the last ones")
     arguments = parser.parse_args()
     with contextlib.ExitStack() as stack:
         root = arguments.dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
@@ -74,26 +84,25 @@ def main() -> int:
 def soak(root: Path, arguments: argparse.Namespace) -> int:
     """Run in a directory until there were enough kills; return the exit status."""
     chance = random.Random(arguments.seed)
-    preload(arguments.backend)
-    wanted = undisturbed(root)
+    preload([*arguments.backend, arguments.last_backend])
+    wanted = undisturbed(root, arguments)
+    start = functools.partial(Attempt, chance=chance, arguments=arguments, changes=arguments.changes)
     num_kills = num_runs = num_wrong = 0
     while num_kills < arguments.kills:
         run_dir = root / f"run{num_runs}"
         for _ in range(min(arguments.kills_per_run, arguments.kills - num_kills)):
             backend = arguments.backend[num_kills % len(arguments.backend)]
             num_ranks = chance.choice(arguments.ranks)
-            place = chance.choice([None, *PLACES])
-            attempt = Attempt(run_dir, backend=backend, num_ranks=num_ranks, chance=chance, place=place)
+            place = chance.choice([None, *PLACES, *OWN_PLACES.get(backend, ())])
+            attempt = start(run_dir, backend=backend, num_ranks=num_ranks, place=place)
             was_killed, problems = attempt.run(kill=True)
             num_wrong += len(problems)
-            if was_killed:
-                num_kills += 1
-                report(num_kills, attempt, problems)
-            else:
-                for problem in problems:
-                    print(f"  {attempt}: {problem}", flush=True)
-                break  # it came to its end before the kill
-        last = Attempt(run_dir, backend="fsdp", num_ranks=2, chance=chance, place=None)
+            if not was_killed:  # it came to its end before the kill
+                print(*(f"  {attempt}: {problem}\n" for problem in problems), sep="", end="", flush=True)
+                break
+            num_kills += 1
+            report(num_kills, attempt, problems)
+        last = start(run_dir, backend=arguments.last_backend, num_ranks=2, place=None)
         _, problems = last.run(kill=False)
         if not problems:
             found = outcome(run_dir, root / "export")
@@ -121,6 +130,12 @@ def preload(backends: list[str]) -> None:
     needed += ["shardes.noise.cpu", "shardes.weights.digest_cpu", "shardes.backends.fsdp"]
     if "zero3" in backends:
         needed += ["deepspeed", "shardes.backends.zero3"]
+    if "vllm" in backends:
+        from shardes.backends.vllm.launch import ENVIRONMENT
+
+        os.environ |= ENVIRONMENT
+        needed += ["vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker"]
+        needed += ["vllm.entrypoints.llm", "shardes.rollout.engines.vllm.engine"]
     for name in needed:
         importlib.import_module(name)
     import torch
@@ -134,11 +149,10 @@ def preload(backends: list[str]) -> None:
     add_digest(torch.zeros(1, dtype=torch.int64), values, region=region)
 
 
-def undisturbed(root: Path) -> dict[str, Any]:
+def undisturbed(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the outcome of a run on one rank that nothing kills."""
-    attempt = Attempt(
-        root / "undisturbed", backend="single", num_ranks=1, chance=random.Random(0), place=None
-    )
+    where: dict[str, Any] = {"backend": "single", "num_ranks": 1, "place": None, "changes": PLAIN}
+    attempt = Attempt(root / "undisturbed", chance=random.Random(0), arguments=arguments, **where)
     _, problems = attempt.run(kill=False)
     if problems:
         raise SystemExit(f"the undisturbed run failed: {problems}\n{attempt.output()}")
@@ -181,12 +195,22 @@ class Attempt:
         run_dir: Directory of the run.
         backend: Value of ``parallel.backend``.
         num_ranks: Number of ranks.
-        chance: Generator by which moments and ranks are drawn.
         place: Name of the place where a rank kills itself; None: this process kills it at a random moment.
+        chance: Generator by which moments and ranks are drawn.
+        arguments: Arguments of this program.
+        changes: Further keys of the configuration, as ``key=value``.
     """
 
     def __init__(
-        self, run_dir: Path, *, backend: str, num_ranks: int, chance: random.Random, place: str | None
+        self,
+        run_dir: Path,
+        *,
+        backend: str,
+        num_ranks: int,
+        place: str | None,
+        chance: random.Random,
+        arguments: argparse.Namespace,
+        changes: list[str],
     ) -> None:
         self.run_dir = run_dir
         self._backend = backend
@@ -194,10 +218,14 @@ class Attempt:
         self._place = place
         # Lines and names are written by rank 0 alone.
         self._victim = 0 if place in ("line", "rename", "flush") else chance.randrange(num_ranks)
-        self._delay = 0.5 + chance.random() * 3
+        self._delay = 0.5 + chance.random() * arguments.seconds
+        self._end_seconds = END_TIMEOUTS * arguments.timeout_seconds
         # The how manieth call, and how long after its beginning.
         self._call = chance.choice([0, 1, 2, 4, 8, 16])
         self._after = chance.random() * 0.003
+        changes = [f"parallel.timeout_seconds={arguments.timeout_seconds}", *SHORT, *changes]
+        changes += [f"run.dir={run_dir}", f"parallel.backend={backend}"]
+        self._command = ["train", "--config", arguments.config, *changes]
         self._logs = [run_dir.with_name(f"{run_dir.name}-rank{rank}.log") for rank in range(num_ranks)]
 
     def __str__(self) -> str:
@@ -235,7 +263,7 @@ class Attempt:
                 os.kill(victim, signal.SIGKILL)
             if killed_at is None and -signal.SIGKILL in statuses.values():
                 killed_at = now
-            if now - (killed_at or begin) > (END_SECONDS if killed_at else RUN_SECONDS):
+            if now - (killed_at or begin) > (self._end_seconds if killed_at else RUN_SECONDS):
                 for rank, child in enumerate(children):
                     if rank not in statuses:
                         os.kill(child, signal.SIGKILL)
@@ -274,8 +302,7 @@ class Attempt:
         }
         if kill and self._place and rank == self._victim:
             set_trap(self._place, self._call, self._after)
-        changes = [f"run.dir={self.run_dir}", f"parallel.backend={self._backend}", *SHORT]
-        command(["train", "--config", "configs/quickstart.yaml", *changes])
+        command(self._command)
 
 
 def fork(work: Callable[[], None], log: Path) -> int:
@@ -319,6 +346,10 @@ def set_trap(place: str, call: int, after: float) -> None:
         "update": [(Weights, "update")],
         "snapshot": [(snapshots, "write_values")],
     }
+    if place == "step":
+        from shardes.rollout.engines.vllm.requests import RequestLoop
+
+        within["step"] = [(RequestLoop, "finish")]
     around: dict[str, list[tuple[Any, str]]] = {
         "rename": [(os, "rename"), (os, "replace"), (Path, "rename"), (Path, "replace")],
         "flush": [(os, "fsync")],

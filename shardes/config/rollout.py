@@ -33,7 +33,7 @@ class RolloutConfig(Section):
     members are terms added to what the layers of the centre compute, and each costs less, the more there are,
     but takes memory for a cache of its own. Like ``micro_batch_size`` the number may change the last bits, so
     a run keeps to one. ``auto``: as many as fit when the run begins, at most 64; the run keeps what was
-    found."""
+    found. The engine ``vllm`` takes a number, and trains the matrices of linear layers alone."""
     micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
     """Prompts per forward. Micro-batches are composed from the data alone, so results do not depend on the
     number of ranks; a different size may change the last bits. ``auto``: as many as memory allows and as give

@@ -34,6 +34,12 @@ CHOICES = {
 }
 
 
+ADAPTERS = {
+    "es__noise": "low_rank",
+    "es__rank": 2,
+    "es__trainable": [r".*_proj\.weight"],
+    "rollout__members_per_forward": 3,
+}
 DRAWN = {
     "rollout__temperature": 0.7,
     "rollout__samples_per_prompt": 2,
@@ -63,6 +69,7 @@ def runs(root):
     trees = {
         "single": tree_of(root, "single"),
         "single-choices": tree_of(root, "single-choices", **choices),
+        "single-adapters": tree_of(root, "single-adapters", **ADAPTERS),
         "one": tree_of(root, "one", **VLLM),
         "one-choices": tree_of(root, "one-choices", **VLLM, **choices),
         "one-drawn": tree_of(root, "one-drawn", **VLLM, **DRAWN),
@@ -71,6 +78,7 @@ def runs(root):
     trees = {
         "split": tree_of(root, "split", **VLLM),
         "replicas": tree_of(root, "replicas", **VLLM, parallel__shard_size=1),
+        "split-adapters": tree_of(root, "split-adapters", **VLLM, **ADAPTERS),
     }
     return found | dict(zip(trees, run_cases(root, "together", list(trees.values()), 2), strict=True))
 
@@ -92,6 +100,14 @@ def test_runs_are_those_of_one_process(root, runs):
         [line.get(key) for key in keys] for line in wanted
     ]
     assert runs["one-choices"] == runs["single-choices"] != runs["single"]
+
+
+def test_members_in_adapters_of_split_layers_have_the_bytes_of_members_in_a_forward(root, runs):
+    """Answers are of other kernels, but in float32 they are the same; updates know only rewards."""
+    found, wanted = (steady_metrics(root / name) for name in ("split-adapters", "single-adapters"))
+    assert len({line["reward_mean"] for line in wanted if "reward_mean" in line}) == 3
+    assert found == wanted
+    assert runs["split-adapters"] == runs["single-adapters"] != runs["single"]
 
 
 def test_the_header_says_what_answered(root, runs):
@@ -171,6 +187,22 @@ def test_commands_work_with_vllm(root, runs):
     result = call("shardes", "plan", "--config", config, "--world-size", "2")
     assert result.returncode == 0, result.stderr
     assert "2 with vllm" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["rollout.kv_cache_gib=0.00001"], "no place in the cache of rollout.kv_cache_gib: 1e-05"),
+        (["rollout.vllm={max_model_len: 9}"], "need 10 positions, but the engine has 9"),
+    ],
+)
+def test_a_cache_and_positions_that_are_too_few_are_refused(root, changes, message):
+    config = root / "short.yaml"
+    config.write_text(yaml.safe_dump(tree_of(root, "short", **VLLM)))
+    result = call("train", "--config", config, *changes)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_killed_rank_ends_the_job_and_the_same_command_gives_the_same_bytes(root, runs):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from shardes.backends.footprint import RankFootprint
 from shardes.backends.shard import Shard, ShardSpan
 from shardes.backends.sharded import ShardedBackend
+from shardes.backends.vllm.adapters import without_adapters
 from shardes.backends.vllm.launch import end_engine, start_engine
 from shardes.backends.vllm.mapping import make_shards, mark_copies
 from shardes.backends.vllm.recording import FileTensor, record_copies
@@ -65,11 +66,11 @@ class VllmBackend(ShardedBackend):
         super().__init__(skeleton, group=group)
         self.llm, self.sharded_model, self.timeout_seconds = llm, skeleton, timeout_seconds
         self.max_model_len: int = llm.llm_engine.model_config.max_model_len
-        model = self.model
-        _check_derived(model)
-        targets = dict(model.named_parameters())
-        load_weights: Any = model.load_weights
-        copies = record_copies(load_weights, targets, files, dtype=self.dtype)
+        model: Any = self.model
+        with without_adapters(model):
+            _check_derived(model)
+            targets = dict(model.named_parameters())
+            copies = record_copies(model.load_weights, targets, files, dtype=self.dtype)
         shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
         shards = make_shards(targets, copies, shapes=shapes, dtype=self.dtype, device=group.device)
         self.shards, self._spans = mark_copies(shards, group)
@@ -84,7 +85,7 @@ class VllmBackend(ShardedBackend):
         _check_unquantised(config, skeleton)
         held = cls.footprint(skeleton, num_ranks=group.world_size).held
         files = _file_tensors(config)
-        llm = start_engine(config, group=group, num_elements=sum(held.values()))
+        llm = start_engine(config, skeleton=skeleton, group=group, num_elements=sum(held.values()))
         timeout_seconds = config.parallel.timeout_seconds
         return cls(skeleton, group=group, llm=llm, files=files, timeout_seconds=timeout_seconds)
 
@@ -126,8 +127,18 @@ class VllmBackend(ShardedBackend):
     @property
     def model(self) -> nn.Module:
         """Return vLLM's model."""
-        model: nn.Module = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+        model: nn.Module = self.runner.get_model()
         return model
+
+    @property
+    def runner(self) -> Any:
+        """Return vLLM's model runner."""
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+    @property
+    def caches(self) -> list[torch.Tensor]:
+        """Return the keys and values of vLLM's layers."""
+        return [cache for cache in self.runner.kv_caches if isinstance(cache, torch.Tensor)]
 
     def _spans_of_ranks(self, shard: Shard) -> list[tuple[ShardSpan, ...]]:
         """Return the spans of a parameter that each rank holds."""

@@ -7,7 +7,9 @@ import warnings
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from shardes.backends.vllm.adapters import adapter_arguments
 from shardes.backends.vllm.cpu import prepare
 from shardes.config.schema import Config
 from shardes.distributed.group import Group
@@ -36,6 +38,11 @@ _OWN_ARGUMENTS = {
     "trust_remote_code": "model.trust_remote_code",
     "tensor_parallel_size": "parallel.shard_size",
     "kv_cache_memory_bytes": "rollout.kv_cache_gib",
+    "enable_lora": "rollout.members_per_forward",
+    "max_loras": "rollout.members_per_forward",
+    "max_cpu_loras": "rollout.members_per_forward",
+    "max_lora_rank": "es.rank",
+    "lora_target_modules": "es.trainable",
 }
 _UNUSABLE_ARGUMENTS = {
     "quantization": "quantised weights cannot be perturbed in place",
@@ -94,11 +101,12 @@ def import_vllm() -> Any:
     return vllm
 
 
-def start_engine(config: Config, *, group: Group, num_elements: int) -> Any:
+def start_engine(config: Config, *, skeleton: PreTrainedModel, group: Group, num_elements: int) -> Any:
     """Start vLLM with the model of a run, and return its ``LLM``; a collective of the ranks of ``group``.
 
     Args:
         config: Configuration of the run.
+        skeleton: Model with parameters on meta.
         group: Ranks that hold the model together, each a tensor parallel worker.
         num_elements: Elements of the model that this rank holds, for which masters need memory.
 
@@ -129,6 +137,7 @@ def start_engine(config: Config, *, group: Group, num_elements: int) -> Any:
         # Graphs need an accelerator, and compiling for a CPU takes minutes.
         "enforce_eager": group.device.type == "cpu",
         **_memory_arguments(config, group=group, num_elements=num_elements),
+        **adapter_arguments(config, skeleton),
         **config.rollout.vllm,
     }
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
@@ -147,6 +156,8 @@ def start_engine(config: Config, *, group: Group, num_elements: int) -> Any:
             "(parallel.shard_size)"
         ) from error
     except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
+        if "max_model_len" in str(error) or "KV cache" in str(error):
+            raise UserError(_cache_shortage(config, error)) from error
         raise UserError(
             f"parallel.backend: vllm: vLLM {vllm.__version__} cannot run the model of {config.model.path} "
             f"like this: {_first_line(error)}"
@@ -242,6 +253,17 @@ def end_engine(llm: Any) -> None:
     if parallel_state._WORLD is not None:
         parallel_state._WORLD.destroy()
     _forget_groups()
+
+
+def _cache_shortage(config: Config, error: BaseException) -> str:
+    """Return the message for a cache in which no request has a place."""
+    gib = config.rollout.kv_cache_gib
+    found = f"of rollout.kv_cache_gib: {gib}" if gib is not None else "that other memory leaves"
+    return (
+        f"parallel.backend: vllm: keys and values have no place in the cache {found} "
+        f"({_first_line(error)}); set a larger rollout.kv_cache_gib, a smaller max_model_len (rollout.vllm), "
+        "weights.master_device: cpu, or let more ranks hold the model (parallel.shard_size)"
+    )
 
 
 def _first_line(error: BaseException) -> str:

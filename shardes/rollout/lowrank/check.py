@@ -54,12 +54,37 @@ def check_hooks(mode: GatherMode, *, backend: Backend, weights: Weights, world: 
     with mode.hooks.on(model):
         mode.hooks.on_rows(torch.arange(2, device=backend.device))
         found = logits(model, ids.expand(2, -1))
-    step = torch.finfo(backend.dtype).eps
+    check_agreement(found, wanted=wanted, centre=centre, dtype=backend.dtype, world=world, what="logits")
+
+
+def check_agreement(
+    found: torch.Tensor,
+    *,
+    wanted: torch.Tensor,
+    centre: torch.Tensor,
+    dtype: torch.dtype,
+    world: Group,
+    what: str,
+) -> None:
+    """Check that members as low-rank terms compute what their weights do; a collective of all ranks.
+
+    Args:
+        found: What the terms gave, float64 of shape [members, ...].
+        wanted: What the members' weights gave, of the same shape.
+        centre: What the centre gave, broadcast over the members.
+        dtype: Dtype of the weights.
+        world: All ranks of the job.
+        what: Name of the values, for the message.
+
+    Raises:
+        UserError: They differ by more than rounding explains.
+    """
+    step = torch.finfo(dtype).eps
     effect, error = _rms(wanted - centre), _rms(found - wanted)
     limit = max(1e-3, 16 * step) * effect + 4 * step * _rms(centre)
     if world.any(not error <= limit):
         raise UserError(
-            "rollout.members_per_forward: forwards of many members compute other logits than the members' "
+            f"rollout.members_per_forward: forwards of many members compute other {what} than the members' "
             f"weights do: they differ by {error:.3g} (root mean square), where the perturbation itself "
             f"changes them by {effect:.3g} "
             f"and rounding explains {limit:.3g}. The model computes something for which there is no right "

@@ -24,6 +24,7 @@ from shardes.backends.shard import Shard
 from shardes.errors import UserError
 from shardes.es.update import Perturbation
 from shardes.noise import GAUSSIAN, LowRank, Region, matrix_shape
+from shardes.rollout.lowrank.member_factors import factors_of
 from shardes.rollout.lowrank.modules import (
     AddToFunction,
     Names,
@@ -145,31 +146,9 @@ class LowRankHooks:
             if matrix_shape(shard.shape) is None:
                 self._vectors[name] = self._vectors_of(shard, members).mul_(sigmas[:, None]).to(self._dtype)
                 continue
-            left, right = self._factors_of(shard, members)
+            left, right = factors_of(shard, members, kind=self._kind, seed=self._seed, device=self._device)
             scaled = left * sigmas.view(-1, *[1] * (left.ndim - 1))
             self._left[name], self._right[name] = scaled.to(self._dtype), right.to(self._dtype)
-
-    def _factors_of(self, shard: Shard, members: Sequence[Perturbation]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return each member's left and right factors, float32 of shape [members, ..., features, rank]."""
-        parts = []
-        places: list[int] = []
-        for iteration, mine in _by_iteration(members).items():
-            directions = sorted({members[place].direction for place in mine})
-            found = noise.factors(
-                kind=self._kind,
-                param_id=shard.param_id,
-                shape=shard.shape,
-                seed=self._seed,
-                iteration=iteration,
-                directions=directions,
-                device=self._device,
-            )
-            index = torch.tensor([directions.index(members[place].direction) for place in mine])
-            parts.append([factor[index.to(self._device)] for factor in found])
-            places += mine
-        order = torch.tensor(places).argsort().to(self._device)
-        left, right = (torch.cat(side)[order].contiguous() for side in zip(*parts, strict=True))
-        return left, right
 
     def _vectors_of(self, shard: Shard, members: Sequence[Perturbation]) -> torch.Tensor:
         """Return the noise of each member for a vector, float32 of shape [members, elements]."""
@@ -370,11 +349,3 @@ class LowRankHooks:
             return out
 
         return replaced(module, moved)
-
-
-def _by_iteration(members: Sequence[Perturbation]) -> dict[int, list[int]]:
-    """Return the indices of the members by the iteration of their noise."""
-    found: dict[int, list[int]] = {}
-    for place, member in enumerate(members):
-        found.setdefault(member.iteration, []).append(place)
-    return found

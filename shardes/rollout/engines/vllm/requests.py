@@ -31,6 +31,12 @@ class Request:
     growing: GrowingAnswer | None = None
     num_checked: int = 0
 
+    @property
+    def scores(self) -> torch.Tensor:
+        """Return ``prompt_logprobs`` of a request that asked for them and is done."""
+        assert self.prompt_logprobs is not None, "they were asked for"
+        return self.prompt_logprobs
+
 
 class RequestLoop:
     """Requests of this rank; every rank of a replica makes the same ones in the same order.
@@ -58,7 +64,12 @@ class RequestLoop:
         return len(self._in_flight)
 
     def add(
-        self, prompt: Sequence[int], parameters: Mapping[str, Any], *, stop: StopStrings | None = None
+        self,
+        prompt: Sequence[int],
+        parameters: Mapping[str, Any],
+        *,
+        stop: StopStrings | None = None,
+        adapter: Any = None,
     ) -> Request:
         """Add a request; nothing is computed before ``finish``.
 
@@ -66,6 +77,7 @@ class RequestLoop:
             prompt: Token ids.
             parameters: Arguments of ``vllm.SamplingParams``.
             stop: Texts that end the answer; None: none.
+            adapter: vLLM's ``LoRARequest`` of the adapter by which it is answered; None: none.
 
         Raises:
             UserError: The engine cannot take so many tokens, or one of them is none of the model's.
@@ -82,7 +94,11 @@ class RequestLoop:
         arguments = {"ignore_eos": True, "detokenize": False, "output_kind": kind, **parameters}
         name = str(self._number)
         self._ids[name] = self._engine.add_request(
-            name, tokens_input(list(prompt)), SamplingParams(**arguments), arrival_time=0.0
+            name,
+            tokens_input(list(prompt)),
+            SamplingParams(**arguments),
+            arrival_time=0.0,
+            lora_request=adapter,
         )
         self._in_flight[name] = request
         return request
