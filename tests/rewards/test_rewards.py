@@ -247,12 +247,12 @@ def test_a_reward_may_yield_its_values():
 
 
 def test_whatever_a_reward_raises_is_described_in_short():
-    class Silent(Exception):
+    class SilentError(Exception):
         def __str__(self):
             raise ValueError
 
     for error, start in (
-        (Silent(), "Silent: a message that cannot be shown ("),
+        (SilentError(), "SilentError: a message that cannot be shown ("),
         (ValueError("x" * 10**6), f"ValueError: {'x' * 2000}... ("),
         (asyncio.CancelledError(), "CancelledError:  ("),
     ):
