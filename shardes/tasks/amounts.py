@@ -5,6 +5,7 @@ r"""Parser of an amount: one number with what people write around it, such as un
 linear in its length.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -48,29 +49,33 @@ _EMPTY_SET = re.compile(r"\\varnothing(?![a-zA-Z])")
 _THIN = r"\\[,;: ]|~| "
 # Digits in groups are one number unless more of the list that they may be part of stands beside them.
 _THOUSANDS = re.compile(
-    rf"(?<![0-9.])(?<![0-9],)[1-9][0-9]{{0,2}}(?P<by>,|\{{,\}}|'|\u2019|{_THIN})[0-9]{{3}}"
-    r"(?:(?P=by)[0-9]{3})*(?!,?[0-9])"
-    r"|(?<![0-9.])(?<![0-9],)[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}(?!,?[0-9])"  # lakhs, crores
+    r"(?<![0-9.])(?<![0-9],)[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?:,[0-9]{2})+,[0-9]{3})(?!,?[0-9])"  # or lakhs
+    rf"|(?<![0-9.])[1-9][0-9]{{0,2}}(?P<by>\{{,\}}|'|\u2019|{_THIN})[0-9]{{3}}(?:(?P=by)[0-9]{{3}})*(?![0-9])"
 )
 _BRACKETS = re.compile(r"\\[{}]|[()\[\]]")
 _SEPARATORS = re.compile(r"[^0-9]")
 
 
-def plain(text: str) -> str:
-    """Write minus signs, separators of thousands, and some symbols as a parser of LaTeX expects them."""
+def plain(text: str, *, has_lists: bool = True) -> str:
+    """Write minus signs, separators of thousands, and some symbols as a parser of LaTeX expects them.
+
+    Args:
+        text: Any text.
+        has_lists: Whether ``(1,200)`` may be a point, an interval or the like, as against 1200.
+    """
     text = text.replace(r"\!", "").translate(_PLAIN)
     text = _ROOT.sub(r"\\sqrt{\1\2\3}", _LEADING_DASH.sub(r"\1\2-", text))
     text = _EMPTY_SET.sub(r"\\emptyset", _PERIOD.sub(r"\\overline", text))
-    text = _THOUSANDS.sub(_joined, _PI.sub(r"\\pi ", text))
+    text = _THOUSANDS.sub(functools.partial(_joined, has_lists=has_lists), _PI.sub(r"\\pi ", text))
     text = text.strip()
     if not text.endswith(".."):
         text = text.removesuffix(".")
     return text.rstrip("\\ \n\t")
 
 
-def _joined(match: re.Match[str]) -> str:
+def _joined(match: re.Match[str], *, has_lists: bool) -> str:
     """Return a number without its separators; ``0,100`` in brackets is an interval, or a point, or a set."""
-    if "," in match[0].replace("{,}", ""):
+    if has_lists and "," in match[0].replace("{,}", ""):
         brackets = _BRACKETS.findall(match.string, 0, match.start())
         is_group = re.search(",0", match[0])  # which no coordinate begins with
         if not is_group and 2 * sum(each in (r"\{", "(", "[") for each in brackets) > len(brackets):
@@ -154,7 +159,8 @@ _CHANGES_BEFORE = _FUNCTIONS | frozenset(
 )
 _CHANGES_NEXT = _FUNCTIONS | frozenset(
     """
-    squared cubed halves third thirds fourth fourths fifths sixths eighths tenths hundredths
+    squared cubed halves third thirds fourth fourths fifths sixths sevenths eighths ninths tenths
+    hundredths thousandths millionths
     """.split()  # noqa: SIM905
 )
 _CHANGES_BEHIND = frozenset(["half", "or", "plus", "minus"])
@@ -173,12 +179,14 @@ _SCALES = {
 _SCALES |= {f"{word}s": value for word, value in _SCALES.items() if len(word) > 2}
 # In front of "=": a product, a sum, a power or a function of a variable, whose value is not the variable's.
 _OF_A_VARIABLE = re.compile(
-    r"(?:[0-9})]\s*|[-+*/]\s*|\\(?:sqrt|cdot|times|sin|cos|tan|log|ln)\s*\{?|\{|\|)(?<![a-zA-Z_])[a-zA-Z](?![a-zA-Z])"
-    r"|(?<![a-zA-Z])[a-zA-Z]\s*(?:[-+*/^|]|\\(?:not|cdot|times)(?![a-zA-Z]))"
+    r"(?:(?<=[0-9})])\s*(?![mghlsL](?![a-zA-Z])|x\s*\\?[$0-9])|[-+*/{|]\s*"
+    r"|\\(?:sqrt|cdot|times|sin|cos|tan|log|ln)\s*\{?)(?<![a-zA-Z_])[a-zA-Z](?![a-zA-Z])"
+    r"|(?<![a-zA-Z])(?:[a-fi-kn-rt-zA-KM-Z]|(?<![0-9])(?<![0-9] )[mghlsL])\s*"
+    r"(?:[-+*/^|]|\\(?:not|cdot|times)(?![a-zA-Z]))"
 )
 _UNITS = frozenset(
     """
-    cm mm km dm nm ft feet foot inch inches yard yards yd mile miles mi meter meters metre metres kilometer
+    cm mm km dm nm ft in feet foot inch inches yard yards yd mile miles mi meter meters metre metres kilometer
     kilometers kg mg gram grams lb lbs pound pounds oz ounce ounces ton tons ml liter liters litre litres cup
     cups gallon gallons sec secs second seconds min mins minute minutes hr hrs hour hours day days week weeks
     month months year years mph kmh kph cent cents dollar dollars usd euro euros degree degrees radians square
@@ -197,9 +205,7 @@ def amount_in(text: str, *, any_words: bool) -> Amount | None:
     """
     if len(text) > MAX_CHARACTERS:
         return None
-    if any_words:
-        text = _without_parentheses(text)
-    text = re.sub(r"\\approx(?![a-zA-Z])", "=", plain(text))
+    text = re.sub(r"\\approx(?![a-zA-Z])", "=", plain(text, has_lists=not any_words))
     text = re.sub(r"\\(?:left|right|displaystyle|bf|rm|it)(?![a-zA-Z])", "", text).strip("*`\"' ")
     left, equals, right = _without_parentheses(text).rpartition("=")
     if equals and (left.rstrip()[-1:] in ("<", ">", "!") or re.search(r"[,;]|\band\b|\bor\b", left)):
@@ -287,7 +293,7 @@ def _sign(before: Sequence[_Token], *, any_words: bool) -> int | None:
 
 def _words(token: _Token) -> list[str]:
     r"""Return the words of a token, such as a word or a ``\text{...}``."""
-    return re.findall(r"[a-z]+", re.sub(r"\\[a-z]+\s*\{", "", token.text.lower()))
+    return re.findall(r"[a-z]+(?:-[a-z]+)*", re.sub(r"\\[a-z]+\s*\{", "", token.text.lower()))
 
 
 def _is_word(token: _Token) -> bool:
@@ -331,7 +337,7 @@ def _suffix(tokens: Sequence[_Token], *, any_words: bool) -> tuple[int, bool] | 
                 scale *= _SCALES[word]
             case "word" if word in _UNITS or (previous.kind in ("degree", "slash") and len(word) == 1):
                 is_percent |= word == "percent"
-            case "word" if any_words and token.text in _LETTERS:
+            case "word" if any_words and word in _LETTERS and token.text != "M":  # millions
                 pass
             case "word" if (
                 any_words and _is_word(token) and not (is_attached and word.isascii() and len(word) < 4)
