@@ -5,6 +5,7 @@ code runs, or that something is fetched or written elsewhere, takes a word on th
 run is nobody's word.
 """
 
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from shardes.errors import UserError
 from shardes.utils.reading import read_regular
 
 FLAG = "--trust-remote-code"
-# Files of a model directory that may name code, by a key of this name, and the most of one that is looked at.
+# Files of a model directory that may name code or a hub's kernel, by such a key, and the most of one that is
+# looked at.
 _NAMING_FILES = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
-_NAMING_KEY = b"auto_map"
+_NAMING_KEY = re.compile(rb'auto_map|_implementation"\s*:\s*(?:"[^"]*/|\{)')
 _MOST_BYTES = 1 << 26
 
 
@@ -121,6 +123,6 @@ def _names_code(model: Path) -> bool:
         if any(model.glob("*.py")):
             return True
         files = [path for path in map(model.joinpath, _NAMING_FILES) if path.exists()]
-        return any(_NAMING_KEY in read_regular(path, max_bytes=_MOST_BYTES) for path in files)
+        return any(_NAMING_KEY.search(read_regular(path, max_bytes=_MOST_BYTES)) for path in files)
     except OSError:
         return True  # what cannot be looked at may have it

@@ -23,7 +23,7 @@ from shardes.config.schema import Config
 from shardes.errors import UserError
 from shardes.models.checkpoint import Checkpoint, Found, StoredTensor, read_whole
 from shardes.models.conversion import Conversion
-from shardes.models.files import read_json_object, read_model_config
+from shardes.models.files import kernel_on_hub, read_json_object, read_model_config
 from shardes.models.limits import MOST_BYTES, MOST_PARAMETERS, limited, one_line
 from shardes.models.ties import different_ties
 
@@ -39,7 +39,13 @@ def load_model_config(path: Path, *, trust_remote_code: bool) -> Any:
         UserError: No usable config.json.
     """
     file = path if path.is_file() else path / "config.json"
-    read_model_config(file)
+    found = read_model_config(file)
+    if not trust_remote_code and (kernel := kernel_on_hub(found)):
+        raise UserError(
+            f"model.path: {file} names the kernel {kernel!r:.80}, which is code that would be fetched over "
+            "the network, and run; remove that entry, or consent to it by model.trust_remote_code=true (for "
+            "a run of somebody else, by --trust-remote-code)"
+        )
     with limited(f"model.path: {file} cannot be used"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     quantization = getattr(config, "quantization_config", None)

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,19 @@ def check_model_directory(path: Path) -> None:
         for file in sorted(path.glob(pattern)):
             if not file.is_file() and not file.is_dir():
                 raise UserError(f"model.path: {describe_path(file)}; fetch it again, or remove it")
+
+
+def kernel_on_hub(config: Mapping[str, Any]) -> str | None:
+    """Return the first repository of kernels that a ``config.json`` names for transformers to fetch."""
+    for name, value in config.items():
+        values = value.values() if isinstance(value, dict) else [value]
+        if name.endswith("_implementation"):
+            for each in values:
+                if isinstance(each, str) and "/" in each:
+                    return each
+        elif isinstance(value, dict) and (kernel := kernel_on_hub(value)):
+            return kernel
+    return None
 
 
 def read_model_config(file: Path) -> dict[str, Any]:

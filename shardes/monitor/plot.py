@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shardes.errors import UserError
+from shardes.utils.logs import printable
 from shardes.utils.reading import parse_json, read_regular
 
 METRICS = "metrics.jsonl"
@@ -20,6 +21,8 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _INK, _GREY = "#333333", "#777777"
 _NUM_COLUMNS = 2
 _MOST_BYTES = 1 << 30
+# Beyond these, a file is none that training wrote, and matplotlib would compute marks for ever.
+_MOST_ITERATIONS, _MOST_PHASES, _LONGEST_NAME, _LARGEST = 1 << 40, 100, 100, 1e100
 
 Point = dict[str, float]
 
@@ -103,7 +106,7 @@ def _parse(line: bytes, *, where: str) -> tuple[int, Point]:
     )
     record: Any = json.loads(line) if _is_json(line) else None
     iteration = record.get("iteration") if isinstance(record, dict) else None
-    if not isinstance(iteration, int):
+    if not isinstance(iteration, int) or not 0 <= iteration < _MOST_ITERATIONS:
         raise UserError(f"{where}: got {_shortened(line)}; {wanted}")
     numbers = {
         key: value
@@ -114,14 +117,22 @@ def _parse(line: bytes, *, where: str) -> tuple[int, Point]:
     phases = record.get("seconds") or {}
     if not isinstance(phases, dict):
         raise UserError(f"{where}: seconds is {phases!r}; {wanted}")
-    numbers |= {f"{_PHASES}{name}": value for name, value in phases.items()}
+    if len(phases) > _MOST_PHASES:
+        raise UserError(f"{where}: seconds has {len(phases)} phases; wanted at most {_MOST_PHASES}")
+    numbers |= {f"{_PHASES}{_shown(name)}": value for name, value in phases.items()}
     for key, value in numbers.items():
-        if not isinstance(value, int | float):
-            raise UserError(f"{where}: {key} is {value!r}; {wanted}")
+        if not isinstance(value, int | float) or abs(value) > _LARGEST:
+            raise UserError(f"{where}: {_shown(key)} is {value!r:.80}; {wanted}")
     # The line at the end is no iteration.
     if phases and "reward_mean" in record:
         numbers["seconds"] = sum(phases.values())
     return iteration, numbers
+
+
+def _shown(name: str, *, max_characters: int | None = _LONGEST_NAME) -> str:
+    """Return a name as matplotlib shows it: without formulas, and not left out."""
+    text = printable(name[:max_characters]).encode(errors="replace").decode().replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _shortened(line: bytes) -> str:
@@ -132,7 +143,8 @@ def _shortened(line: bytes) -> str:
 def _labels(run_dirs: Sequence[Path]) -> list[str]:
     """Return the directories' names; the paths as given where two names are the same."""
     names = [run_dir.resolve().name for run_dir in run_dirs]
-    return names if len(set(names)) == len(names) else [str(run_dir) for run_dir in run_dirs]
+    labels = names if len(set(names)) == len(names) else [str(run_dir) for run_dir in run_dirs]
+    return [_shown(label, max_characters=None) for label in labels]
 
 
 def plot_runs(run_dirs: list[Path], out: Path, *, reward_only: bool = False) -> None:
@@ -303,7 +315,8 @@ def _draw(axes: Any, points: dict[int, Point], *, colour: str, marker: str, band
     # An iteration without rewards leaves a gap; the line after the last one has none and needs no gap.
     with_members = [iteration for iteration, point in points.items() if "reward_mean" in point]
     if with_members:
-        iterations = range(with_members[0], with_members[-1] + 1)
+        # One that is not known is enough for a gap, however wide.
+        iterations = sorted({*with_members, *(iteration + 1 for iteration in with_members[:-1])})
         members = [points.get(iteration, {}) for iteration in iterations]
         low, high, mean = (
             [point.get(key, nan) for point in members] for key in ("reward_min", "reward_max", "reward_mean")

@@ -185,7 +185,7 @@ class _Server:
 
 def _work(connection: socket.socket, memory_bytes: int) -> NoReturn:
     """Run a worker from its fork to its exit."""
-    status = 1
+    status, process = 1, os.getpid()
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -202,7 +202,8 @@ def _work(connection: socket.socket, memory_bytes: int) -> NoReturn:
     except (EOFError, ConnectionError):  # an error, if the pool died and left a reply unread
         status = 0
     except BaseException:
-        sys.excepthook(*sys.exc_info())
+        if os.getpid() == process:  # else a child of the import, which has come back here and cannot answer
+            sys.excepthook(*sys.exc_info())
     finally:
         sys.stderr.flush()
         os._exit(status)
@@ -217,6 +218,7 @@ def _serve(connection: socket.socket) -> None:
         _send(connection, {"id": number, "error": str(error)})
         return
     state = ProcessState()
+    state.restore()  # an alarm that the import has set must not end the first call
     caller.after_call = state.restore
     _send(connection, {"id": number, "error": None, "columns": caller.columns})
     while True:

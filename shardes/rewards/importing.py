@@ -122,11 +122,14 @@ class _Importer:
 
 
 def _free_name(file: Path) -> str:
-    """Return the name of a file's module; another than the file's if that is taken, as ``random`` is."""
+    """Return the name of a file's module; another than the file's if that is taken, as ``random`` is.
+
+    A name with a dot would be that of a module in a package, which pickle then looks for.
+    """
     known = sys.modules.get(file.stem)
-    if known is None or _file_of(known) == file:
+    if "." not in file.stem and (known is None or _file_of(known) == file):
         return file.stem
-    return f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    return f"{file.stem.replace('.', '_')}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
 
 
 def _execute(file: Path, name: str) -> ModuleType:

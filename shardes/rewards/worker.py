@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import inspect
+import itertools
 import math
 import os
 import sys
@@ -22,6 +23,10 @@ MAX_REWARD = 1e100
 _RESERVED = GIVEN | {"prompt"}
 # Bound here, as guards against other people's programs replace functions of this module.
 _exit, _getpid = os._exit, os.getpid
+
+# What a reward may raise and be called again in the same process.
+_FAILURES = (Exception, SystemExit, asyncio.CancelledError)
+_MAX_MESSAGE_CHARACTERS = 2000
 
 # How long coroutines that a call has left behind may take to end when they are cancelled.
 _CANCEL_SECONDS = 1.0
@@ -210,7 +215,9 @@ class RewardCaller:
         returned = [self._call(i, batch) for i, batch in calls]
         awaitables = {place: value for place, value in enumerate(returned) if inspect.isawaitable(value)}
         if awaitables:
-            values = self._loop.run([self._settle(value) for value in awaitables.values()])
+            values = self._loop.run(
+                [self._settle(value, len(calls[place][1])) for place, value in awaitables.items()]
+            )
             self.after_call()
             for place, value in zip(awaitables, values, strict=True):
                 returned[place] = value
@@ -237,18 +244,18 @@ class RewardCaller:
             given = {name: [value] * len(batch) for name, value in given.items()}
         try:
             # What the configuration gives counts more than a column of that name.
-            value = self._functions[i](*positional, **(keywords | dict(given)))
-        except (Exception, SystemExit) as error:
+            value = _listed(self._functions[i](*positional, **(keywords | dict(given))), len(batch))
+        except _FAILURES as error:
             value = error
         self._leave_if_forked(value)
         self.after_call()
         return value
 
-    async def _settle(self, awaitable: Awaitable[Any]) -> Any:
+    async def _settle(self, awaitable: Awaitable[Any], num_values: int) -> Any:
         """Return what a coroutine returns, or the exception that it raises."""
         try:
-            value = await awaitable
-        except (Exception, SystemExit) as error:
+            value = _listed(await awaitable, num_values)
+        except _FAILURES as error:
             value = error
         self._leave_if_forked(value)
         return value
@@ -330,6 +337,11 @@ async def _gather(coroutines: Sequence[Any]) -> tuple[list[Any], bool]:
     return values, not pending
 
 
+def _listed(returned: Any, num_values: int) -> Any:
+    """Return the values of an iterator, such as a generator, and at most one too many of them."""
+    return list(itertools.islice(returned, num_values + 1)) if isinstance(returned, Iterator) else returned
+
+
 def _checked(returned: Any, label: str, batch: RewardBatch) -> RewardOutput | str:
     """Return a component's output, or why what its function returned is none."""
     if hasattr(returned, "tolist"):  # a tensor, or an array
@@ -381,4 +393,10 @@ def _described(error: BaseException, label: str) -> str:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}, " if trace is not None else ""
-    return f"{type(error).__name__}: {error} ({where}reward {label!r})"
+    try:
+        text = str(error)
+    except Exception:
+        text = "a message that cannot be shown"
+    if len(text) > _MAX_MESSAGE_CHARACTERS:
+        text = f"{text[:_MAX_MESSAGE_CHARACTERS]}..."
+    return f"{type(error).__name__}: {text} ({where}reward {label!r})"

@@ -61,11 +61,20 @@ class SnapshotWriter:
         """Make the directory, and remove what a dead job did not complete; a collective.
 
         Raises:
-            UserError: A rank that would have to write there does not see it.
+            UserError: A rank that would have to write there does not see it, or it is a link to snapshots of
+                another run.
         """
         if not self._every:
             return
         directory = self._run_dir / "snapshots"
+        # Old ones are removed there, whoever made them.
+        home = directory.resolve().parent
+        is_another_runs = home != self._run_dir.resolve() and (home / "journal.jsonl").exists()
+        if self._world.broadcast_json(is_another_runs):
+            raise UserError(
+                f"run.snapshot_every: {directory} is a link to the snapshots of another run, in {home}, "
+                "which would be removed; remove the link"
+            )
         problem = self._make(directory, without=directory.glob(f"*{_INCOMPLETE}"), exist_ok=True)
         if problem is not None:
             raise UserError(

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _BOX = r"\boxed{"
-_BRACE = re.compile(r"\\?[{}]")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a backslash and what it belongs to, or a brace
 _MAX_NUMBER_CHARACTERS = 40
 # What may stand around a number in an answer without being part of it.
 _UNITS = re.compile(r"\\[,;!% ]|\\\$|[$€£%]|\\(?:text|mathrm|mbox)\{[^{}]*\}|\\(?:left|right)")

@@ -99,6 +99,10 @@ BROKEN = {
         "KeyError: 'nope'; this is the value of rope_parameters.rope_type",
     ),
     "quantised": (config_with(quantization_config={"quant_method": "awq"}), "quantised weights cannot be"),
+    "kernel of a hub": (
+        config_with(attn_implementation="someone/kernel"),
+        "names the kernel 'someone/kernel', which is code that would be fetched",
+    ),
     "end token of a text": (
         text_in("generation_config.json", '{"eos_token_id": "x"}'),
         "eos_token_id is 'x'; wanted the id of a token",

@@ -122,6 +122,10 @@ def test_a_run_that_has_just_begun_can_be_drawn(tmp_path, lines):
         ('{"reward_mean": 0.5}', "reward_mean"),
         ('{"iteration": "1"}', "iteration"),
         ('{"iteration": 1, "reward_mean": "high"}', "'high'"),
+        ('{"iteration": 4611686018427387904, "reward_mean": 1}', "4611686018427387904"),
+        ('{"iteration": -1, "reward_mean": 1}', "-1"),
+        ('{"iteration": 1, "reward_mean": 1e308}', "1e+308"),
+        (f'{{"iteration": 1, "reward_mean": 1{"0" * 400}}}', "reward_mean is 1000"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(tmp_path, bad, got):
@@ -210,4 +214,23 @@ def test_the_rewards_alone_can_be_drawn(tmp_path):
 def test_times_that_are_no_times_are_named(tmp_path, seconds):
     run = make_run(tmp_path / "run", [LINES[0] | {"seconds": seconds}])
     with pytest.raises(UserError, match=r"line 1: seconds(/io)? is .*wanted a JSON object"):
+        plot_runs([run], tmp_path / "r.png")
+
+
+def test_names_are_no_formulas_and_none_is_left_out(tmp_path):
+    seconds = {"$\\bad{$": 1.0, "_io\x00\ud800": 2.0}
+    first = make_run(tmp_path / "$\\x{$", [LINES[0] | {"seconds": seconds}])
+    plot_runs([first, make_run(tmp_path / "_run", LINES)], tmp_path / "r.svg")
+    assert (tmp_path / "r.svg").is_file()
+
+
+def test_extreme_numbers_take_no_more_time(tmp_path):
+    ends = [{"iteration": 0, "reward_mean": -1e100}, {"iteration": (1 << 40) - 1, "reward_mean": 1e100}]
+    plot_runs([make_run(tmp_path / "run", ends)], tmp_path / "r.png")
+    assert (tmp_path / "r.png").is_file()
+
+
+def test_too_many_phases_are_refused(tmp_path):
+    run = make_run(tmp_path / "run", [LINES[0] | {"seconds": {str(i): 1.0 for i in range(101)}}])
+    with pytest.raises(UserError, match="line 1: seconds has 101 phases"):
         plot_runs([run], tmp_path / "r.png")

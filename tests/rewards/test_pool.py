@@ -351,6 +351,25 @@ class Picture:
         raise TypeError("it was sent")
 
 
+def test_what_an_import_leaves_behind_does_not_reach_the_first_call(tmp_path, capfd):
+    (tmp_path / "my.rewards.py").write_text(
+        "import os, signal, time\n"
+        "from multiprocessing import get_context\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.2)\n"
+        "os.fork()\n"
+        "def double(text):\n"
+        "    return 2 * float(text)\n"
+        "def reward(completions):\n"
+        "    time.sleep(0.3)\n"
+        "    with get_context('fork').Pool(1) as pool:\n"
+        "        return pool.map(double, completions)\n"
+    )
+    component = Component("r", f"{tmp_path / 'my.rewards.py'}:reward")
+    with sandbox(component) as rewards:
+        assert judged(rewards, "1", "2", component=component) == ([2.0, 4.0], None)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_columns_that_no_reward_looks_at_are_not_sent():
     rows = [{"picture": Picture(), "n": 3}, {"picture": Picture(), "n": 4}]
     batch = RewardBatch.of(rows, ["p", "p"], ["a", "b"], [[], []])

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import itertools
 import math
 import os
 import sys
@@ -225,6 +226,43 @@ def test_a_reward_that_returns_something_else_fails_for_every_answer(returned):
     assert values == [None] * 3
     assert num_failures == 3
     assert first is not None
+
+
+def test_a_reward_may_yield_its_values():
+    def ends(completions):
+        for completion in completions:
+            yield float(completion)
+
+    async def later(completions):
+        return map(float, completions)
+
+    for reward in (ends, later):
+        assert score(reward, ["1", "0"])[:2] == ([1.0, 0.0], 0)
+        values, num_failures, first = score(reward, ["1", "a"])
+        assert (values, num_failures) == ([1.0, None], 1)
+        assert first.startswith("ValueError: could not convert string to float: 'a'")
+    values, _, first = score(lambda completions: itertools.repeat(1.0), ["1", "0"])
+    assert values == [None, None]
+    assert "returned 3 values for 2 completions" in first
+
+
+def test_whatever_a_reward_raises_is_described_in_short():
+    class SilentError(Exception):
+        def __str__(self):
+            raise ValueError
+
+    for error, start in (
+        (SilentError(), "SilentError: a message that cannot be shown ("),
+        (ValueError("x" * 10**6), f"ValueError: {'x' * 2000}... ("),
+        (asyncio.CancelledError(), "CancelledError:  ("),
+    ):
+
+        def reward(completions, error=error):
+            raise error
+
+        _, num_failures, first = score(reward, ["a", "b"])
+        assert num_failures == 2
+        assert first.startswith(start)
 
 
 def test_a_wrong_length_is_mended_where_single_calls_are_right():

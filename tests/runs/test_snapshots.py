@@ -228,6 +228,23 @@ def test_old_snapshots_go_when_new_ones_are_complete(session):
     assert len(list((run_dir / "snapshots").iterdir())) == 3
 
 
+def test_snapshots_of_another_run_are_not_written_to(session, tmp_path):
+    other = tmp_path / "other"
+    (other / "snapshots").mkdir(parents=True)
+    run_dir = tmp_path / "linked"
+    run_dir.mkdir()
+    (run_dir / "snapshots").symlink_to(other / "snapshots")
+    writer = snapshotting.SnapshotWriter(
+        run_dir, every=1, keep=2, mesh=session.mesh, weights=session.weights, is_sharded=False
+    )
+    writer.open()  # a directory elsewhere, such as on a larger disk
+    (other / "journal.jsonl").touch()
+    (other / "snapshots" / "iteration-00000001.incomplete").mkdir()
+    with pytest.raises(UserError, match="is a link to the snapshots of another run"):
+        writer.open()
+    assert (other / "snapshots" / "iteration-00000001.incomplete").is_dir()
+
+
 def test_what_a_longer_journal_left_does_not_count_and_is_replaced(session):
     taken, run_dir = snapshots_of(session), session.config.run.dir
     for iteration in (2, 8, 9):

@@ -114,6 +114,20 @@ def test_a_run_that_trusts_a_model_without_code_needs_no_consent(run_dir):
     assert config.model.trust_remote_code is True
 
 
+@pytest.mark.parametrize("value", ["someone/kernel", {"": "someone/kernel"}], ids=str)
+def test_a_kernel_of_a_hub_takes_consent(run_dir, value):
+    path = run_dir.parent / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": value}))
+    result = call("shardes", *commands(run_dir)["verify"])
+    assert result.returncode == 2
+    assert "names the kernel 'someone/kernel'" in result.stderr
+    change(run_dir, "model.trust_remote_code", True)
+    result = call("shardes", *commands(run_dir)["verify"])
+    assert "model.trust_remote_code: True (code in the model directory runs)" in result.stderr
+    result = call("shardes", *commands(run_dir)["verify"], "--trust-remote-code")
+    assert "names the kernel" not in result.stderr
+
+
 ASKED = {
     "task.reward": "rewards.py:f",
     "task.rewards": [{"path": "os:system"}],

@@ -27,6 +27,12 @@ _COSTLY = re.compile(
     r"|[0-9]{20}"
 )
 
+_BASE = re.compile(r"[0-9]\s*_\s*\{?([0-9]+)\}?$")
+# A bound is no value, and math-verify takes some products of variables, "2ab", for their number.
+_NO_VALUE = re.compile(
+    r"[<>]|\\(?:[lg](?:eq?|eqslant|t)|neq?|not)(?![a-zA-Z])|[0-9][a-zA-Z]{2,3}(?![a-zA-Z])"
+)
+
 
 @per_completion
 def number_reward(text: str, /, *, answer: Any) -> bool:
@@ -80,6 +86,13 @@ def _is_equal(boxed: str | None, gold: str | None) -> bool:
     if boxed.strip() == gold.strip():
         return True
     boxed, gold = plain(boxed), plain(gold)
+    if boxed == gold:
+        return True
+    bases = [_BASE.search(text) for text in (boxed, gold)]
+    if bases[0] and bases[1] and bases[0][1] != bases[1][1]:
+        return False
+    if _NO_VALUE.search(boxed) and amount_in(gold, any_words=False) is not None:
+        return amount_in(boxed, any_words=False) == amount_in(gold, any_words=False)
     if not ("=" in boxed and "=" in gold):  # else the variables count
         amounts = amount_in(boxed, any_words=False), amount_in(gold, any_words=False)
         if amounts[0] is not None and amounts[1] is not None:
