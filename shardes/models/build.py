@@ -2,6 +2,7 @@
 
 import functools
 import re
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,9 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
             f"model.path: {path}: its tokenizer cannot be loaded: {one_line(error)}; use the files "
             "(tokenizer.json, tokenizer_config.json) that the model was published with"
         ) from None
-    if isinstance(tokenizer, PreTrainedTokenizerFast) and len(tokenizer.added_tokens_decoder) == len(
-        tokenizer
-    ):
-        # transformers makes one of nothing where there are no files.
+    # transformers makes one of nothing where there are no files, or one with a few tokens of its class.
+    has_added = isinstance(tokenizer, PreTrainedTokenizerFast)
+    if has_added and (len(tokenizer.added_tokens_decoder) == len(tokenizer) or _knows_nothing(tokenizer)):
         raise UserError(
             f"model.path: {path}: its tokenizer has no vocabulary; put the files (tokenizer.json, "
             "tokenizer_config.json) there that the model was published with"
@@ -79,6 +79,11 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _knows_nothing(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return whether no printable character of ASCII is anything to a tokenizer."""
+    return not tokenizer.backend_tokenizer.encode(string.printable, add_special_tokens=False).ids
 
 
 def _check_tokenizer_files(path: Path) -> None:

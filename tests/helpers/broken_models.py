@@ -1,4 +1,4 @@
-"""Thirty ways in which model directories are broken, and words of the message that answers each."""
+"""Ways in which model directories are broken, and words of the message that answers each."""
 
 import json
 import os
@@ -120,5 +120,6 @@ BROKEN = {
         ],
         "its tokenizer cannot be loaded",
     ),
+    "tokenizer without its vocabulary": (remove("tokenizer.json"), "its tokenizer has no vocabulary"),
     "tokenizer behind a broken link": (link_to_nothing("tokenizer.json"), "tokenizer.json is a link to"),
 }
