@@ -31,6 +31,8 @@ from shardes.models.ties import different_ties
 _TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 # Several times the largest tokenizer that is known.
 _MAX_TOKENIZER_BYTES = 2**28
+# Every generated token is compared with each of them.
+_MAX_END_TOKENS = 1000
 
 
 def load_model_config(path: Path, *, trust_remote_code: bool) -> Any:
@@ -136,6 +138,11 @@ def load_generation_config(path: Path, model_config: Any) -> GenerationConfig:
             config = GenerationConfig.from_model_config(model_config)
     ends = config.eos_token_id
     tokens = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if len(tokens) > _MAX_END_TOKENS:
+        raise UserError(
+            f"model.path: {file}: eos_token_id has {len(tokens)} ids, and no model more than "
+            f"{_MAX_END_TOKENS}; fetch the file again"
+        )
     if not all(type(token) is int and token >= 0 for token in tokens):
         raise UserError(
             f"model.path: {file}: eos_token_id is {ends!r}; wanted the id of a token, or a list of ids"

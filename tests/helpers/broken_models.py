@@ -103,6 +103,10 @@ BROKEN = {
         text_in("generation_config.json", '{"eos_token_id": "x"}'),
         "eos_token_id is 'x'; wanted the id of a token",
     ),
+    "a million end tokens": (
+        text_in("generation_config.json", json.dumps({"eos_token_id": list(range(10**6))})),
+        "eos_token_id has 1000000 ids",
+    ),
     "no weights": (
         remove("model.safetensors"),
         "has no *.safetensors files, so no weights",

@@ -373,7 +373,21 @@ def adapter_alone(directory):
     (directory / "adapter_config.json").write_text("{}")
 
 
+def one_of_a_training_run(directory):
+    inner = directory / "checkpoint-100"
+    inner.mkdir()
+    (directory / "config.json").rename(inner / "config.json")
+
+
+def root_of_a_cache(directory):
+    inner = directory / "snapshots" / "abc"
+    inner.mkdir(parents=True)
+    (directory / "config.json").rename(inner / "config.json")
+
+
 REFUSED = {
+    "directory above": ("untied", one_of_a_training_run, "there is one in .*/checkpoint-100: give that"),
+    "root of a cache": ("untied", root_of_a_cache, "there is one in .*/snapshots/abc: give that"),
     "pickle only": ("untied", pickle_only, "pytorch_model.bin is a pickle, which is never loaded"),
     "variant only": (
         "untied",
