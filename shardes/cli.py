@@ -86,6 +86,7 @@ def _train(config: Config, *, place: Place, stop: Stop, dry_run: bool) -> None:
     task, heldout_sets = load_tasks(config)
     # Processes for rewards come before threads, process groups and accelerators.
     with make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards:
+        from shardes.models.build import skeleton_of
         from shardes.rollout.preparing import prepare_tasks
         from shardes.session import open_session
         from shardes.trainer import make_training_loop
@@ -95,16 +96,18 @@ def _train(config: Config, *, place: Place, stop: Stop, dry_run: bool) -> None:
         date = recorded_setting(config.run.dir, "task.date")
         prepared = prepare_tasks(config, task, heldout_sets, date=date)
         task, heldout_sets, encoder = prepared.task, prepared.heldout_sets, prepared.encoder
+        # Before the session: a backend may change the classes that models are made of.
+        model = skeleton_of(config) if dry_run else None
         try:
             with open_session(config, stop=stop) as session:
-                if not dry_run:
+                if model is None:
                     make_training_loop(
                         session, task, rewards=rewards, heldout_sets=heldout_sets, encoder=encoder
                     ).train()
                     return
                 from shardes.planning.dry_run import dry_run as try_member
 
-                lines = try_member(session, task, rewards=rewards, encoder=encoder)
+                lines = try_member(session, task, model=model, rewards=rewards, encoder=encoder)
                 if session.mesh.world.is_main:
                     click.echo("\n".join(lines))
         except Stopped:

@@ -189,6 +189,7 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
             if may_be_of_model(error):
                 check_forward(skeleton_of(config), like=error)
             raise
+        backend.close()
 
 
 def _check_shapes(weights: Weights) -> None:

@@ -237,7 +237,9 @@ def make_training_loop(
         prompts_sha256=encoder.sha256_of(task),
         date=encoder.told_date,
     )
-    identity = session.identity | {"is_exact": rollout.evaluator.engine.is_exact}
+    engine = rollout.evaluator.engine
+    facts = {"name": config.rollout.engine, **engine.facts}
+    identity = session.identity | {"is_exact": engine.is_exact, "engine": facts}
     recorder = RunRecorder(config, identity=identity, settings=settings, world=world, timer=timer)
     snapshots = SnapshotWriter(
         run.dir,

@@ -4,13 +4,14 @@ A backend knows shards and forwards. It knows nothing of members, noise or rewar
 """
 
 from abc import ABC, abstractmethod
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from shardes.backends.footprint import RankFootprint
+from shardes.backends.registry import BACKENDS
 from shardes.backends.shard import Shard
 from shardes.config.schema import Config
 from shardes.distributed.group import Group
@@ -21,13 +22,16 @@ from shardes.models.conversion import Conversion
 class Backend(ABC):
     """A model whose parameters are spread over ranks.
 
-    A subclass sets ``shards`` and ``sharded_model``.
+    A subclass sets ``name``, ``shards`` and ``sharded_model``.
 
     Args:
         skeleton: Model with parameters on meta and real buffers.
         group: Ranks that hold the model together.
 
     Attributes:
+        name: Name in the registry.
+        is_preloaded: Whether the shards hold the base weights already, read by another program's own loader.
+            They are compared with the weights that shardes reads.
         shards: This rank's part of every parameter, sorted by name; all ranks have the same parameters.
         aliases: Further names of tied weights.
         dtype: Dtype of the model.
@@ -38,6 +42,8 @@ class Backend(ABC):
             same names.
     """
 
+    name: ClassVar[str]
+    is_preloaded: ClassVar[bool] = False
     shards: tuple[Shard, ...]
     sharded_model: nn.Module
     conversion: Conversion | None = None
@@ -72,9 +78,9 @@ class Backend(ABC):
         """
 
     @property
-    @abstractmethod
     def is_sharded(self) -> bool:
         """Return whether ranks hold different elements; forwards of ``sharded_model`` are then collective."""
+        return BACKENDS[self.name].is_sharded and self._group.world_size > 1
 
     @property
     def needs_same_batch(self) -> bool:
@@ -83,7 +89,7 @@ class Backend(ABC):
         True of tensor parallelism, whose ranks compute parts of one forward. Otherwise each rank's forward
         has a batch of its own, even if it is a collective.
         """
-        return False
+        return BACKENDS[self.name].needs_same_batch and self._group.world_size > 1
 
     @abstractmethod
     def commit(self) -> None:
@@ -101,6 +107,9 @@ class Backend(ABC):
 
         A rank without the memory then fails here by itself, and not in the midst of a collective.
         """
+
+    def close(self) -> None:  # noqa: B027 - most backends end with their tensors
+        """End what the backend has started; nothing of it is used afterwards."""
 
     def release(self) -> None:  # noqa: B027
         """Free the storage of ``reserve``; the next ``reserve`` or ``gathered`` allocates it again."""

@@ -30,6 +30,8 @@ class FsdpBackend(GatheringBackend):
         group: Ranks to shard over; a process group exists even if there is only one.
     """
 
+    name = "fsdp"
+
     def __init__(self, skeleton: PreTrainedModel, *, group: Group) -> None:
         super().__init__(skeleton, group=group)
         model = copy.deepcopy(skeleton).requires_grad_(False)

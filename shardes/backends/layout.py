@@ -127,11 +127,19 @@ def _spans(shape: tuple[int, ...], owned: list[_Intervals]) -> tuple[ShardSpan, 
         indices = np.concatenate([np.arange(first, first + number) for first, number in owned[dim]])
         starts = (indices[:, None] * stride + starts).ravel()
         stride *= shape[dim]
-    return _compress(starts, np.resize(lengths, starts.shape))
+    return compress(starts, np.resize(lengths, starts.shape))
 
 
-def _compress(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> tuple[ShardSpan, ...]:
-    """Join rows that touch, and make one span of equal rows that are a fixed stride apart."""
+def compress(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> tuple[ShardSpan, ...]:
+    """Join rows that touch, and make one span of equal rows that are a fixed stride apart.
+
+    Args:
+        starts: Row-major index of each row's first element in the whole parameter, int64.
+        lengths: Elements of each row, int64.
+
+    Returns:
+        Spans of a shard in which the rows lie back to back, in this order.
+    """
     ends = starts + lengths
     heads = np.flatnonzero(np.concatenate([[True], starts[1:] != ends[:-1]]))
     lasts = np.append(heads[1:], len(starts)) - 1

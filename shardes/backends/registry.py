@@ -4,9 +4,10 @@ The configuration and the plan decide by these facts, never by a backend's name,
 file and one entry here. No backend is imported before it is used.
 """
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
+
+from shardes.utils.references import load_class
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class BackendSpec:
         needs_same_batch: Whether the ranks of a replica compute parts of one forward.
         always_in_process_group: Whether a process group is needed even for one rank.
         uses_deepspeed_file: Whether ``parallel.deepspeed`` may be set.
+        own_engine: Value of ``rollout.engine`` that answers with this backend, and with no other; None: any
+            engine that is no backend's own.
     """
 
     name: str
@@ -37,11 +40,11 @@ class BackendSpec:
     needs_same_batch: bool = False
     always_in_process_group: bool = True
     uses_deepspeed_file: bool = False
+    own_engine: str | None = None
 
     def load(self) -> Any:
         """Import and return the backend's class."""
-        module, _, name = self.reference.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return load_class(self.reference)
 
 
 _SPECS = (
@@ -54,6 +57,15 @@ _SPECS = (
         auto_gather="layer",
         auto_reason="no rank ever holds a whole model",
         needs_same_batch=True,
+    ),
+    BackendSpec(
+        "vllm",
+        "shardes.backends.vllm.backend:VllmBackend",
+        gathers=("layer",),
+        auto_gather="layer",
+        auto_reason="vLLM's own parameters are perturbed where they are",
+        needs_same_batch=True,
+        own_engine="vllm",
     ),
     BackendSpec(
         "single",

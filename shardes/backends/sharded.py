@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from shardes.backends.base import Backend
 from shardes.backends.gathered_model import GatheredModel, padded
 from shardes.backends.layout import Layout
-from shardes.backends.shard import Shard
+from shardes.backends.shard import Shard, ShardSpan
 from shardes.distributed.group import Group
 from shardes.models.build import parameter_ids
 
@@ -49,7 +49,8 @@ def make_shards(
 class ShardedBackend(Backend):
     """Shards over a one-dimensional mesh of ranks, described by layouts.
 
-    A backend of this kind sets ``_layouts`` (by name), ``shards`` and ``sharded_model``.
+    A backend of this kind sets ``_layouts`` (by name), ``shards`` and ``sharded_model``; or it says otherwise
+    which spans of a parameter each rank owns.
 
     Args:
         skeleton: Model with parameters on meta and real buffers.
@@ -58,20 +59,18 @@ class ShardedBackend(Backend):
 
     _layouts: Mapping[str, Layout]
 
-    @property
-    def is_sharded(self) -> bool:
-        """Return whether there is more than one rank to shard over."""
-        return self._group.world_size > 1
+    def _spans_of_ranks(self, shard: Shard) -> list[tuple[ShardSpan, ...]]:
+        """Return the spans of a parameter that each rank owns."""
+        return [self._layouts[shard.name].spans((rank,)) for rank in range(self._group.world_size)]
 
     def gather_parameter(self, shard: Shard, values: torch.Tensor) -> torch.Tensor | None:
         """Gather the parts of one parameter on rank 0, and put each where it belongs."""
-        layout = self._layouts[shard.name]
-        if layout.is_replicated:
+        spans = self._spans_of_ranks(shard)
+        if all(of_rank == (ShardSpan(0, 0, shard.num_elements),) for of_rank in spans):
             return values[: shard.num_elements].view(shard.shape) if self._group.is_main else None
-        spans = [layout.spans((rank,)) for rank in range(self._group.world_size)]
         # A gather wants equal lengths: shorter parts are filled up.
-        size = max(sum(span.num_elements for span in of_rank) for of_rank in spans)
-        sent = padded(values[: shard.num_owned], size)
+        ends = [max((s.local_start + s.num_elements for s in of_rank), default=0) for of_rank in spans]
+        sent = padded(values[: ends[self._group.rank]], max(ends))
         parts = [torch.empty_like(sent) for _ in spans] if self._group.is_main else None
         dist.gather(sent, parts, group=self._group.process_group, group_dst=0)
         if parts is None:

@@ -19,6 +19,8 @@ class SingleBackend(Backend):
         group: Ranks that share the prompts of a member.
     """
 
+    name = "single"
+
     def __init__(self, skeleton: PreTrainedModel, *, group: Group) -> None:
         super().__init__(skeleton, group=group)
         storage = {
@@ -37,11 +39,6 @@ class SingleBackend(Backend):
     def footprint(skeleton: PreTrainedModel, *, num_ranks: int) -> RankFootprint:
         """Compute the elements that each of ``num_ranks`` ranks holds: all of them."""
         return RankFootprint(num_ranks, parameter_sizes(skeleton))
-
-    @property
-    def is_sharded(self) -> bool:
-        """Return False: every rank holds everything."""
-        return False
 
     def commit(self) -> None:
         """Do nothing: the shards are the parameters."""

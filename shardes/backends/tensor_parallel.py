@@ -37,6 +37,8 @@ class TensorParallelBackend(ShardedBackend):
         UserError: transformers has no plan for the architecture, or the plan cannot take so many ranks.
     """
 
+    name = "tensor_parallel"
+
     def __init__(self, skeleton: PreTrainedModel, *, group: Group) -> None:
         super().__init__(skeleton, group=group)
         model = copy.deepcopy(skeleton).requires_grad_(False)
@@ -71,11 +73,6 @@ class TensorParallelBackend(ShardedBackend):
         layouts = layouts_of(model.named_parameters(), world_size=num_ranks).items()
         held = {name: sum(span.num_elements for span in layout.spans((0,))) for name, layout in layouts}
         return RankFootprint(num_ranks, held)
-
-    @property
-    def needs_same_batch(self) -> bool:
-        """Return whether there is more than one rank; each then computes a part of the same forward."""
-        return self._group.world_size > 1
 
     def commit(self) -> None:
         """Do nothing: the shards are the parameters."""

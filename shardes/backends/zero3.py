@@ -118,6 +118,8 @@ class Zero3Backend(GatheringBackend):
         RuntimeError: This version of DeepSpeed lays shards out differently.
     """
 
+    name = "zero3"
+
     def __init__(
         self,
         skeleton: PreTrainedModel,

@@ -80,6 +80,11 @@ class EsConfig(Section):
     trained. What none matches is frozen. Frozen parameters get no noise and take no master weights. The noise
     of the others does not depend on the choice."""
 
+    @property
+    def num_optimizer_states(self) -> int:
+        """Return the number of float32 numbers that the optimizer keeps for each weight."""
+        return {"sgd": 0, "momentum": 1, "adam": 2}[self.optimizer]
+
     def alpha_at(self, sigma: float) -> float:
         """Return the step size that goes with a scale of the noise, not yet scheduled."""
         return sigma / 2 if self.alpha == "auto" else self.alpha

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from shardes.config.schema import Config, RolloutConfig
+from shardes.config.schema import Config
+from shardes.rollout.engines.registry import DEFAULT_ENGINE
 
 # Sections and keys that a resumed run may change: by them results stay the same, or are compared otherwise.
 _FREE_SECTIONS = ("run.", "parallel.", "eval.", "log.")
@@ -10,6 +11,9 @@ _FREE_KEYS = {
     "model.path",
     "model.trust_remote_code",
     "rollout.gather",
+    "rollout.kv_cache_gib",
+    "rollout.batch_invariant",
+    "rollout.vllm",
     "weights.master_device",
     "es.min_valid_fraction",
     "task.data",
@@ -27,7 +31,7 @@ _FREE_KEYS = {
 }
 # Keys that journals of older versions do not have: absent where they mean what those did.
 _LATER_KEYS = {
-    "rollout.engine": RolloutConfig.model_fields["engine"].default,
+    "rollout.engine": DEFAULT_ENGINE,
     "rollout.cudnn_attention": False,
     "rollout.skip_special_tokens": True,
     "task.chat_template": None,

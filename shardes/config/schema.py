@@ -14,11 +14,9 @@ from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_
 from shardes.backends.registry import BACKENDS
 from shardes.config.es import EsConfig
 from shardes.config.log import LogConfig
+from shardes.config.rollout import RolloutConfig
 from shardes.config.section import NeedsConsent, Registered, Section
-from shardes.rollout.engines.registry import ENGINES
-
-# Prompts per forward on CPUs, if the user does not say.
-CPU_MICRO_BATCH_SIZE = 32
+from shardes.rollout.engines.registry import DEFAULT_ENGINE
 
 
 def is_hub_reference(source: Path) -> bool:
@@ -51,6 +49,10 @@ class RunConfig(Section):
     """The run directory; created if it does not exist."""
     resume: Literal["auto", "never"] = "auto"
     """``auto``: go on where the run stopped. ``never``: refuse a directory that already holds a run."""
+    resume_engine: Literal["same", "any"] = "same"
+    """``same``: refuse to go on with another engine than the run has had, or with another version, dtype or
+    number of ranks of an engine whose answers depend on them, since rewards would be compared that are not of
+    one kind. ``any``: go on all the same; the journal says from where on."""
     stop_seconds: int = Field(default=20, ge=0)
     """Seconds that members in flight may go on after the job is asked to stop (SIGTERM or SIGUSR1 to any
     rank). Those not finished by then are abandoned, and evaluated again by the next job. Launchers and
@@ -72,8 +74,9 @@ class ParallelConfig(Section):
     backend: Annotated[str, Registered("backend", lambda: BACKENDS)] = "zero3"
     """``zero3``: DeepSpeed ZeRO-3 shards. ``fsdp``: PyTorch FSDP2 shards. ``tensor_parallel``: matrices are
     split by the model's own plan, shards stay where they are and activations are reduced; every rank works on
-    the same prompts, and results agree with the other backends to rounding. ``single``: every rank holds the
-    whole model."""
+    the same prompts, and results agree with the other backends to rounding. ``vllm``: the shards are the
+    parameters of a vLLM engine, which answers; every rank is one of its tensor parallel workers
+    (docs/vllm.md). ``single``: every rank holds the whole model."""
     shard_size: int | None = Field(default=None, gt=0)
     """Ranks that hold one replica of the model together; it must divide the number of ranks. Replicas
     evaluate different members at the same time, and weights cross between the ranks of one replica only.
@@ -95,87 +98,6 @@ class ParallelConfig(Section):
         if value is not None and backend is not None and not BACKENDS[backend].uses_deepspeed_file:
             users = " or ".join(name for name, spec in BACKENDS.items() if spec.uses_deepspeed_file)
             raise ValueError(f"{value} is for parallel.backend: {users}; got {backend}; remove one")
-        return value
-
-
-class RolloutConfig(Section):
-    """Generation of the members' answers."""
-
-    engine: Annotated[str, Registered("engine", lambda: ENGINES)] = "transformers"
-    """What generates and scores: ``transformers``: the model's own forward in a decode loop."""
-    gather: Literal["auto", "iteration", "member", "layer"] = "auto"
-    """Unit of work for which weights are gathered from their shards. ``iteration``: the centre, once an
-    iteration, into a whole model on every rank; each rank evaluates members of its own, adding their noise to
-    its copy, and holds two copies. ``member``: each member's weights, once, into a whole model on every rank;
-    the ranks of a replica share its prompts. ``layer``: every layer in every forward, all ranks of a replica
-    in step. ``auto``: the first of the three for which every rank has the memory, and the next one where
-    memory runs out all the same; ``layer`` for ``tensor_parallel``, which has no other. All give the same
-    bits. Where every rank holds a whole model anyway (``single``, or a ``shard_size`` of 1), there is no
-    second copy, and ``iteration`` says only that ranks do not share prompts. With several members in a
-    forward the model stays the centre, and ``iteration`` takes one copy."""
-    members_per_forward: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
-    """Members whose prompts are rows of one forward. More than 1, or ``auto``, needs ``es.noise: low_rank``:
-    members are terms added to what the layers of the centre compute, and each costs less, the more there are,
-    but takes memory for a cache of its own. Like ``micro_batch_size`` the number may change the last bits, so
-    a run keeps to one. ``auto``: as many as fit when the run begins, at most 64; the run keeps what was
-    found."""
-    micro_batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] | None = None
-    """Prompts per forward. Micro-batches are composed from the data alone, so results do not depend on the
-    number of ranks; a different size may change the last bits. ``auto``: as many as memory allows and as give
-    every rank work, found by trying when a run begins; the run keeps what was found. null: ``auto`` on GPUs,
-    where a forward of few rows takes as long as one of many, and 32 on CPUs."""
-    max_new_tokens: int = Field(gt=0)
-    """The longest answer, in tokens."""
-    stop: list[str] = []
-    """Texts that end an answer, which keeps the first of them; end-of-sequence tokens always do. A text may
-    be, or have in it, a special token, such as ``<|im_end|>``."""
-    skip_special_tokens: bool = True
-    """Leave special tokens out of the text that rewards and samples have. false: rewards see them, for models
-    whose ``<think>`` or ``<tool_call>`` is a special token; the token that ends an answer is left out all the
-    same."""
-    temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """0: the most likely token is taken, as in the paper. Above: tokens are drawn, the logits divided by it.
-    The random numbers depend on seed, iteration, prompt, sample and position alone: all members have the
-    same."""
-    top_k: int | None = Field(default=None, gt=0)
-    """Tokens are drawn from that many of the most likely ones; null: from all."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Tokens are drawn from the most likely ones that together reach this probability."""
-    samples_per_prompt: int = Field(default=1, gt=0)
-    """Answers to each prompt; a member's reward is the mean over all of them."""
-    cudnn_attention: bool = False
-    """Let torch's attention use the kernels of cuDNN on GPUs. They need a plan for each shape, of which eager
-    decoding has a new one at every token, and wrong answers of some models were reported on B200 (torch 2.11
-    and 2.13). Without it, attention is computed by torch's own kernels. It may change the last bits."""
-
-    @property
-    def is_batched(self) -> bool:
-        """Return whether several members share a forward."""
-        return self.members_per_forward != 1
-
-    def on_device(self, device_type: str) -> Self:
-        """Return the settings with what null stands for on a type of device, ``cuda`` or ``cpu``."""
-        if self.micro_batch_size is not None:
-            return self
-        size = CPU_MICRO_BATCH_SIZE if device_type == "cpu" else "auto"
-        return self.model_copy(update={"micro_batch_size": size})
-
-    @field_validator("stop")
-    @classmethod
-    def _stop_texts_are_texts(cls, value: list[str]) -> list[str]:
-        if "" in value:
-            raise ValueError(f"got {value}; an empty text would end every answer before it begins")
-        return value
-
-    @field_validator("top_k", "top_p", "samples_per_prompt")
-    @classmethod
-    def _drawing_takes_a_temperature(cls, value: Any, info: ValidationInfo) -> Any:
-        default = cls.model_fields[str(info.field_name)].default
-        if value != default and info.data.get("temperature") == 0:
-            raise ValueError(
-                f"got {value}, but rollout.temperature is 0, so that the most likely token is always taken; "
-                f"set that above 0, or this to {default}"
-            )
         return value
 
 
@@ -377,6 +299,32 @@ class Config(Section):
     def on_device(self, device_type: str) -> Self:
         """Return the configuration with what null stands for on a type of device, ``cuda`` or ``cpu``."""
         return self.model_copy(update={"rollout": self.rollout.on_device(device_type)})
+
+    @field_validator("rollout")
+    @classmethod
+    def _engine_goes_with_backend(cls, value: RolloutConfig, info: ValidationInfo) -> RolloutConfig:
+        """Put the engine's name for ``auto``, and refuse one that cannot answer with the backend."""
+        parallel = info.data.get("parallel")
+        if parallel is None:
+            return value
+        own = BACKENDS[parallel.backend].own_engine
+        if value.engine == "auto":
+            value = value.model_copy(update={"engine": own or DEFAULT_ENGINE})
+        owners = [name for name, spec in BACKENDS.items() if spec.own_engine == value.engine]
+        if value.engine != own and (own is not None or owners):
+            fitting = f"rollout.engine: {own or DEFAULT_ENGINE}"
+            other = f", or parallel.backend: {owners[0]}" if owners else ""
+            raise ValueError(
+                f"engine is {value.engine}, which cannot answer with parallel.backend: "
+                f"{parallel.backend}; set {fitting}{other}"
+            )
+        for key in ("kv_cache_gib", "batch_invariant", "vllm"):
+            if value.engine != "vllm" and getattr(value, key) != type(value).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is {getattr(value, key)}, which only rollout.engine: vllm has a use for; the "
+                    f"engine is {value.engine}"
+                )
+        return value
 
     @field_validator("rollout")
     @classmethod

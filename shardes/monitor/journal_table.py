@@ -36,6 +36,12 @@ def report(history: History) -> Iterator[str]:
         f"seed {settings.get('es.seed')}, population {settings.get('es.population')}"
     )
     yield f"written by   shardes {header['shardes_version']}, journal version {header['journal_version']}"
+    for record in history.engines:
+        engine = dict(record["engine"])
+        shown = ", ".join([engine.pop("name"), *(f"{key} {value}" for key, value in engine.items())])
+        yield f"engine       {shown}" + (
+            f", from iteration {record['iteration']} on" * bool(record["iteration"])
+        )
     yield ""
     lines = [iteration_metrics(history, iteration) for iteration in range(len(history.updates))]
     rows = [[_shown(key, line) for key in _COLUMNS] for line in lines]

@@ -5,8 +5,8 @@ import time
 from functools import partial
 
 import torch
+from transformers import PreTrainedModel
 
-from shardes.models.build import skeleton_of
 from shardes.planning.machine import Machine
 from shardes.planning.plan import Plan
 from shardes.planning.report import report
@@ -27,13 +27,19 @@ _NUM_PROBLEMS = 2
 
 
 def dry_run(
-    session: Session, task: Task, *, rewards: RewardRunner, encoder: PromptEncoder | None = None
+    session: Session,
+    task: Task,
+    *,
+    model: PreTrainedModel,
+    rewards: RewardRunner,
+    encoder: PromptEncoder | None = None,
 ) -> list[str]:
     """Evaluate one member on two problems, and plan for the ranks and memory that are here; a collective.
 
     Args:
         session: The model with its base weights.
         task: What would be trained on.
+        model: The model, its parameters on meta.
         rewards: Runs rewards.
         encoder: Has the tokens of its prompts; None: a new one, which makes them when they are asked.
 
@@ -49,7 +55,6 @@ def dry_run(
     result = rollout.scheduler.evaluate_members([0], spec=spec, on_result=lambda _: None)[0]
     seconds, peak = time.monotonic() - start, peak_memory_bytes(world.device)
     config = rollout.config
-    model = skeleton_of(config)
     plan = Plan(
         config,
         model,

@@ -245,6 +245,7 @@ class Plan:
             generating = generation_bytes(self.model.config, **wanted, prompt_length=load.prompt_tokens)
         else:
             generating = likelihood_bytes(self.model.config, **wanted)
+        reserved = config.rollout.kv_cache_gib
         return RankMemory(
             working=sum(footprint.held.values()) * itemsize,
             master=trained * master_itemsize,
@@ -255,7 +256,7 @@ class Plan:
             gather_buffers=footprint.gather_buffer_bytes(itemsize, device_type=self.machine.device_type)
             if self._spec.is_sharded and not is_split
             else 0,
-            cache=cache,
+            cache=cache if reserved is None else int(reserved * 2**30),
             activations=generating - cache,
         )
 

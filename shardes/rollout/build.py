@@ -1,6 +1,5 @@
 """Putting together what evaluates members: the engine, the evaluator over it, and the scheduler."""
 
-import importlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,12 +16,14 @@ from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Engine
 from shardes.rollout.engines.registry import ENGINES
 from shardes.rollout.evaluator import Evaluator
+from shardes.rollout.gather_modes import BATCHED_GATHERS
 from shardes.rollout.iteration import IterationSpec
 from shardes.rollout.preparing import make_encoder
 from shardes.rollout.scheduler import MemberScheduler
 from shardes.session import Session
 from shardes.tasks.base import Row, Task, all_rewards
 from shardes.tasks.sampler import draw_batch
+from shardes.utils.references import load_class
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def make_evaluator(
     scorers = {name: Scorer(other, rewards=rewards, on_error=on_error) for name, other in others.items()}
     settings, spec = config.rollout, BACKENDS[config.parallel.backend]
     only = spec.auto_gather
-    if settings.gather == "auto" and only and not (settings.is_batched and only == "member"):
+    if settings.gather == "auto" and only in (BATCHED_GATHERS if settings.is_batched else spec.gathers):
         logger.info("rollout.gather: auto is %s: %s", only, spec.auto_reason)
         settings = settings.model_copy(update={"gather": only})
     encoder = encoder or make_encoder(config)
@@ -101,9 +102,9 @@ def make_evaluator(
     tokenizer, model = encoder.tokenizer, session.backend.sharded_model
     common: dict[str, Any] = {"tokenizer": tokenizer, "mesh": session.mesh, "settings": settings}
     common |= {"seed": config.es.seed, "timer": session.timer}
-    module, _, class_name = ENGINES[settings.engine].partition(":")
-    engine_class = getattr(importlib.import_module(module), class_name)
-    engine: Engine = engine_class(backend=session.backend, weights=session.weights, **common)
+    engine: Engine = load_class(ENGINES[settings.engine])(
+        backend=session.backend, weights=session.weights, **common
+    )
     common |= {"encoder": encoder, "max_positions": max_positions(model)}
     common |= {"pad_id": pad_token(model, tokenizer), "end_ids": end_tokens(model, tokenizer)}
     return Evaluator(engine, scorer=scorer, **common), scorer, scorers

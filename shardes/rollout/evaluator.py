@@ -213,6 +213,7 @@ class Evaluator:
         accumulators = [self._accumulator(prompts, keeps_samples=keeps_samples) for _ in range(num_members)]
         are_finite = [True] * num_members
         batches = prompts.micro_batches
+        self.engine.expect(batches[share.place :: share.num_places])
         for first in range(0, len(batches), share.num_places):
             if first + share.leader >= len(batches):
                 break

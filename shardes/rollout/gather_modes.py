@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from shardes.backends.base import Backend
+from shardes.backends.registry import BACKENDS
 from shardes.distributed.group import Group, Mesh
 from shardes.es.update import Perturbation
 from shardes.rollout.lowrank.hooks import LowRankHooks
@@ -22,10 +23,8 @@ from shardes.weights.master import Weights
 
 logger = logging.getLogger(__name__)
 
-# What ``auto`` chooses from, for members one by one and for several in a forward: the fastest, which takes
-# the most memory, to the one that takes none.
-_BY_SPEED = ("iteration", "member", "layer")
-_BY_SPEED_BATCHED = ("iteration", "layer")
+# Values of ``rollout.gather`` for several members in a forward.
+BATCHED_GATHERS = ("iteration", "layer")
 
 
 class GatherMode(ABC):
@@ -221,7 +220,10 @@ class GatherModeSelector:
     def __init__(
         self, wanted: str, *, is_batched: bool, backend: Backend, weights: Weights, mesh: Mesh
     ) -> None:
-        by_speed: tuple[str, ...] = _BY_SPEED_BATCHED if is_batched else _BY_SPEED
+        # From the fastest, which takes the most memory, to the one that takes none.
+        by_speed = BACKENDS[backend.name].gathers
+        if is_batched:
+            by_speed = tuple(gather for gather in by_speed if gather in BATCHED_GATHERS)
         self._by_speed = by_speed if wanted == "auto" else ()
         self._is_batched, self._backend, self._weights, self._mesh = is_batched, backend, weights, mesh
         self._is_reserved = False

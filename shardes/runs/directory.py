@@ -11,7 +11,7 @@ from shardes.config.consent import with_consent
 from shardes.config.loading import dump_config, load_run_config
 from shardes.config.schema import Config
 from shardes.errors import StorageError, UserError
-from shardes.runs.journal import History, Journal, read_journal
+from shardes.runs.journal import History, Journal, engine_of, read_journal
 from shardes.runs.lock import DirectoryLock
 from shardes.utils.closing import Closing
 from shardes.utils.files import AppendFile, write_atomically
@@ -189,6 +189,27 @@ class RunDirectory(Closing):
                 "now %s; for another: task.date",
                 header["settings"]["task.date"],
             )
+        self._go_on_with(engine_of(header), may_differ=config.run.resume_engine == "any")
+
+    def _go_on_with(self, engine: dict[str, Any], *, may_differ: bool) -> None:
+        """Compare an engine with the one that the run has had so far, and record it if it is another.
+
+        Raises:
+            UserError: It is another, and must not be.
+        """
+        known = self.history.engines[-1]["engine"]
+        if engine == known:
+            return
+        if not may_differ:
+            raise UserError(
+                f"run.dir: {self.path} holds a run whose members were judged by another engine, so that "
+                "those rewards would not be of one kind with what is to come; give the engine back, or go on "
+                "all the same with run.resume_engine=any:\n"
+                + "\n".join(_differing_lines(known, engine, now="this job"))
+            )
+        iteration = len(self.history.updates)
+        logger.info("iteration %d: the run goes on with another engine: %s", iteration, engine)
+        self.journal.append({"type": "engine", "iteration": iteration, "engine": engine}, durable=True)
 
     def close(self) -> None:
         """Close the files and release the directory."""
@@ -206,8 +227,12 @@ def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     for key in _LATER_SETTINGS:
         if key not in old:
             new.pop(key, None)
+    return _differing_lines(old, new, now="this configuration")
+
+
+def _differing_lines(old: dict[str, Any], new: dict[str, Any], *, now: str) -> list[str]:
     return [
-        f"  {key}: the run has {json.dumps(old.get(key))}, this configuration {json.dumps(new.get(key))}"
+        f"  {key}: the run has {json.dumps(old.get(key))}, {now} {json.dumps(new.get(key))}"
         f"{_EXPLAINED.get(key, '')}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
@@ -227,12 +252,14 @@ _NOT_COMPARED = (
     "update_version",
     "base_headers_sha256",
     "is_exact",
+    "engine",
 )
 
 
 def _comparable(header: dict[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in header.items() if key not in _NOT_COMPARED}
-    return rest | header["settings"]
+    settings = {key: value for key, value in header["settings"].items() if key != "rollout.engine"}
+    return rest | settings
 
 
 def read_run_journal(run_dir: Path) -> tuple[dict[str, Any], History, int, int]:
@@ -266,8 +293,11 @@ def read_run(
     Raises:
         UserError: The directory holds no run, or the run asks for code to run without consent.
     """
-    changes: dict[str, str | None] = {"run.dir": str(run_dir), "parallel.backend": backend}
+    changes: dict[str, Any] = {"run.dir": str(run_dir), "parallel.backend": backend}
     changes |= {"parallel.deepspeed": None, "parallel.shard_size": None, "rollout.gather": "auto"}
+    # Nothing is answered, and a run directory should not decide how an engine is started.
+    changes |= {"rollout.engine": "auto", "rollout.kv_cache_gib": None, "rollout.batch_invariant": False}
+    changes |= {"rollout.vllm": {}}
     if base is not None:
         changes["model.path"] = str(base)
     config = load_run_config(run_dir, changes)

@@ -3,7 +3,8 @@
 One JSON object a line, each with a checksum over itself and the line before it, so that a line that was
 changed, lost or moved is found. The records:
 
-- ``header``: configuration, base model, noise version and parameter table of the run.
+- ``header``: configuration, base model, noise version, parameter table and engine of the run.
+- ``engine``: the engine from here on, where a job has gone on with another one.
 - ``member``: one member's reward, written as soon as it is known.
 - ``probe``: the base model's answers to some prompts, to measure the divergence from it.
 - ``kl``: the divergence of the centre from the base model.
@@ -27,6 +28,8 @@ from shardes.utils.files import AppendFile
 from shardes.utils.reading import parse_json, read_whole_lines
 
 JOURNAL_VERSION = 2
+# Of journals that do not say which engine they had.
+_FIRST_ENGINE = "transformers"
 
 
 @dataclass
@@ -42,6 +45,8 @@ class History:
         instruments: Measures of the update that led to these weights, by the same number.
         probe: The base model's answers to the KL prompts; None: it was not asked.
         kls: Divergence of the centre from the base model, in nats per token, by iteration.
+        engines: Engines that have answered, each a record with its first ``iteration``, and as ``engine`` its
+            name and the facts that its answers depend on.
     """
 
     header: dict[str, Any] | None = None
@@ -52,6 +57,7 @@ class History:
     instruments: dict[int, dict[str, Any]] = field(default_factory=dict)
     probe: dict[str, Any] | None = None
     kls: dict[int, float | None] = field(default_factory=dict)
+    engines: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def update_version(self) -> int:
@@ -106,6 +112,9 @@ class History:
             raise ValueError("the header must be the first record, and the only one of its kind")
         if kind == "header":
             self.header = record
+            self.engines.append({"iteration": 0, "engine": engine_of(record)})
+        elif kind == "engine" and record["iteration"] == len(self.updates):
+            self.engines.append(record)
         elif kind == "member" and record["iteration"] == len(self.updates):
             self.members.setdefault(record["iteration"], {})[record["member"]] = record
         elif kind == "evaluation" and record["iteration"] == len(self.updates):
@@ -160,6 +169,13 @@ class Journal(Closing):
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def engine_of(header: dict[str, Any]) -> dict[str, Any]:
+    """Return the name and the facts of the engine that a run began with."""
+    named = {"name": header["settings"].get("rollout.engine", _FIRST_ENGINE)}
+    engine: dict[str, Any] = header.get("engine", named)
+    return engine
 
 
 def recorded_setting(run_dir: Path, key: str) -> Any:

@@ -27,6 +27,17 @@ class _Config(_Record):
     model: _Model
 
 
+class _Engine(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    name: _Text
+
+
+class _EngineChange(_Record):
+    iteration: _Count
+    engine: _Engine
+
+
 class _Header(_Record):
     journal_version: _Count
     noise_version: _Count
@@ -38,6 +49,7 @@ class _Header(_Record):
     parameters: list[Annotated[tuple[_Count, _Text, list[_Count]], Strict(False)]]
     settings: dict[str, Any]
     config: _Config
+    engine: _Engine = _Engine(name="transformers")
 
 
 class _Set(_Record):
@@ -92,6 +104,7 @@ class _Divergence(_Record):
 
 _FORMS: dict[str, type[_Record]] = {
     "header": _Header,
+    "engine": _EngineChange,
     "evaluation": _Evaluation,
     "member": _Member,
     "update": _Update,

@@ -16,6 +16,7 @@ import torch
 from shardes import noise
 from shardes.backends.base import Backend
 from shardes.backends.shard import Shard, ShardSpan
+from shardes.errors import UserError
 from shardes.es.optimizers import Decay, Optimizer, PlainStep
 from shardes.es.update import Perturbation, Update
 from shardes.models.checkpoint import Checkpoint
@@ -153,18 +154,24 @@ class Weights:
         """Read this rank's elements in the master's dtype, and set the model to the centre.
 
         Raises:
-            UserError: The checkpoint does not fit the model.
+            UserError: The checkpoint does not fit the model, or the model had been loaded with other weights.
         """
         self.match_checkpoint(checkpoint)
+        is_compared = self.backend.is_preloaded and self.base is None
         self.base, self._states, self.last_update = checkpoint, [], None
         self.read_buffers(self.masters, checkpoint)
         frozen = torch.zeros(1, dtype=torch.int64, device=self.backend.device)
         for shard, span in self.spans(self.frozen):
             values, region = span.of(shard.local), shard.region(span)
+            before = values.clone() if is_compared else values
             checkpoint.read(shard.name, region=region, out=values)
+            if is_compared:
+                _check_same(shard, before, values)
             if not shard.is_copy:
                 add_digest(frozen, values, region=region)
         self.frozen_digest = int(frozen.item())
+        for shard, _, working, master in self.on_device() if is_compared else ():
+            _check_same(shard, working, master.to(working.dtype))
         self.centre()
 
     def match_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -323,3 +330,19 @@ class Weights:
         for shard, span in self.spans(self.trained):
             low, high = torch.aminmax(buffers.view(shard, span))
             yield max(float(high), -float(low))
+
+
+def _check_same(shard: Shard, found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Check that a backend that had loaded the weights itself holds the elements that were read, bit for bit.
+
+    Raises:
+        UserError: It does not, so that it has changed or moved them.
+    """
+    dtype = {2: torch.int16, 4: torch.int32, 8: torch.int64}[found.element_size()]
+    num_different = int((found.view(dtype) != wanted.view(dtype)).sum())
+    if num_different:
+        raise UserError(
+            f"parallel.backend: {num_different} of {found.numel()} elements of {shard.name} are others "
+            "where the backend has loaded the model than in the files: it keeps them packed, or in "
+            "another order, so that they cannot be perturbed in place; set parallel.backend: fsdp or zero3"
+        )

@@ -19,6 +19,7 @@ FREE = [
     ("model.trust_remote_code", True),
     ("run.dir", "other"),
     ("run.resume", "never"),
+    ("run.resume_engine", "any"),
     ("run.stop_seconds", 5),
     ("run.check_every", 5),
     ("run.snapshot_every", 5),
@@ -141,10 +142,22 @@ def test_every_key_is_known_to_be_free_or_binding(resume_fingerprint):
         "task.label_words",  # of tasks that the minimal configuration does not name; see below
         "rollout.members_per_forward",  # where it is not 1; see below
         "rollout.cudnn_attention",  # where it is set; see below
-        "rollout.engine",  # there is no other; an engine of another name would bind
+        "rollout.engine",  # the journal says from where on a run has another, see tests/rollout/engines
+        "rollout.kv_cache_gib",  # of another engine, as are the next two; see below
+        "rollout.batch_invariant",
+        "rollout.vllm",
     }
     others = {"task.label_words", "task.data sha256", "rollout.members_per_forward"}
     assert set(resume_fingerprint()) == {key for key, _ in BINDING} - LATER | others
+
+
+def test_memory_and_arguments_of_an_engine_are_free(resume_fingerprint):
+    def of(**rollout):
+        tree = with_key("parallel.backend", "vllm")
+        tree["rollout"] |= rollout
+        return fingerprint.resume_fingerprint(parse_config(tree, source="test"), data_sha256="of the rows")
+
+    assert of() == of(kv_cache_gib=2.0) == of(vllm={"max_num_seqs": 8}) == of(batch_invariant=True)
 
 
 def test_the_members_of_a_forward_bind_where_there_are_several(resume_fingerprint):

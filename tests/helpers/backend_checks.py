@@ -58,20 +58,15 @@ def assert_close(one, other, what):
 class Case:
     """A backend and the oracle, both loaded with the same model."""
 
-    def __init__(self, config, group):
+    def __init__(self, config, group, *, oracle=None):
         self.config, self.group = config, group
+        self.oracle, self.wanted = oracle or make_oracle(config, Group(0, 1, group.device))
         self.backend = make_backend(config, group=group)
         self.tails = fill_padding(self.backend)
         self.weights = Weights(self.backend, seed=7)
         checkpoint = Checkpoint(config.model.path)
         self.weights.load(checkpoint)
         self.bytes_read = checkpoint.bytes_read
-        alone = Group(0, 1, group.device)
-        changes = {"backend": "single", "deepspeed": None, "shard_size": None}
-        single = config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
-        self.oracle = make_backend(single, group=alone)
-        self.wanted = Weights(self.oracle, seed=7)
-        self.wanted.load(checkpoint)
         spec = BACKENDS[config.parallel.backend]
         facts = (self.backend.is_sharded, self.backend.needs_same_batch)
         are_several = group.world_size > 1
@@ -210,6 +205,16 @@ class Case:
         elements = sum(shard.num_elements for shard in self.backend.shards)
         share = elements * (itemsize + 4) / self.group.world_size
         assert share * 0.9 <= trace.base_bytes <= share * 1.1, (trace.base_bytes, share)
+
+
+def make_oracle(config, alone):
+    """A backend of plain tensors, and its weights, for this rank by itself."""
+    changes = {"backend": "single", "deepspeed": None, "shard_size": None}
+    single = config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
+    oracle = make_backend(single, group=alone)
+    weights = Weights(oracle, seed=7)
+    weights.load(Checkpoint(config.model.path))
+    return oracle, weights
 
 
 def largest_layer(oracle):

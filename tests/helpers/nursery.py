@@ -31,6 +31,7 @@ PRELOADED = (
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.llama.modeling_llama",
     "transformers.generation",
+    "tests.helpers.preload_vllm",
 )
 
 

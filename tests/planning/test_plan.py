@@ -451,7 +451,7 @@ def test_a_run_chooses_the_gather_that_is_planned(models, monkeypatch):
     shards = [SimpleNamespace(num_elements=parameter.numel()) for parameter in model.parameters()]
     cpu = torch.device("cpu")
     backend = SimpleNamespace(shards=shards, dtype=torch.bfloat16, device=cpu, is_sharded=True)
-    backend.reserve = lambda: None
+    backend.name, backend.reserve = "fsdp", lambda: None
     world = Group(0, 1, cpu)
     monkeypatch.setattr(gather_modes, "GatheredWeights", lambda backend, weights: backend)
     sizes = {"rows": 25, "length": 1124, "prompt_length": 100}

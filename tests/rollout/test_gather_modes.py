@@ -95,7 +95,7 @@ def test_generating_needs_the_cache_at_least():
 class FakeBackend:
     """100 parameters of 2 bytes over two ranks; what it was asked for."""
 
-    dtype, device, is_sharded = torch.bfloat16, CPU, True
+    name, dtype, device, is_sharded = "fsdp", torch.bfloat16, CPU, True
     sharded_model, whole = "lockstep", "whole"
 
     def __init__(self):

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -52,6 +52,14 @@ class Engine(ABC):
 
     members_per_forward: int
     is_exact: bool
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Return what answers depend on besides weights and prompts, JSON-able; a resumed run has the same.
+
+        It is recorded in the journal's header, with the engine's name.
+        """
+        return {}
 
     @property
     @abstractmethod
@@ -111,6 +119,14 @@ class Engine(ABC):
     @abstractmethod
     def load_centre(self) -> None:
         """Load the centre; otherwise as ``load``."""
+
+    def expect(self, batches: Sequence[MicroBatch | LikelihoodBatch]) -> None:  # noqa: B027
+        """Learn which micro-batches will be asked next, in this order; an engine may begin with them all.
+
+        Args:
+            batches: Micro-batches, on this rank's device; the same objects are passed to ``generate`` or
+                ``log_likelihood``.
+        """
 
     @abstractmethod
     def generate(self, batch: MicroBatch, *, prompts: PromptBatch) -> Completions:
