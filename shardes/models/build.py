@@ -44,7 +44,8 @@ def load_model_config(path: Path, *, trust_remote_code: bool) -> Any:
     file = path if path.is_file() else path / "config.json"
     read_model_config(file)
     with limited(f"model.path: {file} cannot be used"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        # The dtype in the file may be what torch does not have, such as auto; model.dtype decides.
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, dtype="float32")
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         raise UserError(

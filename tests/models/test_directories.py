@@ -212,6 +212,7 @@ def keys_twice(directory):
 
 MASK = torch.ones(1, 1, 64, 64).tril()
 LIKE_TRANSFORMERS = {
+    "dtype of a text": ("tied", lambda directory: configure(directory, dtype="auto")),
     "whole file beside an old index": ("untied", old_index),
     "whole file beside others": ("untied", neighbours),
     "whole model beside an adapter": ("untied", whole_beside_an_adapter),
