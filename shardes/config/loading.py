@@ -7,18 +7,18 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from shardes.config.old_keys import apply_changes
 from shardes.config.overrides import parse_override, section_of
 from shardes.config.schema import Config, is_hub_reference
-from shardes.config.yaml_text import MAX_BYTES, YamlError, file_text, parse_yaml
+from shardes.config.yaml_text import MAX_BYTES, YamlError, dump_yaml, file_text, parse_yaml
 from shardes.errors import UserError
 from shardes.utils.reading import read_regular
 
 _SHOWN_CHARACTERS = 200
+_KINDS = {bool: "a truth value, as yes, no, on and off are", int: "a number", float: "a number"}
 
 
 def load_config(path: Path, overrides: list[str]) -> Config:
@@ -99,7 +99,10 @@ def _explain(detail: ErrorDetails, location: list[str]) -> str:
     got = repr(detail["input"])
     if len(got) > _SHOWN_CHARACTERS:
         got = f"{got[:_SHOWN_CHARACTERS]}..."
-    return f"got {got}; {message[0].lower()}{message[1:]}"
+    remedy = ""
+    if detail["type"] in ("string_type", "path_type") and isinstance(detail["input"], bool | int | float):
+        remedy = f"; YAML takes it for {_KINDS[type(detail['input'])]}: put quotes around it"
+    return f"got {got}; {message[0].lower()}{message[1:]}{remedy}"
 
 
 def _location(loc: tuple[int | str, ...]) -> list[str]:
@@ -134,7 +137,7 @@ def _keys_of(location: list[str]) -> list[str]:
 
 def dump_config(config: Config) -> str:
     """Return the resolved configuration as YAML, its paths absolute: it is read again from anywhere."""
-    return yaml.safe_dump(_with_absolute_paths(config.model_dump()), sort_keys=False)
+    return dump_yaml(_with_absolute_paths(config.model_dump()))
 
 
 def _with_absolute_paths(value: Any) -> Any:

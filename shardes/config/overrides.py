@@ -32,7 +32,8 @@ def parse_override(override: str) -> tuple[str, Any]:
     try:
         # Where the locale is not UTF-8, Python leaves other bytes as halves of surrogates.
         key, text = (os.fsencode(part).decode("utf-8") for part in (key, text))
-        kinds = _kinds_of(annotation_of(current_name(key).split(".")))
+        annotation = annotation_of(current_name(key).split("."))
+        kinds = _kinds_of(annotation)
         if Path in kinds:
             os.fsencode(text)
     except UnicodeError:
@@ -41,7 +42,7 @@ def parse_override(override: str) -> tuple[str, Any]:
             f"({sys.getfilesystemencoding()}); set LC_ALL=C.UTF-8"
         ) from None
     try:
-        return key, _value(text, kinds)
+        return key, _value(text, kinds, has_texts=_has_texts(annotation))
     except YamlError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML: {error}; quote it") from None
 
@@ -56,6 +57,8 @@ def annotation_of(location: Sequence[str]) -> Any:
             return Any
         if not parts:
             return field.annotation
+        if len(parts) == 1 and get_origin(field.annotation) is dict:
+            return get_args(field.annotation)[1]
         section, is_container = section_of(field.annotation)
         if is_container:
             parts.pop(0)
@@ -86,13 +89,21 @@ def _kinds_of(annotation: Any) -> set[Any]:
     return {origin or annotation}
 
 
-def _value(text: str, kinds: set[Any]) -> Any:
+def _has_texts(annotation: Any) -> bool:
+    """Return whether a key wants a list of texts, or texts by name."""
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return any(part in (list[str], dict[str, str]) for part in parts)
+
+
+def _value(text: str, kinds: set[Any], *, has_texts: bool) -> Any:
     if kinds <= {str, Path, NoneType}:
         return _text(text, kinds)
     if kinds <= {str, int, float, bool, NoneType} and text[:1] not in tuple("[{&*!|>'\""):
         # A comment is no part of YAML's value, but it is a part of what was typed.
         return parse_scalar(text.strip())
-    return parse_yaml(text, may_have_comments=False)
+    if has_texts and text.strip() in ("", *_NULLS):
+        return None
+    return parse_yaml(text, may_have_comments=False, has_texts=has_texts)
 
 
 def _text(text: str, kinds: set[Any]) -> str | None:

@@ -199,13 +199,6 @@ class ProblemSetConfig(Section):
 
     _expand_reward = field_validator("reward")(_with_home)
 
-    @field_validator("label_words", mode="before")
-    @classmethod
-    def _words_are_quoted(cls, value: Any) -> Any:
-        if isinstance(value, list) and any(isinstance(word, bool) for word in value):
-            raise ValueError(f"got {value}; YAML takes yes and no for truth values: put quotes around them")
-        return value
-
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         from shardes.tasks.registry import definition_of

@@ -1,6 +1,7 @@
 """The base class of the sections of a configuration, and a validator of names."""
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from pydantic import (
     field_validator,
 )
 from pydantic_core import CoreSchema, core_schema
+
+# How a path begins that a shell would have replaced.
+_VARIABLE = re.compile(r"\$(\w|\{)")
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,23 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _home_is_expanded(cls, value: Any, info: ValidationInfo) -> Any:
-        """Replace ``~`` at the beginning of a path by the home directory, as a shell does."""
+        """Replace ``~`` at the beginning of a path by the home directory, as a shell does.
+
+        What only a shell would replace, and what an unset variable of a shell leaves, is refused.
+        """
         annotation = cls.model_fields[str(info.field_name)].annotation
         is_path = Path in (annotation, *get_args(annotation))
-        if not is_path or not isinstance(value, str | Path) or not str(value).startswith("~"):
+        if not is_path or not isinstance(value, str | Path):
+            return value
+        if value == "":
+            raise ValueError("got an empty text; give a path (. is the current directory)")
+        if "\0" in str(value):
+            raise ValueError(f"got {str(value)!r}, which has a character that no path has")
+        if _VARIABLE.match(str(value)):
+            raise ValueError(
+                f"got {value}; variables of the environment are not replaced: give the path itself"
+            )
+        if not str(value).startswith("~"):
             return value
         try:
             return Path(value).expanduser()

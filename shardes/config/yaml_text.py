@@ -1,7 +1,7 @@
 """YAML as configurations are written in it: no key twice, decimal numbers, no dates, of bounded size.
 
-YAML 1.1, which PyYAML reads, takes 010 for 8, 1:30 for 90, and 2024-01-31 for a date. Here the first is 10,
-and the others are texts.
+YAML 1.1, which PyYAML reads, takes 010 for 8, 1:30 for 90, 2024-01-31 for a date, 1e-3 for a text, and fails
+for a plain =. Here the first is 10, 1e-3 is a number, and the others are texts.
 """
 
 import re
@@ -40,21 +40,23 @@ class _Loader(yaml.SafeLoader):
 
 
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-_LEFT_OUT = (_INT, _FLOAT, "tag:yaml.org,2002:timestamp")
+_LEFT_OUT = (_INT, _FLOAT, "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value")
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _LEFT_OUT]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-# Parts of what YAML 1.1 has, so that what PyYAML writes as texts without quotes is read as texts.
 _Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(0[0-7_]*|[1-9][0-9_]*)\Z"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    _FLOAT,
-    re.compile(
-        r"([-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?|[-+]?\.(inf|Inf|INF)"
-        r"|\.(nan|NaN|NAN))\Z"
-    ),
-    list("-+0123456789."),
+_FLOATS = re.compile(
+    r"([-+]?(([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+)"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z"
 )
+_Loader.add_implicit_resolver(_FLOAT, _FLOATS, list("-+0123456789."))
+# JSON has none of what these tags make, so that a run could not write it down.
+_Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or not tag.endswith((":timestamp", ":binary", ":set", ":omap", ":pairs"))
+}
 
 
 def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
@@ -64,17 +66,40 @@ def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 _Loader.add_constructor(_INT, _decimal)
 
 
-def parse_yaml(text: str, *, may_have_comments: bool = True) -> Any:
+class _TextLoader(_Loader):
+    """A loader for which all values are texts, but for lists and mappings."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    """A dumper that puts quotes around texts that YAML 1.1 or the loader here would take for numbers."""
+
+
+_Dumper.add_implicit_resolver(_FLOAT, _FLOATS, list("-+0123456789."))
+
+
+def dump_yaml(tree: Any) -> str:
+    """Return a tree as YAML, in the order that it has; ``parse_yaml`` reads the same tree from it."""
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
+    return text
+
+
+def parse_yaml(text: str, *, may_have_comments: bool = True, has_texts: bool = False) -> Any:
     """Return what a text holds.
 
     Args:
         text: The text.
         may_have_comments: Whether a comment may follow the value.
+        has_texts: Whether what looks like a number, a truth value or null is a text all the same.
 
     Raises:
         YamlError: It is not YAML, has a key twice, or is too large or too deep, aliases counted.
     """
-    loader = _Loader(text)
+    try:
+        loader = (_TextLoader if has_texts else _Loader)(text)
+    except yaml.YAMLError as error:  # a character that YAML does not have
+        raise YamlError(" ".join(str(error).split())) from None
     try:
         node = loader.get_single_node()
         end = 0 if node is None else node.end_mark.index

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from shardes.models.ties import different_ties
 _TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 # Several times the largest tokenizer that is known.
 _MAX_TOKENIZER_BYTES = 2**28
+# Every generated token is compared with each of them.
+_MAX_END_TOKENS = 1000
 
 
 def load_model_config(path: Path, *, trust_remote_code: bool) -> Any:
@@ -47,7 +50,8 @@ def load_model_config(path: Path, *, trust_remote_code: bool) -> Any:
             "a run of somebody else, by --trust-remote-code)"
         )
     with limited(f"model.path: {file} cannot be used"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        # The dtype in the file may be what torch does not have, such as auto; model.dtype decides.
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, dtype="float32")
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         raise UserError(
@@ -73,10 +77,9 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
             f"model.path: {path}: its tokenizer cannot be loaded: {one_line(error)}; use the files "
             "(tokenizer.json, tokenizer_config.json) that the model was published with"
         ) from None
-    if isinstance(tokenizer, PreTrainedTokenizerFast) and len(tokenizer.added_tokens_decoder) == len(
-        tokenizer
-    ):
-        # transformers makes one of nothing where there are no files.
+    # transformers makes one of nothing where there are no files, or one with a few tokens of its class.
+    has_added = isinstance(tokenizer, PreTrainedTokenizerFast)
+    if has_added and (len(tokenizer.added_tokens_decoder) == len(tokenizer) or _knows_nothing(tokenizer)):
         raise UserError(
             f"model.path: {path}: its tokenizer has no vocabulary; put the files (tokenizer.json, "
             "tokenizer_config.json) there that the model was published with"
@@ -85,6 +88,11 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _knows_nothing(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return whether no printable character of ASCII is anything to a tokenizer."""
+    return not tokenizer.backend_tokenizer.encode(string.printable, add_special_tokens=False).ids
 
 
 def _check_tokenizer_files(path: Path) -> None:
@@ -137,6 +145,11 @@ def load_generation_config(path: Path, model_config: Any) -> GenerationConfig:
             config = GenerationConfig.from_model_config(model_config)
     ends = config.eos_token_id
     tokens = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if len(tokens) > _MAX_END_TOKENS:
+        raise UserError(
+            f"model.path: {file}: eos_token_id has {len(tokens)} ids, and no model more than "
+            f"{_MAX_END_TOKENS}; fetch the file again"
+        )
     if not all(type(token) is int and token >= 0 for token in tokens):
         raise UserError(
             f"model.path: {file}: eos_token_id is {ends!r}; wanted the id of a token, or a list of ids"

@@ -93,7 +93,7 @@ def read_model_config(file: Path) -> dict[str, Any]:
             f"model.path: {describe_path(file)}; {file.parent} holds an adapter, and no model: merge it into "
             "its base model (merge_and_unload of peft), and give the directory of the result"
             if is_adapter
-            else f"model.path: {describe_path(file)}; {FETCH_HINT}"
+            else f"model.path: {describe_path(file)}; {_inner_model(file.parent) or FETCH_HINT}"
         )
     config = read_json_object(file, key="model.path")
     text_config = config.get("text_config")
@@ -112,6 +112,14 @@ def read_model_config(file: Path) -> dict[str, Any]:
                 "again"
             )
     return config
+
+
+def _inner_model(directory: Path) -> str | None:
+    """Return which directory to give where one holds models, as a cache or a training directory does."""
+    found = [file for pattern in ("*", "snapshots/*") for file in directory.glob(f"{pattern}/config.json")]
+    return (
+        f"there is one in {_listed(sorted(str(file.parent) for file in found))}: give that" if found else None
+    )
 
 
 def _numbers(tree: Any) -> Iterator[tuple[str, float]]:

@@ -17,7 +17,10 @@ from shardes.tasks.base import ChatTemplate, Prompt, Row, Task, as_text
 from shardes.utils.limits import SECONDS, limited_map
 
 # A tag that a template has opened for the model: a thought that only the model closes.
-_OPENED = re.compile(r"<(?:think|thinking|thought|reasoning)>\s*\Z")
+_OPENED = re.compile(
+    r"(?:<\|?(?:\w+:)?(?:think|thinking|thought|reason|reasoning)\|?>|\[THINK\]"
+    r"|\N{WHITE LEFT-POINTING TRIANGLE}think\N{WHITE RIGHT-POINTING TRIANGLE})\s*\Z"
+)
 # Tokens at the end of a prompt in which such a tag is looked for.
 _NUM_LAST_TOKENS = 16
 

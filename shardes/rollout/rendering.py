@@ -13,6 +13,9 @@ from shardes.errors import UserError
 from shardes.tasks.base import ChatTemplate, Prompt
 from shardes.tasks.templates import MAX_PROMPT_CHARACTERS
 
+# What transformers marks the end of a message with that is to be continued.
+_CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG"
+
 
 class ChatRenderer:
     """Renders chats by a tokenizer's templates: the same text on every rank, on every day of a run.
@@ -73,6 +76,12 @@ class ChatRenderer:
             UserError: There is no template, or it fails.
         """
         text: str = self._apply(prompt, chat, tokenize=False)
+        if _CONTINUED in text and not any(_CONTINUED in str(message) for message in prompt):
+            raise UserError(
+                "the tokenizer's chat template has the last message, one of the assistant, more than once, "
+                "so that it cannot be continued; leave the message out, or give another template "
+                "(task.chat_template)"
+            )
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise UserError(f"the chat template makes a text of {len(text)} characters; shorten the prompt")
         return text
@@ -89,11 +98,12 @@ class ChatRenderer:
         assert isinstance(prompt, list)
         self._check_template(chat.name)
         is_continued = prompt[-1]["role"] == "assistant"
+        messages = [_without_none(message) for message in prompt]
         arguments |= {"add_generation_prompt": not is_continued, "continue_final_message": is_continued}
         try:
             with self._dated():
                 return self._tokenizer.apply_chat_template(
-                    prompt, chat_template=chat.name, **arguments, **chat.arguments
+                    messages, chat_template=chat.name, **arguments, **chat.arguments
                 )
         except MemoryError:
             raise
@@ -144,3 +154,17 @@ class ChatRenderer:
         finally:
             chat_template_utils.datetime = original
             random.setstate(state)
+
+
+def _without_none(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message without keys that have no value, but for its content.
+
+    Tables give every message the keys of all, and templates ask whether there is a key, as for tool calls.
+    """
+    return {key: _dense(value) for key, value in message.items() if value is not None or key == "content"}
+
+
+def _dense(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _dense(each) for key, each in value.items() if each is not None}
+    return [_dense(each) for each in value] if isinstance(value, list) else value

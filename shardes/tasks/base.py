@@ -26,8 +26,11 @@ class PlacedRow(dict[str, Any]):
         self.where = where
 
 
-Prompt = str | list[dict[str, str]]
-"""Plain text, or chat messages (``role``, ``content``) for the tokenizer's chat template."""
+Prompt = str | list[dict[str, Any]]
+"""Plain text, or chat messages (``role``, ``content``) for the tokenizer's chat template.
+
+A message that calls tools (``tool_calls``) may be without content.
+"""
 
 RewardFunction = Callable[..., Any]
 """``reward(prompts, completions, **columns) -> one float (or None) per completion``, or a coroutine of it.
@@ -175,4 +178,6 @@ class Task:
 
 def as_text(prompt: Prompt) -> str:
     """Return a prompt for people to read."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in prompt)

@@ -21,6 +21,13 @@ from shardes.utils.reading import open_regular, parse_json, read_regular
 
 # What is read of one file: rows are kept in memory, where they take several times as much.
 _MOST_BYTES = 1 << 35
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+}
 _INSTALL = "install it with: pip install 'shardes[data]'"
 
 
@@ -164,7 +171,11 @@ def _read(source: Path, key: str) -> Iterator[tuple[str, Any]]:
 
 def _text(source: Path, key: str) -> str:
     try:
-        return read_regular(source, max_bytes=_MOST_BYTES).decode("utf-8-sig")
+        content = read_regular(source, max_bytes=_MOST_BYTES)
+        packed = next((name for start, name in _PACKED.items() if content.startswith(start)), None)
+        if packed is not None:
+            raise UserError(f"{key}: {source} is packed by {packed}; unpack it, and give what was in it")
+        return content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{key}: {source} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:

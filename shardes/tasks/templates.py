@@ -156,4 +156,7 @@ def check_prompt(prompt: Any, where: str, *, may_be_empty: bool = False) -> None
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content, calls = message.get("content"), message.get("tool_calls")
+    return isinstance(content, str) or (content is None and isinstance(calls, list) and bool(calls))

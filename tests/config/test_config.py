@@ -201,7 +201,10 @@ def test_a_task_has_exactly_one_reward(name, reward, words):
             "label_words are for boolq, classification, sst2",
         ),
         ({"name": "classification"}, "classification needs label_words"),
-        (yaml.safe_load("{name: boolq, label_words: [no, yes]}"), "got [False, True]; YAML takes yes and no"),
+        (
+            yaml.safe_load("{name: boolq, label_words: [no, yes]}"),
+            "got False; input should be a valid string; YAML takes it for a truth value",
+        ),
     ],
 )
 def test_label_words_are_for_tasks_that_have_labels(changes, words):

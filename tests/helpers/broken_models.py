@@ -1,4 +1,4 @@
-"""Thirty ways in which model directories are broken, and words of the message that answers each."""
+"""Ways in which model directories are broken, and words of the message that answers each."""
 
 import json
 import os
@@ -107,6 +107,10 @@ BROKEN = {
         text_in("generation_config.json", '{"eos_token_id": "x"}'),
         "eos_token_id is 'x'; wanted the id of a token",
     ),
+    "a million end tokens": (
+        text_in("generation_config.json", json.dumps({"eos_token_id": list(range(10**6))})),
+        "eos_token_id has 1000000 ids",
+    ),
     "no weights": (
         remove("model.safetensors"),
         "has no *.safetensors files, so no weights",
@@ -124,5 +128,6 @@ BROKEN = {
         ],
         "its tokenizer cannot be loaded",
     ),
+    "tokenizer without its vocabulary": (remove("tokenizer.json"), "its tokenizer has no vocabulary"),
     "tokenizer behind a broken link": (link_to_nothing("tokenizer.json"), "tokenizer.json is a link to"),
 }

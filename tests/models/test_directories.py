@@ -212,6 +212,7 @@ def keys_twice(directory):
 
 MASK = torch.ones(1, 1, 64, 64).tril()
 LIKE_TRANSFORMERS = {
+    "dtype of a text": ("tied", lambda directory: configure(directory, dtype="auto")),
     "whole file beside an old index": ("untied", old_index),
     "whole file beside others": ("untied", neighbours),
     "whole model beside an adapter": ("untied", whole_beside_an_adapter),
@@ -373,7 +374,21 @@ def adapter_alone(directory):
     (directory / "adapter_config.json").write_text("{}")
 
 
+def one_of_a_training_run(directory):
+    inner = directory / "checkpoint-100"
+    inner.mkdir()
+    (directory / "config.json").rename(inner / "config.json")
+
+
+def root_of_a_cache(directory):
+    inner = directory / "snapshots" / "abc"
+    inner.mkdir(parents=True)
+    (directory / "config.json").rename(inner / "config.json")
+
+
 REFUSED = {
+    "directory above": ("untied", one_of_a_training_run, "there is one in .*/checkpoint-100: give that"),
+    "root of a cache": ("untied", root_of_a_cache, "there is one in .*/snapshots/abc: give that"),
     "pickle only": ("untied", pickle_only, "pytorch_model.bin is a pickle, which is never loaded"),
     "variant only": (
         "untied",

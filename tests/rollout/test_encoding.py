@@ -12,6 +12,7 @@ from transformers.utils import chat_template_utils
 from shardes.errors import UserError
 from shardes.rollout.encoding import PromptEncoder, Question
 from shardes.tasks.base import ChatTemplate
+from shardes.tasks.templates import check_prompt
 from shardes.utils.limits import LimitError
 from tests.helpers.tokenizers import CHAT, VOCABULARY, sentence_pieces
 
@@ -121,6 +122,12 @@ def test_template_arguments_and_tags_that_the_template_opens():
     assert opened([*asked, *chat(("assistant", "<think>\n"))]) == ""
     assert opened("the <think>\n") == ""
 
+    # Other models have other tags for it.
+    for tag in ("<seed:think>", "<|thinking|>", "[THINK]", "◁think▷\n", "<reason>"):
+        other = sentence_pieces(legacy=False, chat_template=CHAT.replace("assistant\n", tag))
+        with mock.patch.object(type(other), "decode", lambda *_, tag=tag, **__: f"assistant\n{tag}"):
+            assert PromptEncoder(other).encode(Question(asked, ChatTemplate())).opened == tag
+
     renderer = PromptEncoder(tokenizer).chats
     renderer.check_arguments(ChatTemplate(None, {"enable_thinking": False}), has_chats=True)
     with pytest.raises(UserError, match="has no 'enable_thinkin_'"):
@@ -129,6 +136,38 @@ def test_template_arguments_and_tags_that_the_template_opens():
         renderer.check_arguments(ChatTemplate(None, {"enable_thinking": False}), has_chats=False)
     with pytest.raises(UserError, match="chat_template: the prompts are plain texts"):
         renderer.check_arguments(ChatTemplate("default"), has_chats=False)
+
+
+def test_keys_that_a_table_gives_every_message_are_no_keys_of_it():
+    template = (
+        "{% for m in messages %}{{ m.role }}{{ m.content }}{% if 'tool_calls' in m %}"
+        "{{ m.tool_calls | tojson }}{% endif %}{% endfor %}"
+    )
+    call = {"name": "f", "arguments": {"a": "b"}}
+    messages = [
+        {"role": "user", "content": "good"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "bad"},
+    ]
+    padded = [
+        {"name": None, "tool_calls": None} | messages[0],
+        messages[1] | {"tool_calls": [call | {"id": None, "arguments": {"a": "b", "c": None}}]},
+        {"name": None, "tool_calls": None} | messages[2],
+    ]
+    tokenizer = sentence_pieces(legacy=False, chat_template=template)
+    wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(wanted, add_special_tokens=False).input_ids
+    assert pieces(tokenizer, padded) == tokenizer.convert_ids_to_tokens(ids)
+    assert PromptEncoder(tokenizer).chats.text(padded, ChatTemplate()) == wanted
+    check_prompt(padded, "here")
+    with pytest.raises(UserError, match=r"whose message 2 is \{'role'"):
+        check_prompt([messages[0], {"role": "assistant", "content": None}], "here")
+
+
+def test_an_answer_that_the_template_repeats_cannot_be_continued():
+    tokenizer = sentence_pieces(chat_template=CHAT + "{{ messages[-1].content }}<|im_end|>")
+    said = refusal(tokenizer, chat(("user", "good"), ("assistant", "bad")))
+    assert "has the last message, one of the assistant, more than once" in said
 
 
 def test_named_templates():

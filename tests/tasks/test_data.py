@@ -5,6 +5,7 @@ import csv
 import datetime
 import decimal
 import fractions
+import gzip
 import json
 import os
 import subprocess
@@ -565,3 +566,10 @@ def test_any_split_keeps_every_row_once_and_equal_ones_together(numbers, fractio
     assert heldout
     assert sorted(row["n"] for row in [*train, *heldout]) == sorted(numbers)
     assert not {row["n"] for row in train} & {row["n"] for row in heldout}
+
+
+@pytest.mark.parametrize("name", ["d.jsonl.gz", "d.csv", "d.json"])
+def test_a_packed_file_says_so(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b'{"prompt": "a"}\n'))
+    with pytest.raises(UserError, match=r"is packed by gzip; unpack it"):
+        read_rows(tmp_path / name, key="task.data", check=lambda row, where: None)
