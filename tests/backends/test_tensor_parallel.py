@@ -1,6 +1,7 @@
 """What tensor parallelism refuses, and why."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,8 @@ def test_what_a_plan_cannot_split_is_refused_on_every_rank(tmp_path):
     planless = tmp_path / "planless"
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=37, n_positions=32)
     AutoModelForCausalLM.from_config(config).save_pretrained(planless)
+    for file in uneven.glob("tokenizer*"):
+        shutil.copy(file, planless)
     for path, wanted in (
         (uneven, "3 attention heads and 1 key-value heads"),
         (planless, "no tensor parallel plan for GPT2LMHeadModel"),

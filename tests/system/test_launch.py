@@ -109,6 +109,7 @@ def test_slurm_starts_torchrun_on_every_node(slurm):
     assert first == [
         *(
             "--kill-on-bad-exit=1",
+            "--cpu-bind=none",
             "torchrun",
             "--nnodes",
             "2",

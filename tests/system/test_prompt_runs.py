@@ -224,7 +224,7 @@ def test_broken_tokenizers_end_with_one_message(tmp_path):
     (broken / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     assert "its tokenizer cannot be loaded" in refusal(tmp_path, broken)
     os.mkfifo(broken / "tokenizer.json")
-    assert "is no regular file" in refusal(tmp_path, broken)
+    assert "is a pipe, and not a file" in refusal(tmp_path, broken)
     (broken / "tokenizer.json").unlink()
     with (broken / "tokenizer.json").open("wb") as file:
         file.truncate(2**40)
