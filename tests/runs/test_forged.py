@@ -225,7 +225,8 @@ def test_data_must_be_files(run_dir, kind, ending, tmp_path):
         "parallel.backend=single",
     )
     assert result.returncode == 2
-    assert f"data{ending} cannot be read (it is a {kind.removeprefix('named ')}, and not a file)" in result.stderr
+    found = kind.removeprefix("named ")
+    assert f"data{ending} cannot be read (it is a {found}, and not a file)" in result.stderr
 
 
 def test_a_data_set_on_disk_must_be_of_files(run_dir, tmp_path):
