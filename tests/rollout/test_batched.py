@@ -7,7 +7,7 @@ from torch import nn
 
 from shardes.errors import UserError
 from shardes.noise import LowRank
-from shardes.rollout.engines.transformers import decoder as decode
+from shardes.rollout.engines.transformers import rows
 from shardes.rollout.lowrank import hooks as hooks
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
@@ -96,8 +96,8 @@ def test_members_earn_what_they_earn_one_by_one(tmp_path, models, monkeypatch, a
     if prompts != "short":
         changes["task__data"] = write_long_problems(tmp_path / "long.jsonl")
     if prompts == "computed in parts":
-        monkeypatch.setattr(decode, "ROWS_PER_PART", 3)
-        monkeypatch.setattr(decode, "TOKENS_PER_PART", 1)
+        monkeypatch.setattr(rows, "ROWS_PER_PART", 3)
+        monkeypatch.setattr(rows, "TOKENS_PER_PART", 1)
     together = rewards(train(tmp_path, name="together", **changes))
     alone = rewards(train(tmp_path, name="alone", **changes, rollout__members_per_forward=1))
     assert len(together) == 14

@@ -45,9 +45,10 @@ SIZES = {
 @contextmanager
 def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
     """Add up the seconds of the forwards before the first token, and of whole answers."""
-    from shardes.rollout.engines.transformers.decoder import Decoder, _Rows
+    from shardes.rollout.engines.transformers.decoder import Decoder
+    from shardes.rollout.engines.transformers.rows import Rows
 
-    prefill, decode = _Rows.prefill, Decoder.decode
+    prefill, decode = Rows.prefill, Decoder.decode
 
     def timed_prefill(*arguments: Any, **named: Any) -> Any:
         with stopwatch(seconds, "prefill"):
@@ -58,7 +59,7 @@ def timed_parts(seconds: dict[str, float]) -> Iterator[None]:
             return decode(*arguments, **named)
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(_Rows, "prefill", timed_prefill))
+        stack.enter_context(mock.patch.object(Rows, "prefill", timed_prefill))
         stack.enter_context(mock.patch.object(Decoder, "decode", timed_decode))
         yield
 

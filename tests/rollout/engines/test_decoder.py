@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from shardes.errors import UserError
 from shardes.models.build import load_tokenizer
 from shardes.rollout.batching import LEAST_PREFIX, shared_prefix
-from shardes.rollout.engines.transformers import decoder as decode
-from shardes.rollout.engines.transformers.decoder import LEAST_ROWS, TOKENS_PER_CHECK, Decoder
+from shardes.rollout.engines.transformers import rows as decoding_rows
+from shardes.rollout.engines.transformers.decoder import TOKENS_PER_CHECK, Decoder
+from shardes.rollout.engines.transformers.rows import LEAST_ROWS
 from shardes.rollout.stop_strings import StopStrings
 from tests.helpers.decoding import (
     BUDGET,
@@ -71,7 +72,7 @@ def test_a_prefix_is_shared_only_if_it_is_long_and_nobodys_whole_prompt():
 @pytest.mark.parametrize("name", EVERY)
 def test_prompts_of_like_lengths_are_computed_together(models, name, monkeypatch):
     model = models[name]
-    monkeypatch.setattr(decode, "TOKENS_PER_PART", 8)  # long prompts do not fit these models
+    monkeypatch.setattr(decoding_rows, "TOKENS_PER_PART", 8)  # long prompts do not fit these models
     for prefix_length in (0, LEAST_PREFIX):
         prompts = random_prompts(EVERY.index(name) + 90, num_prompts=37, prefix_length=prefix_length)
         prefix = shared_prefix(prompts)
@@ -95,7 +96,7 @@ def test_prompts_of_like_lengths_are_computed_together(models, name, monkeypatch
 
 def test_prompts_are_parted_only_if_that_saves_padding():
     def parts(*lengths, num_members=1):
-        found = decode.prefill_parts(lengths, num_members=num_members)
+        found = decoding_rows.prefill_parts(lengths, num_members=num_members)
         assert [part.start for part in found] == [0, *(part.stop for part in found[:-1])]
         assert found[-1].stop == len(lengths)
         return [part.stop - part.start for part in found]
@@ -114,7 +115,7 @@ def test_prompts_are_parted_only_if_that_saves_padding():
 def test_fewer_members_never_take_more_parts(lengths, num_members):
     """In step, all ranks make as many forwards as a full chunk takes."""
     lengths = tuple(sorted(lengths))
-    counts = [len(decode.prefill_parts(lengths, num_members=n)) for n in range(1, num_members + 1)]
+    counts = [len(decoding_rows.prefill_parts(lengths, num_members=n)) for n in range(1, num_members + 1)]
     assert counts == sorted(counts)
 
 

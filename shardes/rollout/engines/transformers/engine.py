@@ -15,8 +15,9 @@ from shardes.models.build import end_tokens, pad_token
 from shardes.rollout.batching import LikelihoodBatch, MicroBatch
 from shardes.rollout.engines.base import Completions, Engine
 from shardes.rollout.engines.transformers.attention import choose_attention, warn_of_repeated_heads
-from shardes.rollout.engines.transformers.decoder import Decoder, OnRows, prefill_parts
+from shardes.rollout.engines.transformers.decoder import Decoder
 from shardes.rollout.engines.transformers.likelihood import log_likelihoods
+from shardes.rollout.engines.transformers.rows import OnRows, prefill_parts
 from shardes.rollout.gather_modes import BatchedGather, GatherModeSelector
 from shardes.rollout.lowrank.check import check_hooks
 from shardes.rollout.memory import (
