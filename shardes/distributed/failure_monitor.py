@@ -125,9 +125,15 @@ class FailureMonitor:
     def join(self, connection: Connection, messages: list[Message]) -> None:
         """Watch over a connection with rank 0, by ``call``, and handle what came over it already."""
         is_joined = threading.Event()
-        self._ask(lambda: self._join(connection, messages))
-        self._ask(is_joined.set)
-        is_joined.wait()
+
+        def join() -> None:
+            self._join(connection, messages)
+            is_joined.set()
+
+        self._ask(join)
+        # What came over the connection may have ended the job, and the thread with it.
+        while self._thread.is_alive() and not is_joined.wait(_TICK_SECONDS):
+            pass
 
     def report(self, error: BaseException) -> None:
         """Report this rank's failure to the job, after which all ranks end, this one too.

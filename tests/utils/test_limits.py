@@ -49,15 +49,23 @@ def work(kind):
         ("killed", "ended its process (SIGKILL)"),
     ],
 )
-def test_what_takes_too_much_is_named(kind, words):
+def test_what_takes_too_much_is_named(kind, words, monkeypatch):
+    pids, fork = [], os.fork
+
+    def noted_fork():
+        pids.append(fork())
+        return pids[-1]
+
+    monkeypatch.setattr(os, "fork", noted_fork)
     found = limited_map(work, ["a", kind, "b"], seconds=0.2, memory_bytes=2**28)
     assert next(found) == "a"
     with pytest.raises(LimitError) as error:
         next(found)
     assert error.value.index == 1
     assert str(error.value) == words
+    (pid,) = pids
     with pytest.raises(ChildProcessError):  # no process is left behind
-        os.waitpid(-1, os.WNOHANG)
+        os.waitpid(pid, os.WNOHANG)
 
 
 def test_a_process_that_waits_is_not_waited_for(monkeypatch):
