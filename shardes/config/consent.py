@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from shardes.config.loading import load_config
+from shardes.config.old_keys import current_name
 from shardes.config.schema import Config
 from shardes.config.section import NeedsConsent
 from shardes.errors import UserError
@@ -53,8 +54,8 @@ def check_consent(config: Config, path: Path, overrides: list[str], *, is_truste
 
 
 def keys_of(overrides: Collection[str]) -> list[str]:
-    """Return the dotted keys of ``KEY=VALUE`` overrides."""
-    return [override.removeprefix("--").partition("=")[0] for override in overrides]
+    """Return the dotted keys of ``KEY=VALUE`` overrides, by the names that they have today."""
+    return [current_name(override.removeprefix("--").partition("=")[0]) for override in overrides]
 
 
 def with_consent(

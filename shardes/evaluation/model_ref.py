@@ -94,7 +94,11 @@ def resolve_model(
             "journal.jsonl); give DIR, RUN_DIR, RUN_DIR@K for the weights after K iterations, or RUN_DIR@best"
         )
     origin = path / "config.yaml"
-    own = load_config(origin, [] if config_path else overrides)
+    # Beside a file of the person's own, what they change is that file, but for the consent to code.
+    taken = [
+        each for each in overrides if config_path is None or keys_of([each]) == ["model.trust_remote_code"]
+    ]
+    own = load_config(origin, taken)
     history, *_ = read_journal(path / "journal.jsonl")
     if history.header is None:
         raise UserError(f"--model {model}: its journal is empty; nothing can be evaluated")
@@ -102,7 +106,7 @@ def resolve_model(
         own,
         origin=origin,
         is_trusted=is_trusted,
-        own=keys_of(overrides),
+        own=keys_of(taken),
         sections=("model",) if config_path else _USED,
     )
     if config_path is not None:

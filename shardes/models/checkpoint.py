@@ -279,7 +279,7 @@ class Checkpoint(TensorReader):
             UserError: Names the tensors that are missing, left over, or of another shape.
         """
         for name, found in self.tensors.items():
-            for stored, *_ in found.find(0, math.prod(found.shape)):
+            for stored, _ in found.places():
                 if stored.dtype not in DTYPES.values():
                     raise quantised_error(f"model.path: {stored.path}: {name}", DTYPE_NAMES[stored.dtype])
         missing = sorted(set(shapes) - set(self.tensors))

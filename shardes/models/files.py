@@ -15,6 +15,7 @@ from typing import Any
 from shardes.config.old_keys import warn_once
 from shardes.errors import UserError
 from shardes.utils.paths import describe_path
+from shardes.utils.reading import read_regular, repeated_names
 
 FETCH_HINT = (
     "give a local model directory (fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
@@ -57,6 +58,13 @@ def check_model_directory(path: Path) -> None:
         UserError: There is no usable config.json, there are no weights, or a file that will be read is a
             broken link or no file.
     """
+    try:
+        _check_files(path)
+    except OSError as error:  # a directory on the way may not be entered
+        raise UserError(f"model.path: {path} cannot be read ({error.strerror}); {FETCH_HINT}") from None
+
+
+def _check_files(path: Path) -> None:
     if os.path.lexists(path) and not path.is_dir():
         raise UserError(f"model.path: {describe_path(path)}; {FETCH_HINT}")
     read_model_config(path / "config.json")
@@ -150,15 +158,11 @@ def read_json_object(file: Path, *, key: str) -> dict[str, Any]:
     def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice.extend(name for name in found if names.count(name) > 1)
+            twice.extend(repeated_names(pairs))
         return found
 
     try:
-        size = file.stat().st_size
-        if size > _MAX_JSON_BYTES:
-            raise UserError(f"{key}: {file} has {size} bytes, too many for what it should be; fetch it again")
-        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=collect)
+        found = json.loads(read_regular(file, max_bytes=_MAX_JSON_BYTES).decode(), object_pairs_hook=collect)
     except OSError as error:
         raise UserError(f"{key}: {file} cannot be read ({error.strerror})") from None
     except RecursionError:

@@ -1,6 +1,5 @@
 """Headers of safetensors files, checked as the safetensors library checks them."""
 
-import json
 import math
 import struct
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from shardes.errors import UserError
+from shardes.utils.reading import parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Those that buffers may have, and parameters may not, as well.
@@ -114,13 +114,6 @@ def _is_entry(entry: Any) -> bool:
 
 def _parsed_header(path: Path) -> tuple[bytes, dict[str, Any]]:
     """Return the header of a file as it is, and its entries by name, not checked yet."""
-
-    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError("a name is there twice")
-        return found
-
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -129,8 +122,8 @@ def _parsed_header(path: Path) -> tuple[bytes, dict[str, Any]]:
             raise UserError(f"model.path: {path} is not a safetensors file, or is cut short; fetch it again")
         header = file.read(length)
     try:
-        entries = json.loads(header, object_pairs_hook=without_repeats)
-    except (ValueError, RecursionError):
+        entries = parse_json(header, refuse_repeats=True)
+    except ValueError:
         entries = None
     if not isinstance(entries, dict):
         raise UserError(

@@ -141,7 +141,10 @@ class Crew:
         except TimeoutError:
             error = f"importing it took longer than {IMPORT_SECONDS:g} s"
         except (EOFError, OSError):
-            error = f"importing it ended the process ({ending(self._fork_server.kill(worker.pid))})"
+            how = "with its parent"
+            with contextlib.suppress(OSError):  # the fork server may have ended, too
+                how = ending(self._fork_server.kill(worker.pid))
+            error = f"importing it ended the process ({how})"
         except BaseException:
             self.discard(worker)
             raise

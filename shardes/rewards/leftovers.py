@@ -155,7 +155,8 @@ class ProcessState:
         if self._ends_soon(living):
             return None
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        return f"a thread ({names.get(living()[0], 'unnamed')})" if living() else None
+        left = living()
+        return f"a thread ({names.get(left[0], 'unnamed')})" if left else None
 
     def _end_children(self) -> str | None:
         def living() -> list[int]:

@@ -146,13 +146,17 @@ def _read(source: Path, key: str) -> Iterator[tuple[str, Any]]:
     """Read the rows as they are, each with its place in the source."""
     if is_hub_reference(source):
         return _of_data_set(_from_hub(source, key), f"{key}: {source}")
-    directory, split = source, ""
-    if not source.exists() and "@" in source.name:
-        name, _, split = source.name.rpartition("@")
-        directory = source.with_name(name) if name else source
-    if directory.is_dir():
+    try:
+        directory, split = source, ""
+        if not source.exists() and "@" in source.name:
+            name, _, split = source.name.rpartition("@")
+            directory = source.with_name(name) if name else source
+        is_directory, is_file = directory.is_dir(), source.is_file()
+    except OSError as error:  # a directory on the way may not be entered
+        raise UserError(f"{key}: {source} cannot be read ({error.strerror})") from None
+    if is_directory:
         return _of_data_set(_from_disk(directory, split, key), f"{key}: {source}")
-    if not source.is_file():
+    if not is_file:
         raise UserError(
             f"{key}: {source} cannot be read (it {path_problem(source)}); give the path of a file of "
             "problems (.jsonl, .json, .csv, .tsv or .parquet), the directory of a data set saved to disk, "

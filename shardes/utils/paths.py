@@ -11,12 +11,14 @@ def describe_path(path: Path) -> str:
 
 def path_problem(path: Path) -> str:
     """Return why a path is no file or directory that can be used, as what follows it in a message."""
-    if path.is_symlink() and not path.exists():
-        return f"is a link to {path.readlink()}, which does not exist"
     try:
+        if path.is_symlink() and not path.exists():
+            return f"is a link to {path.readlink()}, which does not exist"
         mode = path.stat().st_mode
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return "does not exist"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
     kinds = {
         stat.S_IFDIR: "a directory",
         stat.S_IFREG: "a file, and not a directory",

@@ -6,15 +6,16 @@ A pipe or a device in place of a file would keep a command waiting for ever, or 
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from errno import EFBIG, EINVAL, EISDIR
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MAX_DEPTH = 100
-"""Largest depth of objects and lists in a JSON document; what this program writes has no more than ten."""
-MAX_LINE_BYTES = 1 << 28
-"""Longest line of a file of JSON documents: a million numbers take a tenth of it."""
+# Largest depth of objects and lists in a JSON document; what this program writes has no more than ten.
+_MAX_DEPTH = 100
+# Longest line of a file of JSON documents: a million numbers take a tenth of it.
+_MAX_LINE_BYTES = 1 << 28
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -73,52 +74,54 @@ def read_regular(path: Path, *, max_bytes: int) -> bytes:
     return bytes(data)
 
 
-def read_whole_lines(path: Path, *, max_bytes: int = MAX_LINE_BYTES) -> Iterator[bytes]:
+def read_whole_lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a regular file, without their breaks; not what follows the last break.
 
     Raises:
-        OSError: The file cannot be read, is no regular one, or has a line of more than ``max_bytes`` bytes.
+        OSError: The file cannot be read, is no regular one, or has a line of more than 256 MiB.
     """
     with open_regular(path) as file:
-        while line := file.readline(max_bytes + 1):
+        while line := file.readline(_MAX_LINE_BYTES + 1):
             if not line.endswith(b"\n"):
-                if len(line) > max_bytes:
-                    raise OSError(EFBIG, f"it has a line of more than {max_bytes} bytes", str(path))
+                if len(line) > _MAX_LINE_BYTES:
+                    raise OSError(EFBIG, f"it has a line of more than {_MAX_LINE_BYTES} bytes", str(path))
                 return
             yield line[:-1]
 
 
-def parse_json(text: str | bytes, *, max_depth: int = MAX_DEPTH, refuse_repeats: bool = False) -> Any:
+def parse_json(text: str | bytes, *, refuse_repeats: bool = False) -> Any:
     """Parse a JSON document of bounded depth.
 
     Args:
         text: The document.
-        max_depth: Largest depth.
         refuse_repeats: Whether an object may not give a name twice; otherwise the last one counts.
 
     Raises:
-        ValueError: It is not JSON, is nested deeper than ``max_depth``, or repeats a name.
+        ValueError: It is not JSON, is nested more than 100 deep, or repeats a name.
     """
     try:
         value = json.loads(text, object_pairs_hook=_without_repeats if refuse_repeats else None)
     except RecursionError:
-        raise _too_deep(max_depth) from None
+        raise _too_deep() from None
     # Few documents have so many brackets at all; the others are looked through.
     num_brackets = (
         text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else sum(map(text.count, "[{"))
     )
-    if num_brackets > max_depth and _is_deeper(value, max_depth):
-        raise _too_deep(max_depth)
+    if num_brackets > _MAX_DEPTH and _is_deeper(value, _MAX_DEPTH):
+        raise _too_deep()
     return value
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {repeated!r} is given twice")
+        raise ValueError(f"the name {repeated_names(pairs)[0]!r} is given twice")
     return found
+
+
+def repeated_names(pairs: Sequence[tuple[str, Any]]) -> list[str]:
+    """Return the names that are given more than once, in the order in which they first occur."""
+    return [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
 
 
 def _is_deeper(value: Any, depth: int) -> bool:
@@ -141,5 +144,5 @@ def _too_large(path: Path, max_bytes: int) -> OSError:
     return OSError(EFBIG, f"it has more than {max_bytes} bytes, which is too much to be read", str(path))
 
 
-def _too_deep(max_depth: int) -> ValueError:
-    return ValueError(f"its lists and objects are nested more than {max_depth} deep")
+def _too_deep() -> ValueError:
+    return ValueError(f"its lists and objects are nested more than {_MAX_DEPTH} deep")

@@ -49,7 +49,7 @@ def checkpoint_digest(weights: Weights, checkpoint: Checkpoint) -> int:
     backend = weights.backend
     weights.match_checkpoint(checkpoint)
     for name, found in checkpoint.tensors.items():
-        for stored, *_ in found.find(0, 1):
+        for stored, _ in found.places():
             if stored.dtype != backend.dtype:
                 raise UserError(f"{name} is stored as {stored.dtype}; wanted {backend.dtype}")
     total = torch.zeros(1, dtype=torch.int64, device=backend.device)

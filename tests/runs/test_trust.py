@@ -92,6 +92,19 @@ def test_code_of_a_model_directory_does_not_run_because_the_run_says_so(command,
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
+def test_saying_no_is_no_consent_to_what_the_run_says(run_dir, payload, tmp_path):
+    """Another file is asked about: what is changed is that file, and the run's own setting stays."""
+    (tmp_path / "mine.yaml").write_text((run_dir / "config.yaml").read_text())
+    add_code(run_dir)
+    asked = ("evaluate", "--model", run_dir, "--config", tmp_path / "mine.yaml", "parallel.backend=single")
+    result = call("shardes", *asked)
+    assert result.returncode == 2
+    assert "model.trust_remote_code: True (code in the model directory runs)" in result.stderr
+    result = call("shardes", *asked, "model.trust_remote_code=false")
+    assert result.returncode == 2
+    assert not payload.exists()
+
+
 def test_code_runs_if_the_person_says_so(run_dir, payload):
     add_code(run_dir)
     result = call("shardes", *commands(run_dir)["verify"], "--trust-remote-code")
