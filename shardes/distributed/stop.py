@@ -57,8 +57,7 @@ class Stop:
     def watch(self) -> None:
         """Leave signals to a thread, also one that has come already."""
         self.is_watched = self._was_watched = True
-        if self._last_resort is not None:
-            self._last_resort.cancel()
+        self.forget_last_resort()
 
     def wait_to_be_watched(self) -> bool:
         """Put off the answer to a signal until a thread reads it, for a while; return whether that may be."""
@@ -68,6 +67,11 @@ class Stop:
             self._last_resort.start()
             self._put_off_at = time.monotonic()
         return not self._was_watched and time.monotonic() - self._put_off_at < _SAME_REQUEST_SECONDS
+
+    def forget_last_resort(self) -> None:
+        """Let the process live on after a signal whose answer was put off."""
+        if self._last_resort is not None:
+            self._last_resort.cancel()
 
     @property
     def is_requested(self) -> bool:
@@ -150,9 +154,14 @@ def stop_signals(*, num_ranks: int = 1) -> Iterator[Stop]:
     old_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     stop = Stop(reader)
 
+    put_off: set[int] = set()
+
     def handle(number: int, frame: object) -> None:
-        if not stop.is_watched and not (num_ranks > 1 and stop.wait_to_be_watched()):
+        if stop.is_watched:
+            return
+        if num_ranks == 1 or not stop.wait_to_be_watched():
             os._exit(128 + number)
+        put_off.add(number)
 
     old_handlers = {number: signal.signal(number, handle) for number in _SIGNALS}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -164,6 +173,11 @@ def stop_signals(*, num_ranks: int = 1) -> Iterator[Stop]:
             signal.signal(number, handler)
         reader.close()
         writer.close()
+        stop.forget_last_resort()
+        if not stop._was_watched:
+            # This rank will join no other, and who wants it to end, such as its launcher, waits for that.
+            for held in put_off:
+                signal.raise_signal(held)
 
 
 def _let_children_be_ended() -> None:

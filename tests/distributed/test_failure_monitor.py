@@ -359,6 +359,21 @@ def test_signals_become_requests_and_a_second_one_ends_at_once(monkeypatch):
     assert signal.getsignal(signal.SIGUSR1) is old
 
 
+def test_a_request_that_was_put_off_ends_a_rank_whose_mistake_keeps_it_from_the_others():
+    """A launcher ends this rank since another has told the same mistake, and waits for it."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with contextlib.suppress(ValueError), stop_signals(num_ranks=2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+            raise ValueError("a mistake in the configuration")
+        os._exit(7)  # it would wait and tell the mistake again
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGTERM
+
+
 def test_forked_children_are_ended_by_signals_as_usual():
     with stop_signals() as stop:
         stop.is_watched = True
