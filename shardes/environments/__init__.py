@@ -1,0 +1,1 @@
+"""Environments: episodes of many turns, in worker processes."""

@@ -1,0 +1,114 @@
+"""Protocol of environments, and what a rank knows of an episode.
+
+Nothing here imports torch: environments run in processes of their own, which have to start quickly.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from shardes.tasks.base import Row
+
+Message = dict[str, Any]
+"""A chat message, with ``role`` and ``content``, as the tokenizer's chat template takes it."""
+
+Observation = str | list[Message]
+"""What an environment says: text, which becomes a message of the user, or messages."""
+
+
+class Environment(Protocol):
+    """One episode: an object is made for each, and used from its ``reset`` to its ``close``.
+
+    Methods may be coroutines. ``close`` may be left out.
+    """
+
+    def reset(self, **row: Any) -> Observation:
+        """Begin the episode of a row, whose columns are the arguments; return what is asked first."""
+
+    def step(self, completion: str) -> tuple[Observation, float, bool]:
+        """Take in what the model has said.
+
+        Returns:
+            What it is asked next, the reward of this turn, and whether the episode is over; then the
+            observation is not shown to the model.
+        """
+
+    def close(self) -> None:
+        """Free what the episode holds."""
+
+
+@dataclass(frozen=True)
+class EnvironmentSpec:
+    """Choice of what runs the episodes of a task.
+
+    Attributes:
+        reference: ``package.module:Class``, ``path/to/file.py:Class``, or ``adapter:name``; empty: the tools
+            alone make the environment.
+        arguments: Arguments of the class, or of the adapter, by name.
+        tools: Functions that the model may call, as ``module:function`` or ``file.py:function``.
+    """
+
+    reference: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Outcome of a reset or a step.
+
+    Attributes:
+        observation: What the model is asked next; empty if ``is_done``.
+        reward: Reward of the step; 0 for a reset.
+        is_done: Whether the episode is over.
+        numbers: Further numbers of the episode so far by name, such as ``success`` or ``tool_errors``.
+        failure: Reason why the episode cannot go on; None if it can.
+        seconds: Time that the environment took.
+    """
+
+    observation: Observation = ""
+    reward: float = 0.0
+    is_done: bool = False
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    failure: str | None = None
+    seconds: float = 0.0
+
+
+class Episode(Protocol):
+    """A rank's handle of an episode that runs elsewhere. ``wait`` follows every other call but ``close``."""
+
+    def step(self, completion: str, *, message: Message | None = None) -> None:
+        """Send on what the model has said, and return at once.
+
+        Args:
+            completion: Its text.
+            message: The same as a message, with ``tool_calls`` if it has called tools; for environments
+                with tools.
+        """
+
+    def finish(self) -> None:
+        """Say that there will be no more steps, as a limit is reached; ``wait`` has the last reward."""
+
+    def wait(self) -> StepResult:
+        """Wait for the outcome of the reset, of the last step, or of ``finish``; failures are outcomes."""
+
+    def close(self) -> None:
+        """Give the episode up; may be called at any time, also twice."""
+
+
+class EnvironmentRunner(Protocol):
+    """Runner of a task's episodes, in this process or in others.
+
+    Attributes:
+        tools: JSON schemas of the tools that the model may call, for the chat template; None: no tools.
+        num_kills: Processes of environments that have ended or were ended before their time, so far.
+    """
+
+    tools: Sequence[dict[str, Any]] | None
+    num_kills: int
+
+    def begin(self, rows: Sequence[Row]) -> list[Episode]:
+        """Reset an environment for each row, and return at once."""
+
+    def close(self) -> None:
+        """End all episodes and all processes."""
