@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.helpers.ranks import LAUNCHER_VARIABLES
+from tools.gpu_check.processes import LAUNCHER_VARIABLES
 
 
 @pytest.fixture(autouse=True)
