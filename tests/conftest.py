@@ -7,6 +7,14 @@ import pytest
 from tools.gpu_check.processes import LAUNCHER_VARIABLES
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as ``slow`` what is ``exhaustive``: ``-m "not slow"`` replaces another ``-m``."""
+    for item in items:
+        if item.get_closest_marker("exhaustive"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def environment_is_left_as_it_was():
     """Other tests, those that happen to run in the same process, would go by what one leaves there."""
