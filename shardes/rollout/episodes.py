@@ -13,10 +13,10 @@ from typing import Any
 
 from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Mesh
-from shardes.environments.base import Episode, EpisodeSettings, StepResult
+from shardes.environments.base import Episode, EpisodeSettings, Observation, StepResult
 from shardes.errors import UserError
 from shardes.rollout.batching import MicroBatch, compose
-from shardes.rollout.conversation import Conversation
+from shardes.rollout.conversation import Conversation, ConversationError
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Completions, Engine
 from shardes.rollout.episode_results import EpisodeOutcome, Truncation
@@ -155,15 +155,22 @@ class EpisodePlayer:
         number = numbers.popleft()
         indices = plan.cohorts[number]
         rows = [prompts.rows[index // prompts.samples_per_prompt] for index in indices]
-        tools = scorer.environments.tools
-        handles = scorer.environments.begin(rows)
-
-        def conversation() -> Conversation:
-            return Conversation(self._encoder, scorer.task.chat, tools=tools)
-
+        settings, tools = scorer.task.episodes, scorer.environments.tools
         players = [
-            Player(index, handle, conversation(), scorer.task.episodes, has_tools=tools is not None)
-            for index, handle in zip(indices, handles, strict=True)
+            Player(
+                index,
+                handle,
+                Conversation(
+                    self._encoder,
+                    scorer.task.chat,
+                    tools,
+                    as_chat=settings.system is not None,
+                    end_ids=self._end_ids,
+                ),
+                settings,
+                has_tools=tools is not None,
+            )
+            for index, handle in zip(indices, scorer.environments.begin(rows), strict=True)
         ]
         limits = plan.max_context, self._settings.max_new_tokens
         return Cohort(number, players, limits=limits, take=take, parts=self)
@@ -274,7 +281,7 @@ class Player:
     ) -> None:
         self.index, self.handle, self.conversation = index, handle, conversation
         self.settings, self.has_tools = settings, has_tools
-        self._prompt: Any = ""
+        self._prompt: Observation = ""
         self._answer = ""
         self._answer_ids: list[int] = []
         self._rewards: list[float] = []
@@ -296,11 +303,10 @@ class Player:
             if self._has_begun:
                 self.conversation.observe(result.observation)
             else:
-                self._prompt = self.conversation.begin(
-                    result.observation, system=self.settings.system, is_chat=self.has_tools
-                )
+                self._prompt = with_system(result.observation, self.settings.system)
+                self.conversation.begin(self._prompt)
                 self._has_begun = True
-        except UserError as error:
+        except (ConversationError, UserError) as error:
             return self.outcome(failure=str(error))
         if len(self._num_tokens) == self.settings.max_turns:
             return self._finish("turns", count)
@@ -396,3 +402,11 @@ class Cohort:
         """Give up the episodes that are not over."""
         for player in self._living.values():
             player.handle.close()
+
+
+def with_system(observation: Observation, system: str | None) -> Observation:
+    """Return a first observation with a system message before it, in place of its own; None: as it is."""
+    if not system:
+        return observation
+    messages = [{"role": "user", "content": observation}] if isinstance(observation, str) else observation
+    return [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
