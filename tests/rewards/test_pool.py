@@ -18,10 +18,10 @@ import pytest
 from shardes.config.schema import TaskConfig
 from shardes.errors import UserError
 from shardes.rewards import crew, isolation, output
+from shardes.rewards.batch import RewardBatch
 from shardes.rewards.fork_server import HEADER
 from shardes.rewards.pool import InProcessRewards, RewardProcessPool, make_reward_runner
 from shardes.rewards.processes import ForkServer
-from shardes.rewards.worker import RewardBatch
 from shardes.tasks.base import Component, Task
 from tests.helpers import hostile_rewards
 from tests.helpers.ranks import ROOT
@@ -484,7 +484,7 @@ def test_the_configuration_chooses_where_rewards_run():
 PARENT = """
 import sys, time
 from shardes.rewards.pool import RewardProcessPool
-from shardes.rewards.worker import RewardBatch
+from shardes.rewards.batch import RewardBatch
 from shardes.tasks.base import Component
 from tests.helpers import hostile_rewards
 parts = [Component("pid", hostile_rewards.pid), Component("obey", hostile_rewards.obey)]
