@@ -4,8 +4,8 @@ import logging
 from collections.abc import Sequence
 
 from shardes.environments.base import EnvironmentRunner
+from shardes.rewards.batch import RewardBatch, RewardOutput
 from shardes.rewards.pool import PendingRewards, RewardRunner
-from shardes.rewards.worker import RewardBatch, RewardOutput
 from shardes.tasks.base import Task
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
 
 from shardes.es.member import MemberResult, mean_reward
+from shardes.rewards.batch import RewardBatch
 from shardes.rewards.scorer import PendingRewards, Scorer
-from shardes.rewards.worker import RewardBatch
 from shardes.rollout.engines.base import Completions, EngineOutput
 from shardes.tasks.base import Prompt, Row, as_text
 

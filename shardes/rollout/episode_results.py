@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from shardes.environments.base import Message
+from shardes.rewards.batch import RewardBatch
 from shardes.rewards.scorer import PendingRewards, Scorer
-from shardes.rewards.worker import RewardBatch
 from shardes.rollout.aggregate import Evaluation, PartialResult, Sample
 from shardes.rollout.engines.base import EngineOutput
 from shardes.tasks.base import Prompt, Row, as_text

@@ -123,7 +123,7 @@ class TaskDefinition:
             task.
         metric: Reward of a likelihood task, unless ``task.metric`` says otherwise.
         row_key: Names a row's problem: rows with the same key are never parted by ``task.heldout_fraction``.
-            None: a problem is all the columns of its row.
+            None: a problem is all columns of its row but ``id``.
         with_label_words: For a task with classes: returns the definition with one word for each class. None
             as argument means the task's own words, and raises ``ValueError`` where it has none.
         generate: Makes problems for ``shardes make-data``, which tells them apart by ``row_key``.
