@@ -21,6 +21,7 @@ from shardes.config.old_keys import apply_changes
 from shardes.config.schema import Config
 from shardes.distributed.place import read_place
 from shardes.distributed.stop import Stop, Stopped
+from shardes.environments.runners import Environments, tasks_by_key
 from shardes.errors import UserError
 from shardes.models.files import check_model_directory
 from shardes.rewards.pool import InProcessRewards, RewardProcessPool, make_reward_runner
@@ -198,7 +199,10 @@ class Trainer:
         self._write_data()
         task, heldout_sets = self._load_tasks()
         is_finished = True
-        with self._make_rewards([task, *heldout_sets.values()]) as rewards:
+        with (
+            self._make_rewards([task, *heldout_sets.values()]) as rewards,
+            Environments(config.task, tasks_by_key(task, heldout_sets)) as environments,
+        ):
             from shardes.rollout.preparing import prepare_tasks
             from shardes.runs.journal import recorded_setting
             from shardes.runs.reporting import Callbacks
@@ -211,6 +215,7 @@ class Trainer:
             date = recorded_setting(config.run.dir, "task.date")
             prepared = prepare_tasks(config, task, heldout_sets, date=date)
             parts: dict[str, Any] = {"heldout_sets": prepared.heldout_sets, "encoder": prepared.encoder}
+            parts["environments"] = environments
             callbacks = Callbacks(on_iteration=self._on_iteration, on_evaluation=self._on_evaluation)
             try:
                 with open_session(config, stop=self._stop) as session:

@@ -53,6 +53,10 @@ class EpisodeCounts:
     environment_seconds: float = 0.0
     num_reencoded: int = 0
 
+    def reset(self) -> None:
+        """Begin anew."""
+        self.environment_seconds, self.num_reencoded = 0.0, 0
+
 
 class EpisodePlayer:
     """Plays this rank's cohorts of a batch of episodes with what the engine has loaded.
@@ -68,6 +72,9 @@ class EpisodePlayer:
         end_ids: Tokens that end an answer.
         timer: Where the time goes; waiting for environments is the phase ``environment``.
         counts: What is counted.
+
+    Attributes:
+        counts: Argument ``counts``.
     """
 
     def __init__(
@@ -87,7 +94,7 @@ class EpisodePlayer:
         self._engine, self._encoder, self._mesh = engine, encoder, mesh
         self._settings, self._sampler, self._text = settings, sampler, text
         self._pad_id, self._end_ids = pad_id, end_ids
-        self._timer, self._counts = timer, counts
+        self._timer, self.counts = timer, counts
 
     def play(
         self,
@@ -241,7 +248,7 @@ class EpisodePlayer:
 
     def count(self, result: StepResult) -> None:
         """Count the time of a step."""
-        self._counts.environment_seconds += result.seconds
+        self.counts.environment_seconds += result.seconds
 
 
 @dataclass(frozen=True)
@@ -385,6 +392,7 @@ class Cohort:
         for index, player in list(self._living.items()):
             outcome = player.advance(limit=self._max_context, count=self._parts.count)
             if outcome is not None:
+                self._parts.counts.num_reencoded += player.conversation.num_reencoded
                 self._take(index, outcome, self.number == 0)
                 del self._living[index]
         return [(index, player.conversation.tokens) for index, player in self._living.items()]

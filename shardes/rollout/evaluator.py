@@ -105,6 +105,7 @@ class Evaluator:
             text=self._text,
         )
         self.episode_counts = EpisodeCounts()
+        self._scorer, self._counted = scorer, (0, 0)
         self._episodes = EpisodePlayer(
             engine,
             encoder=encoder,
@@ -139,6 +140,19 @@ class Evaluator:
     def samples_per_prompt(self) -> int:
         """Return the number of answers to each prompt."""
         return self._settings.samples_per_prompt
+
+    def take_episode_counts(self) -> dict[str, Any]:
+        """Return what was counted of this rank's episodes since the last call, by name, and begin anew."""
+        prefilled = self.engine.num_prefilled_tokens
+        environments = self._scorer.environments
+        kills = 0 if environments is None else environments.num_kills
+        before, self._counted = self._counted, (prefilled, kills)
+        found = vars(self.episode_counts) | {
+            "num_prefilled_tokens": prefilled - before[0],
+            "num_environment_kills": kills - before[1],
+        }
+        self.episode_counts.reset()
+        return {**found, "environment_seconds": round(found["environment_seconds"], 6)}
 
     def prepare(self, rows: Sequence[Row], *, iteration: int, scorer: Scorer | None = None) -> PromptBatch:
         """Render, tokenise and cut a batch of problems; see ``PromptBuilder.build``."""

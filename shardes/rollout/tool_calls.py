@@ -61,9 +61,13 @@ def parse_tool_calls(
         return {"role": "assistant", "content": text, "tool_call_error": str(error)}
 
 
-def _by_template(text: str, ids: list[int], tokenizer: Any, prefix: list[int], tools: Tools | None) -> Message:
+def _by_template(
+    text: str, ids: list[int], tokenizer: Any, prefix: list[int], tools: Tools | None
+) -> Message:
     try:
-        parsed = dict(tokenizer.parse_response(ids, prefix=prefix, tools=None if tools is None else list(tools)))
+        parsed = dict(
+            tokenizer.parse_response(ids, prefix=prefix, tools=None if tools is None else list(tools))
+        )
     except MemoryError:
         raise
     except Exception as error:  # parsers of users' templates raise whatever they do
