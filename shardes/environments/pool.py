@@ -13,7 +13,7 @@ class _Episode:
 
     def step(self, completion, *, message=None):
         observation, reward, done = self._environment.step(completion)
-        self._result = StepResult("" if done else observation, reward, done)
+        self._result = StepResult("" if done else observation, reward, done, dict(self._environment.numbers))
 
     def finish(self):
         self._result = StepResult()
