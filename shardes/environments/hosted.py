@@ -20,6 +20,7 @@ from shardes.rewards.worker import described, exit_with
 Call = tuple[Any, ...]
 """``("reset", row)``, ``("step", completion, message)``, ``("finish",)`` or ``("close",)``."""
 
+_OWN_MODULES = (__name__, answer_to_step.__module__)
 # Bound here, as guards against other people's programs replace functions of modules.
 _getpid, _perf_counter = os.getpid, time.perf_counter
 
@@ -97,10 +98,8 @@ class HostedEpisode:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
-        if trace is not None and trace.tb_frame.f_globals.get("__name__") in (__name__, _checked.__module__):
-            error = error.with_traceback(None)  # the caller's line tells nobody anything
-        if trace is not None and trace.tb_frame.f_code is _checked.__code__:
-            error = error.with_traceback(None)
+        if trace is not None and trace.tb_frame.f_globals.get("__name__") in _OWN_MODULES:
+            error = error.with_traceback(None)  # its line tells the user nothing
         return {
             "failure": described(error, f"in {call[0]}"),
             "lacks_memory": isinstance(error, MemoryError),

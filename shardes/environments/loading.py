@@ -3,7 +3,7 @@
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -37,7 +37,6 @@ class PlainFactory:
     tools: list[dict[str, Any]] | None = None
     columns: list[str] | None = None
     required: list[str] = field(default_factory=list)
-    is_async: bool = False
 
 
 def make_factory(spec: EnvironmentSpec) -> EnvironmentFactory:
@@ -55,9 +54,9 @@ def make_factory(spec: EnvironmentSpec) -> EnvironmentFactory:
     if prefix in adapters:
         return _make_adapted(spec, adapters[prefix], name)
     made = _import(spec.reference, adapters)
-    if _has_tools(made):
-        return _make_tool_factory(spec)
-    return _make_plain(spec, made)
+    if inspect.isclass(made):
+        return _make_tool_factory(spec) if _has_tools(made) else _make_of_class(spec, made)
+    return _make_of_function(spec, made)
 
 
 def _make_tool_factory(spec: EnvironmentSpec) -> EnvironmentFactory:
@@ -72,7 +71,7 @@ def _adapters() -> dict[str, str]:
     return ADAPTERS
 
 
-def _import(reference: str, adapters: Sequence[str] | dict[str, str]) -> Callable[..., Any]:
+def _import(reference: str, adapters: Collection[str]) -> Callable[..., Any]:
     if ":" not in reference:
         raise ValueError(
             f"{reference!r} is no environment; give package.module:Class, path/to/file.py:Class or "
@@ -99,51 +98,49 @@ def _make_adapted(spec: EnvironmentSpec, reference: str, name: str) -> Environme
     return found
 
 
-def _has_tools(made: Callable[..., Any]) -> bool:
+def _has_tools(kind: type) -> bool:
     """Return True for a class as TRL has it: with methods of other names than ``step``, which are tools."""
-    if not inspect.isclass(made) or hasattr(made, "step"):
+    if hasattr(kind, "step"):
         return False
-    methods = {name for name, _ in inspect.getmembers(made, callable) if not name.startswith("_")}
+    methods = {name for name, _ in inspect.getmembers(kind, callable) if not name.startswith("_")}
     return bool(methods - {"reset", "close", "get_reward"})
 
 
-def _make_plain(spec: EnvironmentSpec, made: Callable[..., Any]) -> EnvironmentFactory:
-    arguments = dict(spec.arguments)
-    if inspect.isclass(made):
-        missing = [name for name in ("reset", "step") if not callable(getattr(made, name, None))]
-        if missing:
-            raise ValueError(_lacking(spec.reference, missing))
-    _check_arguments(made, arguments, spec.reference)
-    make = functools.partial(made, **arguments)
-    found = PlainFactory(make)
-    if inspect.isclass(made):
-        _inspect(found, made, spec.reference)
-        return found
-    first = [_first(make, spec.reference)]  # what a function makes is seen once it has made it
-    found.make = lambda: first.pop() if first else make()
-    _inspect(found, first[0], spec.reference)
+def _make_of_class(spec: EnvironmentSpec, kind: type) -> EnvironmentFactory:
+    _check_methods(kind, spec.reference)
+    _check_arguments(kind, spec.arguments, spec.reference)
+    found = PlainFactory(functools.partial(kind, **spec.arguments))
+    _inspect(found, kind, spec.reference)
     return found
 
 
-def _first(make: Callable[[], Any], reference: str) -> Any:
+def _make_of_function(spec: EnvironmentSpec, function: Callable[..., Any]) -> EnvironmentFactory:
+    """Return the factory of a function's environments, of which nothing is known until it has made one."""
+    _check_arguments(function, spec.arguments, spec.reference)
+    make = functools.partial(function, **spec.arguments)
     try:
-        made = make()
+        first = make()
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{reference} raised {type(error).__name__}: {error}") from None
-    missing = [name for name in ("reset", "step") if not callable(getattr(made, name, None))]
+        raise ValueError(f"{spec.reference} raised {type(error).__name__}: {error}") from None
+    if _has_tools(type(first)):
+        return _make_tool_factory(spec)
+    _check_methods(first, f"what {spec.reference} returns, {type(first).__name__},")
+    unused = [first]
+    found = PlainFactory(lambda: unused.pop() if unused else make())
+    _inspect(found, first, spec.reference)
+    return found
+
+
+def _check_methods(owner: Any, subject: str) -> None:
+    missing = [name for name in ("reset", "step") if not callable(getattr(owner, name, None))]
     if missing:
-        raise ValueError(_lacking(f"what {reference} returns, {type(made).__name__},", missing))
-    return made
+        raise ValueError(
+            f"{subject} has no method {' and no method '.join(missing)}; an environment is a class with "
+            "reset(**row) -> text or messages and step(completion) -> (observation, reward, done)"
+        )
 
 
-def _lacking(subject: str, missing: Sequence[str]) -> str:
-    return (
-        f"{subject} has no method {' and no method '.join(missing)}; an environment is a class with "
-        "reset(**row) -> text or messages and step(completion) -> (observation, reward, done)"
-    )
-
-
-def _check_arguments(made: Callable[..., Any], arguments: dict[str, Any], reference: str) -> None:
+def _check_arguments(made: Callable[..., Any], arguments: Mapping[str, Any], reference: str) -> None:
     """Refuse arguments that the class does not take, before it is called for the first episode."""
     try:
         signature = inspect.signature(made)
@@ -157,9 +154,8 @@ def _check_arguments(made: Callable[..., Any], arguments: dict[str, Any], refere
 
 def _inspect(found: PlainFactory, owner: Any, reference: str) -> None:
     """Note the columns that ``reset`` takes; ``owner`` is a class, or an object of it."""
-    reset, step = owner.reset, owner.step
+    reset = owner.reset
     is_unbound = inspect.isclass(owner) and inspect.isfunction(inspect.getattr_static(owner, "reset"))
-    found.is_async = any(map(inspect.iscoroutinefunction, (reset, step)))
     try:
         parameters = list(inspect.signature(reset).parameters.values())[int(is_unbound) :]
     except (TypeError, ValueError):
@@ -170,3 +166,11 @@ def _inspect(found: PlainFactory, owner: Any, reference: str) -> None:
     found.required = [p.name for p in named if p.default is p.empty]
     looks_at_any = Signature.of(getattr(reset, "__func__", reset)).looks_at_any
     found.columns = None if looks_at_any else [p.name for p in named]
+
+
+def missing_columns(row: Mapping[str, Any], required: Collection[str]) -> str | None:
+    """Return why a row lacks what ``reset`` needs; None if it has all of it."""
+    missing = [name for name in required if name not in row]
+    if not missing:
+        return None
+    return f"the row has no column {missing[0]!r}, which reset needs; it has {', '.join(row) or 'none'}"

@@ -24,16 +24,16 @@ def serve(connection: socket.socket) -> None:
     number, spec = receive(connection)
     try:
         factory = make_factory(spec)
+        tools = factory.tools
     except ValueError as error:
         send(connection, {"id": number, "error": str(error)})
         return
     state = ProcessState(may_keep_running=True)
     state.restore()
     setup = {
-        "tools": factory.tools,
+        "tools": tools,
         "columns": factory.columns,
         "required": list(factory.required),
-        "is_async": bool(getattr(factory, "is_async", False)),
     }
     send(connection, {"id": number, "error": None, "setup": setup})
     _Worker(connection, factory, state).run()

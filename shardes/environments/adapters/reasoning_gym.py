@@ -46,7 +46,9 @@ def make(name: str, arguments: Mapping[str, Any]) -> Callable[[], Environment]:
     check_choice(answer, _ANSWERS, argument="answer")
     seed = take_seed(options)
     if "size" in options:
-        raise ValueError("The data set's size follows from the rows (task.data: range:START:STOP): remove size")
+        raise ValueError(
+            "The data set's size follows from the rows (task.data: range:START:STOP): remove size"
+        )
     fields = [field.name for field in dataclasses.fields(package.factory.DATASETS[name][1])]
     for option in options:
         kind = f"argument of {name} of reasoning_gym"

@@ -120,7 +120,9 @@ def _check_arguments(package: Any, name: str, options: Mapping[str, Any]) -> Non
     if not options:
         return
     game = package.make(_plain(package, name))
-    known = [parameter for parameter in inspect.signature(type(game).__init__).parameters if parameter != "self"]
+    known = [
+        parameter for parameter in inspect.signature(type(game).__init__).parameters if parameter != "self"
+    ]
     for option in options:
         check_known(option, [*known, "seed"], kind="argument")
 
