@@ -125,7 +125,7 @@ class EnvironmentRunner(Protocol):
     tools: Sequence[dict[str, Any]] | None
     num_kills: int
 
-    def begin(self, rows: Sequence[Mapping[str, Any]]) -> list[Episode]:
+    def begin(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Episode]:
         """Reset an environment for each row, and return at once."""
 
     def close(self) -> None:
