@@ -1,4 +1,4 @@
-"""Calls of tools in a model's answer: parsed by the tokenizer's own response template, or by common formats."""
+"""Calls of tools in a model's answer, parsed by the tokenizer's response template or by common formats."""
 
 import json
 import re
@@ -61,9 +61,12 @@ def parse_tool_calls(
         return {"role": "assistant", "content": text, "tool_call_error": str(error)}
 
 
-def _by_template(text: str, ids: list[int], tokenizer: Any, prefix: list[int], tools: Tools | None) -> Message:
+def _by_template(
+    text: str, ids: list[int], tokenizer: Any, prefix: list[int], tools: Tools | None
+) -> Message:
+    schemas = None if tools is None else list(tools)
     try:
-        parsed = dict(tokenizer.parse_response(ids, prefix=prefix, tools=None if tools is None else list(tools)))
+        parsed = dict(tokenizer.parse_response(ids, prefix=prefix, tools=schemas))
     except MemoryError:
         raise
     except Exception as error:  # parsers of users' templates raise whatever they do
@@ -120,7 +123,7 @@ def _by_format(text: str) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
         content, calls = "", _llama(said)
     else:
         return text, []
-    return (text[:start] + content).strip() if start == 0 else text[:start] + content.rstrip(), calls
+    return text[:start] + (content.rstrip() if start else content.strip()), calls
 
 
 def _hermes(said: str) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
@@ -173,7 +176,7 @@ def _named(call: Any) -> tuple[str, dict[str, Any]]:
     """Return the name and the arguments of a call."""
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise _BadCallError(f'The tool call has no "name": {_short(json.dumps(call, default=str))}')
-    arguments = next((call[key] for key in ("arguments", "parameters") if key in call), {})
+    arguments: Any = next((call[key] for key in ("arguments", "parameters") if key in call), {})
     if isinstance(arguments, str):
         arguments, _ = _json(arguments, 0) if arguments.strip() else ({}, 0)
     if arguments is None:
