@@ -237,4 +237,9 @@ class Conversation:
 def _as_messages(observation: Observation) -> list[Message]:
     if isinstance(observation, str):
         return [{"role": "user", "content": observation}]
+    if not observation:
+        raise ConversationError(
+            "the environment returned no messages, so that there is nothing to answer; let it return some, "
+            "or say that the episode is over"
+        )
     return [dict(message) for message in observation]

@@ -10,6 +10,11 @@ from transformers.utils import get_json_schema
 
 from shardes.environments.base import EnvironmentSpec
 from shardes.environments.tools import ERROR_KINDS, make_tool_factory
+from shardes.rollout.conversation import Conversation
+from shardes.rollout.encoding import PromptEncoder
+from shardes.rollout.tool_calls import parse_tool_calls
+from shardes.tasks.base import ChatTemplate
+from tests.helpers.tokenizers import CHATML_TOOLS, byte_pieces
 
 MODULE = """
 import enum
@@ -392,3 +397,49 @@ def test_arguments_are_those_of_the_class(factory, module):
     assert factory("Arguments", start=3).make()._inner.start == 3
     with pytest.raises(ValueError, match=r"no class that task\.environment_arguments are of"):
         factory("", "add", start=3)
+
+
+def test_a_whole_episode(factory):
+    """A model that is played by hand, from the row to the reward, with a mistake of each kind on its way."""
+    tokenizer = byte_pieces(
+        special=["<|im_start|>", "<|im_end|>"], eos="<|im_end|>", chat_template=CHATML_TOOLS
+    )
+    made = factory("Counter")
+    environment = made.make()
+    encoder = PromptEncoder(tokenizer)
+    encoder.chats.check_tools(ChatTemplate(), made.tools)
+    conversation = Conversation(encoder, ChatTemplate(), made.tools)
+    conversation.begin(environment.reset(prompt="Count.", secret=5))
+    asked = conversation.tokens
+    answers = [
+        '<tool_call>\n{"name": "increase", "arguments": {"by": 2}}\n</tool_call>',
+        '<tool_call>\n{"name": "increas", "arguments": {}}\n</tool_call>',
+        "<tool_call>\nby 3\n</tool_call>",
+        'So.\n<tool_call>\n{"name":"increase","arguments":{"by":3}}\n</tool_call>',
+        "Done.",
+    ]
+    sampled = list(asked)
+    for text in answers:
+        ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        message = parse_tool_calls(text, ids, tokenizer, prefix=conversation.tokens, tools=made.tools)
+        conversation.answer(ids, text, message)
+        sampled = [*sampled, *ids]
+        assert conversation.tokens == sampled
+        observation, reward, is_done = environment.step(text, message=message)
+        if not is_done:
+            conversation.observe(observation)
+            assert conversation.tokens[: len(sampled)] == sampled
+            sampled = conversation.tokens
+    assert (reward, is_done, conversation.num_reencoded) == (1.0, True, 0)
+
+    def turn(role, content):
+        return f"<|im_start|>{role}\n{content}<|im_end|>\n"
+
+    told = ["2", str({"error": "Tool increas not found; did you mean increase?"}), None, "5"]
+    wrong = str({"error": "The tool call is not valid JSON (Expecting value): '\\nby 3\\n</tool_call>'"})
+    told = [wrong if each is None else f"<tool_response>\n{each}\n</tool_response>" for each in told]
+    turns = [turn("assistant", a) + turn("user", t) for a, t in zip(answers, told, strict=False)]
+    wanted = turn("user", "Count. Reach 5.") + "".join(turns) + turn("assistant", "Done.")
+    assert tokenizer.decode(conversation.tokens).endswith(wanted.removesuffix("\n"))
+    assert environment.numbers["tool_errors"] == 2
+    assert environment.numbers["tool_errors_unparsable"] == 1

@@ -5,23 +5,15 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from shardes.errors import UserError
 from shardes.rollout.conversation import Conversation, ConversationError
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.tool_calls import parse_tool_calls
 from shardes.tasks.base import ChatTemplate
-from tests.helpers.tokenizers import CHAT, byte_pieces, sentence_pieces
+from tests.helpers.tokenizers import CHAT, CHATML_TOOLS, byte_pieces, sentence_pieces
 
-CHATML_TOOLS = (
-    "{% if tools %}<|im_start|>system\nTools: {% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n"
-    "{% endif %}{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
-    "{% if m.role == 'tool' %}<tool_response>\n{{ m.content }}\n</tool_response>{% else %}{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}{{ '\n' if m.content or not loop.first else '' }}<tool_call>\n"
-    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 LLAMA = (
     "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\n"
     "Today Date: {{ strftime_now('%d %b %Y') }}\n"
@@ -319,7 +311,34 @@ def test_chats_of_tokenizers_that_put_spaces_before_texts(legacy):
         assert conversation.num_reencoded == 0
 
 
+class OwnTokens(PreTrainedTokenizerFast):
+    """A tokenizer that makes tokens of chats in a way of its own: here, it counts the messages first."""
+
+    def apply_chat_template(self, conversation, *, tokenize, return_dict, **arguments):
+        assert (tokenize, return_dict) == (True, False)
+        text = super().apply_chat_template(conversation, tokenize=False, **arguments)
+        return plain(self, f"{'1' if 'COUNT' in text else ''}{text}")
+
+
+def test_tokenizers_with_a_way_of_their_own_make_tokens_of_the_whole():
+    made = tokenizer_of("chatml")
+    tokenizer = OwnTokens(tokenizer_object=made.backend_tokenizer, eos_token="<|im_end|>")
+    tokenizer.chat_template = CHATML_TOOLS
+    conversation, same = begun(tokenizer), begun(made)
+    for each in (conversation, same):
+        each.answer(plain(tokenizer, "12<|im_end|>"), "12")
+        each.observe("is the 12?")
+    assert conversation.tokens == same.tokens
+    assert conversation.num_reencoded == 0
+    conversation.answer(plain(tokenizer, "is<|im_end|>"), "is")
+    conversation.observe("COUNT")
+    assert conversation.num_reencoded == 1
+    assert tokenizer.decode(conversation.tokens).startswith("1<|im_start|>user\nWhat")
+
+
 def test_what_the_template_or_the_model_refuses_fails_the_episode_only():
+    with pytest.raises(ConversationError, match="returned no messages"):
+        begun(tokenizer_of("chatml"), [])
     conversation = begun(tokenizer_of("gemma"))
     conversation.answer(plain(conversation._encoder.tokenizer, "12"), "12")
     with pytest.raises(ConversationError, match=r"refuses the prompt.*roles must alternate"):
