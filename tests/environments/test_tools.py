@@ -413,7 +413,7 @@ def test_a_whole_episode(factory):
     asked = conversation.tokens
     answers = [
         '<tool_call>\n{"name": "increase", "arguments": {"by": 2}}\n</tool_call>',
-        '<tool_call>\n{"name": "increas", "arguments": {}}\n</tool_call>',
+        '<tool_call>\n{"name": "increase_by", "arguments": {}}\n</tool_call>',
         "<tool_call>\nby 3\n</tool_call>",
         'So.\n<tool_call>\n{"name":"increase","arguments":{"by":3}}\n</tool_call>',
         "Done.",
@@ -435,7 +435,7 @@ def test_a_whole_episode(factory):
     def turn(role, content):
         return f"<|im_start|>{role}\n{content}<|im_end|>\n"
 
-    told = ["2", str({"error": "Tool increas not found; did you mean increase?"}), None, "5"]
+    told = ["2", str({"error": "Tool increase_by not found; did you mean increase?"}), None, "5"]
     wrong = str({"error": "The tool call is not valid JSON (Expecting value): '\\nby 3\\n</tool_call>'"})
     told = [wrong if each is None else f"<tool_response>\n{each}\n</tool_response>" for each in told]
     turns = [turn("assistant", a) + turn("user", t) for a, t in zip(answers, told, strict=False)]
