@@ -7,7 +7,6 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import add
 from typing import Any, Self, TypeAlias
 
 from shardes.distributed.group import Group
@@ -74,7 +73,7 @@ class EncodedQuestion:
         """Return the number of tokens; for completions, of the longest one with its prompt."""
         if not self.completions:
             return len(self.prompts[0])
-        return max(map(len, map(add, self.prompts, self.completions)))
+        return max(len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True))
 
     def to_json(self) -> list[Any]:
         """Return an object that JSON keeps as it is, for ``from_json``."""

@@ -41,6 +41,8 @@ LLAMA = ADD.replace("arguments", "parameters")
             "",
             [("run", {"code": "a\nb</tool_call><tool_call>"})],
         ),
+        (hermes('{"name": "f", "arguments": {"a": "</think>"}}'), "", [("f", {"a": "</think>"})]),
+        ('{"name": "f", "parameters": {"a": "</think>"}}', "", [("f", {"a": "</think>"})]),
         # Calls in thoughts are none.
         (f"<think>\n{hermes(ADD)}\n</think>\n{hermes(ADD)}", None, [("add", ARGUMENTS)]),
         (LLAMA, "", [("add", ARGUMENTS)]),
@@ -111,6 +113,15 @@ def test_calls_that_cannot_be_parsed(text, problem):
     assert len(message["tool_call_error"]) < 400
     assert "tool_calls" not in message
     assert message["content"] == text.replace("<|python_tag|>", "")
+
+
+def test_a_thought_that_the_prompt_has_opened_has_no_calls_either():
+    prefix = PLAIN("Hello. <think>\n", add_special_tokens=False).input_ids
+    text = f"I could write {hermes(ADD)}"
+    assert parsed(text, prefix=prefix) == {"role": "assistant", "content": text}
+    assert len(parsed(f"{text}</think>{hermes(ADD)}", prefix=prefix)["tool_calls"]) == 1
+    closed = PLAIN("<think>\n</think>\n", add_special_tokens=False).input_ids
+    assert len(parsed(text, prefix=closed)["tool_calls"]) == 1
 
 
 # A format that no other answer has.
