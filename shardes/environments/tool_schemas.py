@@ -130,7 +130,9 @@ def _schema(tool: Tool) -> dict[str, Any]:
         chat_template_utils.TypeHintParsingException,
         ValueError,
     ) as error:
-        raise ValueError(f"the tool {tool.name}: {' '.join(map(str, error.args))}") from None
+        # The rest advises to pass a schema in place of the function.
+        problem = " ".join(map(str, error.args)).partition(" If you need")[0]
+        raise ValueError(f"the tool {tool.name}: {problem}") from None
     finally:
         chat_template_utils.is_torch_available = original
     return schema

@@ -34,17 +34,15 @@ def make_tool_factory(spec: EnvironmentSpec) -> "ToolFactory":
             none, or the class has no ``reset``.
     """
     references = [*([spec.reference] if spec.reference else []), *spec.tools]
+    named = f"task.tools: {', '.join(spec.tools)}"
+    where = f"task.environment: {spec.reference}" if spec.reference else named
     found = import_functions(references)
-    functions = [found[i] for i in range(len(found) - len(spec.tools), len(found))]
+    functions = found[len(found) - len(spec.tools) :]
+    source = found[0] if spec.reference else None
     try:
-        return ToolFactory(found[0] if spec.reference else None, functions, arguments=spec.arguments)
+        return ToolFactory(source, functions, arguments=spec.arguments, where=where)
     except ValueError as error:
-        key = (
-            f"task.environment: {spec.reference}"
-            if spec.reference
-            else f"task.tools: {', '.join(spec.tools)}"
-        )
-        raise ValueError(f"{key}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
 
 
 class ToolFactory:
@@ -55,6 +53,7 @@ class ToolFactory:
             there are functions only.
         functions: Functions that the model may call, besides the class's public methods.
         arguments: Arguments of the class.
+        where: Names them in messages about schemas.
 
     Attributes:
         columns: Columns that ``reset`` takes; None: all of them.
@@ -70,8 +69,10 @@ class ToolFactory:
         functions: Sequence[Callable[..., Any]],
         *,
         arguments: Mapping[str, Any] | None = None,
+        where: str = "task.tools",
     ) -> None:
         self._source = source
+        self._where = where
         self._arguments = dict(arguments or {})
         self._functions = list(functions)
         if source is None and self._arguments:
@@ -99,7 +100,10 @@ class ToolFactory:
         Raises:
             ValueError: A docstring does not describe an argument, or there is no schema for a type hint.
         """
-        return schemas(self._tools)
+        try:
+            return schemas(self._tools)
+        except ValueError as error:
+            raise ValueError(f"{self._where}: {error}") from None
 
     def make(self) -> "ToolEnvironment":
         """Return the environment of another episode."""

@@ -111,7 +111,7 @@ def _with_tags(text: str, ids: Sequence[int], tokenizer: Any) -> str:
 
 
 def _by_format(text: str, *, is_thought: bool) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
-    """Return what an answer says besides its calls, and its calls; ``is_thought`` if it begins in a thought."""
+    """Return what an answer says besides its calls, and its calls; it may begin within a thought."""
     is_thought |= text.lstrip().startswith("<think>")
     start, end = 0, text.find(_END)
     # A call may have the mark in its arguments.

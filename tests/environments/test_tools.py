@@ -382,7 +382,7 @@ def test_what_a_class_returns_is_checked(factory):
         ("", ["no_hint"], "the argument a of the tool no_hint has no type hint; a tool needs"),
         ("", ["rest"], "the tool rest takes \\*words: str, which no call can give by its name"),
         ("", ["bad_hint"], "type hints of the tool bad_hint cannot be read \\(NameError"),
-        ("", ["undescribed"], "the tool undescribed: .*no description for the argument 'a'"),
+        ("", ["undescribed"], "^task.tools: .*: the tool undescribed: .*no description for the argument 'a'"),
         ("", ["unknown_type"], "the tool unknown_type: Couldn't convert the type hint"),
         ("Adds", ["add"], "there are 2 tools of the name 'add'; rename them"),
     ],
