@@ -152,8 +152,10 @@ class PlayedEpisode:
         self._answer = answer
         self._num_tokens.append(len(answer.token_ids))
         self._num_cut += answer.was_cut
+        # What the template has opened for the answer is a part of it, though no token of it.
+        text = self.conversation.opened + answer.text
         self.conversation.answer(answer.token_ids, answer.text, message)
-        self.handle.step(answer.text, message=message)
+        self.handle.step(text, message=message)
 
     def _outcome(self, *, failure: str | None = None, truncation: Truncation | None = None) -> EpisodeOutcome:
         """Return what has become of the episode, and give it up."""
