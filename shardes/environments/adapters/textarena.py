@@ -87,7 +87,9 @@ class TextArenaEnvironment:
         if not is_done:
             return self._observe(), 0.0, False
         rewards, information = self._game.close()
-        reward = float((rewards or {}).get(0, 0.0))
+        reward = (rewards or {}).get(0)
+        # A few games, such as Cryptarithm, give the reason of an invalid move in place of its reward.
+        reward = float(reward) if isinstance(reward, int | float) else 0.0
         is_lost = bool(information[0].get("invalid_move"))
         self.numbers = {"success": float(reward >= 1 and not is_lost), "invalid_move": float(is_lost)}
         return "", reward, True
