@@ -3,19 +3,18 @@
 import importlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from shardes.environments.adapters.common import (
-    EpisodeRandomness,
     check_index,
     check_known,
     load_package,
     override,
     take_seed,
 )
-from shardes.environments.base import Environment, Observation
+from shardes.environments.base import Observation
 
 _COLORS = ("gray", "red", "green", "yellow", "blue", "magenta", "cyan", "white")
 _COLORED = re.compile(r"\x1b\[([0-9;]*)m(.*?)\x1b\[0?m", re.DOTALL)
@@ -23,7 +22,7 @@ _ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _INTEGER = re.compile(r"(?<![\w.])-?\d+(?![\w.]*\w)")
 
 
-def make(name: str, arguments: Mapping[str, Any]) -> Callable[[], Environment]:
+def make(name: str, arguments: Mapping[str, Any]) -> "partial[GymnasiumEnvironment]":
     """Return what makes an environment of this id.
 
     Args:
@@ -97,13 +96,11 @@ class GymnasiumEnvironment:
     def reset(self, index: int, **row: Any) -> Observation:
         """Begin the episode of an index; columns with the name of a given argument replace it."""
         seed = self._seed + check_index(index)
-        self._randomness = EpisodeRandomness(seed)
         self.numbers = {"invalid_actions": 0.0}
-        with self._randomness.used():
-            options = override(self._options, row)
-            self._environment = self._package.make(self._identifier, disable_env_checker=True, **options)
-            observation, _ = self._environment.reset(seed=seed)
-            shown = self._show(observation)
+        options = override(self._options, row)
+        self._environment = self._package.make(self._identifier, disable_env_checker=True, **options)
+        observation, _ = self._environment.reset(seed=seed)
+        shown = self._show(observation)
         return f"{self._prompt}\n\n{shown}" if self._prompt else shown
 
     def step(self, completion: str) -> tuple[Observation, float, bool]:
@@ -112,10 +109,9 @@ class GymnasiumEnvironment:
         if action is None:
             self.numbers["invalid_actions"] += 1
             return f"There is no action in this answer. {self._actions.instruction}", 0.0, False
-        with self._randomness.used():
-            observation, reward, is_terminated, is_truncated, information = self._environment.step(action)
-            is_done = bool(is_terminated or is_truncated)
-            shown = "" if is_done else self._show(observation)
+        observation, reward, is_terminated, is_truncated, information = self._environment.step(action)
+        is_done = bool(is_terminated or is_truncated)
+        shown = "" if is_done else self._show(observation)
         for key in ("success", "is_success"):
             if key in information:
                 self.numbers["success"] = float(information[key])

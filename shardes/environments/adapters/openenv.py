@@ -4,15 +4,17 @@ Of a package, the environment's own class is used in the worker's process, witho
 """
 
 import importlib
+import inspect
 import json
 import typing
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
 from shardes.environments.adapters.common import check_index, load_package, override, take_seed
-from shardes.environments.base import Environment, Observation
+from shardes.environments.base import Observation
 
 _URLS = ("http://", "https://", "ws://", "wss://")
 _CONNECT_SECONDS = 10.0
@@ -21,7 +23,7 @@ _CONNECT_SECONDS = 10.0
 _COMMON = {"metadata", "reward", "done"}
 
 
-def make(name: str, arguments: Mapping[str, Any]) -> Callable[[], Environment]:
+def make(name: str, arguments: Mapping[str, Any]) -> "partial[OpenEnvEnvironment]":
     """Return what makes an environment of a server or a package.
 
     Args:
@@ -46,7 +48,7 @@ def make(name: str, arguments: Mapping[str, Any]) -> Callable[[], Environment]:
     else:
         environment, action = _find_class(name)
         action_schema = action.model_json_schema()
-        returned = typing.get_type_hints(environment.reset).get("return")
+        returned: Any = _hints(environment.reset).get("return")
         observation_schema = returned.model_json_schema() if hasattr(returned, "model_json_schema") else {}
         connect = partial(_LocalSession, environment, action)
     action_field = _choose(action_schema, action_field, argument="action_field", name=name)
@@ -121,7 +123,8 @@ class OpenEnvEnvironment:
         if self._observation_field is not None:
             if self._observation_field not in said:
                 raise ValueError(
-                    f"The observation has no field {self._observation_field!r} (observation_field), but {list(said)}"
+                    f"The observation has no field {self._observation_field!r} (observation_field), but "
+                    f"{', '.join(said)}"
                 )
             value = said[self._observation_field]
             return value if isinstance(value, str) else json.dumps(value)
@@ -168,8 +171,6 @@ class _LocalSession:
         self._action = action
 
     def reset(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], float | None, bool]:
-        import inspect
-
         parameters = inspect.signature(self._environment.reset).parameters
         takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
         taken = {name: value for name, value in arguments.items() if takes_all or name in parameters}
@@ -180,6 +181,14 @@ class _LocalSession:
 
     def close(self) -> None:
         self._environment.close()
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the type hints of a function; none if they name what does not exist."""
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError):
+        return {}
 
 
 def _parts(observation: Any) -> tuple[dict[str, Any], float | None, bool]:
@@ -194,7 +203,9 @@ def _schemas(url: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     base = url.replace("ws", "http", 1) if url.startswith("ws") else url
     try:
-        with urllib.request.urlopen(f"{base.rstrip('/')}/schema", timeout=_CONNECT_SECONDS) as response:
+        is_here = urllib.parse.urlsplit(base).hostname in ("localhost", "127.0.0.1", "::1")
+        opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] if is_here else [])
+        with opener.open(f"{base.rstrip('/')}/schema", timeout=_CONNECT_SECONDS) as response:
             schemas = json.load(response)
         return schemas["action"], schemas["observation"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -237,8 +248,8 @@ def _find_class(name: str) -> tuple[Any, Any]:
             + (f" named {class_name}" if class_name else "")
             + f" ({', '.join(classes) or 'none'}): name one as module:Class"
         )
-    environment = next(iter(classes.values()))
-    action = typing.get_type_hints(environment.step).get("action")
+    environment: Any = next(iter(classes.values()))
+    action = _hints(environment.step).get("action")
     if not hasattr(action, "model_validate"):
         raise ValueError(f"{name}: the argument action of step has no class of actions as its type hint")
     return environment, action

@@ -2,25 +2,28 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import random
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from shardes.environments.adapters.common import (
-    EpisodeRandomness,
     check_index,
     check_known,
     load_package,
     override,
     take_seed,
 )
-from shardes.environments.base import Environment, Observation
+from shardes.environments.ambience import Ambience
+from shardes.environments.base import Observation
 
 # Of every game, TextArena registers variants that differ in how they show it to a model.
 _SHOWN = ("-raw", "-train")
 
 
-def make(name: str, arguments: Mapping[str, Any]) -> Callable[[], Environment]:
+def make(name: str, arguments: Mapping[str, Any]) -> "partial[TextArenaEnvironment]":
     """Return what makes an environment of the game of this name.
 
     Args:
@@ -42,7 +45,8 @@ def make(name: str, arguments: Mapping[str, Any]) -> Callable[[], Environment]:
         with _without_downloads():
             _check_arguments(package, name, options)
         probe = TextArenaEnvironment(package, name, options, seed=seed)
-        probe.reset(index=0)
+        with Ambience(0):
+            probe.reset(index=0)
     except Exception as error:
         raise ValueError(f"The game {name} of TextArena cannot be played here: {_reason(error)}") from error
     return partial(TextArenaEnvironment, package, name, options, seed=seed)
@@ -71,8 +75,10 @@ class TextArenaEnvironment:
     def reset(self, index: int, **row: Any) -> Observation:
         """Begin the game of an index; columns with the name of a given argument replace it."""
         seed = self._seed + check_index(index)
-        self._randomness = EpisodeRandomness(seed)
-        with self._randomness.used(), _without_downloads():
+        # Games draw from the process's generators, of which each episode has a state of its own (Ambience).
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        with _without_downloads():
             self._game = self._make_game(override(self._options, row))
             self._game.reset(num_players=1, seed=seed)
         if not isinstance(self._game.state, self._package.SinglePlayerState):
@@ -82,8 +88,7 @@ class TextArenaEnvironment:
 
     def step(self, completion: str) -> tuple[Observation, float, bool]:
         """Make a move; the game's answer, its reward if it has ended, and whether it has."""
-        with self._randomness.used():
-            is_done, _ = self._game.step(action=completion)
+        is_done, _ = self._game.step(action=completion)
         if not is_done:
             return self._observe(), 0.0, False
         rewards, information = self._game.close()
@@ -122,7 +127,9 @@ def _check_arguments(package: Any, name: str, options: Mapping[str, Any]) -> Non
     if not options:
         return
     game = package.make(_plain(package, name))
-    known = [parameter for parameter in inspect.signature(type(game).__init__).parameters if parameter != "self"]
+    known = [
+        parameter for parameter in inspect.signature(type(game).__init__).parameters if parameter != "self"
+    ]
     for option in options:
         check_known(option, [*known, "seed"], kind="argument")
 

@@ -1,15 +1,13 @@
 """Parts that adapters share, without any of their packages."""
 
 import importlib
-import random
 import sys
 import tomllib
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from shardes.environments.adapters.common import EpisodeRandomness, check_known, load_package, override
+from shardes.environments.adapters.common import check_known, load_package, override
 from shardes.environments.adapters.registry import ADAPTERS
 
 
@@ -43,27 +41,3 @@ def test_unknown_names_come_with_the_nearest_or_with_all() -> None:
 
 def test_columns_replace_arguments_that_are_given() -> None:
     assert override({"a": 1, "b": 2}, {"b": 3, "c": 4}) == {"a": 1, "b": 3}
-
-
-def test_each_episode_has_random_numbers_of_its_own() -> None:
-    def draw() -> tuple[float, float]:
-        return random.random(), float(np.random.random())
-
-    random.seed(1)
-    np.random.seed(1)
-    outside = [draw()]
-    first, second = EpisodeRandomness(5), EpisodeRandomness(6)
-    with first.used():
-        one = [draw()]
-    with second.used():
-        other = draw()
-    with pytest.raises(ZeroDivisionError), first.used():
-        one.append(draw())
-        1 / 0  # noqa: B018
-    outside.append(draw())
-    random.seed(5)
-    np.random.seed(5)
-    assert one == [draw(), draw()] and other not in one
-    random.seed(1)
-    np.random.seed(1)
-    assert outside == [draw(), draw()]

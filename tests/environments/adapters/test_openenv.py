@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("openenv")
 uvicorn = pytest.importorskip("uvicorn")
 
-from openenv.core.env_server import Action, Environment, Observation, State, create_app
+from openenv.core.env_server import Action, Environment, Observation, State, create_app  # noqa: E402
 
-from shardes.environments.adapters.openenv import make
+from shardes.environments.adapters.openenv import make  # noqa: E402
 
 
 class GuessAction(Action):
@@ -75,7 +75,9 @@ def name(request, monkeypatch):
         return request.getfixturevalue("url")
     if request.param == "class":
         return f"{__name__}:GuessEnvironment"
-    modules = {name: types.ModuleType(name) for name in ("guess_env", "guess_env.server", "guess_env.server.app")}
+    modules = {
+        name: types.ModuleType(name) for name in ("guess_env", "guess_env.server", "guess_env.server.app")
+    }
     modules["guess_env"].__path__ = modules["guess_env.server"].__path__ = []
     modules["guess_env.server.app"].Environment = Environment
     modules["guess_env.server.app"].GuessEnvironment = GuessEnvironment

@@ -30,7 +30,9 @@ def test_questions_and_scores_are_the_data_sets_own() -> None:
         for wrong in ("", "nonsense", f"It is {entry['answer']}."):
             _, reward, numbers = _play(factory, index, wrong)
             assert (reward, numbers) == (theirs.score_answer(wrong, entry), {"success": 0.0})
-    assert _play(factory, 100_000, "")[0] != _play(factory, 100_001, "")[0]  # beyond the size that it begins with
+    assert (
+        _play(factory, 100_000, "")[0] != _play(factory, 100_001, "")[0]
+    )  # beyond the size that it begins with
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,10 @@ def test_data_sets_that_make_their_items_at_once_are_no_larger_than_needed() -> 
 
 
 def test_data_sets_mix_in_a_composite() -> None:
-    parts = [{"name": "chain_sum", "weight": 1, "config": {"max_terms": 2}}, {"name": "leg_counting", "weight": 1}]
+    parts = [
+        {"name": "chain_sum", "weight": 1, "config": {"max_terms": 2}},
+        {"name": "leg_counting", "weight": 1},
+    ]
     factory = make("composite", {"datasets": parts})
     questions = [_play(factory, index, "")[0] for index in range(12)]
     assert 0 < sum("legs" in question for question in questions) < 12
@@ -91,8 +96,12 @@ def test_data_sets_mix_in_a_composite() -> None:
         ("chain_sum", {"max_term": 3}, r"'max_term'; nearest: max_terms"),
         ("chain_sum", {"size": 3}, r"remove size"),
         ("chain_sum", {"min_terms": 9}, r"cannot make chain_sum .*max_terms must be >= min_terms"),
-        ("chain_sum", {"answer": "first"}, r"argument answer is 'first'; it has to be one of whole, last_line, tag"),
-        ("chain_sum", {"system": "defaut"}, r"nearest: default"),
+        (
+            "chain_sum",
+            {"answer": "first"},
+            r"argument answer is 'first'; it has to be one of whole, last_line, tag",
+        ),
+        ("chain_sum", {"system": "simpel"}, r"nearest: simple"),
         ("chain_sum", {"seed": -1}, r"seed is -1"),
     ],
 )
