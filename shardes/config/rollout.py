@@ -24,10 +24,10 @@ class RolloutConfig(Section):
     its copy, and holds two copies. ``member``: each member's weights, once, into a whole model on every rank;
     the ranks of a replica share its prompts. ``layer``: every layer in every forward, all ranks of a replica
     in step. ``auto``: the first of the three for which every rank has the memory, and the next one where
-    memory runs out all the same; ``layer`` for ``tensor_parallel``, which has no other. All give the same
-    bits. Where every rank holds a whole model anyway (``single``, or a ``shard_size`` of 1), there is no
-    second copy, and ``iteration`` says only that ranks do not share prompts. With several members in a
-    forward the model stays the centre, and ``iteration`` takes one copy."""
+    memory runs out all the same; ``layer`` for ``tensor_parallel`` and ``vllm``, which have no other. All
+    give the same bits. Where every rank holds a whole model anyway (``single``, or a ``shard_size`` of 1),
+    there is no second copy, and ``iteration`` says only that ranks do not share prompts. With several members
+    in a forward the model stays the centre, and ``iteration`` takes one copy."""
     members_per_forward: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
     """Members whose prompts are rows of one forward. More than 1, or ``auto``, needs ``es.noise: low_rank``:
     members are terms added to what the layers of the centre compute, and each costs less, the more there are,

@@ -17,6 +17,7 @@ from typing import Any
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from shardes.errors import UserError
+from shardes.utils.messages import one_line
 
 # The largest published models have ten thousand, or ten times that if each expert has its own.
 MOST_PARAMETERS = 1_000_000
@@ -59,11 +60,6 @@ def limited(
         is_foreign = "trust_remote_code" in told or "does not recognize this architecture" in told
         hint = "; a model with code of its own needs model.trust_remote_code: true" if is_foreign else ""
         raise UserError(f"{what}: {type(error).__name__}: {told}{hint}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """Return an exception's text as one line of at most 300 characters, or its type if there is none."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from shardes.errors import UserError
+from shardes.utils.messages import one_line
 from shardes.utils.version import VERSION
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "triton", "numba", "numpy", "safetensors")
@@ -88,7 +89,7 @@ def _tried(attempt: Callable[[], object]) -> str:
         with contextlib.redirect_stdout(io.StringIO()):
             attempt()
     except (ImportError, UserError, OSError, RuntimeError) as error:
-        return _available(False, " ".join(str(error).split()) or type(error).__name__)
+        return _available(False, one_line(error, most=None))
     return "available"
 
 

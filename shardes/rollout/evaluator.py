@@ -75,8 +75,8 @@ class Evaluator:
         seed: The key of the random numbers that draw answers.
         max_positions: Tokens of a prompt and its answer that the model was made for; None: any number.
         timer: Where the time goes.
-        encoder: Makes tokens of prompts; None: one for this tokenizer.
-        pad_id: Token id that fills rows; None: the tokenizer's.
+        encoder: Makes tokens of prompts.
+        pad_id: Token id that fills rows.
         end_ids: Tokens that end an answer and are no part of its text.
 
     Attributes:
@@ -94,13 +94,11 @@ class Evaluator:
         seed: int,
         max_positions: int | None,
         timer: PhaseTimer,
-        encoder: PromptEncoder | None = None,
-        pad_id: int | None = None,
-        end_ids: Collection[int] = (),
+        encoder: PromptEncoder,
+        pad_id: int,
+        end_ids: Collection[int],
     ) -> None:
         self.engine = engine
-        encoder = encoder or PromptEncoder(tokenizer, max_positions=max_positions)
-        pad_id = tokenizer.pad_token_id if pad_id is None else pad_id
         self._parts = {"tokenizer": tokenizer, "mesh": mesh, "scorer": scorer, "seed": seed, "timer": timer}
         self._parts |= {"max_positions": max_positions, "encoder": encoder, "pad_id": pad_id}
         self._parts |= {"end_ids": end_ids}
