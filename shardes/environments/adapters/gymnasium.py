@@ -170,8 +170,8 @@ class _Actions:
             self.instruction = f"Answer with the number of an action, from {first} to {self._range[-1]}."
         elif not isinstance(space, spaces.Text):
             raise ValueError(
-                f"The actions of {name} are {space}, neither text nor discrete: name those that the model may "
-                "choose in task.environment_arguments, as actions: {word: action, ...}"
+                f"The actions of {name} are {space}, neither text nor discrete: name those that the model "
+                "may choose in task.environment_arguments, as actions: {word: action, ...}"
             )
         words = sorted(self._named, key=len, reverse=True)
         self._word = re.compile(r"(?<!\w)(" + "|".join(map(re.escape, words)) + r")(?!\w)", re.IGNORECASE)
