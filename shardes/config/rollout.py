@@ -40,7 +40,10 @@ class RolloutConfig(Section):
     every rank work, found by trying when a run begins; the run keeps what was found. null: ``auto`` on GPUs,
     where a forward of few rows takes as long as one of many, and 32 on CPUs."""
     max_new_tokens: int = Field(gt=0)
-    """The longest answer, in tokens."""
+    """The longest answer, in tokens; of an episode, the longest of a turn."""
+    max_context: int | None = Field(default=None, gt=1)
+    """Tokens of an episode at most, all turns together; one that has no room for a further answer counts as
+    truncated, with what it has earned. null: as many as the model has positions."""
     stop: list[str] = []
     """Texts that end an answer, which keeps the first of them; end-of-sequence tokens always do. A text may
     be, or have in it, a special token, such as ``<|im_end|>``."""

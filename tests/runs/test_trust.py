@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from shardes.api import TrainConfig
-from shardes.config import schema
+from shardes.config import task as task_section
 from shardes.config.consent import load_trusted
 from shardes.config.loading import load_run_config
 from shardes.config.schema import Config
@@ -210,9 +210,9 @@ def test_a_reward_of_a_run_is_not_imported(run_dir, payload):
 
 
 MARKED = """model.trust_remote_code parallel.deepspeed rewards.path task.reward task.data task.heldout_data
-    log.report_to"""
+    task.environment task.tools task.harness log.report_to"""
 HARMLESS = """model.path run.dir task.template task.system task.label_words task.columns task.name
-    task.template_arguments task.chat_template rollout.vllm
+    task.template_arguments task.chat_template task.environment_arguments rollout.vllm
     rewards.name rewards.label rewards.arguments rollout.stop rollout.engine parallel.backend es.trainable"""
 
 
@@ -229,7 +229,7 @@ def test_every_key_that_names_code_or_leads_elsewhere_takes_consent():
                 found.setdefault(f"{name}.{key}", False)
             for part in ("RewardConfig", "ProblemSetConfig"):
                 if part in annotation:
-                    look(getattr(schema, part), "rewards" if part == "RewardConfig" else "task")
+                    look(getattr(task_section, part), "rewards" if part == "RewardConfig" else "task")
                     found.pop(f"{name}.{key}", None)
 
     for name, field in Config.model_fields.items():
