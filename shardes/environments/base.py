@@ -119,11 +119,13 @@ class EnvironmentRunner(Protocol):
 
     Attributes:
         tools: JSON schemas of the tools that the model may call, for the chat template; None: no tools.
-        num_kills: Processes of environments that have ended or were ended before their time, so far.
     """
 
     tools: Sequence[dict[str, Any]] | None
-    num_kills: int
+
+    @property
+    def num_kills(self) -> int:
+        """Return how many processes of environments have ended before their time, so far."""
 
     def begin(self, rows: Sequence[Mapping[str, Any]]) -> list[Episode]:
         """Reset an environment for each row, and return at once."""
