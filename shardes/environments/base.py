@@ -122,6 +122,10 @@ class EnvironmentRunner(Protocol):
         """Return JSON schemas of the tools that the model may call, for the template; None: no tools."""
 
     @property
+    def required(self) -> Sequence[str]:
+        """Return the columns that a row must have."""
+
+    @property
     def num_kills(self) -> int:
         """Return how many processes of environments have ended before their time, so far."""
 

@@ -1,6 +1,7 @@
 """Environments in processes of their own: what an episode does there harms no other, and loses no bit."""
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -376,10 +377,11 @@ def kill_at_random(runner, num_kills, stop, *, pause, seed):
         time.sleep(draw.uniform(0.0, 2 * pause))
         server = runner._hosts._starter.fork_server._process.pid
         children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
-        living = [pid for pid in children if Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"]
-        if living:
-            os.kill(int(draw.choice(living)), signal.SIGKILL)
-            num_done += 1
+        with contextlib.suppress(OSError):  # one that has just ended
+            living = [pid for pid in children if Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"]
+            if living:
+                os.kill(int(draw.choice(living)), signal.SIGKILL)
+                num_done += 1
     return num_done
 
 
