@@ -93,7 +93,7 @@ class Engine(ABC):
 
     @property
     def num_prefilled_tokens(self) -> int:
-        """Return how many tokens of prompts were computed so far, and not known from before; 0: not counted."""
+        """Return how many tokens of prompts were computed so far, rather than known; 0: not counted."""
         return 0
 
     def expect_cohorts(self, count: int, *, max_context: int) -> None:  # noqa: B027

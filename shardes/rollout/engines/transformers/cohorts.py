@@ -178,15 +178,10 @@ def _common_length(first: Tokens, second: Tokens) -> int:
     return int(differ[0]) if len(differ) else length
 
 
-def can_keep(cache: Cache | None) -> bool:
-    """Return whether what is in a cache can be kept for the next turn.
+def keeps(batch: MicroBatch, cache: Cache | None) -> bool:
+    """Return whether the keys and values of a batch's rows are kept for the next turn.
 
-    A mask of a sliding window counts columns, of which a row's tokens take others in each turn.
+    Other caches than of keys and values alone hold a state that cannot be cut to a shorter prefix.
     """
-    return isinstance(cache, SlabCache) and not cache.has_windows
-
-
-def keeps(batch: MicroBatch, cache: Cache) -> bool:
-    """Return whether the keys and values of a batch's rows are kept for the next turn."""
     is_asked_again = batch.cohort is not None and batch.cohort != IDLE_COHORT and batch.num_members == 1
-    return is_asked_again and can_keep(cache)
+    return is_asked_again and isinstance(cache, SlabCache)

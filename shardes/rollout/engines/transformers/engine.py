@@ -16,7 +16,6 @@ from shardes.models.build import end_tokens, pad_token
 from shardes.rollout.batching import IDLE_COHORT, LikelihoodBatch, MicroBatch
 from shardes.rollout.engines.base import Completions, Engine
 from shardes.rollout.engines.transformers.attention import choose_attention, warn_of_repeated_heads
-from shardes.rollout.engines.transformers.cohorts import can_keep
 from shardes.rollout.engines.transformers.decoder import Decoder
 from shardes.rollout.engines.transformers.kv_cache import make_slab
 from shardes.rollout.engines.transformers.likelihood import log_likelihoods
@@ -260,10 +259,10 @@ class TransformersEngine(Engine):
 
     def _kept_bytes(self, batch: MicroBatch | LikelihoodBatch) -> int:
         """Return the bytes that are kept of all cohorts, if all are like this batch."""
+        config: Any = self._backend.sharded_model.config
         if isinstance(batch, LikelihoodBatch) or batch.cohort is None or self.members_per_forward > 1:
             return 0
-        config: Any = self._backend.sharded_model.config
-        if not can_keep(make_slab(config)):
+        if make_slab(config) is None:
             return 0
         rows, width = batch.input_ids.shape
         return self._num_cohorts * cache_bytes(
