@@ -125,6 +125,11 @@ class VllmEngine(Engine):
         """Return ``layer``: each rank keeps its part of every layer."""
         return "layer"
 
+    @property
+    def num_prefilled_tokens(self) -> int:
+        """Return how many tokens of prompts were not in vLLM's prefix cache, which spans a member's turns."""
+        return self._requests.num_prefilled_tokens
+
     def begin(self, num_bytes: int) -> None:
         """Write the centre if members are adapters; the engine's memory was taken when it was started."""
         if self._slots is not None:
