@@ -21,6 +21,7 @@ from shardes.config.old_keys import apply_changes
 from shardes.config.schema import Config
 from shardes.distributed.place import read_place
 from shardes.distributed.stop import Stop, Stopped
+from shardes.environments.runners import Environments, tasks_by_key
 from shardes.errors import UserError
 from shardes.models.files import check_model_directory
 from shardes.rewards.pool import InProcessRewards, RewardProcessPool, make_reward_runner
@@ -160,11 +161,12 @@ class Trainer:
         on_iteration: Callback | Sequence[Callback] = (),
         on_evaluation: Callback | Sequence[Callback] = (),
     ) -> None:
-        if os.environ.get("WORLD_SIZE", "1") not in ("", "1") or read_place().world_size > 1:
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
             raise UserError(
                 f"Trainer: it works in one process, and this is one of {os.environ['WORLD_SIZE']}; train on "
                 "several with: torchrun ... -m shardes train --config FILE"
             )
+        read_place()  # refuses variables of a launcher that are half set
         # Where rows go that are given here; the run directory is made when training begins.
         self._files: dict[Path, str] = {}
         changes: dict[str, Any] = {}
@@ -197,7 +199,10 @@ class Trainer:
         self._write_data()
         task, heldout_sets = self._load_tasks()
         is_finished = True
-        with self._make_rewards([task, *heldout_sets.values()]) as rewards:
+        with (
+            self._make_rewards([task, *heldout_sets.values()]) as rewards,
+            Environments(config.task, tasks_by_key(task, heldout_sets)) as environments,
+        ):
             from shardes.rollout.preparing import prepare_tasks
             from shardes.runs.journal import recorded_setting
             from shardes.runs.reporting import Callbacks
@@ -210,6 +215,7 @@ class Trainer:
             date = recorded_setting(config.run.dir, "task.date")
             prepared = prepare_tasks(config, task, heldout_sets, date=date)
             parts: dict[str, Any] = {"heldout_sets": prepared.heldout_sets, "encoder": prepared.encoder}
+            parts["environments"] = environments
             callbacks = Callbacks(on_iteration=self._on_iteration, on_evaluation=self._on_evaluation)
             try:
                 with open_session(config, stop=self._stop) as session:

@@ -4,6 +4,7 @@ import datetime
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from shardes.config.schema import Config
 from shardes.errors import UserError
@@ -102,6 +103,9 @@ def _askable(
     Raises:
         UserError: One cannot, and such rows are not to be left out; or none can.
     """
+    if task.episodes is not None:
+        _try_template(task, encoder)
+        return list(rows)
     questions = [Question.of(task, row) for row in rows]
     encoder.chats.check_arguments(
         task.chat, has_chats=any(not isinstance(each.prompt, str) for each in questions)
@@ -134,6 +138,27 @@ def _askable(
             "\n  ..." if len(problems) > _NUM_NAMED else "",
         )
     return found
+
+
+def _try_template(task: Task, encoder: PromptEncoder) -> None:
+    """Render a chat as episodes may begin, whose prompts are not known yet.
+
+    So it is known whether the template asks for the date, which a run keeps.
+
+    Raises:
+        UserError: The episodes are chats for certain, and the template is not there or fails.
+    """
+    assert task.episodes is not None
+    system = task.episodes.system
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "?"}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    encoder.chats.check_arguments(task.chat, has_chats=True)
+    try:
+        encoder.chats.text(messages, task.chat)
+    except UserError:
+        if system is not None:
+            raise
 
 
 def _place(row: Row, key: str) -> str:

@@ -100,7 +100,7 @@ class Engine(ABC):
         """Learn how much is asked again; ``bytes_for`` then counts what is kept for it.
 
         Args:
-            count: Number of cohorts that this rank has under way at the same time.
+            count: Number of cohorts that this rank has under way at the same time, and that are kept at most.
             max_context: Largest number of tokens of an episode, its last answer included.
         """
 

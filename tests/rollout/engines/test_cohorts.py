@@ -1,5 +1,7 @@
 """Episodes asked again: the same answers as from the beginning, with nothing but new tokens computed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -262,14 +264,20 @@ def test_what_is_kept_counts_and_what_finds_no_memory_is_computed_anew(engine, s
     prompts = dict(enumerate(random_prompts(1)))
     batch = turn_batch(prompts, cohort=0)
     rows, width = batch.input_ids.shape
-    plain = engine.bytes_for(batch)
+    plain = engine.bytes_for(replace(batch, cohort=None))
     engine.expect_cohorts(3, max_context=60)
     of_one = cache_bytes(
         session.backend.sharded_model.config, rows=rows, length=width + TOKENS, dtype=torch.float32
     )
-    assert engine.bytes_for(batch) - plain == 3 * of_one
+    beyond = engine.bytes_for(batch) - plain - 3 * of_one
+    assert beyond * (width + TOKENS) == TOKENS * of_one, "the cache itself has room for one more answer"
     assert engine.fits(batch, prompts=NONE)
     engine.load_centre()
+    for cohort in range(1, 6):
+        engine.generate(turn_batch(prompts, cohort=cohort), prompts=NONE)
+    assert sorted(engine._decoder.kept._cohorts) == [3, 4, 5]
+    for cohort in range(1, 6):
+        engine.forget(cohort)
     answers = engine.generate(batch, prompts=NONE).tokens
     (kept,) = engine._decoder.kept._cohorts.values()
     held = sum(keys.nbytes + values.nbytes for keys, values in kept.layers)

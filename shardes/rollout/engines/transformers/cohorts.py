@@ -40,9 +40,15 @@ class _KeptRows:
 
 
 class KeptCohorts:
-    """Keys and values of cohorts of episodes, all computed with the same weights."""
+    """Keys and values of cohorts of episodes, all computed with the same weights.
 
-    def __init__(self) -> None:
+    Attributes:
+        most: Number of cohorts that are under way at the same time: what was asked longest ago is of one
+            whose episodes are over, and is given up for another; None: not known.
+    """
+
+    def __init__(self, *, most: int | None = None) -> None:
+        self.most = most
         self._cohorts: dict[int, _KeptRows] = {}
         self._has_given_up = self._has_warned = False
 
@@ -120,6 +126,8 @@ class KeptCohorts:
         """
         if self._has_given_up:
             return
+        while self.most is not None and len(self._cohorts) >= max(self.most, 1):
+            self.forget(next(iter(self._cohorts)))
         width, device = batch.input_ids.shape[1], batch.input_ids.device
         rows = [row for row, is_finite in enumerate(are_finite) if is_finite]
         prompts = _prompts(batch)

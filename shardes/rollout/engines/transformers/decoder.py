@@ -108,7 +108,7 @@ class Decoder:
         """Free the storage; the next batch allocates it anew."""
         self._slab = self._prefix = self._graphs = None
         self._has_begun = False
-        self.kept = KeptCohorts()
+        self.kept = KeptCohorts(most=self.kept.most)
 
     @torch.no_grad()
     def decode(
@@ -215,7 +215,8 @@ class Decoder:
         if batch.cohort is not None:
             # Contexts grow in each turn; the storage in few steps, as its graphs are then captured anew.
             roomy = 1 << (length - 1).bit_length()
-            length = max(length, roomy if self.max_context is None else min(roomy, self.max_context))
+            most = roomy if self.max_context is None else self.max_context + self._max_new_tokens
+            length = max(length, min(roomy, most))
         slab.restart(rows=rows, max_length=length)
         counts = self.kept.take(batch, slab) if keeps(batch, slab) else []
         if not any(counts) and self._prefix is not None and self._has_prefix(batch):

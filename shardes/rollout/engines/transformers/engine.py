@@ -84,7 +84,6 @@ class TransformersEngine(Engine):
         choose_attention(uses_cudnn=settings.cudnn_attention)
         if gather_modes is None and mesh.world.is_main:
             warn_of_repeated_heads(backend.sharded_model.config, backend.device)
-        self._num_cohorts = 0
         self._model: nn.Module | None = None
         self._num_members, self._has_hooks, self._is_fresh = 1, False, True
 
@@ -130,8 +129,8 @@ class TransformersEngine(Engine):
         return self._decoder.num_prefilled_tokens
 
     def expect_cohorts(self, count: int, *, max_context: int) -> None:
-        """Count what is kept of so many cohorts, and grow the cache no further than contexts do."""
-        self._num_cohorts, self._decoder.max_context = count, max_context
+        """Keep no more than so many cohorts, and grow the cache no further than contexts do."""
+        self._decoder.kept.most, self._decoder.max_context = count, max_context
 
     def forget(self, cohort: int) -> None:
         """Free the keys and values of a cohort."""
@@ -258,20 +257,17 @@ class TransformersEngine(Engine):
         )
 
     def _kept_bytes(self, batch: MicroBatch | LikelihoodBatch) -> int:
-        """Return the bytes that are kept of all cohorts, if all are like this batch."""
+        """Return the bytes that episodes take besides, if all cohorts are like this batch."""
         config: Any = self._backend.sharded_model.config
         if isinstance(batch, LikelihoodBatch) or batch.cohort is None or self.members_per_forward > 1:
             return 0
         if make_slab(config) is None:
             return 0
         rows, width = batch.input_ids.shape
-        return self._num_cohorts * cache_bytes(
-            config,
-            rows=rows,
-            length=width + self._max_new_tokens,
-            dtype=self._backend.dtype,
-            num_sharers=self.ranks_per_forward,
-        )
+        length = (self._decoder.kept.most or 0) * (width + self._max_new_tokens)
+        length += self._max_new_tokens  # by which the cache grows beyond the largest context
+        dtype, num_sharers = self._backend.dtype, self.ranks_per_forward
+        return cache_bytes(config, rows=rows, length=length, dtype=dtype, num_sharers=num_sharers)
 
     def fits(self, batch: MicroBatch | LikelihoodBatch, *, prompts: PromptBatch) -> bool:
         """Return whether this rank has the memory for a micro-batch; a collective of ``group``.

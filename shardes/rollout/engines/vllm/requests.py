@@ -48,7 +48,6 @@ class RequestLoop:
         timeout_seconds: Seconds that a step may take, which end the process.
 
     Attributes:
-        num_in_flight: Number of requests that are not done.
         num_prefilled_tokens: Tokens of prompts that were computed so far, and not found in the cache.
     """
 
