@@ -15,7 +15,7 @@ from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Mesh
 from shardes.environments.base import Episode, EpisodeSettings, Observation, StepResult
 from shardes.errors import UserError
-from shardes.rollout.batching import MicroBatch, compose
+from shardes.rollout.batching import IDLE_COHORT, MicroBatch, compose
 from shardes.rollout.conversation import Conversation, ConversationError
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Completions, Engine
@@ -220,7 +220,7 @@ class EpisodePlayer:
             max_positions=limit,
         )
         indices = tuple(asked[row][0] for row in batch.rows)
-        batch = replace(batch, rows=indices, cohort=turn.cohort if turn.asked else None)
+        batch = replace(batch, rows=indices, cohort=turn.cohort if turn.asked else IDLE_COHORT)
         if self._sampler is not None:
             plan, count = prompts.episodes, prompts.samples_per_prompt
             assert plan is not None

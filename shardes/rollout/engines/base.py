@@ -104,9 +104,6 @@ class Engine(ABC):
             max_context: Largest number of tokens of an episode, its last answer included.
         """
 
-    def forget(self, cohort: int) -> None:  # noqa: B027
-        """Free what is kept of a cohort whose episodes are over; loading frees it, too."""
-
     @abstractmethod
     def begin(self, num_bytes: int) -> None:
         """Make members of the current centre loadable; a collective of all ranks.

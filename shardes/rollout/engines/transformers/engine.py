@@ -132,10 +132,6 @@ class TransformersEngine(Engine):
         """Keep no more than so many cohorts, and grow the cache no further than contexts do."""
         self._decoder.kept.most, self._decoder.max_context = count, max_context
 
-    def forget(self, cohort: int) -> None:
-        """Free the keys and values of a cohort."""
-        self._decoder.kept.forget(cohort)
-
     def begin(self, num_bytes: int) -> None:
         """Choose the gather mode if that is still to do, and gather what serves all members; a collective."""
         self._modes.choose(num_bytes)
