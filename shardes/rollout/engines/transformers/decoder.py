@@ -187,22 +187,23 @@ class Decoder:
                 logits = rows.step(model)
             else:
                 logits = captured
-        are_finite = rows.are_finite.tolist()
+        return self._finished(batch, rows, any_rank=any_rank if is_split else None)
+
+    def _finished(
+        self, batch: MicroBatch, rows: Rows, *, any_rank: Callable[[bool], bool] | None
+    ) -> Completions:
+        """Return the answers of rows that are decoded, and keep what their next turns begin with."""
+        slab, are_finite = self._slab, rows.are_finite.tolist()
         budgets = (
             [self._max_new_tokens] * len(batch.rows) if batch.budgets is None else batch.budgets.tolist()
         )
         answers = [self._cut(row[:budget]) for row, budget in zip(rows.tokens.tolist(), budgets, strict=True)]
-        if self._slab is not None and keeps(batch, cache):
+        if slab is not None and keeps(batch, slab):
             self.kept.put(
-                batch,
-                self._slab,
-                answers=answers,
-                are_finite=are_finite,
-                slots=rows.slots,
-                any_rank=any_rank if is_split else None,
+                batch, slab, answers=answers, are_finite=are_finite, slots=rows.slots, any_rank=any_rank
             )
-        if not all(are_finite) and self._slab is not None:
-            self._slab.clear()
+        if not all(are_finite) and slab is not None:
+            slab.clear()
         return Completions(answers, are_finite)
 
     def _prepared(self, model: nn.Module, batch: MicroBatch) -> tuple[Cache, int]:
