@@ -179,6 +179,23 @@ def test_an_idle_batch_makes_as_many_forwards_and_leaves_what_is_kept(models):
     assert decoder.num_prefilled_tokens - before < sum(batch.lengths) / 2
 
 
+def test_an_episode_may_go_on_from_any_of_several_rows(models):
+    model, starts = models["qwen2"], random_prompts(2, num_prompts=5)
+    batch = replace(turn_batch(dict(enumerate(starts)), cohort=0), rows=(0, 1, 0, 1, 0))
+    decoder = make_decoder(model)
+    answers = decoder.decode(model, batch).tokens
+    assert answers == anew(model, turn_batch(dict(enumerate(starts)), cohort=0))[0]
+    # Two go on from one row, in other places; one begins as another episode did, which is not looked at.
+    sources = [4, 2, 3, 4, 0]
+    later = [starts[row] + answers[row] + [5, row + 2] for row in sources]
+    batch = replace(turn_batch(dict(enumerate(later)), cohort=0), rows=(0, 0, 1, 0, 1))
+    before = decoder.num_prefilled_tokens
+    found = decoder.decode(model, batch).tokens
+    assert found == anew(model, turn_batch(dict(enumerate(later)), cohort=0))[0]
+    other = max(common(later[4], starts[row] + answers[row]) for row in (1, 3))
+    assert decoder.num_prefilled_tokens - before == 4 * 3 + len(later[4]) - other
+
+
 def test_rows_that_are_not_finite_are_not_kept(models):
     model = models["llama"]
     decoder, prompts = make_decoder(model), dict(enumerate(random_prompts(4, num_prompts=6)))

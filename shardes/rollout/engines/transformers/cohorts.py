@@ -28,15 +28,22 @@ class _KeptRows:
     """What is kept of a cohort.
 
     Attributes:
-        places: Row of each episode.
+        places: Rows of each episode.
         tokens: Tokens of each row.
         layers: Keys and values of each layer, of shape [rows, tokens, heads, head size]; a row has its first
             token in the first column.
     """
 
-    places: dict[int, int]
+    places: dict[int, list[int]]
     tokens: list[Tokens]
     layers: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def find(self, episode: int, prompt: Tokens) -> tuple[int, int]:
+        """Return how many tokens of a prompt are kept, short of its last one, and in which row."""
+        counts = [
+            (_common_length(self.tokens[place], prompt[:-1]), place) for place in self.places.get(episode, ())
+        ]
+        return max(counts, default=(0, 0))
 
 
 class KeptCohorts:
@@ -86,17 +93,14 @@ class KeptCohorts:
         kept = self._cohorts.pop(batch.cohort, None)
         if kept is None:
             return [0] * len(batch.rows)
-        places = [kept.places.get(row) for row in batch.rows]
-        counts = [
-            0 if place is None else _common_length(kept.tokens[place], prompt[:-1])
-            for place, prompt in zip(places, _prompts(batch), strict=True)
-        ]
+        found = [kept.find(row, prompt) for row, prompt in zip(batch.rows, _prompts(batch), strict=True)]
+        counts = [count for count, _ in found]
         shifts = [batch.input_ids.shape[1] - length for length in batch.lengths]
         start = min(shift + count for shift, count in zip(shifts, counts, strict=True))
         if start > 0:
             device = batch.input_ids.device
             # A row that is new is padded as far as this: whatever is there is masked.
-            rows = torch.tensor([place or 0 for place in places], device=device)
+            rows = torch.tensor([place for _, place in found], device=device)
             columns = torch.arange(start, device=device) - torch.tensor(shifts, device=device)[:, None]
             slab.fill(kept.layers, rows=rows, columns=columns.clamp(min=0))
         return counts
@@ -145,7 +149,9 @@ class KeptCohorts:
             self._warn()
             return
         assert batch.cohort is not None, "rows of no cohort have no turn to come"
-        places = {batch.rows[row]: place for place, row in enumerate(rows)}
+        places: dict[int, list[int]] = {}
+        for place, row in enumerate(rows):
+            places.setdefault(batch.rows[row], []).append(place)
         self._cohorts[batch.cohort] = _KeptRows(places, tokens, layers)
 
     def _warn(self) -> None:

@@ -250,8 +250,10 @@ class VllmEngine(Engine):
             budgets = batch.budgets.tolist()
         requests, adapters = [], self._adapters(len(rows))
         for i, (row, length, budget) in enumerate(zip(rows, batch.lengths, budgets, strict=True)):
-            own = {"max_tokens": budget}
-            if batch.uniforms is not None:
+            own: dict[str, Any] = {"max_tokens": budget}
+            if batch.uniforms is not None and batch.uniforms[i, 0] < 0:
+                own["temperature"] = 0.0
+            elif batch.uniforms is not None:
                 own["seed"] = _seed(batch.uniforms[i])
             stop = self._stop if self._stop else None
             prompt = row[width - length :]
