@@ -15,7 +15,7 @@ import torch
 from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Mesh
 from shardes.environments.base import StepResult
-from shardes.rollout.batching import MicroBatch, compose
+from shardes.rollout.batching import IDLE_COHORT, MicroBatch, compose
 from shardes.rollout.conversation import Conversation
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Completions, Engine
@@ -246,13 +246,11 @@ class EpisodePlayer:
         in_order = [asked[place] for place in order]
         episodes = [prompt.episode for prompt in in_order]
         budgets = [prompt.max_new_tokens for prompt in in_order]
-        # Rows that share a name could not be told apart when they are asked again.
-        is_cohort = bool(turn.prompts) and len(set(episodes)) == len(episodes)
         batch = replace(
             batch,
             rows=tuple(episodes),
             budgets=torch.tensor(budgets) if min(budgets) < most else None,
-            cohort=turn.cohort if is_cohort else None,
+            cohort=turn.cohort if turn.prompts else IDLE_COHORT,
         )
         if self._sampler is not None:
             batch = replace(batch, uniforms=self._uniforms(in_order, prompts, self._sampler))

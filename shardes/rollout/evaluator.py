@@ -13,7 +13,7 @@ from shardes.rollout.batching import LikelihoodBatch, MicroBatch
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Completions, Engine, EngineOutput
 from shardes.rollout.episode_results import EpisodeAccumulator
-from shardes.rollout.episodes import EpisodeCounts, EpisodePlayer, TooLittleMemoryError
+from shardes.rollout.episodes import NUM_LANES, EpisodeCounts, EpisodePlayer, TooLittleMemoryError
 from shardes.rollout.likelihood import LogLikelihoodAccumulator
 from shardes.rollout.memory import MemoryShortageError, is_shortage
 from shardes.rollout.prompts import PromptBatch, PromptBuilder
@@ -170,6 +170,8 @@ class Evaluator:
 
     def begin(self, prompts: PromptBatch) -> None:
         """Make members of the current centre loadable, to answer these prompts; a collective of all ranks."""
+        if prompts.episodes is not None:
+            self.engine.expect_cohorts(NUM_LANES, max_context=prompts.episodes.max_context)
         self.engine.begin(max(map(self.engine.bytes_for, prompts.micro_batches), default=0))
 
     def fits(self, prompts: PromptBatch) -> bool:
