@@ -143,7 +143,7 @@ class Evaluator:
 
     def take_episode_counts(self) -> dict[str, Any]:
         """Return what was counted of this rank's episodes since the last call, by name, and begin anew."""
-        prefilled = getattr(self.engine, "num_prefilled_tokens", 0)
+        prefilled = self.engine.num_prefilled_tokens
         environments = self._scorer.environments
         kills = 0 if environments is None else environments.num_kills
         before, self._counted = self._counted, (prefilled, kills)
