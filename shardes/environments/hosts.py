@@ -74,6 +74,8 @@ class Hosts:
         self._starter = Starter(spec, start_fork_server)
         self._hosts: list[Host] = []
         self._host_of: dict[Record, Host] = {}
+        # All episodes with a call to be answered, wherever they are.
+        self._records: set[Record] = set()
         # Episodes that no process plays, with a call to be answered: anywhere, or alone in a new process.
         self._waiting: collections.deque[Record] = collections.deque()
         self._solos: collections.deque[Record] = collections.deque()
@@ -106,6 +108,8 @@ class Hosts:
         if record.is_over or self._is_closing:
             record.resolve(StepResult(failure="the episode is over"))
             return
+        self._records.add(record)
+        pending.add_done_callback(lambda _: self._records.discard(record))
         record.calls.append(call)
         host = self._host_of.get(record)
         if host is not None and host.is_draining:
@@ -123,11 +127,11 @@ class Hosts:
         if not record.is_over:
             self._fail(record, "the episode was given up")
 
-    def close(self) -> None:
+    def close(self, reason: str = "the environments were closed") -> None:
         """Let go of everything; what waits, fails."""
         self._is_closing = True
-        for record in [*self._host_of, *self._waiting, *self._solos]:
-            record.resolve(StepResult(failure="the environments were closed"))
+        for record in list(self._records):
+            record.resolve(StepResult(failure=reason))
         for host in self._hosts:
             host.disconnect()
         self._hosts.clear()
@@ -267,7 +271,7 @@ class Hosts:
         flight = host.flights.get(number) if isinstance(number, int) else None
         if flight is None:
             raise ValueError("a reply to nothing that was asked")
-        if message.get("has_begun") is True:
+        if message.get("has_begun") is True and flight.timer is None:
             loop = asyncio.get_running_loop()
             flight.timer = loop.call_later(self._timeout_seconds, self._overrun, host, number)
             return
@@ -318,7 +322,7 @@ class Hosts:
 
     def _overrun(self, host: Host, number: int, *, is_sure: bool = False) -> None:
         """End a call that has reached the limit, unless its answer is on its way."""
-        flight = host.flights[number]
+        flight = host.flights[number]  # the timer of an answered call is cancelled
         if not is_sure:
             loop = asyncio.get_running_loop()
             flight.timer = loop.call_later(_GRACE_SECONDS, lambda: self._overrun(host, number, is_sure=True))
