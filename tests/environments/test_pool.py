@@ -1,9 +1,12 @@
 """Environments in processes of their own: what an episode does there harms no other, and loses no bit."""
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +20,7 @@ from shardes.environments.in_process import InProcessEnvironments
 from shardes.environments.pool import EnvironmentPool, make_environment_runner
 from shardes.environments.record import Record
 from shardes.errors import UserError
+from tests.helpers.ranks import ROOT
 
 FILE = "tests/helpers/hostile_environments.py"
 HOSTILE = EnvironmentSpec(f"{FILE}:Hostile", {"scale": 2.0})
@@ -365,6 +369,23 @@ def test_tools_are_called_in_the_process():
         assert episode.wait().is_done
 
 
+FORKING = f"""
+from shardes.environments.base import EnvironmentSpec
+from shardes.environments.in_process import InProcessEnvironments
+(episode,) = InProcessEnvironments(EnvironmentSpec("{FILE}:Hostile")).begin([{{"start": 0}}])
+episode.step("fork")
+print(episode.wait().observation, flush=True)
+"""
+
+
+def test_a_child_never_answers_also_in_this_process():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", FORKING], capture_output=True, text=True, env=environment, timeout=60, cwd=ROOT
+    )
+    assert result.stdout == "turn 1 of 0: 0.8444218515250481\n"
+
+
 def test_a_mistake_in_the_pool_itself_keeps_nobody_waiting(monkeypatch, undisturbed):
     with pool() as runner:
         monkeypatch.setattr(Record, "answer", lambda self, result: 1 / 0)
@@ -417,10 +438,11 @@ def kill_at_random(runner, num_kills, stop, *, pause, seed):
         time.sleep(draw.uniform(0.0, 2 * pause))
         server = runner._hosts._starter.fork_server._process.pid
         children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
-        living = [pid for pid in children if Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"]
-        if living:
-            os.kill(int(draw.choice(living)), signal.SIGKILL)
-            num_done += 1
+        with contextlib.suppress(OSError, IndexError):  # there is none, or it has just gone
+            pid = int(draw.choice(children))
+            if Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+                os.kill(pid, signal.SIGKILL)
+                num_done += 1
     return num_done
 
 
