@@ -213,7 +213,7 @@ class Trainer:
             if not logging.getLogger().handlers:
                 configure_logging()
             date = recorded_setting(config.run.dir, "task.date")
-            prepared = prepare_tasks(config, task, heldout_sets, date=date)
+            prepared = prepare_tasks(config, task, heldout_sets, environments=environments, date=date)
             parts: dict[str, Any] = {"heldout_sets": prepared.heldout_sets, "encoder": prepared.encoder}
             parts["environments"] = environments
             callbacks = Callbacks(on_iteration=self._on_iteration, on_evaluation=self._on_evaluation)

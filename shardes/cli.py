@@ -98,7 +98,7 @@ def _train(config: Config, *, place: Place, stop: Stop, dry_run: bool) -> None:
 
         configure_logging()
         date = recorded_setting(config.run.dir, "task.date")
-        prepared = prepare_tasks(config, task, heldout_sets, date=date)
+        prepared = prepare_tasks(config, task, heldout_sets, environments=environments, date=date)
         task = prepared.task
         parts: dict[str, Any] = {
             "rewards": rewards,
@@ -156,7 +156,9 @@ def evaluate(
         from shardes.utils.logs import configure_logging
 
         configure_logging()
-        prepared = prepare_tasks(config, task, heldout_sets, date=model_ref.date, trains=False)
+        prepared = prepare_tasks(
+            config, task, heldout_sets, environments=environments, date=model_ref.date, trains=False
+        )
         with open_session(config) as session:
             model_ref.restore(session)
             sets, lines = evaluate_model(

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 
 from shardes.config.task import TaskConfig
 from shardes.environments.base import EnvironmentRunner, EnvironmentSpec
+from shardes.environments.loading import missing_columns
 from shardes.environments.pool import make_environment_runner
-from shardes.tasks.base import Task
+from shardes.errors import UserError
+from shardes.tasks.base import PlacedRow, Task
 from shardes.utils.closing import Closing
 
 
@@ -17,7 +19,8 @@ class Environments(Closing):
         tasks: Tasks by the key of their section, such as ``task`` or ``eval.sets.other``.
 
     Raises:
-        UserError: An environment cannot be made; the message names the key.
+        UserError: An environment cannot be made, or a row lacks what its reset needs; the message names the
+            key, or the row.
     """
 
     def __init__(self, config: TaskConfig, tasks: Mapping[str, Task]) -> None:
@@ -25,8 +28,11 @@ class Environments(Closing):
         try:
             for key, task in tasks.items():
                 spec = None if task.episodes is None else task.episodes.environment
-                if spec is not None and all(known != spec for known, _ in self._runners):
+                if spec is None:
+                    continue
+                if all(known != spec for known, _ in self._runners):
                     self._runners.append((spec, make_environment_runner(config, spec, key=key)))
+                _check_rows(task, self.of(task), key=key)
         except BaseException:
             self.close()
             raise
@@ -45,6 +51,19 @@ class Environments(Closing):
         """End all episodes and processes."""
         for _, runner in self._runners:
             runner.close()
+
+
+def _check_rows(task: Task, runner: EnvironmentRunner | None, *, key: str) -> None:
+    """Refuse a row without a column that its environment needs.
+
+    Raises:
+        UserError: There is one; the message names it.
+    """
+    assert runner is not None
+    for row in (*task.train, *task.heldout):
+        if (problem := missing_columns(row, runner.required)) is not None:
+            place = row.where if isinstance(row, PlacedRow) else f"{key}.data"
+            raise UserError(f"{place}: {problem}; if another holds it, say so with {key}.columns")
 
 
 def tasks_by_key(task: Task, heldout_sets: Mapping[str, Task]) -> dict[str, Task]:

@@ -40,7 +40,7 @@ class ForkServer:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                # Sets of strings have one order in all workers, so what is drawn from them is the same.
+                # Sets of strings have one order in all workers: what is drawn from one is the same in each.
                 env={"PYTHONHASHSEED": "0", **os.environ},
             )
 
