@@ -147,7 +147,7 @@ class Desk:
                 raise ApiError(
                     "the episode was begun again, since its process was killed, and asks something else than "
                     "the first time, so that it cannot get the same answers; make the harness deterministic",
-                    status=409,
+                    status=400,
                     code="replay_diverged",
                 )
             if known is None:
