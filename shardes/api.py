@@ -160,11 +160,12 @@ class Trainer:
         on_iteration: Callback | Sequence[Callback] = (),
         on_evaluation: Callback | Sequence[Callback] = (),
     ) -> None:
-        if os.environ.get("WORLD_SIZE", "1") not in ("", "1") or read_place().world_size > 1:
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
             raise UserError(
                 f"Trainer: it works in one process, and this is one of {os.environ['WORLD_SIZE']}; train on "
                 "several with: torchrun ... -m shardes train --config FILE"
             )
+        read_place()  # refuses variables of a launcher that are half set
         # Where rows go that are given here; the run directory is made when training begins.
         self._files: dict[Path, str] = {}
         changes: dict[str, Any] = {}

@@ -285,13 +285,13 @@ def export(
             raise UserError("--shard-size is the old name of --max-shard-size, and both are given; remove it")
         warn_once("--shard-size is now called --max-shard-size; the old name still works")
     # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
-    read_place()
+    place = read_place()
     _, _, history = read_run(run_dir, base=base, backend=backend, is_trusted=is_trusted)
     history.iteration_of(iteration, key=f"--iteration {iteration}")
     if public and push_to_hub is None:
         raise UserError("--public: it is for --push-to-hub NAME, which is not given")
     repository = None
-    if push_to_hub is not None and os.environ.get("RANK", "0") == "0":
+    if push_to_hub is not None and place.rank == 0:
         from shardes.export.hub import HubRepository
 
         repository = HubRepository(push_to_hub, is_public=public)
@@ -350,7 +350,7 @@ def main(command: click.Command = cli) -> NoReturn:
         if not is_launched:
             raise
         traceback.print_exc()
-        status = 1
+        status = EXIT_FAILURE
     if is_launched:
         # There was a process group. DeepSpeed keeps it, and so its threads, alive to the interpreter's very
         # end, where their destructors race and now and then abort a job whose work is done.
@@ -371,7 +371,7 @@ def run(command: click.Command) -> int:
     except (click.ClickException, UserError, StorageError, JobError) as error:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         _show_mistake(message, at_once=isinstance(error, JobError))
-        return EXIT_FAILURE if isinstance(error, StorageError | JobError) else EXIT_USER_ERROR
+        return EXIT_USER_ERROR if isinstance(error, click.ClickException) else error.exit_status
     return status or 0  # a status if the command chose one, else nothing
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from shardes.utils.messages import one_line
+
 MAX_BYTES = 1 << 17
 _MAX_DEPTH = 50
 # Values of a file once every alias is replaced by what it stands for.
@@ -99,7 +101,7 @@ def parse_yaml(text: str, *, may_have_comments: bool = True, has_texts: bool = F
     try:
         loader = (_TextLoader if has_texts else _Loader)(text)
     except yaml.YAMLError as error:  # a character that YAML does not have
-        raise YamlError(" ".join(str(error).split())) from None
+        raise YamlError(one_line(error, most=None)) from None
     try:
         node = loader.get_single_node()
         end = 0 if node is None else node.end_mark.index
@@ -112,7 +114,7 @@ def parse_yaml(text: str, *, may_have_comments: bool = True, has_texts: bool = F
     except YamlError:
         raise
     except (yaml.YAMLError, ValueError) as error:
-        raise YamlError(" ".join(str(error).split())) from None
+        raise YamlError(one_line(error, most=None)) from None
     except RecursionError:
         raise YamlError("it is nested too deeply") from None
     finally:
@@ -130,7 +132,7 @@ def parse_scalar(text: str) -> Any:
         tag = loader.resolve(yaml.ScalarNode, text, (True, False))
         return loader.construct_document(yaml.ScalarNode(tag, text))
     except (ValueError, yaml.YAMLError) as error:
-        raise YamlError(" ".join(str(error).split())) from None
+        raise YamlError(one_line(error, most=None)) from None
     finally:
         loader.dispose()
 

@@ -61,6 +61,11 @@ def read_place() -> Place:
     return Place(rank, world_size, _local_rank(), address)
 
 
+def num_local_ranks() -> int:
+    """Return the number of ranks on this machine: where the launcher does not say, of the job."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
 def _local_rank() -> int | None:
     return _number("LOCAL_RANK", at_least=0) if "LOCAL_RANK" in os.environ else None
 

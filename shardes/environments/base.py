@@ -5,9 +5,7 @@ Nothing here imports torch: environments run in processes of their own, which ha
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-from shardes.tasks.base import Row
+from typing import Any, Literal, Protocol
 
 Message = dict[str, Any]
 """A chat message, with ``role`` and ``content``, as the tokenizer's chat template takes it."""
@@ -51,6 +49,26 @@ class EnvironmentSpec:
     reference: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     tools: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EpisodeSettings:
+    """Episodes that the problems of a task are.
+
+    Attributes:
+        environment: What runs them; None: a harness.
+        harness: A function that asks by itself, as ``task.harness`` gives it; None: an environment.
+        max_turns: Answers of an episode at most.
+        episode_return: Sum of an episode's rewards, or the last one.
+        system: System message of an episode whose first observation is a text, which then is a chat; empty:
+            a chat without one; None: the text stays what it is.
+    """
+
+    environment: EnvironmentSpec | None
+    harness: str | None = None
+    max_turns: int = 10
+    episode_return: Literal["sum", "last"] = "sum"
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +125,7 @@ class EnvironmentRunner(Protocol):
     tools: Sequence[dict[str, Any]] | None
     num_kills: int
 
-    def begin(self, rows: Sequence[Row]) -> list[Episode]:
+    def begin(self, rows: Sequence[Mapping[str, Any]]) -> list[Episode]:
         """Reset an environment for each row, and return at once."""
 
     def close(self) -> None:

@@ -25,8 +25,9 @@ from shardes.errors import UserError
 from shardes.models.checkpoint import Checkpoint, Found, StoredTensor, read_whole
 from shardes.models.conversion import Conversion
 from shardes.models.files import kernel_on_hub, read_json_object, read_model_config
-from shardes.models.limits import MOST_BYTES, MOST_PARAMETERS, limited, one_line
+from shardes.models.limits import MOST_BYTES, MOST_PARAMETERS, limited
 from shardes.models.ties import different_ties
+from shardes.utils.messages import one_line
 
 _TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 # Several times the largest tokenizer that is known.

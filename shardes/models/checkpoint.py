@@ -24,6 +24,7 @@ from shardes.models.headers import DTYPE_NAMES, DTYPES, quantised_error, read_he
 from shardes.models.stored_rows import Block, DifferentStridesError, Rows, shared
 from shardes.noise.region import Region
 from shardes.utils.files import read_exactly
+from shardes.utils.messages import listed
 
 _READ_BYTES = 1 << 28
 # Rows are read with what is between them, in blocks of so many bytes at most, which processors have room for,
@@ -287,8 +288,8 @@ class Checkpoint(TensorReader):
         if missing or extra:
             raise UserError(
                 f"model.path: {self.directory}: its tensors are not the model's parameters"
-                + (f"; missing from the files: {_listed(missing)}" if missing else "")
-                + (f"; unknown to the model: {_listed(extra)}" if extra else "")
+                + (f"; missing from the files: {listed(missing)}" if missing else "")
+                + (f"; unknown to the model: {listed(extra)}" if extra else "")
                 + ". Load the model with transformers and save it again with save_original_format=False, "
                 "which stores tensors as the model has them; or mend config.json, if it is not the files' own"
             )
@@ -325,8 +326,3 @@ def read_whole(stored: StoredTensor) -> torch.Tensor:
     if size:
         TensorReader({"": stored}).read("", region=Region(0, size, 0, size), out=values)
     return values.view(stored.shape)
-
-
-def _listed(names: list[str], limit: int = 5) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

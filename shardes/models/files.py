@@ -14,6 +14,7 @@ from typing import Any
 
 from shardes.config.old_keys import warn_once
 from shardes.errors import UserError
+from shardes.utils.messages import listed
 from shardes.utils.paths import describe_path
 from shardes.utils.reading import read_regular, repeated_names
 
@@ -126,7 +127,7 @@ def _inner_model(directory: Path) -> str | None:
     """Return which directory to give where one holds models, as a cache or a training directory does."""
     found = [file for pattern in ("*", "snapshots/*") for file in directory.glob(f"{pattern}/config.json")]
     return (
-        f"there is one in {_listed(sorted(str(file.parent) for file in found))}: give that" if found else None
+        f"there is one in {listed(sorted(str(file.parent) for file in found))}: give that" if found else None
     )
 
 
@@ -172,7 +173,7 @@ def read_json_object(file: Path, *, key: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{key}: {file} holds a JSON {type(found).__name__}, but wanted is an object")
     if twice:
-        warn_once(f"{key}: {file}: {_listed(twice)} given twice; the last counts")
+        warn_once(f"{key}: {file}: {listed(twice)} given twice; the last counts")
     return found
 
 
@@ -264,11 +265,11 @@ def _indexed_files(directory: Path, index: Path) -> list[Path]:
     files = [directory / name for name in sorted(set(names))]
     broken = [describe_path(file) for file in files if file.is_symlink() and not file.exists()]
     if broken:
-        raise UserError(f"model.path: {_listed(broken)}; fetch the model again")
+        raise UserError(f"model.path: {listed(broken)}; fetch the model again")
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise UserError(
-            f"model.path: {directory}: {index.name} names files that are missing: {_listed(missing)}"
+            f"model.path: {directory}: {index.name} names files that are missing: {listed(missing)}"
         )
     return files
 
@@ -282,7 +283,7 @@ def _what_it_has(directory: Path) -> str:
     others = sorted(str(path.relative_to(directory)) for path in found)
     if others:
         return (
-            f"has no {WEIGHTS} and no {INDEX}, so no weights. There is {_listed(others)}, which transformers "
+            f"has no {WEIGHTS} and no {INDEX}, so no weights. There is {listed(others)}, which transformers "
             f"does not load by that name: if these are the weights, rename one file to {WEIGHTS} or write "
             f"{INDEX} for several; if they lie in a directory of their own, give that"
         )
@@ -294,8 +295,3 @@ def _what_it_has(directory: Path) -> str:
     elif packed:
         hint = f"{packed[0]} is not read: load it with transformers (gguf_file=...), and save it again"
     return f"has no *.safetensors files, so no weights; {hint}"
-
-
-def _listed(names: list[str], limit: int = 5) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shardes.errors import UserError
-from shardes.models.limits import one_line
+from shardes.utils.messages import one_line
 
 # Errors of torch about shapes.
 _SHAPES = re.compile(

@@ -6,6 +6,7 @@ ranks, and ``rollout/memory.py`` for the needs that ``rollout.gather: auto`` com
 """
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -285,13 +286,9 @@ class Plan:
         rows = -(-load.num_sequences // self._num_sharers(gather))
         while True:
             guess = f"{rows} prompts in a forward, by the formula (rollout.micro_batch_size: auto tries)"
-            found = Plan(
-                self.config,
-                self.model,
-                workload=replace(load, micro_batch_rows=rows, assumed=(*load.assumed, guess)),
-                machine=self.machine,
-                world_size=self.world_size,
-            )
+            found = copy(self)
+            found.workload = replace(load, micro_batch_rows=rows, assumed=(*load.assumed, guess))
+            found.memory = found._memory(found._footprint(found.shard_size))
             if found.fits(gather) or rows == 1:
                 return found
             rows = -(-rows // 2)

@@ -29,11 +29,6 @@ def import_functions(references: Sequence[str]) -> list[RewardFunction]:
     return [functions[reference] for reference in references]
 
 
-def import_function(reference: str) -> RewardFunction:
-    """Import one function; see ``import_functions``."""
-    return import_functions([reference])[0]
-
-
 def reference_of(function: RewardFunction | str) -> str:
     """Return the reference, ``module:function``, by which another process finds a function.
 

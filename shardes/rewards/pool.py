@@ -12,10 +12,11 @@ from typing import Any, Protocol, TypeVar
 
 from shardes.config.schema import TaskConfig
 from shardes.errors import UserError
+from shardes.rewards.batch import RewardBatch, RewardOutput
 from shardes.rewards.crew import Crew
 from shardes.rewards.importing import reference_of
 from shardes.rewards.processes import ForkServer, ending, read_reply
-from shardes.rewards.worker import RewardBatch, RewardCaller, RewardOutput
+from shardes.rewards.worker import RewardCaller
 from shardes.tasks.base import Component, Task, all_rewards
 from shardes.utils.closing import Closing
 

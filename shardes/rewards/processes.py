@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shardes.rewards.batch import RewardOutput
 from shardes.rewards.fork_server import HEADER
-from shardes.rewards.worker import MAX_REWARD, RewardOutput
+from shardes.rewards.worker import MAX_REWARD
 
 # How long the fork server may take to fork or to kill.
 _FORK_SERVER_SECONDS = 60.0

@@ -12,29 +12,16 @@ from shardes.rollout.aggregate import CompletionAccumulator, Evaluation, Partial
 from shardes.rollout.batching import LikelihoodBatch, MicroBatch
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Completions, Engine, EngineOutput
+from shardes.rollout.episode_results import EpisodeAccumulator
+from shardes.rollout.episodes import EpisodeCounts, EpisodePlayer, TooLittleMemoryError
 from shardes.rollout.likelihood import LogLikelihoodAccumulator
 from shardes.rollout.memory import MemoryShortageError, is_shortage
 from shardes.rollout.prompts import PromptBatch, PromptBuilder
+from shardes.rollout.sampling import make_sampler
+from shardes.rollout.share import WorkShare
 from shardes.rollout.stop_strings import make_stop_strings
 from shardes.tasks.base import Row, Task
 from shardes.utils.timers import PhaseTimer
-
-
-@dataclass(frozen=True)
-class WorkShare:
-    """A rank's share of the micro-batches that some ranks answer for the same members.
-
-    Attributes:
-        place: Its place among those that take turns.
-        num_places: How many take turns.
-        leader: The place that has a micro-batch whenever one of the ranks that call alike has.
-        is_counted: Whether what this rank's engine returns counts, and is not another rank's as well.
-    """
-
-    place: int
-    num_places: int
-    leader: int
-    is_counted: bool
 
 
 @dataclass(frozen=True)
@@ -75,12 +62,13 @@ class Evaluator:
         seed: The key of the random numbers that draw answers.
         max_positions: Tokens of a prompt and its answer that the model was made for; None: any number.
         timer: Where the time goes.
-        encoder: Makes tokens of prompts; None: one for this tokenizer.
-        pad_id: Token id that fills rows; None: the tokenizer's.
+        encoder: Makes tokens of prompts.
+        pad_id: Token id that fills rows.
         end_ids: Tokens that end an answer and are no part of its text.
 
     Attributes:
         engine: Answers.
+        episode_counts: What was counted of episodes, on this rank.
     """
 
     def __init__(
@@ -94,13 +82,11 @@ class Evaluator:
         seed: int,
         max_positions: int | None,
         timer: PhaseTimer,
-        encoder: PromptEncoder | None = None,
-        pad_id: int | None = None,
-        end_ids: Collection[int] = (),
+        encoder: PromptEncoder,
+        pad_id: int,
+        end_ids: Collection[int],
     ) -> None:
         self.engine = engine
-        encoder = encoder or PromptEncoder(tokenizer, max_positions=max_positions)
-        pad_id = tokenizer.pad_token_id if pad_id is None else pad_id
         self._parts = {"tokenizer": tokenizer, "mesh": mesh, "scorer": scorer, "seed": seed, "timer": timer}
         self._parts |= {"max_positions": max_positions, "encoder": encoder, "pad_id": pad_id}
         self._parts |= {"end_ids": end_ids}
@@ -117,6 +103,19 @@ class Evaluator:
             device=mesh.world.device,
             max_positions=max_positions,
             text=self._text,
+        )
+        self.episode_counts = EpisodeCounts()
+        self._episodes = EpisodePlayer(
+            engine,
+            encoder=encoder,
+            mesh=mesh,
+            settings=settings,
+            sampler=make_sampler(settings, seed=seed),
+            text=self._text,
+            pad_id=pad_id,
+            end_ids=frozenset(end_ids),
+            timer=timer,
+            counts=self.episode_counts,
         )
 
     def sampled(self) -> "Evaluator":
@@ -210,6 +209,9 @@ class Evaluator:
         self, prompts: PromptBatch, *, num_members: int, share: WorkShare, keeps_samples: bool = False
     ) -> InFlightBatch:
         """Have what is loaded answer this rank's micro-batches; arguments as in ``start``."""
+        if prompts.episodes is not None:
+            assert num_members == 1, "episodes of members that share forwards are refused"
+            return self._play(prompts, share=share, keeps_samples=keeps_samples)
         accumulators = [self._accumulator(prompts, keeps_samples=keeps_samples) for _ in range(num_members)]
         are_finite = [True] * num_members
         batches = prompts.micro_batches
@@ -237,6 +239,27 @@ class Evaluator:
             for accumulator in accumulators:
                 accumulator.send(is_last=True)
         return InFlightBatch(prompts, accumulators, are_finite, is_short=False)
+
+    def _play(self, prompts: PromptBatch, *, share: WorkShare, keeps_samples: bool) -> InFlightBatch:
+        """Play this rank's share of episodes with what is loaded."""
+        accumulator = self._accumulator(prompts, keeps_samples=keeps_samples)
+        assert isinstance(accumulator, EpisodeAccumulator)
+        try:
+            is_finite = self._episodes.play(
+                prompts, share=share, take=accumulator.take_episode, generate=self._generate
+            )
+        except TooLittleMemoryError:
+            return InFlightBatch(prompts, [accumulator], [True], is_short=True)
+        with self._timer("reward"):
+            accumulator.send(is_last=True)
+        return InFlightBatch(prompts, [accumulator], [is_finite], is_short=False)
+
+    def _generate(self, batch: MicroBatch, prompts: PromptBatch) -> Completions | None:
+        """Return the answers of a turn; None if there was too little memory."""
+        with self._timer("rollout"):
+            output = self._forward(batch, prompts)
+        assert output is None or isinstance(output, Completions)
+        return output
 
     def collect(
         self,
@@ -282,6 +305,13 @@ class Evaluator:
     def _accumulator(self, prompts: PromptBatch, *, keeps_samples: bool = False) -> RewardAccumulator:
         """Return an accumulator that knows nothing yet."""
         scorer = prompts.scorer
+        if prompts.episodes is not None:
+            return EpisodeAccumulator(
+                prompts.rows,
+                samples_per_prompt=prompts.samples_per_prompt,
+                scorer=scorer,
+                keeps_samples=keeps_samples,
+            )
         if prompts.choices is not None:
             num_samples = len(prompts.rows) if keeps_samples else self.micro_batch_size
             return LogLikelihoodAccumulator(

@@ -1,10 +1,11 @@
 """Estimate the memory that is free and that micro-batches take, and recognise shortages."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from shardes.distributed.place import num_local_ranks
 
 # Part of an accelerator's memory that is left to the driver, the communication library and fragmentation.
 RESERVED_BYTES = 2 * 2**30
@@ -49,7 +50,7 @@ def free_bytes(device: torch.device, *, meminfo: Path = Path("/proc/meminfo")) -
     if not kibibytes:
         return 0  # not Linux: nothing is known, so nothing is taken for granted
     free = min([kibibytes[0] * 1024, *_container_bytes(Path("/sys/fs/cgroup"))])
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    return free // num_local_ranks()
 
 
 def reserved_bytes(device: torch.device) -> int:

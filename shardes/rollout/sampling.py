@@ -14,8 +14,8 @@ from shardes.noise import sampling_uniforms
 class TokenSampler:
     """Sampler of tokens at a temperature, by given random numbers.
 
-    The draws are a pure function of seed, iteration, prompt, sample and position, so that all members are
-    judged with the same random numbers, on any rank and in any order.
+    The draws are a pure function of seed, iteration, prompt, sample, turn and position, so that all members
+    are judged with the same random numbers, on any rank and in any order.
 
     Attributes:
         seed: Seed of the run, ``es.seed``.
@@ -30,7 +30,13 @@ class TokenSampler:
     top_p: float = 1.0
 
     def uniforms(
-        self, *, iteration: int, prompts: Sequence[int], samples: Sequence[int], num_tokens: int
+        self,
+        *,
+        iteration: int,
+        prompts: Sequence[int],
+        samples: Sequence[int],
+        num_tokens: int,
+        turn: int = 0,
     ) -> torch.Tensor:
         """Compute the random numbers by which the tokens of some answers are drawn.
 
@@ -39,13 +45,19 @@ class TokenSampler:
             prompts: Index of each answer's prompt in the batch of problems.
             samples: Index of each answer among those to its prompt.
             num_tokens: Largest number of tokens of an answer.
+            turn: Number of answers that the model has given before in the same episodes.
 
         Returns:
             Uniform numbers, float32 in [0, 1) of shape [answers, num_tokens], on the CPU.
         """
         rows = [
             sampling_uniforms(
-                seed=self.seed, iteration=iteration, prompt=prompt, sample=sample, count=num_tokens
+                seed=self.seed,
+                iteration=iteration,
+                prompt=prompt,
+                sample=sample,
+                count=num_tokens,
+                turn=turn,
             )
             for prompt, sample in zip(prompts, samples, strict=True)
         ]

@@ -19,6 +19,7 @@ from shardes.runs.metrics import heldout_metrics, iteration_metrics
 from shardes.runs.trackers import TrackedRun, Tracker, open_trackers
 from shardes.utils.progress import duration
 from shardes.utils.timers import PhaseTimer
+from shardes.utils.units import shown_number
 
 # Number of last iterations from which the time that is left is estimated; evaluations come every few.
 _NUM_TIMED = 20
@@ -159,8 +160,8 @@ class Reporter:
                 "iteration %d/%d: reward %s, std %s, %s%s, %.0f tokens/s, %s left",
                 iteration,
                 self._num_iterations,
-                _shown(line["reward_mean"]),
-                _shown(line["reward_std"]),
+                shown_number(line["reward_mean"]),
+                shown_number(line["reward_std"]),
                 _shown_heldout(line),
                 duration(self._iteration_seconds[-1]),
                 self._tokens_per_second,
@@ -220,12 +221,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _shown(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"
-
-
 def _shown_heldout(line: dict[str, Any]) -> str:
     """Return the centre's rewards, if it was evaluated, for the log, followed by a comma."""
     rewards = {"held-out": line["heldout_reward"]} if "heldout_reward" in line else {}
     rewards |= {f"on {name}": part["reward"] for name, part in line.get("heldout_sets", {}).items()}
-    return "".join(f"{name} {_shown(reward)}, " for name, reward in rewards.items())
+    return "".join(f"{name} {shown_number(reward)}, " for name, reward in rewards.items())

@@ -4,6 +4,7 @@ from shardes.config.schema import RolloutConfig
 from shardes.models.build import load_tokenizer
 from shardes.rewards.pool import InProcessRewards
 from shardes.rewards.scorer import Scorer
+from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.transformers.engine import TransformersEngine
 from shardes.rollout.evaluator import Evaluator
 
@@ -19,7 +20,16 @@ def make_evaluator_of(session, task, *, mesh=None, **settings):
     }
     engine = TransformersEngine(backend=session.backend, weights=session.weights, **common)
     scorer = Scorer(task, rewards=InProcessRewards(list(task.rewards)), on_error="exclude")
-    return Evaluator(engine, scorer=scorer, max_positions=None, **common)
+    tokenizer = common["tokenizer"]
+    return Evaluator(
+        engine,
+        scorer=scorer,
+        max_positions=None,
+        encoder=PromptEncoder(tokenizer, max_positions=None),
+        pad_id=tokenizer.pad_token_id,
+        end_ids=(),
+        **common,
+    )
 
 
 def start_member(evaluator, prompts, member, *, group):

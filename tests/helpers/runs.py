@@ -9,6 +9,11 @@ from tests.helpers.ranks import ROOT, run_ranks
 VOLATILE = ("seconds", "gather", "peak_memory_bytes")
 
 
+def journal_of(run_dir):
+    """The records of a run's journal."""
+    return [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
+
+
 def steady_metrics(run_dir):
     """The lines of a run's metrics that every way to run it must share."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -24,7 +24,7 @@ from unittest import mock
 
 import click
 import torch
-from common import Row, machine_facts, run_job, show, write_model, write_report
+from common import CONSTANT, Row, machine_facts, run_job, show, write_model, write_report
 from sharding import ReceivedBytes, stopwatch, write_problems
 
 from shardes.config.loading import parse_config
@@ -258,7 +258,7 @@ def main(
                     "noise": "low_rank" if count else "gaussian",
                     "rank": rank if count else 1,
                 },
-                "task": {"data": str(folder / "problems.jsonl"), "reward": f"{__file__}:constant"},
+                "task": {"data": str(folder / "problems.jsonl"), "reward": CONSTANT},
             }
 
         for ranks in world_sizes:
@@ -278,11 +278,6 @@ def main(
                             rows[-1][f"times_{other}"] = seconds[other] / row["member"]
                     click.echo(formatted(rows[-1]))
     write_report(json_path, facts=facts, rows=rows)
-
-
-def constant(prompts: list[Any], completions: list[str], **_: Any) -> list[float]:
-    """Return the same reward for all completions, at no cost."""
-    return [0.0] * len(completions)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from shardes import __version__
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "configs" / "quickstart" / "model"
+# The function ``constant``, as task.reward names it.
+CONSTANT = f"{__file__}:constant"
 
 Row = dict[str, Any]
 
@@ -93,6 +95,11 @@ def run_job(script: str, spec: Any, *, world_size: int, folder: Path) -> Any:
         lines = [line for line in done.stderr.splitlines() if "Error" in line]
         return lines[0].strip() if lines else f"exit status {done.returncode}"
     return json.loads(out.read_text())
+
+
+def constant(prompts: list[Any], completions: list[str], **_: Any) -> list[float]:
+    """Return the same reward for all completions, at no cost."""
+    return [0.0] * len(completions)
 
 
 def num_parameters(model: Any) -> int:

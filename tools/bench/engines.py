@@ -33,8 +33,10 @@ _BEGIN = time.perf_counter()
 
 import click  # noqa: E402
 import torch  # noqa: E402
-from common import Row, machine_facts, run_job, show, write_model, write_report  # noqa: E402
-from rollout import PREFIX_LENGTH, answer_lengths, random_prompts, synchronize  # noqa: E402
+from common import CONSTANT, Row, machine_facts, run_job, show, write_model, write_report  # noqa: E402
+from rollout import PREFIX_LENGTH, answer_lengths, random_prompts  # noqa: E402
+
+from shardes.utils.device import synchronize  # noqa: E402
 
 SIDES = ("vllm", "plain vllm", "unpacked vllm", "transformers", "generate")
 SIGMA = 0.001
@@ -56,11 +58,6 @@ MODELS: dict[str, dict[str, int]] = {
         "vocab_size": 32768,
     },
 }
-
-
-def constant(prompts: list[Any], completions: list[str], **_: Any) -> list[float]:
-    """Return the same reward for all completions: nothing here depends on it."""
-    return [0.0] * len(completions)
 
 
 @dataclass
@@ -190,10 +187,12 @@ def measure_engine(spec: dict[str, Any]) -> dict[str, Any]:
 def measure_plain_vllm(spec: dict[str, Any]) -> dict[str, Any]:
     """Measure ``vllm.LLM`` as it comes, which is never perturbed."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-    from vllm import LLM, SamplingParams, _custom_ops
+    from vllm import LLM, SamplingParams
 
     if spec["side"] == "unpacked vllm":
-        _custom_ops._supports_onednn = False
+        from shardes.backends.vllm.cpu import keep_weights_unpacked
+
+        keep_weights_unpacked()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, gib = spec["tree"]["model"], spec["tree"]["rollout"].get("kv_cache_gib")
     arguments = {} if gib is None else {"kv_cache_memory_bytes": int(gib * 2**30)}
@@ -307,7 +306,7 @@ def tree_of(folder: Path, side: str, *, facts: dict[str, Any]) -> dict[str, Any]
         "parallel": {"backend": "vllm" if is_vllm else "single", "threads_per_rank": facts["threads"]},
         "rollout": rollout | ({"kv_cache_gib": facts["kv_cache_gib"]} if is_vllm else {}),
         "es": {"iterations": 1, "population": 2, "sigma": SIGMA},
-        "task": {"data": str(folder / "problems.jsonl"), "reward": f"{__file__}:constant"},
+        "task": {"data": str(folder / "problems.jsonl"), "reward": CONSTANT},
     }
 
 

@@ -23,6 +23,8 @@ import click
 import torch
 from common import ROOT, Row, machine_facts, num_parameters, random_model, show, write_report
 
+from shardes.utils.device import synchronize
+
 PREFIX_LENGTH = 48
 
 
@@ -45,12 +47,6 @@ def answer_lengths(num_prompts: int, *, longest: int, spread: bool) -> list[int]
     uniform = torch.rand(num_prompts, generator=generator, dtype=torch.float64)
     lengths = 1 + torch.log1p(-uniform) / math.log(1 - 3 / longest)
     return lengths.long().clamp(1, longest).tolist()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def best_seconds(

@@ -29,7 +29,7 @@ from unittest import mock
 import click
 import torch
 import torch.distributed as dist
-from common import Row, machine_facts, run_job, show, write_model, write_report
+from common import CONSTANT, Row, machine_facts, run_job, show, write_model, write_report
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -56,11 +56,6 @@ def write_problems(path: Path, *, num_prompts: int) -> None:
     """Write prompts of different lengths."""
     rows = [{"prompt": f"{i}" + "+7" * (1 + i % 6) + "="} for i in range(num_prompts)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def constant(prompts: list[Any], completions: list[str], **_: Any) -> list[float]:
-    """Return the same reward for all completions, at no cost."""
-    return [0.0] * len(completions)
 
 
 class ReceivedBytes(TorchDispatchMode):
@@ -313,7 +308,7 @@ def main(
                     "max_new_tokens": new_tokens,
                 },
                 "es": {"iterations": 1, "population": members, "sigma": SIGMA},
-                "task": {"data": str(folder / "problems.jsonl"), "reward": f"{__file__}:constant"},
+                "task": {"data": str(folder / "problems.jsonl"), "reward": CONSTANT},
             }
             shown = size or (1 if backend == "single" else ranks)
             place = {"ranks": ranks or 1, "shard_size": shown or 1, "backend": backend, "way": gather}

@@ -31,12 +31,7 @@ def run(context: Context) -> None:
                 words, context, run_dir, victim=context.num_ranks - 1, at=12, with_signal=signal.SIGSTOP
             )
             context.record(**{f"{backend}_{gather}_seconds_to_end": seconds})
-            others = statuses[:-1]
-            context.check(
-                f"{name}: the other ranks ended, with a status that is not 0",
-                all(status not in (None, 0) for status in others),
-                detail=f"{statuses}: {output[-1500:]}",
-            )
+            restart.check_others_ended(context, name, statuses=statuses, output=output)
             context.check(f"{name}: within the timeout and a grace", seconds < timeout + GRACE_SECONDS)
             is_told = re.search(r"timeout|timed out", output, re.IGNORECASE) is not None
             context.check(f"{name}: the timeout was told", is_told, detail=output[-1500:])

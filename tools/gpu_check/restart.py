@@ -72,13 +72,8 @@ def run(context: Context) -> None:
             kill_at = num_lines(undisturbed) // 3 + number
             seconds, statuses, output = kill_a_rank(words, context, run_dir, victim=num_ranks - 1, at=kill_at)
             context.record(**{f"{backend}_seconds_to_end": seconds})
-            others = statuses[:-1]
-            context.check(
-                f"{backend}: the other ranks ended, with a status that is not 0",
-                all(status not in (None, 0) for status in others),
-                detail=f"{statuses}: {output[-1500:]}",
-            )
-            if others:
+            check_others_ended(context, backend, statuses=statuses, output=output)
+            if num_ranks > 1:
                 is_told = "ended without a word" in output
                 context.check(f"{backend}: the death was told", is_told, detail=output[-1500:])
             before = num_lines(run_dir)
@@ -88,6 +83,15 @@ def run(context: Context) -> None:
             context.check(
                 f"{backend}: the bits of a run that nothing happened to", not found, detail=f"{found}"
             )
+
+
+def check_others_ended(context: Context, name: str, *, statuses: list[int | None], output: str) -> None:
+    """Check that all ranks but the last one, which got a signal, ended with a status that is not 0."""
+    context.check(
+        f"{name}: the other ranks ended, with a status that is not 0",
+        all(status not in (None, 0) for status in statuses[:-1]),
+        detail=f"{statuses}: {output[-1500:]}",
+    )
 
 
 def kill_a_rank(

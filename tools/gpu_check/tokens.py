@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gpu_check.devices import seconds_of
+from gpu_check.devices import seconds_of, wait_for_device
 
 # Attention first: its kernels are matrix products, too, and some have both words in their names.
 _ATTENTION = re.compile(r"flash|fmha|attention|attn|sdpa|softmax", re.IGNORECASE)
@@ -66,8 +66,7 @@ def _profile(work: Any) -> dict[str, float]:
     activity = ProfilerActivity.CUDA if has_device else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
         work()
-        if has_device:
-            torch.cuda.synchronize()
+        wait_for_device()
     found = {"matmul": 0.0, "attention": 0.0, "other": 0.0}
     for event in profiler.key_averages():
         seconds = (event.self_device_time_total if has_device else event.self_cpu_time_total) / 1e6

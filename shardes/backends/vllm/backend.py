@@ -25,6 +25,7 @@ from shardes.distributed.group import Group
 from shardes.errors import UserError
 from shardes.models.build import build_model
 from shardes.models.checkpoint import Checkpoint
+from shardes.utils.device import synchronize
 
 # vLLM pads vocabularies to a multiple of this, so that ranks can share them.
 _VOCABULARY_UNIT = 64
@@ -146,8 +147,7 @@ class VllmBackend(ShardedBackend):
 
     def commit(self) -> None:
         """Wait until the weights are written: vLLM may compute on streams of its own."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
 
     def gathered(self) -> nn.Module:
         """Refuse: vLLM's weights are never gathered.

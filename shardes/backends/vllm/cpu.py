@@ -15,12 +15,12 @@ _SHARED_MEMORY = "shardes-vllm-"
 
 def prepare(group: Group) -> None:
     """Change what vLLM does on CPUs, before an engine is started; a collective of the ranks of ``group``."""
-    _keep_weights_unpacked()
+    keep_weights_unpacked()
     _find_kernels_beside_llvmlite()
     _name_shared_memory(group)
 
 
-def _keep_weights_unpacked() -> None:
+def keep_weights_unpacked() -> None:
     """Have layers multiply by weights as they are.
 
     oneDNN and AMX kernels pack every linear layer's weight when it has been loaded, and vLLM throws the

@@ -13,6 +13,7 @@ from shardes.backends.vllm.adapters import adapter_arguments
 from shardes.backends.vllm.cpu import prepare
 from shardes.config.schema import Config
 from shardes.distributed.group import Group
+from shardes.distributed.place import num_local_ranks
 from shardes.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -196,8 +197,7 @@ def _memory_arguments(config: Config, *, group: Group, num_elements: int) -> dic
     if group.device.type == "cpu":
         import psutil
 
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-        available = psutil.virtual_memory().available // ranks
+        available = psutil.virtual_memory().available // num_local_ranks()
         return {"kv_cache_memory_bytes": min(CPU_CACHE_BYTES, available // 4)}
     free, total = torch.cuda.mem_get_info(group.device)
     kept = RESERVED_BYTES

@@ -106,7 +106,7 @@ def make_shards(
             by_parameter.setdefault(copy.source.parameter, []).append(copy)
         if by_parameter:
             _check_target(target_name, target, copies[target_name], dtype)
-        flat, origin = target.data.view(-1) if target.is_contiguous() else None, target.storage_offset()
+        origin = target.storage_offset()
         rows = {name: _Rows(found) for name, found in by_parameter.items()}
         _check_rest(target_name, target, list(rows.values()))
         for name, of_parameter in rows.items():
@@ -116,9 +116,8 @@ def make_shards(
                     f"{_REMEDY}"
                 )
             homes[name] = target_name
-            assert flat is not None, "it was checked"
             low, high = of_parameter.bounds
-            local = flat[low - origin : high - origin]
+            local = target.data.view(-1)[low - origin : high - origin]
             shards[name] = Shard(name, ids[name], shapes[name], local, of_parameter.spans(low))
     for name in shapes:  # a rank may have nothing but the padding of the vocabulary
         empty = torch.empty(0, dtype=dtype, device=device)

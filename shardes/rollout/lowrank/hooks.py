@@ -26,8 +26,8 @@ from shardes.es.update import Perturbation
 from shardes.noise import GAUSSIAN, LowRank, Region, matrix_shape
 from shardes.rollout.lowrank.member_factors import factors_of
 from shardes.rollout.lowrank.modules import (
-    AddToFunction,
     Names,
+    adding,
     class_name,
     heads_of,
     hooked,
@@ -269,7 +269,6 @@ class LowRankHooks:
 
     def _patch_lookup(self, module: Any, names: Names) -> Callable[[], None]:
         """Add the terms to the lookup in an embedding that makes its ids, or changes what it looked up."""
-        forward = module.forward
 
         def add(arguments: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
             ids, table = arguments[:2]
@@ -278,11 +277,7 @@ class LowRankHooks:
             out, term = self._looked_up(ids, out, names["weight"])
             return out + term
 
-        def moved(*arguments: Any, **named: Any) -> Any:
-            with AddToFunction(functional.embedding, add):
-                return forward(*arguments, **named)
-
-        return replaced(module, moved)
+        return adding(module, functional.embedding, add)
 
     def _layer_norm(self, module: Any, x: torch.Tensor, out: torch.Tensor, names: Names) -> torch.Tensor:
         if (name := names.get("weight")) is not None:
@@ -316,16 +311,12 @@ class LowRankHooks:
 
     def _patch_router(self, module: Any, names: Names) -> Callable[[], None]:
         """Add the terms to the one linear product in a router, whose other computations stay as they are."""
-        name, forward = names["weight"], module.forward
+        name = names["weight"]
 
         def add(arguments: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
             return self._moved(arguments[0], out, self._right[name], self._left[name])
 
-        def moved(*arguments: Any, **named: Any) -> Any:
-            with AddToFunction(functional.linear, add):
-                return forward(*arguments, **named)
-
-        return replaced(module, moved)
+        return adding(module, functional.linear, add)
 
     def _patch_experts(self, module: Any, names: Names) -> Callable[[], None]:
         """Compute the experts one after the other, each with the terms of the rows routed to it."""

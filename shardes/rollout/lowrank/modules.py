@@ -61,6 +61,21 @@ def replaced(module: Any, forward: Callable[..., Any]) -> Callable[[], None]:
     return undo
 
 
+def adding(
+    module: Any,
+    function: Callable[..., Any],
+    add: Callable[[tuple[Any, ...], torch.Tensor], torch.Tensor],
+) -> Callable[[], None]:
+    """Add terms to results of a function of torch that a module's forward calls; return what undoes it."""
+    forward = module.forward
+
+    def moved(*arguments: Any, **named: Any) -> Any:
+        with AddToFunction(function, add):
+            return forward(*arguments, **named)
+
+    return replaced(module, moved)
+
+
 def class_name(module: nn.Module) -> str:
     """Return the name of a module's class."""
     return type(module).__name__

@@ -13,6 +13,7 @@ from shardes.errors import UserError
 from shardes.es.update import Perturbation
 from shardes.noise import LowRank
 from shardes.rollout.lowrank.member_factors import factors_of
+from shardes.utils.messages import listed
 from shardes.weights.master import Weights
 
 
@@ -60,7 +61,7 @@ class AdapterSlots:
         unreached = [shard.name for shard in weights.trained if shard.name not in places]
         if unreached:
             raise UserError(
-                f"rollout.members_per_forward: {_listed(unreached)} cannot be perturbed by vLLM's adapters, "
+                f"rollout.members_per_forward: {listed(unreached)} cannot be perturbed by vLLM's adapters, "
                 "which change linear layers of blocks alone; freeze norms, biases, embeddings and the head "
                 "(es.trainable: ['.*proj\\.weight'] or the like), or set rollout.members_per_forward: 1"
             )
@@ -136,9 +137,3 @@ def _rows_and_columns(shard: Shard, weight: torch.Tensor) -> tuple[int, torch.Te
     (start,) = starts
     first = (origin + shard.spans[0].local_start) // width
     return first, torch.cat(rows).to(weight.device), slice(start, start + width)
-
-
-def _listed(names: Sequence[str], *, most: int = 5) -> str:
-    """Return some names, and how many more there are."""
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -44,9 +44,6 @@ class RequestLoop:
     Args:
         llm: vLLM's ``LLM``, whose worker is this process.
         timeout_seconds: Seconds that a step may take, which end the process.
-
-    Attributes:
-        num_in_flight: Number of requests that are not done.
     """
 
     def __init__(self, llm: Any, *, timeout_seconds: float) -> None:
