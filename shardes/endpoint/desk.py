@@ -19,6 +19,9 @@ ANY_MODEL = "shardes"
 
 Deliver = Callable[[Reply | ApiError], None]
 
+_Given = tuple[bytes, Reply | ApiError]
+"""A request, by its hash, and what it was answered."""
+
 
 @dataclass(frozen=True)
 class Seat:
@@ -43,27 +46,39 @@ class Ask:
         episode: Name of the episode that asks.
         number: Number of requests of the episode before it.
         request: What is asked.
+        deliver: Is called with the answer.
+        digest: Hash of the request, by which it is known again.
+        attempt: How often the episode had been begun.
     """
 
     episode: str
     number: int
     request: Request
-    _deliver: Deliver = field(repr=False)
-    _digest: bytes = field(repr=False)
+    deliver: Deliver = field(repr=False)
+    digest: bytes = field(repr=False)
+    attempt: int = 1
 
 
 @dataclass
 class _Sitting:
-    """State of an episode at the desk; ``since`` is when it last became its turn to do something."""
+    """State of an episode at the desk.
+
+    Attributes:
+        since: When it was last up to the episode to go on; None while it waits.
+        given: Answers that it has had.
+        unclaimed: Answers to requests that were taken back, as the process had ended, say.
+        replayed: Answers of before it was begun again, until it asks for them again.
+    """
 
     seat: Seat
     since: float | None = None
     busy_seconds: float = 0.0
     num_asks: int = 0
+    attempt: int = 0
     waiting: list[Ask] = field(default_factory=list)
-    given: list[tuple[bytes, Reply]] = field(default_factory=list)
-    # Answers that were given before the episode was begun again.
-    replayed: list[tuple[bytes, Reply]] = field(default_factory=list)
+    given: list[_Given] = field(default_factory=list)
+    unclaimed: list[_Given] = field(default_factory=list)
+    replayed: list[_Given] = field(default_factory=list)
 
 
 class Desk:
@@ -90,11 +105,17 @@ class Desk:
     def begin(self, episode: str) -> None:
         """Say that an episode begins in a process; or begins again, with the answers that it has had."""
         with self._change:
-            if (sitting := self._sittings.get(episode)) is not None:
-                sitting.since = time.monotonic()
-                sitting.replayed = [*sitting.given, *sitting.replayed]
-                sitting.given, sitting.waiting, sitting.num_asks = [], [], 0
-                self._change.notify_all()
+            sitting = self._sittings.get(episode)
+            if sitting is None:
+                return
+            sitting.since = time.monotonic()
+            lost = sitting.waiting
+            sitting.replayed = [*sitting.given, *sitting.unclaimed, *sitting.replayed]
+            sitting.given, sitting.unclaimed, sitting.waiting = [], [], []
+            sitting.num_asks, sitting.attempt = 0, sitting.attempt + 1
+            self._change.notify_all()
+        for ask in lost:
+            ask.deliver(_closed())
 
     def end(self, episode: str) -> float:
         """Say that an episode is over; return the seconds in which it did not wait for answers."""
@@ -104,7 +125,7 @@ class Desk:
         if sitting is None:
             return 0.0
         for ask in sitting.waiting:
-            ask._deliver(_closed())
+            ask.deliver(_closed())
         return sitting.busy_seconds + (0.0 if sitting.since is None else time.monotonic() - sitting.since)
 
     def close(self) -> None:
@@ -140,7 +161,7 @@ class Desk:
             sitting = self._sittings.get(episode)
             if sitting is None or self._is_closed:
                 raise _closed()
-            ask = Ask(episode, sitting.num_asks, request, deliver, digest)
+            ask = Ask(episode, sitting.num_asks, request, deliver, digest, sitting.attempt)
             sitting.num_asks += 1
             known = next((i for i, (asked, _) in enumerate(sitting.replayed) if asked == digest), None)
             if known is None and sitting.replayed:
@@ -196,17 +217,24 @@ class Desk:
         with self._change:
             return [episode for episode in episodes if episode in self._sittings]
 
-    def answer(self, ask: Ask, reply: Reply | ApiError) -> bool:
-        """Answer a request; return False if nobody waits for it any more."""
+    def answer(self, ask: Ask, reply: Reply | ApiError) -> None:
+        """Answer a request; if its process has ended meanwhile, the episode gets the answer once it asks again."""
         with self._change:
             sitting = self._sittings.get(ask.episode)
-            if sitting is None or ask not in sitting.waiting:
-                return False
-            self._remove(sitting, ask)
-            if isinstance(reply, Reply):
-                sitting.given.append((ask._digest, reply))
-        ask._deliver(reply)
-        return True
+            if sitting is None:
+                return
+            answered = (ask.digest, reply)
+            heir: Ask | None = ask
+            if ask not in sitting.waiting:
+                again = (each for each in sitting.waiting if each.digest == ask.digest)
+                heir = None if ask.attempt == sitting.attempt else next(again, None)
+            if heir is None:
+                kept = sitting.unclaimed if ask.attempt == sitting.attempt else sitting.replayed
+                kept.append(answered)
+                return
+            self._remove(sitting, heir)
+            sitting.given.append(answered)
+        heir.deliver(reply)
 
     def idle_seconds(self, episode: str) -> float | None:
         """Return how long an episode has neither asked nor ended; None while it waits, or does not run."""

@@ -120,17 +120,9 @@ def read_completion(body: Any, sampling: SamplingSettings) -> Request:
         ApiError: It cannot be done as asked.
     """
     asked = _parsed(_Completion, body)
-    prompts: tuple[str | list[int], ...]
-    match asked.prompt:
-        case str():
-            prompts = (asked.prompt,)
-        case [int(), *_]:
-            prompts = (asked.prompt,)  # type: ignore[assignment]
-        case _:
-            prompts = tuple(asked.prompt)  # type: ignore[arg-type]
     # What OpenAI answers with if it is left out; here, too, as texts rarely end by themselves.
     max_tokens = 16 if asked.max_tokens is None else asked.max_tokens
-    return _request(asked, sampling, prompts, is_chat=False, max_tokens=max_tokens)
+    return _request(asked, sampling, tuple(asked.prompt), is_chat=False, max_tokens=max_tokens)
 
 
 def _request(asked: "_Asked", sampling: SamplingSettings, prompts: Any, **others: Any) -> Request:
@@ -152,11 +144,10 @@ def _request(asked: "_Asked", sampling: SamplingSettings, prompts: Any, **others
         )
     if asked.stream_options is not None and not asked.stream:
         raise ApiError("stream_options: is for stream: true only", param="stream_options")
-    stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
     return Request(
         model=asked.model,
         prompts=prompts,
-        stop=tuple(stop),
+        stop=tuple(asked.stop),
         is_greedy=is_greedy,
         seed=asked.seed,
         num_choices=asked.n,
@@ -328,12 +319,16 @@ class _StreamOptions(_Strict):
     include_obfuscation: bool = False  # of which there is none
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 _Stop = Annotated[str, Field(min_length=1)]
 
 
 class _Asked(_Strict):
     model: str
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=_MAX_STOPS)] | None = None
+    stop: Annotated[list[_Stop], BeforeValidator(_listed), Field(max_length=_MAX_STOPS)] = []
     temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1)
     max_tokens: int | None = Field(default=None, ge=1)
@@ -352,8 +347,21 @@ class _Chat(_Asked):
     tool_choice: Any = "auto"
 
 
-_Token = Annotated[int, Field(ge=0)]
+def _as_prompts(value: Any) -> Any:
+    is_one = isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], int))
+    return [value] if is_one else value
+
+
+def _checked_prompt(value: Any) -> Any:
+    is_tokens = isinstance(value, list) and value and all(type(each) is int and each >= 0 for each in value)
+    if not is_tokens and not isinstance(value, str):
+        raise PydanticCustomError("prompt", "wanted a text, a list of token ids, or a list of these")
+    return value
 
 
 class _Completion(_Asked):
-    prompt: str | Annotated[list[_Token] | list[str] | list[Annotated[list[_Token], Field(min_length=1)]], Field(min_length=1)]
+    prompt: Annotated[
+        list[Annotated[Any, BeforeValidator(_checked_prompt)]],
+        BeforeValidator(_as_prompts),
+        Field(min_length=1),
+    ]

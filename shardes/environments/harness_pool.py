@@ -13,7 +13,7 @@ from shardes.environments.harness import HarnessSpec
 from shardes.errors import UserError
 from shardes.rewards.crew import IMPORT_SECONDS, Crew
 from shardes.rewards.processes import ForkServer, WorkerProcess, ending, read_reply
-from shardes.rewards.worker import RewardBatch, RewardOutput
+from shardes.rewards.batch import RewardBatch, RewardOutput
 from shardes.tasks.base import Component, Row
 from shardes.utils.closing import Closing
 
@@ -79,7 +79,7 @@ class HarnessPool(Closing):
         self._crew = Crew(
             # The second one is never called: it has the harness imported before the first is.
             [
-                Component(_NAME, "shardes.environments.harness:play", arguments=given),
+                Component(_NAME, "shardes.environments.harness_worker:play", arguments=given),
                 Component("imported", spec.reference),
             ],
             max_workers=max_workers,
@@ -160,6 +160,7 @@ class HarnessPool(Closing):
     async def _play(self, seat: Seat, row: Row, url: str) -> HarnessOutcome:
         found: float | str = ""
         for _ in range(MAX_TRIES):
+            self._loop.call_soon(self._crew.grow)  # once it waits: lock-step has all of a cohort live at once
             worker = await self._crew.acquire()
             self._desk.begin(seat.episode)
             try:
@@ -222,7 +223,9 @@ class HarnessPool(Closing):
 
 
 def _reason(output: RewardOutput) -> str:
-    return (output.first_failure or "no reason is known").replace(f" (reward {_NAME!r})", "")
+    # To the process, a harness is a reward.
+    reason = output.first_failure or "no reason is known"
+    return reason.replace(f"reward {_NAME!r}", "harness").replace("the reward", "the harness")
 
 
 def _batch(row: Row | None, url: str, seat: Seat) -> RewardBatch:
