@@ -104,7 +104,9 @@ class RewardCaller:
             for place, value in zip(awaitables, values, strict=True):
                 returned[place] = value
         return [
-            _described(value, label) if isinstance(value, BaseException) else _checked(value, label, batch)
+            described(value, f"reward {label!r}")
+            if isinstance(value, BaseException)
+            else _checked(value, label, batch)
             for value, label, batch in (
                 (value, self._components[i].name, batch)
                 for value, (i, batch) in zip(returned, calls, strict=True)
@@ -145,10 +147,10 @@ class RewardCaller:
     def _leave_if_forked(self, value: Any) -> None:
         """End this process, as Python would, if the reward has forked it and come back here."""
         if _getpid() != self._process:
-            _exit_with(value)
+            exit_with(value)
 
 
-def _exit_with(value: Any) -> NoReturn:
+def exit_with(value: Any) -> NoReturn:
     """End a process that returns a value, or raises it."""
     status = 0
     try:
@@ -230,7 +232,7 @@ def _checked(returned: Any, label: str, batch: RewardBatch) -> RewardOutput | st
         returned = returned.tolist()
     if not isinstance(returned, Sequence) or isinstance(returned, str | bytes):
         return (
-            f"TypeError: the reward returned {_shown(returned)}; wanted a list of {len(batch)} numbers "
+            f"TypeError: the reward returned {shown(returned)}; wanted a list of {len(batch)} numbers "
             f"(reward {label!r})"
         )
     returned = list(returned)
@@ -239,18 +241,18 @@ def _checked(returned: Any, label: str, batch: RewardBatch) -> RewardOutput | st
             f"ValueError: the reward returned {len(returned)} values for {len(batch)} completions "
             f"(reward {label!r})"
         )
-    values = [None if given is None else _number(given) for given in returned]
+    values = [None if given is None else number(given) for given in returned]
     has_failed = [given is not None and value is None for given, value in zip(returned, values, strict=True)]
     first_failure = None
     if any(has_failed):
         first_failure = (
-            f"ValueError: the reward returned {_shown(returned[has_failed.index(True)])}, which is no usable "
+            f"ValueError: the reward returned {shown(returned[has_failed.index(True)])}, which is no usable "
             f"number (reward {label!r})"
         )
     return RewardOutput({label: values}, has_failed, first_failure)
 
 
-def _number(given: Any) -> float | None:
+def number(given: Any) -> float | None:
     """Convert a value, also numpy's or a tensor of one element, to a float; None if it is no usable one."""
     if isinstance(given, str | bytes):
         return None
@@ -261,7 +263,8 @@ def _number(given: Any) -> float | None:
     return value if abs(value) < MAX_REWARD else None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value and its type, for messages."""
     try:
         text = repr(value)
     except Exception:
@@ -269,8 +272,8 @@ def _shown(value: Any) -> str:
     return f"{text if len(text) <= 80 else text[:80] + '...'} ({type(value).__name__})"
 
 
-def _described(error: BaseException, label: str) -> str:
-    """Describe an exception, with the line that raised it."""
+def described(error: BaseException, place: str) -> str:
+    """Describe an exception, with the line that raised it, and the place that it concerns."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -281,4 +284,4 @@ def _described(error: BaseException, label: str) -> str:
         text = "a message that cannot be shown"
     if len(text) > _MAX_MESSAGE_CHARACTERS:
         text = f"{text[:_MAX_MESSAGE_CHARACTERS]}..."
-    return f"{type(error).__name__}: {text} ({where}reward {label!r})"
+    return f"{type(error).__name__}: {text} ({where}{place})"
