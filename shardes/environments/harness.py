@@ -30,6 +30,11 @@ class HarnessSpec:
             return cls(ADAPTERS[kind], {"name": name, **(arguments or {})})
         return cls(reference, dict(arguments or {}))
 
+    @property
+    def is_adapted(self) -> bool:
+        """Return whether it is an adapter's."""
+        return self.reference in ADAPTERS.values()
+
 
 def is_harness(spec: EnvironmentSpec) -> bool:
     """Return whether an environment is one that plays itself, through the endpoint."""

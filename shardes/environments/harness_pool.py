@@ -1,8 +1,6 @@
 """Rank's side of harnesses: processes that play episodes through the endpoint, ended when they hang."""
 
 import asyncio
-import threading
-from collections.abc import Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +13,14 @@ from shardes.rewards.crew import IMPORT_SECONDS, Crew
 from shardes.rewards.processes import ForkServer, WorkerProcess, ending, read_reply
 from shardes.rewards.batch import RewardBatch, RewardOutput
 from shardes.tasks.base import Component, Row
+from shardes.utils.background import BackgroundLoop
 from shardes.utils.closing import Closing
 
 MAX_TRIES = 3
 """How often an episode is begun whose process ends, and gets the answers again that it has had."""
 
 _NAME = "harness"
+_WORKER = "shardes.environments.harness_worker"
 
 
 @dataclass(frozen=True)
@@ -73,23 +73,23 @@ class HarnessPool(Closing):
         self.num_kills = 0
         self._desk = desk
         self._timeout_seconds = timeout_seconds
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._loop = asyncio.new_event_loop()
         given = {"reference": spec.reference, "arguments": dict(spec.arguments)}
+        # An adapter's processes are forked from one that has imported its package.
+        module = spec.reference.partition(":")[0] if spec.is_adapted else _WORKER
+        start_fork_server = partial(ForkServer, memory_bytes, may_isolate=may_isolate, serve=f"{module}:serve")
+        self._background = BackgroundLoop("harnesses")
         self._crew = Crew(
             # The second one is never called: it has the harness imported before the first is.
             [
-                Component(_NAME, "shardes.environments.harness_worker:play", arguments=given),
+                Component(_NAME, f"{_WORKER}:play", arguments=given),
                 Component("imported", spec.reference),
             ],
             max_workers=max_workers,
-            start_fork_server=partial(ForkServer, memory_bytes, may_isolate=may_isolate),
-            background=self._background,
+            start_fork_server=start_fork_server,
+            background=self._background.start,
         )
-        self._thread = threading.Thread(target=self._loop.run_forever, name="harnesses", daemon=True)
-        self._thread.start()
         try:
-            asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+            self._background.run(self._start()).result()
         except BaseException:
             self.close()
             raise
@@ -101,41 +101,21 @@ class HarnessPool(Closing):
         async def play() -> None:
             try:
                 future.set_result(await self._play(seat, row, url))
-            except BaseException as error:
+            except asyncio.CancelledError:
+                future.cancel()
+                raise
+            except Exception as error:
                 self._desk.end(seat.episode)
                 future.set_exception(error)
-                raise
 
-        self._loop.call_soon_threadsafe(self._background, play())
+        self._background.call(lambda: self._background.start(play()))
         return future
 
     def close(self) -> None:
         """End all processes."""
-        if self._loop.is_closed():
-            return
-        asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self._crew.close()
-
-    def _background(self, coroutine: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
-        task = self._loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._forget)
-        return task
-
-    def _forget(self, task: "asyncio.Task[Any]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # whoever waits for the episode has it
-
-    async def _cancel_all(self) -> None:
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._crew.forget_idle()
+        if self._background.is_running:
+            self._background.stop(self._crew.forget_idle)
+            self._crew.close()
 
     async def _start(self) -> None:
         """Start the first process, and have it look at the harness."""
@@ -160,7 +140,7 @@ class HarnessPool(Closing):
     async def _play(self, seat: Seat, row: Row, url: str) -> HarnessOutcome:
         found: float | str = ""
         for _ in range(MAX_TRIES):
-            self._loop.call_soon(self._crew.grow)  # once it waits: lock-step has all of a cohort live at once
+            self._background.loop.call_soon(self._crew.grow)  # once it waits: lock-step has all of a cohort live at once
             worker = await self._crew.acquire()
             self._desk.begin(seat.episode)
             try:
@@ -177,7 +157,7 @@ class HarnessPool(Closing):
 
     async def _ask(self, worker: WorkerProcess, seat: Seat, row: Row, url: str) -> tuple[float | str, bool]:
         """Return the episode's return, or why there is none; and whether its process was lost."""
-        asking = self._loop.create_task(worker.ask(([0], _batch(row, url, seat))))
+        asking = self._background.loop.create_task(worker.ask(([0], _batch(row, url, seat))))
         try:
             is_late = await self._is_late(asking, seat)
         finally:

@@ -8,17 +8,27 @@ as theirs is. ``harness_pool`` has the rank's side.
 import importlib
 import inspect
 import os
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-try:  # here, so that the time it takes is not an episode's
+from shardes.rewards import fork_server
+
+try:  # before processes are forked, which then have it at once
     import openai
+    import openai.resources.chat
+    import openai.resources.completions
 except ImportError:
     openai = None  # type: ignore[assignment]
 
 Harness = Callable[..., Any]
+
+
+def serve(connection: socket.socket) -> None:
+    """Serve a pool as a process of rewards does, one of which is ``play``."""
+    fork_server._serve(connection)
 
 
 async def play(

@@ -91,7 +91,7 @@ def played(player, rows, model, *, limits=LIMITS, size=100):
 
 @pytest.fixture(scope="module")
 def player(tokenizer):
-    with make_player(tokenizer, "play", seconds=2.0, arguments={"factor": 2}) as player:
+    with make_player(tokenizer, "play", seconds=3.0, arguments={"factor": 2}) as player:
         yield player
 
 
@@ -168,15 +168,15 @@ def test_harnesses_that_fail_fail_alone(player, tokenizer):
     assert failures["kill"] == "the harness ended its process (signal 9)"
     assert failures["exit"] == "the harness ended its process (exit status 3)"
     assert failures["hang"] == failures["wait"]
-    assert "neither asked nor ended for 2 s (task.reward_timeout_seconds)" in failures["hang"]
+    assert "neither asked nor ended for 3 s (task.reward_timeout_seconds)" in failures["hang"]
     assert all(len(each.num_tokens) == 1 for each in outcomes[:5])
     assert [each.rewards for each in outcomes[:5]] == [[]] * 5
 
 
 def test_waiting_for_an_answer_does_not_count(player, tokenizer):
-    (outcome,) = played(player, [{"turns": 1}], Model(tokenizer, wait=2.5))
+    (outcome,) = played(player, [{"turns": 1}], Model(tokenizer, wait=3.5))
     assert outcome.failure is None
-    assert outcome.numbers["environment_seconds"] < 2
+    assert outcome.numbers["environment_seconds"] < 3
 
 
 def test_fewer_processes_than_episodes(tokenizer):
