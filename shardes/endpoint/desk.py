@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import json
+import math
 import secrets
 import threading
 import time
@@ -210,7 +211,9 @@ class Desk:
         with self._change:
             if not self._change.wait_for(is_complete, timeout_seconds):
                 return None
-            return [ask for each in episodes if each in self._sittings for ask in self._sittings[each].waiting]
+            return [
+                ask for each in episodes if each in self._sittings for ask in self._sittings[each].waiting
+            ]
 
     def living(self, episodes: Sequence[str]) -> list[str]:
         """Return those episodes that are not over."""
@@ -218,7 +221,7 @@ class Desk:
             return [episode for episode in episodes if episode in self._sittings]
 
     def answer(self, ask: Ask, reply: Reply | ApiError) -> None:
-        """Answer a request; if its process has ended meanwhile, the episode gets the answer once it asks again."""
+        """Answer a request; an episode that was begun again meanwhile gets the answer once it asks again."""
         with self._change:
             sitting = self._sittings.get(ask.episode)
             if sitting is None:
@@ -237,10 +240,15 @@ class Desk:
         heir.deliver(reply)
 
     def idle_seconds(self, episode: str) -> float | None:
-        """Return how long an episode has neither asked nor ended; None while it waits, or does not run."""
+        """Return how long an episode has neither asked nor ended; None while it waits.
+
+        Of one that is over this is infinite, as nobody waits for it any more.
+        """
         with self._change:
             sitting = self._sittings.get(episode)
-            return None if sitting is None or sitting.since is None else time.monotonic() - sitting.since
+            if sitting is None:
+                return math.inf
+            return None if sitting.since is None else time.monotonic() - sitting.since
 
     @staticmethod
     def _remove(sitting: _Sitting, ask: Ask) -> None:

@@ -110,7 +110,9 @@ def read_chat(body: Any, sampling: SamplingSettings) -> Request:
         raise ApiError("max_tokens: differs from max_completion_tokens; give one", param="max_tokens")
     tools = () if asked.tool_choice == "none" else tuple(tool.as_schema() for tool in asked.tools or ())
     messages = [message.as_template() for message in asked.messages]
-    return _request(asked, sampling, (messages,), is_chat=True, tools=tools, max_tokens=next(iter(limits), None))
+    return _request(
+        asked, sampling, (messages,), is_chat=True, tools=tools, max_tokens=next(iter(limits), None)
+    )
 
 
 def read_completion(body: Any, sampling: SamplingSettings) -> Request:
@@ -195,7 +197,9 @@ def _refusal(error: ValidationError) -> ApiError:
         return ApiError(
             f"Unrecognized request argument supplied: {param}", param=param, code="unknown_parameter"
         )
-    return ApiError(f"{param}: {first['msg']}", param=param, code=first["ctx"].get("code") if "ctx" in first else None)
+    return ApiError(
+        f"{param}: {first['msg']}", param=param, code=first["ctx"].get("code") if "ctx" in first else None
+    )
 
 
 class _Strict(BaseModel):
@@ -211,7 +215,9 @@ def _as_text(content: Any) -> Any:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
             raise PydanticCustomError(
-                "content", "got a part of type {kind}; wanted parts of type 'text'", {"kind": repr(kind), "code": "unsupported_value"}
+                "content",
+                "got a part of type {kind}; wanted parts of type 'text'",
+                {"kind": repr(kind), "code": "unsupported_value"},
             )
         texts.append(part["text"])
     return "".join(texts)
@@ -288,7 +294,9 @@ class _ToolResult(_Strict):
     name: str | None = None
 
     def as_template(self) -> Message:
-        return {"role": "tool", "content": self.content, "tool_call_id": self.tool_call_id} | _named(self.name)
+        return {"role": "tool", "content": self.content, "tool_call_id": self.tool_call_id} | _named(
+            self.name
+        )
 
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -311,7 +319,10 @@ class _Tool(_Strict):
 
     def as_schema(self) -> dict[str, Any]:
         """Return the schema as chat templates take it."""
-        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
+        return {
+            "type": "function",
+            "function": self.function.model_dump(exclude_none=True, exclude={"strict"}),
+        }
 
 
 class _StreamOptions(_Strict):
@@ -339,9 +350,9 @@ class _Asked(_Strict):
 
 
 class _Chat(_Asked):
-    messages: list[
-        Annotated[_System | _User | _Assistant | _ToolResult, Field(discriminator="role")]
-    ] = Field(min_length=1)
+    messages: list[Annotated[_System | _User | _Assistant | _ToolResult, Field(discriminator="role")]] = (
+        Field(min_length=1)
+    )
     max_completion_tokens: int | None = Field(default=None, ge=1)
     tools: list[_Tool] | None = None
     tool_choice: Any = "auto"

@@ -73,7 +73,9 @@ def events_of(reply: Reply, request: Request, *, model: str, number: int) -> Ite
     for index, choice in enumerate(reply.choices):
         place = {"index": index, "logprobs": None}
         if not request.is_chat:
-            yield _event(head | {"choices": [place | {"text": choice.text, "finish_reason": choice.finish_reason}]})
+            yield _event(
+                head | {"choices": [place | {"text": choice.text, "finish_reason": choice.finish_reason}]}
+            )
             continue
         delta = _message(choice, number, index)
         for at, call in enumerate(delta.get("tool_calls", ())):
@@ -126,5 +128,3 @@ def _usage(reply: Reply) -> dict[str, int]:
 
 def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
-
-

@@ -70,7 +70,7 @@ class EndpointServer(Closing):
                 Route(f"/{{episode}}/v1/{path}", endpoint, methods=[method])
                 for path, (method, endpoint) in methods.items()
             ],
-            exception_handlers={ApiError: _refuse, HTTPException: _refuse_path},  # type: ignore[dict-item]
+            exception_handlers={ApiError: _refuse, HTTPException: _refuse_path},
         )
         config = uvicorn.Config(
             app,
@@ -124,24 +124,25 @@ class EndpointServer(Closing):
 
         def deliver(reply: Reply | ApiError) -> None:
             with contextlib.suppress(RuntimeError):  # the server has ended
-                loop.call_soon_threadsafe(lambda: future.done() or future.set_result(reply))
+                loop.call_soon_threadsafe(_set, future, reply)
 
         ask = self._desk.ask(seat.episode, request, body, deliver)
         reply = await self._reply(http, ask, future)
         if isinstance(reply, ApiError):
             raise reply
-        place = {"model": seat.model, "number": ask.number}
         if request.is_streamed:
-            return Response("".join(events_of(reply, request, **place)), media_type="text/event-stream")
-        return JSONResponse(body_of(reply, request, **place))
+            events = events_of(reply, request, model=seat.model, number=ask.number)
+            return Response("".join(events), media_type="text/event-stream")
+        return JSONResponse(body_of(reply, request, model=seat.model, number=ask.number))
 
     async def _reply(
         self, http: HttpRequest, ask: Ask, future: "asyncio.Future[Reply | ApiError]"
     ) -> Reply | ApiError:
         """Wait for the answer, or until whoever has asked goes away."""
         gone = asyncio.ensure_future(_gone(http))
+        both: list[asyncio.Future[Any]] = [future, gone]
         try:
-            await asyncio.wait([future, gone], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if future.done():
                 return future.result()
             raise ApiError("the client has closed the connection", status=499)
@@ -151,7 +152,9 @@ class EndpointServer(Closing):
 
     def _seat(self, http: HttpRequest) -> Seat:
         kind, _, key = http.headers.get("authorization", "").partition(" ")
-        seat = self._desk.seat_of(http.path_params["episode"], key.strip() if kind.lower() == "bearer" else "")
+        seat = self._desk.seat_of(
+            http.path_params["episode"], key.strip() if kind.lower() == "bearer" else ""
+        )
         if seat is None:
             raise ApiError(
                 "Incorrect API key provided, or the episode is over; the key is in OPENAI_API_KEY, and goes "
@@ -160,6 +163,11 @@ class EndpointServer(Closing):
                 code="invalid_api_key",
             )
         return seat
+
+
+def _set(future: "asyncio.Future[Reply | ApiError]", reply: Reply | ApiError) -> None:
+    if not future.done():
+        future.set_result(reply)
 
 
 def _bound(port: int) -> socket.socket:
@@ -211,5 +219,7 @@ async def _refuse(_http: HttpRequest, error: ApiError) -> Response:
 
 
 async def _refuse_path(http: HttpRequest, error: HTTPException) -> Response:
-    unknown = ApiError(f"Invalid URL ({http.method} {http.url.path}): {error.detail}", status=error.status_code)
+    unknown = ApiError(
+        f"Invalid URL ({http.method} {http.url.path}): {error.detail}", status=error.status_code
+    )
     return JSONResponse(unknown.to_json(), error.status_code)

@@ -9,9 +9,9 @@ from typing import Any
 from shardes.endpoint.desk import Desk, Seat
 from shardes.environments.harness import HarnessSpec
 from shardes.errors import UserError
+from shardes.rewards.batch import RewardBatch, RewardOutput
 from shardes.rewards.crew import IMPORT_SECONDS, Crew
 from shardes.rewards.processes import ForkServer, WorkerProcess, ending, read_reply
-from shardes.rewards.batch import RewardBatch, RewardOutput
 from shardes.tasks.base import Component, Row
 from shardes.utils.background import BackgroundLoop
 from shardes.utils.closing import Closing
@@ -76,7 +76,9 @@ class HarnessPool(Closing):
         given = {"reference": spec.reference, "arguments": dict(spec.arguments)}
         # An adapter's processes are forked from one that has imported its package.
         module = spec.reference.partition(":")[0] if spec.is_adapted else _WORKER
-        start_fork_server = partial(ForkServer, memory_bytes, may_isolate=may_isolate, serve=f"{module}:serve")
+        start_fork_server = partial(
+            ForkServer, memory_bytes, may_isolate=may_isolate, serve=f"{module}:serve"
+        )
         self._background = BackgroundLoop("harnesses")
         self._crew = Crew(
             # The second one is never called: it has the harness imported before the first is.
@@ -108,7 +110,10 @@ class HarnessPool(Closing):
                 self._desk.end(seat.episode)
                 future.set_exception(error)
 
-        self._background.call(lambda: self._background.start(play()))
+        def start() -> None:
+            self._background.start(play())
+
+        self._background.call(start)
         return future
 
     def close(self) -> None:
@@ -140,7 +145,9 @@ class HarnessPool(Closing):
     async def _play(self, seat: Seat, row: Row, url: str) -> HarnessOutcome:
         found: float | str = ""
         for _ in range(MAX_TRIES):
-            self._background.loop.call_soon(self._crew.grow)  # once it waits: lock-step has all of a cohort live at once
+            self._background.loop.call_soon(
+                self._crew.grow
+            )  # once it waits: lock-step has all of a cohort live at once
             worker = await self._crew.acquire()
             self._desk.begin(seat.episode)
             try:

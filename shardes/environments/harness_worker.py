@@ -12,6 +12,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from shardes.rewards import fork_server
@@ -21,7 +22,7 @@ try:  # before processes are forked, which then have it at once
     import openai.resources.chat
     import openai.resources.completions
 except ImportError:
-    openai = None  # type: ignore[assignment]
+    openai = None
 
 Harness = Callable[..., Any]
 
@@ -78,8 +79,8 @@ async def play(
         found = found.item()
     if not isinstance(found, int | float):
         raise TypeError(
-            f"the harness returned {found!r:.200} ({type(found).__name__}); wanted the return of the episode, "
-            "a number"
+            f"the harness returned {found!r:.200} ({type(found).__name__}); wanted a number, the return of "
+            "the episode"
         )
     return [float(found)]
 
@@ -87,16 +88,19 @@ async def play(
 def _imported(reference: str) -> Harness:
     """Return a harness that this process has imported by its reference."""
     source, _, name = reference.rpartition(":")
-    if not source.endswith(".py"):
-        found: Harness = getattr(importlib.import_module(source), name)
-        return found
+    modules = [importlib.import_module(source)] if not source.endswith(".py") else _modules_of(source)
+    found: Harness = next(getattr(module, name) for module in modules if hasattr(module, name))
+    return found
+
+
+def _modules_of(source: str) -> list[ModuleType]:
+    """Return the modules that have been imported from a file."""
     file = Path(source).expanduser().resolve()
-    for module in list(sys.modules.values()):
-        of_module = getattr(module, "__file__", None)
-        if isinstance(of_module, str) and Path(of_module).resolve() == file and hasattr(module, name):
-            found = getattr(module, name)
-            return found
-    raise ValueError(f"{source} is not imported")
+    return [
+        module
+        for module in list(sys.modules.values())
+        if isinstance(path := getattr(module, "__file__", None), str) and Path(path).resolve() == file
+    ]
 
 
 def _check(harness: Harness, arguments: Mapping[str, Any]) -> None:

@@ -49,7 +49,9 @@ async def play(row: Mapping[str, Any], client: object, *, name: str, **arguments
         episode = await environment.run_episode(task, context)
     if not episode.ok:
         errors = [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]
-        raise RuntimeError(f"verifiers: {errors[-1].type}: {errors[-1].message}" if errors else "verifiers: failed")
+        raise RuntimeError(
+            f"verifiers: {errors[-1].type}: {errors[-1].message}" if errors else "verifiers: failed"
+        )
     return float(sum(trace.reward for trace in episode.traces if trace.agent.trainable))
 
 
@@ -92,5 +94,7 @@ def _task(environment: Any, tasks: list[Any] | None, index: int, name: str) -> A
     if tasks is None:
         return next(itertools.islice(environment.taskset, index, None))
     if not 0 <= index < len(tasks):
-        raise ValueError(f"verifiers:{name} has {len(tasks)} tasks, but none with the index {index} (task.data)")
+        raise ValueError(
+            f"verifiers:{name} has {len(tasks)} tasks, but none with the index {index} (task.data)"
+        )
     return tasks[index]

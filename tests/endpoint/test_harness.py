@@ -12,13 +12,14 @@ import pytest
 pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 
-from shardes.config.task import TaskConfig  # noqa: E402
-from shardes.endpoint.requests import SamplingSettings  # noqa: E402
-from shardes.errors import UserError  # noqa: E402
-from shardes.rollout.encoding import PromptEncoder  # noqa: E402
-from shardes.rollout.harness_player import HarnessLimits, HarnessPlayer, TokenAnswer, play  # noqa: E402
-from shardes.tasks.base import ChatTemplate  # noqa: E402
-from tests.helpers.tokenizers import sentence_pieces  # noqa: E402
+from shardes.config.task import TaskConfig
+from shardes.endpoint.requests import SamplingSettings
+from shardes.errors import UserError
+from shardes.rollout.encoding import PromptEncoder
+from shardes.rollout.harness_cohort import HarnessLimits, TokenAnswer
+from shardes.rollout.harness_player import HarnessPlayer, play
+from shardes.tasks.base import ChatTemplate
+from tests.helpers.tokenizers import sentence_pieces
 
 FILE = "tests/helpers/harnesses.py"
 LIMITS = HarnessLimits(max_new_tokens=20, max_context=1000, max_turns=10)
@@ -91,7 +92,7 @@ def played(player, rows, model, *, limits=LIMITS, size=100):
 
 @pytest.fixture(scope="module")
 def player(tokenizer):
-    with make_player(tokenizer, "play", seconds=3.0, arguments={"factor": 2}) as player:
+    with make_player(tokenizer, "any_of", seconds=3.0, arguments={"factor": 2}) as player:
         yield player
 
 
@@ -105,7 +106,12 @@ ROWS = [{"turns": turns, "text": f"row {i}"} for i, turns in enumerate([3, 1, 4,
 def test_cohorts_are_played_in_lock_step(player, tokenizer):
     model = Model(tokenizer)
     outcomes = played(player, ROWS, model, size=4)
-    assert [episodes for cohort, episodes in model.turns if cohort == 0] == [[0, 1, 2, 3], [0, 2, 3], [0, 2], [2]]
+    assert [episodes for cohort, episodes in model.turns if cohort == 0] == [
+        [0, 1, 2, 3],
+        [0, 2, 3],
+        [0, 2],
+        [2],
+    ]
     later = [episodes for cohort, episodes in model.turns if cohort == 1]
     assert later == [[4, 5, 6, 7], [4, 5, 6], [4, 6], [4], [4]]
     assert [cohort for cohort, _ in model.turns] == [0, 1, 0, 1, 0, 1, 0, 1, 1]  # in turn
@@ -179,32 +185,31 @@ def test_waiting_for_an_answer_does_not_count(player, tokenizer):
     assert outcome.numbers["environment_seconds"] < 3
 
 
-def test_fewer_processes_than_episodes(tokenizer):
-    with make_player(tokenizer, "play", workers=4) as player:
-        assert player.num_at_once == 2
-        model = Model(tokenizer)
-        outcomes = played(player, ROWS[:5], model)
+def test_fewer_processes_than_episodes(player, tokenizer, monkeypatch):
+    assert player.num_at_once == 8
+    monkeypatch.setattr(player, "num_at_once", 2)
+    model = Model(tokenizer)
+    outcomes = played(player, ROWS[:5], model)
     turns = [[0, 1], [0, 2], [0, 2], [2, 3], [2, 3], [4], [4], [4], [4], [4]]
     assert [episodes for _, episodes in model.turns] == turns
     assert [each.failure for each in outcomes] == [None] * 5
 
 
-def test_clients_of_the_environments_variables(tokenizer):
-    with make_player(tokenizer, "by_environment") as player:
-        outcomes = played(player, [{"text": "A"}, {"text": "B"}], Model(tokenizer, {"A": "four"}))
+def test_clients_of_the_environments_variables(player, tokenizer):
+    rows = [{"play": "by_environment", "text": text} for text in "AB"]
+    outcomes = played(player, rows, Model(tokenizer, {"A": "four"}))
     assert [each.rewards for each in outcomes] == [[4.0], [8.0]]
     assert "OPENAI_BASE_URL" not in os.environ
 
 
-def test_limits_are_told_and_noted(tokenizer):
+def test_limits_are_told_and_noted(player, tokenizer):
     limits = HarnessLimits(max_new_tokens=5, max_context=200, max_turns=4)
-    with make_player(tokenizer, "to_the_limit") as player:
-        rows = [
-            {"text": "a", "code": "max_turns_exceeded"},
-            {"text": "a" * 50, "code": "context_length_exceeded"},
-            {"text": "a", "code": "another"},
-        ]
-        turns, context, failed = played(player, rows, Model(tokenizer), limits=limits)
+    rows = [
+        {"play": "to_the_limit", "text": "a", "code": "max_turns_exceeded"},
+        {"play": "to_the_limit", "text": "a" * 50, "code": "context_length_exceeded"},
+        {"play": "to_the_limit", "text": "a", "code": "another"},
+    ]
+    turns, context, failed = played(player, rows, Model(tokenizer), limits=limits)
     assert (turns.rewards, turns.truncation, turns.num_tokens) == ([4.0], "turns", [5, 5, 5, 5])
     assert turns.num_cut == 4
     assert (context.truncation, context.failure) == ("context", None)
@@ -228,35 +233,42 @@ def test_several_answers(tokenizer):
     assert max(map(max, draws.values())) < 2**20
 
 
-def test_an_answer_ends_before_a_stop(tokenizer):
-    with make_player(tokenizer, "stopped") as player:
-        (outcome,) = played(player, [{"stop": ["b", "cd"]}], Model(tokenizer, {"x": "acdb"}))
+def test_an_answer_ends_before_a_stop(player, tokenizer):
+    rows = [{"play": "stopped", "stop": ["b", "cd"]}]
+    (outcome,) = played(player, rows, Model(tokenizer, {"x": "acdb"}))
     assert outcome.rewards == [1.0]
     assert outcome.answer == "acdb"
 
 
-def test_tools(tokenizer):
+def test_tools(player, tokenizer):
     call = '<tool_call>{"name": "add", "arguments": {"x": 3}}</tool_call>'
-    with make_player(tokenizer, "with_tool") as player:
-        model = Model(tokenizer)
-        model.answer = lambda prompt: TokenAnswer(
-            [], "seven" if "tool\n" in tokenizer.decode(prompt.token_ids) else call, was_cut=False
-        )
-        (outcome,) = played(player, [{}], model)
+    model = Model(tokenizer)
+    model.answer = lambda prompt: TokenAnswer(
+        [], "seven" if "tool\n" in tokenizer.decode(prompt.token_ids) else call, was_cut=False
+    )
+    (outcome,) = played(player, [{"play": "with_tool"}], model)
     assert (outcome.failure, outcome.rewards) == (None, [5.0])
 
 
-@pytest.fixture(scope="module")
-def returns(tokenizer):
-    with make_player(tokenizer, "give") as player:
-        yield player
+def test_returns_that_are_no_numbers(player, tokenizer):
+    rows = [{"play": "give", "give": give} for give in ("text", "none", "nan", "true")]
+    outcomes = played(player, rows, Model(tokenizer))
+    text, none, nan, true = [each.failure for each in outcomes]
+    assert text.startswith("TypeError: the harness returned '1' (str); wanted a number")
+    assert none.startswith("TypeError: the harness returned None")
+    assert nan.startswith("ValueError: the harness returned nan")
+    assert "reward" not in nan
+    assert (true, outcomes[3].rewards) == (None, [1.0])
 
 
-@pytest.mark.parametrize(("give", "failure"), [("text", "TypeError"), ("none", "TypeError"), ("nan", "number")])
-def test_returns_that_are_no_numbers(tokenizer, returns, give, failure):
-    (outcome,) = played(returns, [{"give": give}], Model(tokenizer))
-    assert failure in outcome.failure
-    assert "reward" not in outcome.failure
+def test_a_cohort_that_is_given_up_leaves_nothing_behind(player, tokenizer):
+    def fail(prompts, *, cohort):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        played(player, ROWS, fail, size=4)
+    assert player.desk.living([f"e{i}" for i in range(1000)]) == []
+    assert [each.failure for each in played(player, ROWS[:2], Model(tokenizer))] == [None, None]
 
 
 @pytest.mark.parametrize(

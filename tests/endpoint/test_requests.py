@@ -23,18 +23,33 @@ REFUSED = [
     ({"messages": "Hi"}, "messages", None),
     ({"messages": [USER, {"role": "user"}]}, "messages[1].content", None),
     ({"messages": [{"role": "robot", "content": ""}]}, "messages[0]", None),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "unsupported_value"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "messages[0].content",
+        "unsupported_value",
+    ),
     ({"messages": [{"role": "user", "content": "", "audio": 1}]}, "messages[0].audio", "unknown_parameter"),
     ({"messages": [{"role": "tool", "content": "3"}]}, "messages[0].tool_call_id", None),
     (
-        {"messages": [{"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{"}}]}]},
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{"}}],
+                }
+            ]
+        },
         "messages[0].tool_calls[0].function.arguments",
         None,
     ),
     ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "unsupported_value"),
     ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice", "unsupported_value"),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type", None),
-    ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools[0].function.strict", None),
+    (
+        {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
+        "tools[0].function.strict",
+        None,
+    ),
     ({"logprobs": True}, "logprobs", "unsupported_parameter"),
     ({"top_logprobs": 3}, "top_logprobs", "unsupported_parameter"),
     ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
@@ -84,8 +99,19 @@ def test_completions_refuse_what_is_theirs(others, param):
 
 
 def test_parameters_that_ask_for_nothing_are_taken():
-    neutral = {"logprobs": False, "frequency_penalty": 0.0, "logit_bias": {}, "response_format": {"type": "text"}}
-    ignored = {"user": "me", "metadata": {"a": "b"}, "store": None, "parallel_tool_calls": True, "tools": None}
+    neutral = {
+        "logprobs": False,
+        "frequency_penalty": 0.0,
+        "logit_bias": {},
+        "response_format": {"type": "text"},
+    }
+    ignored = {
+        "user": "me",
+        "metadata": {"a": "b"},
+        "store": None,
+        "parallel_tool_calls": True,
+        "tools": None,
+    }
     assert chat(**neutral, **ignored) == chat()
 
 

@@ -85,7 +85,11 @@ def test_a_chat_is_answered(desk, seat, client):
     assert answer.choices[0].finish_reason == "stop"
     assert (answer.model, second.model) == (MODEL, MODEL)
     assert (answer.id, second.id) == ("chatcmpl-0", "chatcmpl-1")
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (5, 3, 8)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (
+        5,
+        3,
+        8,
+    )
 
 
 def test_texts_are_completed_each_so_often(desk, seat, client):
@@ -96,7 +100,9 @@ def test_texts_are_completed_each_so_often(desk, seat, client):
         return Reply(tuple(Choice(text, "length", 4) for text in texts), num_prompt_tokens=2)
 
     with answering(desk, [seat], reply):
-        answer = client.completions.create(model=MODEL, prompt=["a", "b"], n=2, seed=5, stop="x", max_tokens=4)
+        answer = client.completions.create(
+            model=MODEL, prompt=["a", "b"], n=2, seed=5, stop="x", max_tokens=4
+        )
     assert [choice.text for choice in answer.choices] == ["a0", "a1", "b0", "b1"]
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert answer.choices[0].finish_reason == "length"
@@ -154,9 +160,11 @@ def test_refusals_have_openais_shape(desk, seat, client):
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model=MODEL, messages=USER, logprobs=True)
     assert refused.value.body["param"] == "logprobs"
-    with answering(desk, [seat], lambda _: context_too_long(9, 8, param="messages")):
-        with pytest.raises(openai.BadRequestError) as refused:
-            client.chat.completions.create(model=MODEL, messages=USER)
+    with (
+        answering(desk, [seat], lambda _: context_too_long(9, 8, param="messages")),
+        pytest.raises(openai.BadRequestError) as refused,
+    ):
+        client.chat.completions.create(model=MODEL, messages=USER)
     assert refused.value.body["code"] == "context_length_exceeded"
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model=MODEL, input="a", encoding_format="float")

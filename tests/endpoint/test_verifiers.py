@@ -7,13 +7,14 @@ import pytest
 pytest.importorskip("verifiers.v1")
 pytest.importorskip("uvicorn")
 
-from shardes.config.task import TaskConfig  # noqa: E402
-from shardes.endpoint.requests import SamplingSettings  # noqa: E402
-from shardes.errors import UserError  # noqa: E402
-from shardes.rollout.encoding import PromptEncoder  # noqa: E402
-from shardes.rollout.harness_player import HarnessLimits, HarnessPlayer, TokenAnswer, play  # noqa: E402
-from shardes.tasks.base import ChatTemplate  # noqa: E402
-from tests.helpers.tokenizers import CHAT, sentence_pieces  # noqa: E402
+from shardes.config.task import TaskConfig
+from shardes.endpoint.requests import SamplingSettings
+from shardes.errors import UserError
+from shardes.rollout.encoding import PromptEncoder
+from shardes.rollout.harness_cohort import HarnessLimits, TokenAnswer
+from shardes.rollout.harness_player import HarnessPlayer, play
+from shardes.tasks.base import ChatTemplate
+from tests.helpers.tokenizers import CHAT, sentence_pieces
 
 LIMITS = HarnessLimits(max_new_tokens=20, max_context=1000, max_turns=2)
 

@@ -50,12 +50,12 @@ async def misbehave(what, mark):
         threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
 
 
-async def give(row, client):
+async def give(row, client, **_):
     """Return something."""
     return {"text": "1", "none": None, "nan": float("nan"), "true": True}[row["give"]]
 
 
-def by_environment(row, client):
+def by_environment(row, client, **_):
     """Ask with a client made of the environment's variables, in a function that is no coroutine."""
     with openai.OpenAI(max_retries=0) as own:
         answer = own.chat.completions.create(
@@ -64,7 +64,7 @@ def by_environment(row, client):
     return float(len(answer.choices[0].message.content))
 
 
-async def to_the_limit(row, client):
+async def to_the_limit(row, client, **_):
     """Ask until that is refused, and return how often it was not."""
     messages = []
     for turn in range(100):
@@ -86,12 +86,12 @@ async def several(row, client):
     return float(len({choice.message.content for choice in answer.choices}))
 
 
-async def stopped(row, client):
+async def stopped(row, client, **_):
     """Return the length of an answer that ends before some texts."""
     return float(len(await said(client, "x", stop=row["stop"])))
 
 
-async def with_tool(row, client):
+async def with_tool(row, client, **_):
     """Have the model add, by a tool."""
     function = {"name": "add", "parameters": {"type": "object", "properties": {}}}
     messages = [{"role": "user", "content": "3 and 4?"}]
@@ -104,6 +104,12 @@ async def with_tool(row, client):
     told = {"role": "tool", "tool_call_id": call.id, "content": call.function.arguments}
     answer = await client.chat.completions.create(model=MODEL, messages=[*messages, choice.message, told])
     return float(len(answer.choices[0].message.content))
+
+
+async def any_of(row, client, **arguments):
+    """Do what a row says by the name of a function."""
+    found = globals()[row.get("play", "play")](row, client, **arguments)
+    return found if isinstance(found, float) else await found
 
 
 def takes_nothing():
