@@ -153,13 +153,15 @@ def play(
             while waiting and len(lanes) < num_lanes:
                 number, episodes = waiting.popleft()
                 lanes.append(player.begin(number, episodes, model=model, limits=limits))
-            cohort = lanes.popleft()
+            cohort = lanes[0]
             prompts = cohort.advance()
             for index, outcome in cohort.outcomes().items():
                 take(index, outcome)
             if prompts:
-                lanes.append(cohort)
                 cohort.answer(answer(prompts, cohort=cohort.number))
+                lanes.rotate(-1)
+            else:
+                lanes.popleft()
     finally:
         for cohort in lanes:
             cohort.close()

@@ -9,7 +9,7 @@ pytest.importorskip("uvicorn")
 
 from shardes.config.task import TaskConfig
 from shardes.endpoint.requests import SamplingSettings
-from shardes.errors import UserError
+from shardes.environments import verifiers_harness
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.harness_cohort import HarnessLimits, TokenAnswer
 from shardes.rollout.harness_player import HarnessPlayer, play
@@ -58,8 +58,12 @@ def test_a_taskset_and_its_harness_are_played_unchanged(tokenizer):
 
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
-    [("missing-tasks", {}, "missing-tasks"), ("tiny-sums", {"taskset": {"size": 3}}, "size")],
+    [
+        ("missing-tasks", {}, "verifiers:missing-tasks: taskset 'missing-tasks' not found"),
+        ("tiny-sums", {"taskset": {"size": 3}}, r"verifiers:tiny-sums: taskset\.size: Extra inputs"),
+        ("tiny-sums", {"agent": {"harness": {"id": "none"}}}, "harness 'none' not found"),
+    ],
 )
-def test_what_cannot_be_played_is_refused_at_once(tokenizer, name, arguments, message):
-    with pytest.raises(UserError, match=rf"task\.harness: .*{message}"):
-        make_player(tokenizer, name, **arguments)
+def test_what_cannot_be_played_is_refused(tokenizer, name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        verifiers_harness.check(name=name, **arguments)
