@@ -239,6 +239,14 @@ class Desk:
             sitting.given.append(answered)
         heir.deliver(reply)
 
+    def num_answers(self, episode: str) -> int:
+        """Return how many answers an episode has had, those before it was begun again included."""
+        with self._change:
+            sitting = self._sittings.get(episode)
+            if sitting is None:
+                return 0
+            return len(sitting.given) + len(sitting.unclaimed) + len(sitting.replayed)
+
     def idle_seconds(self, episode: str) -> float | None:
         """Return how long an episode has neither asked nor ended; None while it waits.
 

@@ -145,7 +145,7 @@ class EndpointServer(Closing):
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if future.done():
                 return future.result()
-            raise ApiError("the client has closed the connection", status=499)
+            raise _gone_away()
         finally:
             gone.cancel()
             self._desk.withdraw(ask)
@@ -187,10 +187,13 @@ def _bound(port: int) -> socket.socket:
 
 async def _body(http: HttpRequest) -> Any:
     data = bytearray()
-    async for chunk in http.stream():
-        data += chunk
-        if len(data) > _MAX_BODY_BYTES:
-            raise ApiError(f"the body: more than {_MAX_BODY_BYTES} bytes", status=413)
+    try:
+        async for chunk in http.stream():
+            data += chunk
+            if len(data) > _MAX_BODY_BYTES:
+                raise ApiError(f"the body: more than {_MAX_BODY_BYTES} bytes", status=413)
+    except ClientDisconnect:
+        raise _gone_away() from None
     try:
         return json.loads(data)
     except ValueError as error:
@@ -198,9 +201,12 @@ async def _body(http: HttpRequest) -> Any:
 
 
 async def _gone(http: HttpRequest) -> None:
-    with contextlib.suppress(ClientDisconnect):
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _gone_away() -> ApiError:
+    return ApiError("the client has closed the connection", status=499)
 
 
 def _check_model(seat: Seat, name: str) -> None:

@@ -16,8 +16,8 @@ from shardes.tasks.base import Component, Row
 from shardes.utils.background import BackgroundLoop
 from shardes.utils.closing import Closing
 
-MAX_TRIES = 3
-"""How often an episode is begun whose process ends, and gets the answers again that it has had."""
+MAX_TRIES = 5
+"""How often an episode is begun between two answers, if its process ends each time."""
 
 _NAME = "harness"
 _WORKER = "shardes.environments.harness_worker"
@@ -143,11 +143,10 @@ class HarnessPool(Closing):
             raise UserError(f"task.harness: {_reason(found)}")
 
     async def _play(self, seat: Seat, row: Row, url: str) -> HarnessOutcome:
-        found: float | str = ""
-        for _ in range(MAX_TRIES):
-            self._background.loop.call_soon(
-                self._crew.grow
-            )  # once it waits: lock-step has all of a cohort live at once
+        num_tries = num_answers = 0
+        while True:
+            # Once it waits for a process, there is one more: all of a cohort live at the same time.
+            self._background.loop.call_soon(self._crew.grow)
             worker = await self._crew.acquire()
             self._desk.begin(seat.episode)
             try:
@@ -155,7 +154,10 @@ class HarnessPool(Closing):
             except BaseException:
                 self._crew.discard(worker)
                 raise
-            if not is_lost:
+            answered = self._desk.num_answers(seat.episode)
+            num_tries = 1 if answered > num_answers else num_tries + 1
+            num_answers = answered
+            if not is_lost or num_tries == MAX_TRIES:
                 break
         seconds = self._desk.end(seat.episode)
         if isinstance(found, str):
