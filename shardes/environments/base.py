@@ -115,17 +115,21 @@ class Episode(Protocol):
 
 
 class EnvironmentRunner(Protocol):
-    """Runner of a task's episodes, in this process or in others.
+    """Runner of a task's episodes, in this process or in others."""
 
-    Attributes:
-        tools: JSON schemas of the tools that the model may call, for the chat template; None: no tools.
-        num_kills: Processes of environments that have ended or were ended before their time, so far.
-    """
+    @property
+    def tools(self) -> Sequence[dict[str, Any]] | None:
+        """Return JSON schemas of the tools that the model may call, for the template; None: no tools."""
 
-    tools: Sequence[dict[str, Any]] | None
-    num_kills: int
+    @property
+    def required(self) -> Sequence[str]:
+        """Return the columns that a row must have."""
 
-    def begin(self, rows: Sequence[Mapping[str, Any]]) -> list[Episode]:
+    @property
+    def num_kills(self) -> int:
+        """Return how many processes of environments have ended before their time, so far."""
+
+    def begin(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Episode]:
         """Reset an environment for each row, and return at once."""
 
     def close(self) -> None:

@@ -9,8 +9,8 @@ a process was lost.
   which only coroutines do, nobody knows which of them kept the others waiting: each is tried again alone.
 - A process may end during a call because of the environment, or because somebody killed it. The episodes
   whose calls ran then are tried again, each alone in a process of its own. An episode has failed when its
-  calls have seen such an end three times without an answer in between, or ten times if all ends may have been
-  somebody else's doing (SIGKILL, of which the kernel makes use when the machine's memory is full).
+  calls have seen such an end three times without an answer in between, or twenty times if all ends may have
+  been somebody else's doing (SIGKILL, which the kernel sends when the machine's memory is full).
 - An episode for which the memory of a shared process did not suffice is tried again alone, too.
 
 Once the call is answered, a process that played one episode alone takes in others.
@@ -28,6 +28,7 @@ from shardes.environments.answers import read_answer
 from shardes.environments.base import EnvironmentSpec, StepResult
 from shardes.environments.host import Flight, Host
 from shardes.environments.hosted import Call
+from shardes.environments.losses import Attempts
 from shardes.environments.record import Record
 from shardes.environments.starting import NoProcessError, SetUp, Starter
 from shardes.rewards.processes import ForkServer, ending
@@ -40,12 +41,6 @@ PATIENCE_SECONDS = 0.1
 _MAX_QUEUED = 8
 # How late the pool may learn that a call has been answered in time.
 _GRACE_SECONDS = 0.25
-# Ends of processes during an episode's calls after which it has failed.
-_MAX_ENDS, _MAX_KILLS = 3, 10
-# Attempts to start a process for one episode, if somebody kills them.
-_MAX_STARTS = 30
-# Processes that are lost one after the other, without any answer, before everything has failed.
-_MAX_LOST = 100
 
 
 class Hosts:
@@ -85,7 +80,7 @@ class Hosts:
         # Processes that exist, those of them that are not ready, and those that there should be.
         self._num_processes = self._num_starting = 0
         self._num_wanted = 1
-        self._num_lost_in_vain = 0
+        self._attempts = Attempts()
         self._is_closing = False
         self._has_told_of_left = False
         self.num_kills = 0
@@ -249,11 +244,10 @@ class Hosts:
 
     def _note_failed_start(self, solo: Record | None, error: NoProcessError) -> None:
         if solo is not None:
-            solo.num_failed_starts += 1
-            if not error.may_be_chance or solo.num_failed_starts >= _MAX_STARTS:
+            if solo.losses.starts.fail() or not error.may_be_chance:
                 solo.resolve(StepResult(failure=f"no process for environments can be started: {error}"))
             self._solos.appendleft(solo)
-        self._note_loss(str(error), weight=1 if error.may_be_chance else _MAX_LOST)
+        self._note_loss(str(error), is_final=not error.may_be_chance)
 
     def _admit(self, host: Host) -> None:
         """Take in a worker that has imported the environment."""
@@ -291,7 +285,7 @@ class Hosts:
         self._schedule()
 
     def _answer(self, host: Host, record: Record, index: int, result: StepResult, lacks_memory: bool) -> None:
-        self._num_lost_in_vain = 0
+        self._attempts.succeed()
         host.is_draining |= lacks_memory
         if lacks_memory and host.solo is not record:
             self._lose(host, suspects=[record])
@@ -366,13 +360,9 @@ class Hosts:
             if not has_ended and code == -signal.SIGKILL:
                 reason = "the environment closed its process's connection"
         for record in {flight.record: None for flight in running}:
-            record.num_ends += not may_be_chance
-            record.num_kills += may_be_chance
-            if record.is_over:
-                continue
-            if record.num_ends >= _MAX_ENDS or record.num_ends + record.num_kills >= _MAX_KILLS:
-                num_times = record.num_ends + record.num_kills
-                record.resolve(StepResult(failure=f"{reason}, {num_times} times in all"))
+            if record.losses.lose(may_be_chance=may_be_chance) and not record.is_over:
+                failure = f"{reason}, {record.losses.num_lost} times in all"
+                record.resolve(StepResult(failure=failure))
         self._return(host, suspects=[flight.record for flight in running])
         self._note_loss(reason)
         self._schedule()
@@ -397,12 +387,10 @@ class Hosts:
                 (self._solos if record in suspects else self._waiting).append(record)
         host.records.clear()
 
-    def _note_loss(self, reason: str, *, weight: int = 1) -> None:
+    def _note_loss(self, reason: str, *, is_final: bool = False) -> None:
         """Fail all that waits if workers are lost again and again, and nothing is answered any more."""
-        self._num_lost_in_vain += weight
-        if self._num_lost_in_vain < _MAX_LOST or self._hosts:
+        if not (self._attempts.fail() or is_final) or self._hosts:
             return
-        self._num_lost_in_vain = 0
         for record in [*self._waiting, *self._solos]:
             record.resolve(StepResult(failure=f"no process for environments can be kept: {reason}"))
         self._waiting.clear()

@@ -16,14 +16,20 @@ class EnvironmentFactory(Protocol):
     """Maker of the environments of a task.
 
     Attributes:
-        tools: JSON schemas of the tools that the model may call; None: no tools.
         columns: Columns of a row that ``reset`` looks at; None: all.
         required: Columns that ``reset`` cannot do without.
     """
 
-    tools: list[dict[str, Any]] | None
     columns: list[str] | None
     required: list[str]
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """Return JSON schemas of the tools that the model may call; None: no tools.
+
+        Raises:
+            ValueError: There is none for a tool.
+        """
 
     def make(self) -> Environment:
         """Return the environment of a new episode."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from shardes.environments.base import StepResult
 from shardes.environments.hosted import Call
+from shardes.environments.losses import Losses
 
 
 @dataclass(eq=False)
@@ -19,9 +20,7 @@ class Record:
         digests: Of each call's answer.
         pending: Is given the outcome of the last call.
         num_sent: Calls that the process that plays it now has been sent.
-        num_ends: Processes that have ended of themselves during one of its calls since the last answer.
-        num_kills: The same of those that somebody may have killed.
-        num_failed_starts: Processes that were to play it alone and did not come about.
+        losses: Processes lost during its calls.
         is_over: True once no further call is answered.
     """
 
@@ -30,9 +29,7 @@ class Record:
     digests: list[bytes] = field(default_factory=list)
     pending: "Future[StepResult] | None" = None
     num_sent: int = 0
-    num_ends: int = 0
-    num_kills: int = 0
-    num_failed_starts: int = 0
+    losses: Losses = field(default_factory=Losses)
     is_over: bool = False
 
     @property
@@ -51,7 +48,7 @@ class Record:
     def answer(self, result: StepResult) -> None:
         """Take in the outcome of the last call, and hand it on."""
         self.digests.append(_digest(result))
-        self.num_ends = self.num_kills = 0
+        self.losses = Losses()
         self.resolve(result)
 
     def resolve(self, result: StepResult) -> None:

@@ -40,6 +40,8 @@ class ForkServer:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                # Sets of strings have one order in all workers: what is drawn from one is the same in each.
+                env={"PYTHONHASHSEED": "0", **os.environ},
             )
 
     def fork(self) -> tuple[int, socket.socket]:

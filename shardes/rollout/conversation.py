@@ -7,6 +7,7 @@ from shardes.environments.base import Message, Observation
 from shardes.errors import UserError
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.rendering import Tools
+from shardes.rollout.tool_calls import parse_tool_calls
 from shardes.tasks.base import ChatTemplate
 
 # Names of a message's thoughts, which templates may drop once the turn is over.
@@ -67,6 +68,7 @@ class Conversation:
         # The messages as the template is given them, and the text that it made of them for the last question.
         self._given: list[Message] = []
         self._asked = ""
+        self._asked_ids: list[int] = []
         # The last answer: its text without the token that ended it, and this token.
         self._said = ""
         self._end: int | None = None
@@ -106,6 +108,7 @@ class Conversation:
         self._said = self._decoded(ids if self._end is None else ids[:-1])
         self.messages = [*self.messages, message or {"role": "assistant", "content": text}]
         self._candidates = self._answers(message)
+        self._asked_ids = self.tokens
         self.tokens = [*self.tokens, *ids]
 
     def observe(self, observation: Observation) -> None:
@@ -157,8 +160,14 @@ class Conversation:
         if not (wanted.startswith(self._asked) and wanted.endswith(suffix)):
             return False
         written = wanted[len(self._asked) : len(wanted) - len(suffix)]
-        message = self._candidates[0]
-        return all(str(message[key]).strip() in written for key in _THOUGHTS if message.get(key))
+        return self._parsed(written) == self._parsed(self._said)
+
+    def _parsed(self, text: str) -> Message:
+        """Return what an answer of this text says and calls, apart from white space around it."""
+        tokenizer = self._encoder.tokenizer
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        message = parse_tool_calls(text, ids, tokenizer, prefix=self._asked_ids, tools=self._tools)
+        return {key: value.strip() if isinstance(value, str) else value for key, value in message.items()}
 
     def _append(self, text: str, given: list[Message]) -> None:
         """Go on with what a text has after the answer, whose tokens stay."""
@@ -228,4 +237,9 @@ class Conversation:
 def _as_messages(observation: Observation) -> list[Message]:
     if isinstance(observation, str):
         return [{"role": "user", "content": observation}]
+    if not observation:
+        raise ConversationError(
+            "the environment returned no messages, so that there is nothing to answer; let it return some, "
+            "or say that the episode is over"
+        )
     return [dict(message) for message in observation]

@@ -37,6 +37,7 @@ class EpisodeOutcome:
         truncation: The limit that it has met; None: it ended by itself.
         failure: Reason why it could not go on; None: it could.
         numbers: What the environment counted, by name.
+        num_reencoded: Turns before which the whole context was tokenised again.
     """
 
     prompt: Prompt
@@ -49,6 +50,7 @@ class EpisodeOutcome:
     truncation: Truncation | None = None
     failure: str | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
+    num_reencoded: int = 0
 
     def earned(self, rule: Literal["sum", "last"]) -> float:
         """Return what it has earned by its environment."""

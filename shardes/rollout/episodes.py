@@ -7,33 +7,34 @@ answers are generated.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
 
 from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Mesh
-from shardes.environments.base import Episode, EpisodeSettings, Observation, StepResult
-from shardes.errors import UserError
-from shardes.rollout.batching import MicroBatch, compose
-from shardes.rollout.conversation import Conversation, ConversationError
+from shardes.environments.base import StepResult
+from shardes.rollout.batching import IDLE_COHORT, MicroBatch, compose
+from shardes.rollout.conversation import Conversation
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Completions, Engine
-from shardes.rollout.episode_results import EpisodeOutcome, Truncation
+from shardes.rollout.environment_cohort import EnvironmentCohort, PlayedEpisode
+from shardes.rollout.episode_results import EpisodeOutcome
 from shardes.rollout.prompts import PromptBatch
 from shardes.rollout.sampling import TokenSampler
 from shardes.rollout.share import WorkShare
-from shardes.rollout.tool_calls import parse_tool_calls
+from shardes.rollout.turns import Cohort, TokenAnswer, TokenPrompt
 from shardes.utils.timers import PhaseTimer
 
 # Cohorts that a rank plays at a time: one steps while the other generates.
 NUM_LANES = 2
 
-Asked = tuple[int, list[int]]
-"""An episode that is to be answered: its index, and the tokens of its context."""
-
 TakeEpisode = Callable[[int, EpisodeOutcome, bool], None]
 """Takes in an episode that is over: its index, its outcome, and whether it is of the first cohort of all."""
+
+Generate = Callable[[MicroBatch, PromptBatch], Completions | None]
+"""Has the engine answer a micro-batch; returns None if there was too little memory."""
 
 
 class TooLittleMemoryError(Exception):
@@ -52,6 +53,27 @@ class EpisodeCounts:
 
     environment_seconds: float = 0.0
     num_reencoded: int = 0
+
+    def add(self, result: StepResult) -> None:
+        """Count the time of a reset or a step."""
+        self.environment_seconds += result.seconds
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.environment_seconds, self.num_reencoded = 0.0, 0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is generated next.
+
+    Attributes:
+        cohort: Number of the cohort that asks.
+        prompts: What it asks; nothing on a rank that only takes part in others' forwards.
+    """
+
+    cohort: int
+    prompts: list[TokenPrompt]
 
 
 class EpisodePlayer:
@@ -89,21 +111,14 @@ class EpisodePlayer:
         self._pad_id, self._end_ids = pad_id, end_ids
         self._timer, self._counts = timer, counts
 
-    def play(
-        self,
-        prompts: PromptBatch,
-        *,
-        share: WorkShare,
-        take: TakeEpisode,
-        generate: Callable[[MicroBatch, PromptBatch], Completions | None],
-    ) -> bool:
+    def play(self, prompts: PromptBatch, *, share: WorkShare, take: TakeEpisode, generate: Generate) -> bool:
         """Play this rank's cohorts to their end; a collective of a replica where forwards are.
 
         Args:
             prompts: The episodes.
             share: This rank's share of the cohorts.
             take: Takes in each episode that is over, on the rank that it counts on.
-            generate: Has the engine answer; returns None if there was too little memory.
+            generate: Has the engine answer.
 
         Returns:
             Whether all logits were finite.
@@ -118,25 +133,29 @@ class EpisodePlayer:
         is_finite = True
         try:
             if share.is_counted:
-                lanes = [self._begin(prompts, numbers, take) for _ in lanes]
+                for lane in range(NUM_LANES):
+                    lanes[lane] = self._begin(prompts, numbers)
             while True:
                 is_over = True
                 for lane in range(NUM_LANES):
                     turn = None
                     if share.is_counted:
-                        lanes[lane], turn = self._next_turn(prompts, lanes[lane], numbers, take)
+                        with self._timer("environment"):
+                            turn = self._next_turn(prompts, lanes, lane, numbers, take)
                     turn = self._agree(turn)
                     if turn is None:
                         continue
                     is_over = False
-                    batch = self._batch(turn, prompts, limit=plan.max_context)
+                    batch, order = self._batch(turn, prompts)
                     output = generate(batch, prompts)
                     if output is None:
                         raise TooLittleMemoryError
-                    is_finite &= output.is_finite or not turn.asked
+                    is_finite &= output.is_finite or not turn.prompts
                     cohort = lanes[lane]
-                    if cohort is not None and turn.asked:
-                        cohort.answer(dict(zip(batch.rows, output.tokens, strict=True)))
+                    if cohort is not None and turn.prompts:
+                        by_place = dict(zip(order, output.tokens, strict=True))
+                        answers = [self._answer(by_place[i], asked) for i, asked in enumerate(turn.prompts)]
+                        cohort.answer(answers)
                 if is_over:
                     return is_finite
         finally:
@@ -144,269 +163,119 @@ class EpisodePlayer:
                 if cohort is not None:
                     cohort.close()
 
-    def _begin(self, prompts: PromptBatch, numbers: deque[int], take: TakeEpisode) -> "Cohort | None":
+    def _begin(self, prompts: PromptBatch, numbers: deque[int]) -> Cohort | None:
         """Begin the rank's next cohort; return None if there is none."""
         if not numbers:
             return None
-        plan, scorer = prompts.episodes, prompts.scorer
+        plan, task, runner = prompts.episodes, prompts.scorer.task, prompts.scorer.environments
         assert plan is not None
-        assert scorer.environments is not None
-        assert scorer.task.episodes is not None
+        assert runner is not None
+        settings, tools = task.episodes, runner.tools
+        assert settings is not None
         number = numbers.popleft()
         indices = plan.cohorts[number]
-        rows = [prompts.rows[index // prompts.samples_per_prompt] for index in indices]
-        settings, tools = scorer.task.episodes, scorer.environments.tools
-        players = [
-            Player(
-                index,
+        handles = runner.begin([prompts.rows[index // prompts.samples_per_prompt] for index in indices])
+        is_chat = settings.system is not None
+        episodes = {
+            index: PlayedEpisode(
                 handle,
-                Conversation(
-                    self._encoder,
-                    scorer.task.chat,
-                    tools,
-                    as_chat=settings.system is not None,
-                    end_ids=self._end_ids,
-                ),
+                Conversation(self._encoder, task.chat, tools, as_chat=is_chat, end_ids=self._end_ids),
                 settings,
-                has_tools=tools is not None,
+                tools=tools,
             )
-            for index, handle in zip(indices, scorer.environments.begin(rows), strict=True)
-        ]
-        limits = plan.max_context, self._settings.max_new_tokens
-        return Cohort(number, players, limits=limits, take=take, parts=self)
+            for index, handle in zip(indices, handles, strict=True)
+        }
+        return EnvironmentCohort(
+            number,
+            episodes,
+            encoder=self._encoder,
+            max_context=plan.max_context,
+            max_new_tokens=self._settings.max_new_tokens,
+            count=self._counts.add,
+        )
 
     def _next_turn(
-        self, prompts: PromptBatch, cohort: "Cohort | None", numbers: deque[int], take: TakeEpisode
-    ) -> "tuple[Cohort | None, Turn | None]":
-        """Return the lane's cohort, which may be a new one, and what it asks next, if anything."""
-        with self._timer("environment"):
-            while cohort is not None:
-                asked = cohort.advance()
-                if asked:
-                    return cohort, Turn(cohort.number, cohort.num_turns, asked)
-                cohort.close()
-                cohort = self._begin(prompts, numbers, take)
-        return None, None
+        self,
+        prompts: PromptBatch,
+        lanes: list[Cohort | None],
+        lane: int,
+        numbers: deque[int],
+        take: TakeEpisode,
+    ) -> Turn | None:
+        """Return what a lane asks next; where its cohort is over, the next one takes its place."""
+        while (cohort := lanes[lane]) is not None:
+            asked = cohort.advance()
+            for index, outcome in cohort.outcomes().items():
+                self._counts.num_reencoded += outcome.num_reencoded
+                take(index, outcome, cohort.number == 0)
+            if asked:
+                return Turn(cohort.number, asked)
+            cohort.close()
+            lanes[lane] = None  # so that nobody closes it again
+            lanes[lane] = self._begin(prompts, numbers)
+        return None
 
-    def _agree(self, turn: "Turn | None") -> "Turn | None":
-        """Return what this rank generates now: its own turn, another's, or nothing where no rank has any."""
+    def _agree(self, turn: Turn | None) -> Turn | None:
+        """Return what this rank generates now: its own turn, its replica's, or nothing if no rank has any."""
         shard = self._mesh.shard
         if self._engine.ranks_per_forward > 1:
-            record = None if turn is None else [turn.cohort, turn.number, turn.asked]
-            found = shard.broadcast_json(record)
-            return None if found is None else Turn(found[0], found[1], [(i, ids) for i, ids in found[2]])
+            found = shard.broadcast_json(None if turn is None else asdict(turn))
+            if found is None:
+                return None
+            return Turn(found["cohort"], [TokenPrompt(**prompt) for prompt in found["prompts"]])
         if not self._engine.forward_is_collective:
             return turn
         if not shard.any(turn is not None):
             return None
-        return turn if turn is not None else Turn(0, 0, [])
+        return turn if turn is not None else Turn(0, [])
 
-    def _batch(self, turn: "Turn", prompts: PromptBatch, *, limit: int) -> MicroBatch:
-        """Return the micro-batch of a turn; of one token that nobody looks at, where there is none."""
+    def _batch(self, turn: Turn, prompts: PromptBatch) -> tuple[MicroBatch, list[int]]:
+        """Return the micro-batch of a turn, and the place in it of each prompt's row.
+
+        Where there is no prompt, it is of one token, and nobody looks at the answer.
+        """
+        asked = turn.prompts or [TokenPrompt(0, [self._pad_id], 1)]
         most = self._settings.max_new_tokens
-        asked = turn.asked or [(0, [self._pad_id])]
         (batch,) = compose(
-            [tokens for _, tokens in asked],
+            [prompt.token_ids for prompt in asked],
             micro_batch_size=len(asked),
             pad_id=self._pad_id,
             max_new_tokens=most,
-            max_positions=limit,
         )
-        indices = tuple(asked[row][0] for row in batch.rows)
-        batch = replace(batch, rows=indices, cohort=turn.cohort if turn.asked else None)
+        order = list(batch.rows)
+        in_order = [asked[place] for place in order]
+        episodes = [prompt.episode for prompt in in_order]
+        budgets = [prompt.max_new_tokens for prompt in in_order]
+        batch = replace(
+            batch,
+            rows=tuple(episodes),
+            budgets=torch.tensor(budgets) if min(budgets) < most else None,
+            cohort=turn.cohort if turn.prompts else IDLE_COHORT,
+        )
         if self._sampler is not None:
-            plan, count = prompts.episodes, prompts.samples_per_prompt
-            assert plan is not None
-            uniforms = self._sampler.uniforms(
+            batch = replace(batch, uniforms=self._uniforms(in_order, prompts, self._sampler))
+        return batch.to(self._mesh.world.device), order
+
+    def _uniforms(
+        self, asked: list[TokenPrompt], prompts: PromptBatch, sampler: TokenSampler
+    ) -> torch.Tensor:
+        """Return the random numbers of a turn's rows, below 0 for those that take the most likely tokens."""
+        plan, count = prompts.episodes, prompts.samples_per_prompt
+        assert plan is not None
+        rows = [
+            sampler.uniforms(
                 iteration=plan.iteration,
-                prompts=[index // count for index in indices],
-                samples=[index % count for index in indices],
-                num_tokens=most,
-                turn=turn.number,
+                prompts=[prompt.episode // count],
+                samples=[prompt.episode % count],
+                num_tokens=self._settings.max_new_tokens,
+                turn=prompt.draw,
             )
-            batch = replace(batch, uniforms=uniforms)
-        return batch.to(self._mesh.world.device)
+            for prompt in asked
+        ]
+        uniforms = torch.cat(rows)
+        uniforms[[prompt.is_greedy for prompt in asked]] = -1.0
+        return uniforms
 
-    def read(self, tokens: list[int], player: "Player") -> tuple[str, dict[str, Any] | None]:
-        """Return an answer as text, and as a message where the model may call tools."""
-        text = self._text(tokens)
-        message = None
-        if player.has_tools:
-            message = parse_tool_calls(text, tokens, self._encoder.tokenizer)
-        return text, message
-
-    def was_cut(self, tokens: list[int], budget: int) -> bool:
-        """Return whether an answer ended because it had no more room."""
-        return len(tokens) >= budget and tokens[-1] not in self._end_ids
-
-    def count(self, result: StepResult) -> None:
-        """Count the time of a step."""
-        self._counts.environment_seconds += result.seconds
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What a cohort asks next.
-
-    Attributes:
-        cohort: Its number.
-        number: Turns before.
-        asked: Its living episodes; none for a rank that only takes part in others' forwards.
-    """
-
-    cohort: int
-    number: int
-    asked: Sequence[Asked]
-
-
-class Player:
-    """One episode on its rank.
-
-    Args:
-        index: Which episode it is.
-        handle: Handle of the environment, which was reset.
-        conversation: What was said.
-        settings: Limits of the episode.
-        has_tools: Whether the model may call tools.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        handle: Episode,
-        conversation: Conversation,
-        settings: EpisodeSettings,
-        *,
-        has_tools: bool,
-    ) -> None:
-        self.index, self.handle, self.conversation = index, handle, conversation
-        self.settings, self.has_tools = settings, has_tools
-        self._prompt: Observation = ""
-        self._answer = ""
-        self._answer_ids: list[int] = []
-        self._rewards: list[float] = []
-        self._num_tokens: list[int] = []
-        self._num_cut = 0
-        self._numbers: dict[str, float] = {}
-        self._has_begun = False
-
-    def advance(self, *, limit: int, count: Callable[[StepResult], None]) -> EpisodeOutcome | None:
-        """Wait for the environment, and take in what it says; return the outcome if the episode is over."""
-        result = self.handle.wait()
-        count(result)
-        self._numbers |= result.numbers
-        if self._has_begun:
-            self._rewards.append(result.reward)
-        if result.failure is not None or result.is_done:
-            return self.outcome(failure=result.failure)
-        try:
-            if self._has_begun:
-                self.conversation.observe(result.observation)
-            else:
-                self._prompt = with_system(result.observation, self.settings.system)
-                self.conversation.begin(self._prompt)
-                self._has_begun = True
-        except (ConversationError, UserError) as error:
-            return self.outcome(failure=str(error))
-        if len(self._num_tokens) == self.settings.max_turns:
-            return self._finish("turns", count)
-        if len(self.conversation.tokens) >= limit:
-            return self._finish("context", count)
-        return None
-
-    def answer(self, tokens: list[int], text: str, message: dict[str, Any] | None, *, was_cut: bool) -> None:
-        """Send an answer on."""
-        self._answer, self._answer_ids = text, tokens
-        self._num_tokens.append(len(tokens))
-        self._num_cut += was_cut
-        self.conversation.answer(tokens, text, message)
-        self.handle.step(text, message=message)
-
-    def outcome(self, *, failure: str | None = None, truncation: Truncation | None = None) -> EpisodeOutcome:
-        """Return what has become of the episode, and give it up."""
-        self.handle.close()
-        return EpisodeOutcome(
-            self._prompt,
-            self.conversation.messages,
-            self._answer,
-            self._answer_ids,
-            self._rewards,
-            self._num_tokens,
-            self._num_cut,
-            truncation,
-            failure,
-            self._numbers,
-        )
-
-    def _finish(self, truncation: Truncation, count: Callable[[StepResult], None]) -> EpisodeOutcome:
-        """End the episode at a limit; an environment may still reward what was done."""
-        self.handle.finish()
-        result = self.handle.wait()
-        count(result)
-        self._numbers |= result.numbers
-        if self._rewards:
-            self._rewards[-1] += result.reward
-        else:
-            self._rewards.append(result.reward)
-        return self.outcome(failure=result.failure, truncation=truncation)
-
-
-class Cohort:
-    """Episodes that are played together by one rank.
-
-    Args:
-        number: Which cohort it is.
-        players: Its episodes, which have been reset.
-        limits: Most tokens of an episode, and of an answer.
-        take: Takes in episodes that are over.
-        parts: The player of cohorts, which reads answers.
-
-    Attributes:
-        number: Argument ``number``.
-        num_turns: Turns so far.
-    """
-
-    def __init__(
-        self,
-        number: int,
-        players: Sequence[Player],
-        *,
-        limits: tuple[int, int],
-        take: TakeEpisode,
-        parts: EpisodePlayer,
-    ) -> None:
-        self.number, self.num_turns = number, 0
-        self._living = {player.index: player for player in players}
-        self._max_context, self._max_new_tokens = limits
-        self._take, self._parts = take, parts
-
-    def advance(self) -> list[Asked]:
-        """Wait for the environments; return the episodes that go on, each with its context."""
-        for index, player in list(self._living.items()):
-            outcome = player.advance(limit=self._max_context, count=self._parts.count)
-            if outcome is not None:
-                self._take(index, outcome, self.number == 0)
-                del self._living[index]
-        return [(index, player.conversation.tokens) for index, player in self._living.items()]
-
-    def answer(self, answers: Mapping[int, list[int]]) -> None:
-        """Send answers, by episode, on to the environments."""
-        self.num_turns += 1
-        for index, tokens in answers.items():
-            player = self._living[index]
-            budget = min(self._max_new_tokens, self._max_context - len(player.conversation.tokens))
-            text, message = self._parts.read(tokens, player)
-            player.answer(tokens, text, message, was_cut=self._parts.was_cut(tokens, budget))
-
-    def close(self) -> None:
-        """Give up the episodes that are not over."""
-        for player in self._living.values():
-            player.handle.close()
-
-
-def with_system(observation: Observation, system: str | None) -> Observation:
-    """Return a first observation with a system message before it, in place of its own; None: as it is."""
-    if not system:
-        return observation
-    messages = [{"role": "user", "content": observation}] if isinstance(observation, str) else observation
-    return [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
+    def _answer(self, tokens: list[int], prompt: TokenPrompt) -> TokenAnswer:
+        was_cut = len(tokens) >= prompt.max_new_tokens and tokens[-1] not in self._end_ids
+        return TokenAnswer(tokens, self._text(tokens), was_cut)

@@ -13,7 +13,7 @@ from shardes.rollout.batching import LikelihoodBatch, MicroBatch
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Completions, Engine, EngineOutput
 from shardes.rollout.episode_results import EpisodeAccumulator
-from shardes.rollout.episodes import EpisodeCounts, EpisodePlayer, TooLittleMemoryError
+from shardes.rollout.episodes import NUM_LANES, EpisodeCounts, EpisodePlayer, TooLittleMemoryError
 from shardes.rollout.likelihood import LogLikelihoodAccumulator
 from shardes.rollout.memory import MemoryShortageError, is_shortage
 from shardes.rollout.prompts import PromptBatch, PromptBuilder
@@ -105,6 +105,7 @@ class Evaluator:
             text=self._text,
         )
         self.episode_counts = EpisodeCounts()
+        self._scorer, self._counted = scorer, (0, 0)
         self._episodes = EpisodePlayer(
             engine,
             encoder=encoder,
@@ -140,6 +141,19 @@ class Evaluator:
         """Return the number of answers to each prompt."""
         return self._settings.samples_per_prompt
 
+    def take_episode_counts(self) -> dict[str, Any]:
+        """Return what was counted of this rank's episodes since the last call, by name, and begin anew."""
+        prefilled = getattr(self.engine, "num_prefilled_tokens", 0)
+        environments = self._scorer.environments
+        kills = 0 if environments is None else environments.num_kills
+        before, self._counted = self._counted, (prefilled, kills)
+        found = vars(self.episode_counts) | {
+            "num_prefilled_tokens": prefilled - before[0],
+            "num_environment_kills": kills - before[1],
+        }
+        self.episode_counts.reset()
+        return {**found, "environment_seconds": round(found["environment_seconds"], 6)}
+
     def prepare(self, rows: Sequence[Row], *, iteration: int, scorer: Scorer | None = None) -> PromptBatch:
         """Render, tokenise and cut a batch of problems; see ``PromptBuilder.build``."""
         return self._builder.build(
@@ -156,6 +170,8 @@ class Evaluator:
 
     def begin(self, prompts: PromptBatch) -> None:
         """Make members of the current centre loadable, to answer these prompts; a collective of all ranks."""
+        if prompts.episodes is not None:
+            self.engine.expect_cohorts(NUM_LANES, max_context=prompts.episodes.max_context)
         self.engine.begin(max(map(self.engine.bytes_for, prompts.micro_batches), default=0))
 
     def fits(self, prompts: PromptBatch) -> bool:

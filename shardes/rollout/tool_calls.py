@@ -1,4 +1,4 @@
-"""Calls of tools in a model's answer: parsed by the tokenizer's own response template, or by common formats."""
+"""Calls of tools in a model's answer, parsed by the tokenizer's response template or by common formats."""
 
 import json
 import re
@@ -10,7 +10,9 @@ from shardes.rollout.rendering import Tools
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _PYTHON = "<|python_tag|>"
-_THOUGHT = re.compile(r"\A\s*<think>(?!.*</think>)|\A.*</think>", re.DOTALL)
+_END = "</think>"
+# A prompt that has opened a thought for the answer, and tokens at its end that this is looked for in.
+_OPENED, _NUM_LAST = re.compile(r"<think>\s*\Z"), 16
 # A whole answer that begins so is a call in Llama's format, or was meant to be one.
 _LLAMA = re.compile(r'\s*\{\s*"(?:type"\s*:\s*"function"\s*,\s*")?name"\s*:')
 _BETWEEN = re.compile(r"[\s;]*")
@@ -55,15 +57,19 @@ def parse_tool_calls(
     try:
         if getattr(tokenizer, "response_template", None) is not None and len(token_ids):
             return _by_template(text, list(token_ids), tokenizer, list(prefix), tools)
-        content, calls = _by_format(_with_tags(text, token_ids, tokenizer))
+        opened = bool(len(prefix)) and _OPENED.search(tokenizer.decode(list(prefix[-_NUM_LAST:])))
+        content, calls = _by_format(_with_tags(text, token_ids, tokenizer), is_thought=bool(opened))
         return _message(text if not calls else content, calls)
     except _BadCallError as error:
         return {"role": "assistant", "content": text, "tool_call_error": str(error)}
 
 
-def _by_template(text: str, ids: list[int], tokenizer: Any, prefix: list[int], tools: Tools | None) -> Message:
+def _by_template(
+    text: str, ids: list[int], tokenizer: Any, prefix: list[int], tools: Tools | None
+) -> Message:
+    schemas = None if tools is None else list(tools)
     try:
-        parsed = dict(tokenizer.parse_response(ids, prefix=prefix, tools=None if tools is None else list(tools)))
+        parsed = dict(tokenizer.parse_response(ids, prefix=prefix, tools=schemas))
     except MemoryError:
         raise
     except Exception as error:  # parsers of users' templates raise whatever they do
@@ -104,11 +110,14 @@ def _with_tags(text: str, ids: Sequence[int], tokenizer: Any) -> str:
     return whole if is_hidden else text
 
 
-def _by_format(text: str) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
-    """Return what an answer says besides its calls, and its calls."""
-    thought = _THOUGHT.match(text)
-    start = thought.end() if thought else 0
-    if thought and "</think>" not in thought.group():  # a thought that did not end
+def _by_format(text: str, *, is_thought: bool) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+    """Return what an answer says besides its calls, and its calls; it may begin within a thought."""
+    is_thought |= text.lstrip().startswith("<think>")
+    start, end = 0, text.find(_END)
+    # A call may have the mark in its arguments.
+    if end >= 0 and (is_thought or not (_OPEN in text[:end] or _LLAMA.match(text))):
+        start = end + len(_END)
+    elif is_thought:
         return text, []
     said = text[start:]
     if _OPEN in said:
@@ -120,7 +129,7 @@ def _by_format(text: str) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
         content, calls = "", _llama(said)
     else:
         return text, []
-    return (text[:start] + content).strip() if start == 0 else text[:start] + content.rstrip(), calls
+    return text[:start] + (content.rstrip() if start else content.strip()), calls
 
 
 def _hermes(said: str) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
@@ -173,7 +182,7 @@ def _named(call: Any) -> tuple[str, dict[str, Any]]:
     """Return the name and the arguments of a call."""
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise _BadCallError(f'The tool call has no "name": {_short(json.dumps(call, default=str))}')
-    arguments = next((call[key] for key in ("arguments", "parameters") if key in call), {})
+    arguments: Any = next((call[key] for key in ("arguments", "parameters") if key in call), {})
     if isinstance(arguments, str):
         arguments, _ = _json(arguments, 0) if arguments.strip() else ({}, 0)
     if arguments is None:

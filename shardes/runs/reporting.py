@@ -4,7 +4,7 @@ import logging
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
@@ -139,8 +139,12 @@ class Reporter:
         if self._run is not None:
             self._call(self._callbacks.on_evaluation, self._line_of_centre(iteration))
 
-    def end_iteration(self, iteration: int, *, gather: str | None) -> None:
+    def end_iteration(self, iteration: int, measured: Mapping[str, Any]) -> None:
         """Write and log the line of an iteration, whose update has been applied.
+
+        Args:
+            iteration: Number of updates before it.
+            measured: Further metrics of it, which are not in the journal.
 
         Raises:
             StorageError: It cannot be written.
@@ -151,7 +155,7 @@ class Reporter:
         if self._run is not None:
             line = iteration_metrics(self._run.history, iteration) | {
                 "seconds": self._timer.take(),
-                "gather": gather,
+                **measured,
                 "peak_memory_bytes": peak_memory_bytes(self._device),
             }
             self._write(line)

@@ -1,10 +1,8 @@
-"""Parts that adapters share: their messages, arguments of rows, and random numbers of an episode."""
+"""Parts that adapters share: their messages, and arguments that rows replace."""
 
-import contextlib
 import difflib
 import importlib
-import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -79,36 +77,3 @@ def check_index(index: Any) -> int:
 def override(arguments: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments, with the values of a row's columns for those whose names it has."""
     return {name: row.get(name, value) for name, value in arguments.items()}
-
-
-class EpisodeRandomness:
-    """State of the process's random generators as one episode sees it.
-
-    Several packages draw from the generators of ``random`` and ``numpy.random`` that all of a process share.
-    As a worker plays many episodes in turn, each has its own state of them, swapped in while it is used:
-    what an episode draws depends on its seed alone.
-
-    Args:
-        seed: Seed of both generators, at least 0.
-    """
-
-    def __init__(self, seed: int) -> None:
-        import numpy as np
-
-        self._numpy = np.random
-        self._state = random.Random(seed).getstate(), np.random.RandomState(seed % 2**32).get_state()
-
-    @contextlib.contextmanager
-    def used(self) -> Iterator[None]:
-        """Have the generators in this episode's state inside the context."""
-        outside = random.getstate(), self._numpy.get_state()
-        self._set(self._state)
-        try:
-            yield
-        finally:
-            self._state = random.getstate(), self._numpy.get_state()
-            self._set(outside)
-
-    def _set(self, state: tuple[Any, Any]) -> None:
-        random.setstate(state[0])
-        self._numpy.set_state(state[1])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from shardes.environments.adapters.common import (
     override,
     take_seed,
 )
-from shardes.environments.base import Environment, Observation
+from shardes.environments.base import Observation
 
 _ANSWERS = ("whole", "last_line", "tag")
 
@@ -25,7 +25,7 @@ _LEAST_SIZE = 512
 _SOLVED = 0.99
 
 
-def make(name: str, arguments: Mapping[str, Any]) -> Callable[[], Environment]:
+def make(name: str, arguments: Mapping[str, Any]) -> "partial[ReasoningGymEnvironment]":
     """Return what makes an environment of the data set of this name.
 
     Args:

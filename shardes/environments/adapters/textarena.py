@@ -2,25 +2,28 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import random
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from shardes.environments.adapters.common import (
-    EpisodeRandomness,
     check_index,
     check_known,
     load_package,
     override,
     take_seed,
 )
-from shardes.environments.base import Environment, Observation
+from shardes.environments.ambience import Ambience
+from shardes.environments.base import Observation
 
 # Of every game, TextArena registers variants that differ in how they show it to a model.
 _SHOWN = ("-raw", "-train")
 
 
-def make(name: str, arguments: Mapping[str, Any]) -> Callable[[], Environment]:
+def make(name: str, arguments: Mapping[str, Any]) -> "partial[TextArenaEnvironment]":
     """Return what makes an environment of the game of this name.
 
     Args:
@@ -42,7 +45,8 @@ def make(name: str, arguments: Mapping[str, Any]) -> Callable[[], Environment]:
         with _without_downloads():
             _check_arguments(package, name, options)
         probe = TextArenaEnvironment(package, name, options, seed=seed)
-        probe.reset(index=0)
+        with Ambience(0):
+            probe.reset(index=0)
     except Exception as error:
         raise ValueError(f"The game {name} of TextArena cannot be played here: {_reason(error)}") from error
     return partial(TextArenaEnvironment, package, name, options, seed=seed)
@@ -71,8 +75,10 @@ class TextArenaEnvironment:
     def reset(self, index: int, **row: Any) -> Observation:
         """Begin the game of an index; columns with the name of a given argument replace it."""
         seed = self._seed + check_index(index)
-        self._randomness = EpisodeRandomness(seed)
-        with self._randomness.used(), _without_downloads():
+        # Games draw from the process's generators, of which each episode has a state of its own (Ambience).
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        with _without_downloads():
             self._game = self._make_game(override(self._options, row))
             self._game.reset(num_players=1, seed=seed)
         if not isinstance(self._game.state, self._package.SinglePlayerState):
@@ -82,12 +88,13 @@ class TextArenaEnvironment:
 
     def step(self, completion: str) -> tuple[Observation, float, bool]:
         """Make a move; the game's answer, its reward if it has ended, and whether it has."""
-        with self._randomness.used():
-            is_done, _ = self._game.step(action=completion)
+        is_done, _ = self._game.step(action=completion)
         if not is_done:
             return self._observe(), 0.0, False
         rewards, information = self._game.close()
-        reward = float((rewards or {}).get(0, 0.0))
+        reward = (rewards or {}).get(0)
+        # A few games, such as Cryptarithm, give the reason of an invalid move in place of its reward.
+        reward = float(reward) if isinstance(reward, int | float) else 0.0
         is_lost = bool(information[0].get("invalid_move"))
         self.numbers = {"success": float(reward >= 1 and not is_lost), "invalid_move": float(is_lost)}
         return "", reward, True
