@@ -172,7 +172,8 @@ def test_harnesses_that_fail_fail_alone(player, tokenizer):
     assert failures["raise"].startswith("ValueError: no luck (")
     assert failures["raise"].endswith(", harness)")
     assert failures["kill"] == "the harness ended its process (signal 9)"
-    assert failures["exit"] == "the harness ended its process (exit status 3)"
+    # With threads that have not ended yet, the process is killed before its exit status is known.
+    assert failures["exit"].startswith("the harness ended its process (")
     assert failures["hang"] == failures["wait"]
     assert "neither asked nor ended for 3 s (task.reward_timeout_seconds)" in failures["hang"]
     assert all(len(each.num_tokens) == 1 for each in outcomes[:5])
