@@ -12,11 +12,13 @@ class TwoQuestions:
     """Asks two questions, and likes answers that multiply; the model is told so only after the second."""
 
     def reset(self, a, b):
+        """Begin an episode; a and b are columns of its row."""
         self.questions = [self.question(a, b), self.question(b, a)]
         self.num_products = 0
         return self.questions.pop(0)
 
     def step(self, completion):
+        """Take in an answer; return what is said next, a reward, and whether that was all."""
         self.num_products += min(completion.count("*"), 2)
         if self.questions:
             return " " + self.questions.pop(0), 0.0, False
@@ -24,6 +26,7 @@ class TwoQuestions:
 
     @staticmethod
     def question(a, b):
+        """Return a question as the model knows them."""
         return f"{a} {b} {a + b % 7}={a * b}:"
 
 

@@ -9,25 +9,19 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
 from shardes.endpoint.desk import ANY_MODEL, Ask, Desk, Seat
 from shardes.endpoint.errors import ApiError
 from shardes.endpoint.requests import Request, SamplingSettings, read_chat, read_completion
 from shardes.endpoint.responses import Reply, body_of, events_of, model_card
-from shardes.errors import UserError
 from shardes.utils.closing import Closing
-
-try:
-    import uvicorn
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect
-    from starlette.requests import Request as HttpRequest
-    from starlette.responses import JSONResponse, Response
-    from starlette.routing import Route
-except ImportError as error:
-    raise UserError(
-        f"rollout.endpoint: needs {error.name}, which is not installed: pip install 'shardes[endpoint]'"
-    ) from None
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +39,15 @@ class EndpointServer(Closing):
     Args:
         desk: Takes the requests.
         sampling: How the run draws tokens.
-        port: Port of the loopback interface; 0: the kernel chooses one.
 
     Attributes:
-        port: The port.
-
-    Raises:
-        UserError: The port is in use.
+        port: Port of the loopback interface, which the kernel has chosen.
     """
 
-    def __init__(self, desk: Desk, sampling: SamplingSettings, *, port: int = 0) -> None:
+    def __init__(self, desk: Desk, sampling: SamplingSettings) -> None:
         self._desk = desk
         self._sampling = sampling
-        self._socket = _bound(port)
+        self._socket = _bound()
         self.port: int = self._socket.getsockname()[1]
         methods: dict[str, tuple[str, Callable[..., Any]]] = {
             "chat/completions": ("POST", self._chat),
@@ -170,17 +160,9 @@ def _set(future: "asyncio.Future[Reply | ApiError]", reply: Reply | ApiError) ->
         future.set_result(reply)
 
 
-def _bound(port: int) -> socket.socket:
+def _bound() -> socket.socket:
     bound = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((HOST, port))
-    except OSError as error:
-        bound.close()
-        raise UserError(
-            f"rollout.endpoint_port: port {port} of {HOST} cannot be used ({error.strerror}); give another "
-            "one, or 0 for any that is free"
-        ) from None
+    bound.bind((HOST, 0))
     bound.listen(1024)
     return bound
 

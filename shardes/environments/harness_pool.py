@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from shardes.endpoint.desk import Desk, Seat
-from shardes.environments.harness import HarnessSpec
+from shardes.environments.base import HarnessSpec
+from shardes.environments.harness import is_adapted
 from shardes.errors import UserError
 from shardes.rewards.batch import RewardBatch, RewardOutput
 from shardes.rewards.crew import IMPORT_SECONDS, Crew
@@ -75,7 +76,7 @@ class HarnessPool(Closing):
         self._timeout_seconds = timeout_seconds
         given = {"reference": spec.reference, "arguments": dict(spec.arguments)}
         # An adapter's processes are forked from one that has imported its package.
-        module = spec.reference.partition(":")[0] if spec.is_adapted else _WORKER
+        module = spec.reference.partition(":")[0] if is_adapted(spec) else _WORKER
         start_fork_server = partial(
             ForkServer, memory_bytes, may_isolate=may_isolate, serve=f"{module}:serve"
         )

@@ -24,63 +24,8 @@ from shardes.errors import UserError
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.episode_results import EpisodeOutcome, Truncation
 from shardes.rollout.tool_calls import parse_tool_calls
+from shardes.rollout.turns import MAX_DRAWS, EpisodeLimits, TokenAnswer, TokenPrompt
 from shardes.tasks.base import ChatTemplate, Prompt, Row
-
-MAX_DRAWS = 2**20
-"""Series of random numbers that the answers in an episode are drawn by."""
-
-
-@dataclass(frozen=True)
-class TokenPrompt:
-    """Prompt that an engine is to answer.
-
-    Attributes:
-        episode: Index of the episode that asks, among all of the evaluation; several prompts may have the
-            same.
-        token_ids: Tokens of the prompt.
-        max_new_tokens: Largest number of tokens of the answer.
-        is_greedy: True to take the most likely tokens, also where the run draws them.
-        draw: Which series of the episode's random numbers draws the tokens, below ``MAX_DRAWS``.
-        stop: Texts that end the answer, besides the run's own. An engine may leave them to the player, which
-            cuts the answer's text before them.
-    """
-
-    episode: int
-    token_ids: list[int]
-    max_new_tokens: int
-    is_greedy: bool
-    draw: int
-    stop: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class TokenAnswer:
-    """Answer of an engine.
-
-    Attributes:
-        token_ids: Its tokens, with the one that ended it.
-        text: Its text.
-        was_cut: Whether it ended because it had no more room.
-    """
-
-    token_ids: Sequence[int]
-    text: str
-    was_cut: bool
-
-
-@dataclass(frozen=True)
-class HarnessLimits:
-    """Limits of what episodes may ask.
-
-    Attributes:
-        max_new_tokens: Tokens of an answer; a request may ask for fewer.
-        max_context: Tokens of a prompt and its answer; an answer gets what the prompt leaves.
-        max_turns: Requests of an episode.
-    """
-
-    max_new_tokens: int
-    max_context: int
-    max_turns: int
 
 
 def before_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
@@ -177,7 +122,7 @@ class _Played:
             self.num_cut,
             self.truncation,
             found.failure,
-            {"environment_seconds": found.seconds},
+            seconds=found.seconds,
         )
 
 
@@ -216,7 +161,7 @@ class HarnessCohort:
         episodes: Mapping[int, Row],
         *,
         model: str,
-        limits: HarnessLimits,
+        limits: EpisodeLimits,
         desk: Desk,
         texts: RequestTexts,
         start: Callable[[Seat, Row], "Future[HarnessOutcome]"],
@@ -323,7 +268,7 @@ class HarnessCohort:
             ids = encoded[place // count]
             room = min(most, limits.max_context - len(ids))
             draw = self._draw(request, played.num_draws, place)
-            self._prompts.append(TokenPrompt(played.index, ids, room, request.is_greedy, draw, request.stop))
+            self._prompts.append(TokenPrompt(played.index, ids, room, draw, request.is_greedy))
         rows = range(start, len(self._prompts))
         played.num_draws += len(rows)
         self._plans.append(_Plan(ask, played, sum(map(len, encoded)), rows))

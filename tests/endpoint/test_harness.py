@@ -16,13 +16,13 @@ from shardes.config.task import TaskConfig
 from shardes.endpoint.requests import SamplingSettings
 from shardes.errors import UserError
 from shardes.rollout.encoding import PromptEncoder
-from shardes.rollout.harness_cohort import HarnessLimits, TokenAnswer
-from shardes.rollout.harness_player import HarnessPlayer, play
+from shardes.rollout.turns import EpisodeLimits, TokenAnswer
 from shardes.tasks.base import ChatTemplate
+from tests.helpers.harness_player import HarnessPlayer, play
 from tests.helpers.tokenizers import sentence_pieces
 
 FILE = "tests/helpers/harnesses.py"
-LIMITS = HarnessLimits(max_new_tokens=20, max_context=1000, max_turns=10)
+LIMITS = EpisodeLimits(max_new_tokens=20, max_context=1000, max_turns=10)
 MODEL = "shardes-member-3"
 # Tools are shown, and calls of them, and what they return.
 CHAT = (
@@ -204,7 +204,7 @@ def test_clients_of_the_environments_variables(player, tokenizer):
 
 
 def test_limits_are_told_and_noted(player, tokenizer):
-    limits = HarnessLimits(max_new_tokens=5, max_context=200, max_turns=4)
+    limits = EpisodeLimits(max_new_tokens=5, max_context=200, max_turns=4)
     rows = [
         {"play": "to_the_limit", "text": "a", "code": "max_turns_exceeded"},
         {"play": "to_the_limit", "text": "a" * 50, "code": "context_length_exceeded"},

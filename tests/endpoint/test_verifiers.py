@@ -11,12 +11,12 @@ from shardes.config.task import TaskConfig
 from shardes.endpoint.requests import SamplingSettings
 from shardes.environments import verifiers_harness
 from shardes.rollout.encoding import PromptEncoder
-from shardes.rollout.harness_cohort import HarnessLimits, TokenAnswer
-from shardes.rollout.harness_player import HarnessPlayer, play
+from shardes.rollout.turns import EpisodeLimits, TokenAnswer
 from shardes.tasks.base import ChatTemplate
+from tests.helpers.harness_player import HarnessPlayer, play
 from tests.helpers.tokenizers import CHAT, sentence_pieces
 
-LIMITS = HarnessLimits(max_new_tokens=20, max_context=1000, max_turns=2)
+LIMITS = EpisodeLimits(max_new_tokens=20, max_context=1000, max_turns=2)
 
 
 @pytest.fixture
