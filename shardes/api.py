@@ -21,6 +21,7 @@ from shardes.config.old_keys import apply_changes
 from shardes.config.schema import Config
 from shardes.distributed.place import read_place
 from shardes.distributed.stop import Stop, Stopped
+from shardes.environments.runners import Environments, tasks_by_key
 from shardes.errors import UserError
 from shardes.models.files import check_model_directory
 from shardes.rewards.pool import InProcessRewards, RewardProcessPool, make_reward_runner
@@ -35,6 +36,10 @@ Callback = Callable[[dict[str, Any]], object]
 
 # One process holds the whole model, whatever a file says.
 _ONE_PROCESS = {"backend": "single", "shard_size": None, "deepspeed": None}
+
+
+# Keys of the task by any of which answers, or episodes, earn something.
+_EARNING = ("name", "reward", "rewards", "environment", "tools", "harness")
 
 
 class TrainConfig:
@@ -67,7 +72,7 @@ class TrainConfig:
         self._tree = tree
         # The Trainer may bring what is missing; all else is checked now.
         task = {"data": "data.jsonl"} | tree["task"]
-        if not any(task.get(key) for key in ("name", "reward", "rewards")):
+        if not any(task.get(key) for key in _EARNING):
             task["reward"] = "given:later"
         self._checked = parse_config(tree | {"task": task}, source="TrainConfig")
         self.run_dir = self._checked.run.dir
@@ -160,11 +165,12 @@ class Trainer:
         on_iteration: Callback | Sequence[Callback] = (),
         on_evaluation: Callback | Sequence[Callback] = (),
     ) -> None:
-        if os.environ.get("WORLD_SIZE", "1") not in ("", "1") or read_place().world_size > 1:
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
             raise UserError(
                 f"Trainer: it works in one process, and this is one of {os.environ['WORLD_SIZE']}; train on "
                 "several with: torchrun ... -m shardes train --config FILE"
             )
+        read_place()  # refuses variables of a launcher that are half set
         # Where rows go that are given here; the run directory is made when training begins.
         self._files: dict[Path, str] = {}
         changes: dict[str, Any] = {}
@@ -197,7 +203,10 @@ class Trainer:
         self._write_data()
         task, heldout_sets = self._load_tasks()
         is_finished = True
-        with self._make_rewards([task, *heldout_sets.values()]) as rewards:
+        with (
+            self._make_rewards([task, *heldout_sets.values()]) as rewards,
+            Environments(config, tasks_by_key(task, heldout_sets)) as environments,
+        ):
             from shardes.rollout.preparing import prepare_tasks
             from shardes.runs.journal import recorded_setting
             from shardes.runs.reporting import Callbacks
@@ -208,8 +217,9 @@ class Trainer:
             if not logging.getLogger().handlers:
                 configure_logging()
             date = recorded_setting(config.run.dir, "task.date")
-            prepared = prepare_tasks(config, task, heldout_sets, date=date)
+            prepared = prepare_tasks(config, task, heldout_sets, environments=environments, date=date)
             parts: dict[str, Any] = {"heldout_sets": prepared.heldout_sets, "encoder": prepared.encoder}
+            parts["environments"] = environments
             callbacks = Callbacks(on_iteration=self._on_iteration, on_evaluation=self._on_evaluation)
             try:
                 with open_session(config, stop=self._stop) as session:

@@ -19,6 +19,7 @@ from shardes.config.old_keys import warn_once
 from shardes.config.schema import Config
 from shardes.distributed.place import Place, read_place
 from shardes.distributed.stop import Stop, Stopped, stop_signals
+from shardes.environments.runners import Environments, tasks_by_key
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, JobError, StorageError, UserError
 from shardes.models.files import check_model_directory
 from shardes.monitor.commands import BACKEND, BASE, COMMANDS, TRUST
@@ -85,7 +86,10 @@ def _train(config: Config, *, place: Place, stop: Stop, dry_run: bool) -> None:
         check_trackers(config.log.report_to)
     task, heldout_sets = load_tasks(config)
     # Processes for rewards come before threads, process groups and accelerators.
-    with make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards:
+    with (
+        make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards,
+        Environments(config, tasks_by_key(task, heldout_sets)) as environments,
+    ):
         from shardes.models.build import skeleton_of
         from shardes.rollout.preparing import prepare_tasks
         from shardes.session import open_session
@@ -94,20 +98,23 @@ def _train(config: Config, *, place: Place, stop: Stop, dry_run: bool) -> None:
 
         configure_logging()
         date = recorded_setting(config.run.dir, "task.date")
-        prepared = prepare_tasks(config, task, heldout_sets, date=date)
-        task, heldout_sets, encoder = prepared.task, prepared.heldout_sets, prepared.encoder
+        prepared = prepare_tasks(config, task, heldout_sets, environments=environments, date=date)
+        task = prepared.task
+        parts: dict[str, Any] = {
+            "rewards": rewards,
+            "environments": environments,
+            "encoder": prepared.encoder,
+        }
         # Before the session: a backend may change the classes that models are made of.
         model = skeleton_of(config) if dry_run else None
         try:
             with open_session(config, stop=stop) as session:
                 if model is None:
-                    make_training_loop(
-                        session, task, rewards=rewards, heldout_sets=heldout_sets, encoder=encoder
-                    ).train()
+                    make_training_loop(session, task, heldout_sets=prepared.heldout_sets, **parts).train()
                     return
                 from shardes.planning.dry_run import dry_run as try_member
 
-                lines = try_member(session, task, model=model, rewards=rewards, encoder=encoder)
+                lines = try_member(session, task, model=model, **parts)
                 if session.mesh.world.is_main:
                     click.echo("\n".join(lines))
         except Stopped:
@@ -139,20 +146,26 @@ def evaluate(
     config = model_ref.config
     check_model_directory(config.model.path)
     task, heldout_sets = load_tasks(config)
-    with make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards:
+    with (
+        make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards,
+        Environments(config, tasks_by_key(task, heldout_sets)) as environments,
+    ):
         from shardes.evaluation.summary import evaluate_model
         from shardes.rollout.preparing import prepare_tasks
         from shardes.session import open_session
         from shardes.utils.logs import configure_logging
 
         configure_logging()
-        prepared = prepare_tasks(config, task, heldout_sets, date=model_ref.date, trains=False)
+        prepared = prepare_tasks(
+            config, task, heldout_sets, environments=environments, date=model_ref.date, trains=False
+        )
         with open_session(config) as session:
             model_ref.restore(session)
             sets, lines = evaluate_model(
                 session,
                 prepared.task,
                 rewards=rewards,
+                environments=environments,
                 heldout_sets=prepared.heldout_sets,
                 encoder=prepared.encoder,
             )
@@ -285,13 +298,13 @@ def export(
             raise UserError("--shard-size is the old name of --max-shard-size, and both are given; remove it")
         warn_once("--shard-size is now called --max-shard-size; the old name still works")
     # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
-    read_place()
+    place = read_place()
     _, _, history = read_run(run_dir, base=base, backend=backend, is_trusted=is_trusted)
     history.iteration_of(iteration, key=f"--iteration {iteration}")
     if public and push_to_hub is None:
         raise UserError("--public: it is for --push-to-hub NAME, which is not given")
     repository = None
-    if push_to_hub is not None and os.environ.get("RANK", "0") == "0":
+    if push_to_hub is not None and place.rank == 0:
         from shardes.export.hub import HubRepository
 
         repository = HubRepository(push_to_hub, is_public=public)
@@ -350,7 +363,7 @@ def main(command: click.Command = cli) -> NoReturn:
         if not is_launched:
             raise
         traceback.print_exc()
-        status = 1
+        status = EXIT_FAILURE
     if is_launched:
         # There was a process group. DeepSpeed keeps it, and so its threads, alive to the interpreter's very
         # end, where their destructors race and now and then abort a job whose work is done.
@@ -371,7 +384,7 @@ def run(command: click.Command) -> int:
     except (click.ClickException, UserError, StorageError, JobError) as error:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         _show_mistake(message, at_once=isinstance(error, JobError))
-        return EXIT_FAILURE if isinstance(error, StorageError | JobError) else EXIT_USER_ERROR
+        return EXIT_USER_ERROR if isinstance(error, click.ClickException) else error.exit_status
     return status or 0  # a status if the command chose one, else nothing
 
 

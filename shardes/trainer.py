@@ -7,6 +7,7 @@ from typing import Any
 
 from shardes.config.fingerprint import resume_fingerprint
 from shardes.distributed.consistency import check_consistency, shared_settings
+from shardes.environments.runners import Environments
 from shardes.errors import UserError
 from shardes.es.member import MemberResult, check_enough_rewards, member_rewards
 from shardes.es.reward_stats import reward_stats
@@ -84,7 +85,7 @@ class TrainingLoop:
                     results = self._evaluate_members(spec)
                     update = self._decide_update(spec, results)
                     self._apply(update)
-                    self._reporter.end_iteration(iteration, gather=self._rollout.evaluator.engine.gather)
+                    self._reporter.end_iteration(iteration, self._rollout.measured())
             self._finish()
         finally:
             self._snapshots.close()
@@ -207,6 +208,7 @@ def make_training_loop(
     task: Task,
     *,
     rewards: RewardRunner | None = None,
+    environments: Environments | None = None,
     heldout_sets: Mapping[str, Task] | None = None,
     callbacks: Callbacks | None = None,
     encoder: PromptEncoder | None = None,
@@ -217,6 +219,7 @@ def make_training_loop(
         session: The model with its base weights.
         task: What it is trained on.
         rewards: Runs rewards; None: they run in this process.
+        environments: Run episodes; None: they run in this process.
         heldout_sets: Further tasks by name, on whose rows the centre is evaluated, too.
         callbacks: Are told of the run as it goes on.
         encoder: Has the tokens of their prompts; None: a new one, which makes them when they are asked.
@@ -227,14 +230,13 @@ def make_training_loop(
     run, sets, mesh, timer = session.config.run, heldout_sets or {}, session.mesh, session.timer
 
     recorded = partial(recorded_setting, run.dir)
-    rollout = make_rollout(
-        session, task, recorded=recorded, rewards=rewards, heldout_sets=sets, encoder=encoder
-    )
+    judges: dict[str, Any] = {"rewards": rewards, "environments": environments}
+    rollout = make_rollout(session, task, recorded=recorded, heldout_sets=sets, encoder=encoder, **judges)
     config, world, encoder = rollout.config, mesh.world, rollout.encoder
     settings = resume_fingerprint(
         config,
         data_sha256=rows_sha256(task.train if task.all_train is None else task.all_train),
-        prompts_sha256=encoder.sha256_of(task),
+        prompts_sha256=encoder.sha256_of(task) if task.episodes is None else None,
         date=encoder.told_date,
     )
     engine = rollout.evaluator.engine

@@ -4,7 +4,15 @@ import os
 
 import pytest
 
-from tests.helpers.ranks import LAUNCHER_VARIABLES
+from tools.gpu_check.processes import LAUNCHER_VARIABLES
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as ``slow`` what is ``exhaustive``: ``-m "not slow"`` replaces another ``-m``."""
+    for item in items:
+        if item.get_closest_marker("exhaustive"):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

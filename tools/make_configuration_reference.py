@@ -16,7 +16,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from shardes.config.schema import Config, ProblemSetConfig, RewardConfig
+from shardes.config.schema import Config
+from shardes.config.task import ProblemSetConfig, RewardConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """\

@@ -36,6 +36,13 @@ _LATER_KEYS = {
     "rollout.skip_special_tokens": True,
     "task.chat_template": None,
     "task.template_arguments": {},
+    "rollout.max_context": None,
+    "task.environment": None,
+    "task.environment_arguments": {},
+    "task.tools": [],
+    "task.harness": None,
+    "task.episode_return": "sum",
+    "task.max_turns": 10,
 }
 
 

@@ -12,7 +12,8 @@ from pydantic_core import ErrorDetails
 
 from shardes.config.old_keys import apply_changes
 from shardes.config.overrides import parse_override, section_of
-from shardes.config.schema import Config, is_hub_reference
+from shardes.config.schema import Config
+from shardes.config.task import is_hub_reference, is_range
 from shardes.config.yaml_text import MAX_BYTES, YamlError, dump_yaml, file_text, parse_yaml
 from shardes.errors import UserError
 from shardes.utils.reading import read_regular
@@ -146,5 +147,5 @@ def _with_absolute_paths(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_absolute_paths(part) for part in value]
     if isinstance(value, Path):
-        return str(value if is_hub_reference(value) else value.absolute())
+        return str(value if is_hub_reference(value) or is_range(value) else value.absolute())
     return value

@@ -24,10 +24,10 @@ class RolloutConfig(Section):
     its copy, and holds two copies. ``member``: each member's weights, once, into a whole model on every rank;
     the ranks of a replica share its prompts. ``layer``: every layer in every forward, all ranks of a replica
     in step. ``auto``: the first of the three for which every rank has the memory, and the next one where
-    memory runs out all the same; ``layer`` for ``tensor_parallel``, which has no other. All give the same
-    bits. Where every rank holds a whole model anyway (``single``, or a ``shard_size`` of 1), there is no
-    second copy, and ``iteration`` says only that ranks do not share prompts. With several members in a
-    forward the model stays the centre, and ``iteration`` takes one copy."""
+    memory runs out all the same; ``layer`` for ``tensor_parallel`` and ``vllm``, which have no other. All
+    give the same bits. Where every rank holds a whole model anyway (``single``, or a ``shard_size`` of 1),
+    there is no second copy, and ``iteration`` says only that ranks do not share prompts. With several members
+    in a forward the model stays the centre, and ``iteration`` takes one copy."""
     members_per_forward: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
     """Members whose prompts are rows of one forward. More than 1, or ``auto``, needs ``es.noise: low_rank``:
     members are terms added to what the layers of the centre compute, and each costs less, the more there are,
@@ -40,7 +40,10 @@ class RolloutConfig(Section):
     every rank work, found by trying when a run begins; the run keeps what was found. null: ``auto`` on GPUs,
     where a forward of few rows takes as long as one of many, and 32 on CPUs."""
     max_new_tokens: int = Field(gt=0)
-    """The longest answer, in tokens."""
+    """The longest answer, in tokens; of an episode, the longest of a turn."""
+    max_context: int | None = Field(default=None, gt=1)
+    """Tokens of an episode at most, all turns together; one that has no room for a further answer counts as
+    truncated, with what it has earned. null: as many as the model has positions."""
     stop: list[str] = []
     """Texts that end an answer, which keeps the first of them; end-of-sequence tokens always do. A text may
     be, or have in it, a special token, such as ``<|im_end|>``."""

@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 Message = dict[str, Any]
 
 _MOST_BYTES = 1 << 20
+# A machine that has been out of reach for so long is given up.
+_SILENCE_SECONDS = 60.0
 
 
 class Connection:
@@ -95,6 +97,11 @@ class Connection:
         """Close this end."""
         self.is_closed = True
         self.line.close()
+
+
+def silence_of(timeout_seconds: float) -> float:
+    """Return the seconds that a machine may be out of reach where ranks wait so long for each other."""
+    return min(_SILENCE_SECONDS, timeout_seconds)
 
 
 def listen(backlog: int) -> socket.socket:

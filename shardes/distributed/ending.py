@@ -5,14 +5,7 @@ import sys
 import threading
 import traceback
 
-from shardes.errors import (
-    EXIT_FAILURE,
-    EXIT_INTERRUPTED,
-    EXIT_USER_ERROR,
-    JobError,
-    StorageError,
-    UserError,
-)
+from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, JobError, StorageError, UserError
 
 # How long writing what the output still has may take: whoever reads it may be frozen, too.
 _FLUSH_SECONDS = 2.0
@@ -34,10 +27,8 @@ def _flush() -> None:
 
 def explain(error: BaseException, rank: int) -> tuple[int, str]:
     """Return the exit status of an error, and the message for the user."""
-    if isinstance(error, UserError):
-        return EXIT_USER_ERROR, f"Error: {error}"
-    if isinstance(error, StorageError | JobError):
-        return EXIT_FAILURE, f"Error: {error}"
+    if isinstance(error, UserError | StorageError | JobError):
+        return error.exit_status, f"Error: {error}"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, "interrupted; go on with the same command"
     trace = "".join(traceback.format_exception(error))[-_MOST_CHARACTERS:]

@@ -19,12 +19,12 @@ import time
 import uuid
 from collections.abc import Callable
 
-from shardes.distributed.connection import Connection, Message, listen, rank_of
+from shardes.distributed.connection import Connection, Message, listen, rank_of, silence_of
 from shardes.distributed.ending import end_process, explain
 from shardes.distributed.losses import Losses
 from shardes.distributed.silence import Silence
 from shardes.distributed.stop import Stop
-from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, UserError
 from shardes.utils.logs import tell_user
 
 # Interval at which signals and the launcher are checked when nothing else happens.
@@ -34,8 +34,6 @@ _TICK_SECONDS = 0.5
 _SETTLE_SECONDS = 0.5
 # Seconds that rank 0 waits for the others to end before it does.
 _LAST_SECONDS = 5.0
-# A machine that has been out of reach for so long is given up.
-_SILENCE_SECONDS = 60
 # Seconds that a rank which has failed waits for rank 0 to make the end, and one that was asked to stop before
 # it had met the others for an opportunity to say so.
 _ANSWER_SECONDS = 10.0
@@ -93,7 +91,7 @@ class FailureMonitor:
         self._untold: Message | None = None
         # This rank has failed, and rank 0 has until then to make an end.
         self._own_failure: tuple[float, int, str] | None = None
-        # Rank 0's: what has happened to ranks, and when to make an end because of it.
+        # What has happened to ranks (on others than rank 0: to it alone), and when to make an end for it.
         self._losses = Losses(self._silence)
         self._decide_at: float | None = None
         # Rank 0's: the ranks that have come, and whether these are all.
@@ -266,7 +264,7 @@ class FailureMonitor:
     def _on_connection(self) -> None:
         assert self._listener is not None
         line, _ = self._listener.accept()
-        connection = Connection(line, silence_seconds=min(_SILENCE_SECONDS, self._timeout_seconds))
+        connection = Connection(line, silence_seconds=silence_of(self._timeout_seconds))
         self._register(line, lambda: self._on_messages(connection))
 
     def _hear(self, rank: int, message: Message) -> None:
@@ -353,7 +351,8 @@ class FailureMonitor:
             rank = rank_of(message, token=self._token, world_size=self._world_size)
         except UserError as error:
             connection.send({"is": "refused", "text": str(error)})
-            self._hear(0, {"is": "failed", "status": EXIT_USER_ERROR, "text": f"Error: {error}"})
+            status, text = explain(error, self._rank)
+            self._hear(0, {"is": "failed", "status": status, "text": text})
             raise ValueError("no rank of this job") from None
         if rank in self._here:
             raise ValueError("there is such a rank already")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from shardes.distributed.connection import call
+from shardes.distributed.connection import call, silence_of
 from shardes.distributed.failure_monitor import FailureMonitor
 from shardes.distributed.place import Place
 from shardes.errors import JobError, UserError
@@ -26,8 +26,6 @@ _ATTEMPT = "attempt"
 _LOOK_SECONDS = 0.05
 # Longest that one call may take: who does not answer may be rank 0 of a former attempt.
 _CALL_SECONDS = 5.0
-# A machine that has been out of reach for so long is given up.
-_SILENCE_SECONDS = 60
 # A process that does not even notice that the time is over is ended so much later.
 _GRACE_SECONDS = 2.0
 
@@ -80,7 +78,7 @@ def _meet_rank_0(watch: FailureMonitor, place: Place, *, deadline: float, timeou
                     world_size=place.world_size,
                     token=name,
                     seconds=min(left, _CALL_SECONDS),
-                    silence_seconds=min(_SILENCE_SECONDS, timeout_seconds),
+                    silence_seconds=silence_of(timeout_seconds),
                 )
                 watch.join(connection, messages)
                 return dist.PrefixStore(name, store)

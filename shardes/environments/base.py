@@ -5,9 +5,7 @@ Nothing here imports torch: environments run in processes of their own, which ha
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-from shardes.tasks.base import Row
+from typing import Any, Literal, Protocol
 
 Message = dict[str, Any]
 """A chat message, with ``role`` and ``content``, as the tokenizer's chat template takes it."""
@@ -54,6 +52,39 @@ class EnvironmentSpec:
 
 
 @dataclass(frozen=True)
+class HarnessSpec:
+    """Choice of a harness: a program that plays an episode by asking the endpoint.
+
+    Attributes:
+        reference: ``package.module:function`` or ``path/to/file.py:function``.
+        arguments: Arguments of the function besides the row and the client, by name.
+    """
+
+    reference: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EpisodeSettings:
+    """Episodes that the problems of a task are.
+
+    Attributes:
+        environment: What runs them; None: a harness does.
+        harness: Program that asks by itself; None: an environment runs them.
+        max_turns: Answers of an episode at most.
+        episode_return: Sum of an episode's rewards, or the last one.
+        system: System message of an episode whose first observation is a text, which then is a chat; empty:
+            a chat without one; None: the text stays what it is.
+    """
+
+    environment: EnvironmentSpec | None
+    harness: HarnessSpec | None = None
+    max_turns: int = 10
+    episode_return: Literal["sum", "last"] = "sum"
+    system: str | None = None
+
+
+@dataclass(frozen=True)
 class StepResult:
     """Outcome of a reset or a step.
 
@@ -96,19 +127,27 @@ class Episode(Protocol):
         """Give the episode up; may be called at any time, also twice."""
 
 
-class EnvironmentRunner(Protocol):
-    """Runner of a task's episodes, in this process or in others.
+class EpisodeRunner(Protocol):
+    """Runner of a task's episodes, in this process or in others."""
 
-    Attributes:
-        tools: JSON schemas of the tools that the model may call, for the chat template; None: no tools.
-        num_kills: Processes of environments that have ended or were ended before their time, so far.
-    """
+    @property
+    def tools(self) -> Sequence[dict[str, Any]] | None:
+        """Return JSON schemas of the tools that the model may call, for the template; None: no tools."""
 
-    tools: Sequence[dict[str, Any]] | None
-    num_kills: int
+    @property
+    def required(self) -> Sequence[str]:
+        """Return the columns that a row must have."""
 
-    def begin(self, rows: Sequence[Row]) -> list[Episode]:
-        """Reset an environment for each row, and return at once."""
+    @property
+    def num_kills(self) -> int:
+        """Return how many processes of environments have ended before their time, so far."""
 
     def close(self) -> None:
         """End all episodes and all processes."""
+
+
+class EnvironmentRunner(EpisodeRunner, Protocol):
+    """Runner of episodes that are reset and stepped."""
+
+    def begin(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Episode]:
+        """Reset an environment for each row, and return at once."""

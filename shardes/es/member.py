@@ -26,6 +26,7 @@ class MemberResult:
         is_finite: Whether its logits were finite; if not, its answers mean nothing.
         by_problem: Mean reward over its answers to each problem that count; None if none does.
         problems: Indices of these problems among the iteration's, in order; None: all problems.
+        turn_tokens: Tokens generated in each turn of its episodes; empty if problems are answered once.
         samples: A few answers of the first member for people to read; not journaled.
     """
 
@@ -39,6 +40,7 @@ class MemberResult:
     is_finite: bool = True
     by_problem: Sequence[float | None] = field(default_factory=list)
     problems: Sequence[int] | None = None
+    turn_tokens: Sequence[int] = field(default_factory=list)
     samples: Sequence[Mapping[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -55,6 +57,8 @@ class MemberResult:
     def record(self) -> dict[str, Any]:
         """Return the journal's record of it."""
         kept = {key: value for key, value in vars(self).items() if key != "samples"}
+        if not self.turn_tokens:
+            del kept["turn_tokens"]
         return {"version": RESULT_VERSION} | kept
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from shardes.environments.runners import Environments
 from shardes.es.member import apply_reward_error_policy
 from shardes.rewards.pool import RewardRunner
-from shardes.rollout.aggregate import Evaluation, Sample
+from shardes.rollout.aggregate import Evaluation
 from shardes.rollout.autotune import find_micro_batch_size
 from shardes.rollout.build import make_evaluator, make_scheduler
 from shardes.rollout.encoding import PromptEncoder
@@ -106,6 +107,7 @@ def evaluate_model(
     task: Task,
     *,
     rewards: RewardRunner | None,
+    environments: Environments | None = None,
     heldout_sets: Mapping[str, Task],
     encoder: PromptEncoder | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -115,6 +117,7 @@ def evaluate_model(
         session: Session whose model is at the weights to evaluate.
         task: Task whose held-out rows are answered, or its other rows if it has none.
         rewards: Runner of the rewards; None: rewards run in this process.
+        environments: Run episodes; None: they run in this process.
         heldout_sets: Further tasks by name, whose rows are answered as well.
         encoder: Has the tokens of their prompts; None: a new one, which makes them when they are asked.
 
@@ -123,7 +126,7 @@ def evaluate_model(
     """
     config = session.config
     evaluator, scorer, scorers = make_evaluator(
-        session, task, rewards=rewards, others=heldout_sets, encoder=encoder
+        session, task, rewards=rewards, environments=environments, others=heldout_sets, encoder=encoder
     )
     if config.rollout.micro_batch_size == "auto":
         rows = task.heldout or task.train
@@ -144,9 +147,9 @@ def evaluate_model(
             on_error=config.task.on_reward_error,
         )
         parts = session.mesh.world.gather_json({k: vars(v) for k, v in found.samples.items()})
-        samples = {int(k): Sample(**v) for part in parts for k, v in part.items()}
+        samples = {int(k): v for part in parts for k, v in part.items()}
         for index, sample in sorted(samples.items()):
             place = {"set": name, "row": index // count, "sample": index % count}
             components = {key: values[index] for key, values in found.components.items()}
-            lines.append(place | vars(sample) | {"components": components})
+            lines.append(place | sample | {"components": components})
     return summaries, lines if session.mesh.world.is_main else []

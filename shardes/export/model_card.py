@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shardes.runs.journal import History
+from shardes.utils.units import shown_number
 from shardes.utils.version import VERSION
 
 # More evaluations than this are thinned out; the first, the last and the best stay.
@@ -92,14 +93,14 @@ def _evaluation(history: History | None, iteration: int) -> Iterator[str]:
         yield "Further held-out sets, with these weights:"
         yield "\n".join(
             ["| set | reward |", "|---|---:|"]
-            + [f"| {name} | {_number(part['reward'])} |" for name, part in sets.items()]
+            + [f"| {name} | {shown_number(part['reward'])} |" for name, part in sets.items()]
         )
 
 
 def _row(at: int, record: Mapping[str, Any]) -> str:
     parts = record.get("components") or {}
-    told = ", ".join(f"{name} {_number(value)}" for name, value in parts.items())
-    return f"| {at} | {_number(record['reward'])} | {told if len(parts) > 1 else ''} |"
+    told = ", ".join(f"{name} {shown_number(value)}" for name, value in parts.items())
+    return f"| {at} | {shown_number(record['reward'])} | {told if len(parts) > 1 else ''} |"
 
 
 def _thinned(known: Mapping[int, Mapping[str, Any]]) -> list[int]:
@@ -113,7 +114,3 @@ def _thinned(known: Mapping[int, Mapping[str, Any]]) -> list[int]:
     if rewards:
         kept.add(max(rewards, key=lambda at: (rewards[at], -at)))
     return sorted(kept)
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"

@@ -15,7 +15,7 @@ from shardes.backends.shard import Shard
 from shardes.errors import UserError
 from shardes.export.model_card import model_card
 from shardes.models.checkpoint import StoredTensor, read_whole
-from shardes.models.files import read_json_object
+from shardes.models.files import INDEX, WEIGHTS, read_json_object
 from shardes.models.safetensors_writer import write_header, write_values
 from shardes.runs.journal import History
 from shardes.session import Session
@@ -157,7 +157,7 @@ def _plan(shards: Sequence[Shard], itemsize: int, max_file_bytes: int) -> dict[s
     groups = make_buckets(sizes, max_bytes=max_file_bytes)
     files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     if len(groups) == 1:
-        files = ["model.safetensors"]
+        files = [WEIGHTS]
     return {file: [by_name[name] for name in names] for file, names in zip(files, groups, strict=True)}
 
 
@@ -179,9 +179,7 @@ def _write_index(
     num_bytes = itemsize * sum(shard.num_elements for shards in files.values() for shard in shards)
     num_bytes += sum(stored.num_elements * stored.dtype.itemsize for stored in buffers.values())
     index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
-    write_atomically(
-        directory / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n"
-    )
+    write_atomically(directory / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _name_of(dtype: torch.dtype) -> str:

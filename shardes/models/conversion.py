@@ -50,6 +50,8 @@ class Conversion:
         self._by_pattern = {
             pattern: converter for converter in self._converters for pattern in converter.source_patterns
         }
+        # What ``_target`` has found: rules are regular expressions, and each name is looked up repeatedly.
+        self._targets: dict[str, tuple[str, str | None]] = {}
         self._prefix = model.base_model_prefix
         self._state = model.state_dict()
         self._modules = {name for name, _ in model.named_modules()}
@@ -144,11 +146,14 @@ class Conversion:
         """Return the parameter that a file tensor belongs to, and the pattern that joins it to others."""
         from transformers.core_model_loading import rename_source_key
 
+        if name in self._targets:
+            return self._targets[name]
         target, pattern = rename_source_key(
             name, self._renamings, self._converters, self._prefix, self._state
         )
         if target not in self._state and name in self._state:
             target, pattern = rename_source_key(name, [], [], self._prefix, self._state)
+        self._targets[name] = target, pattern
         return target, pattern
 
     def _order(self, target: str, by_pattern: dict[str | None, list[str]]) -> list[str]:
@@ -178,10 +183,7 @@ class Conversion:
             [("MergeModulelist", 0), ("Concatenate", 0)],
         ):
             return [name for names in lists for name in names]
-        if (
-            operations == [("MergeModulelist", 0), ("Concatenate", 1)]
-            and len({len(names) for names in lists}) == 1
-        ):
+        if operations == [("MergeModulelist", 0), ("Concatenate", 1)]:
             # Within each expert, one tensor after the other.
             return [name for expert in zip(*lists, strict=True) for name in expert]
         raise UserError(

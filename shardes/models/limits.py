@@ -5,18 +5,17 @@ kinds of exceptions for values that they do not expect.
 """
 
 import contextlib
-import os
 import resource
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from shardes.errors import UserError
+from shardes.utils.limits import limit_address_space
 from shardes.utils.messages import one_line
 
 # The largest published models have ten thousand, or ten times that if each expert has its own.
@@ -85,18 +84,13 @@ def _limited_time() -> Iterator[None]:
 @contextlib.contextmanager
 def _limited_memory(most_bytes: int) -> Iterator[None]:
     """Let the process grow by so much in the block, where the system tells how large it is."""
-    try:
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limits = [size + most_bytes, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)]
-    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with contextlib.suppress(OSError):
+        limit_address_space(most_bytes)
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @contextlib.contextmanager

@@ -101,6 +101,19 @@ def verify(
 
 
 @click.command()
+@click.argument("run_dir", type=_PATH)
+@click.option("--iteration", type=click.IntRange(min=0), help="Updates before them; default: the last.")
+@click.option("--member", "is_of_members", is_flag=True, help="Of the first member, not of the centre.")
+@click.option("--num-samples", type=click.IntRange(min=1), default=4, show_default=True)
+def samples(run_dir: Path, iteration: int | None, is_of_members: bool, num_samples: int) -> None:
+    """Print answers of RUN_DIR, or whole conversations of its episodes, with what they earned."""
+    from shardes.monitor.samples import shown_samples
+
+    lines = shown_samples(run_dir, iteration=iteration, is_of_members=is_of_members, num_samples=num_samples)
+    click.echo(printable("\n".join(lines)))
+
+
+@click.command()
 @click.argument("run_dirs", nargs=-1, required=True, type=_PATH)
 @click.option("--out", type=_PATH, default="reward.png", show_default=True, help="A .png or .svg file.")
 @click.option("--reward-only", is_flag=True, help="Leave out where the time goes, and the instruments.")
@@ -143,4 +156,4 @@ def env() -> None:
     click.echo("\n".join(f"{name}: {value}" for name, value in describe().items()))
 
 
-COMMANDS = (journal, verify, plot, watch, env)
+COMMANDS = (journal, verify, samples, plot, watch, env)

@@ -13,8 +13,16 @@ from shardes.utils.messages import one_line
 from shardes.utils.version import VERSION
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "triton", "numba", "numpy", "safetensors")
-# What the optional features need, as in pyproject.toml.
-_EXTRAS = {"plot": ("matplotlib",), "data": ("datasets", "pyarrow"), "math": ("math-verify",)}
+# What the optional features need, as in pyproject.toml; of vLLM the line of its backend tells.
+_EXTRAS = {
+    "zero3": ("deepspeed",),
+    "plot": ("matplotlib",),
+    "data": ("datasets", "pyarrow"),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "math": ("math-verify",),
+    "gguf": ("gguf",),
+}
 # Variables that change what a job does, of those that launchers and libraries read.
 _VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
@@ -49,6 +57,7 @@ def describe() -> dict[str, str]:
     found["backend fsdp"] = _tried(_import_fsdp)
     found["backend zero3"] = _tried(_import_zero3)
     found["backend tensor_parallel"] = _tried(_import_tensor_parallel)
+    found["backend vllm"] = _tried(_import_vllm)
     for extra, packages in _EXTRAS.items():
         missing = [name for name in packages if _version(name) is None]
         verb = "is" if len(missing) == 1 else "are"
@@ -111,3 +120,9 @@ def _import_tensor_parallel() -> None:
     except ImportError:
         found = _version("transformers")
         raise UserError(f"it needs transformers 5.23, whose plans it applies; this is {found}") from None
+
+
+def _import_vllm() -> None:
+    from shardes.backends.vllm.launch import import_vllm
+
+    import_vllm()

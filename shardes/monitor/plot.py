@@ -4,7 +4,7 @@ matplotlib is imported only when something is drawn, through its object-oriented
 chosen for the process and no figure stays open.
 """
 
-import json
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,8 @@ def read_metrics(run_dir: Path) -> dict[int, Point]:
             f"{path} cannot be read: {error.strerror}; wanted a run directory, in which training writes "
             f"{METRICS} (run.dir of the run's configuration)"
         ) from None
-    if _is_json(last):
+    with contextlib.suppress(ValueError):
+        parse_json(last)
         lines.append(last)
     points: dict[int, Point] = {}
     for number, line in enumerate(lines, start=1):
@@ -91,20 +92,14 @@ def read_metrics(run_dir: Path) -> dict[int, Point]:
     return dict(sorted(points.items()))
 
 
-def _is_json(line: bytes) -> bool:
-    try:
-        parse_json(line)
-    except ValueError:
-        return False
-    return True
-
-
 def _parse(line: bytes, *, where: str) -> tuple[int, Point]:
     """Return a line's iteration and its numbers that are drawn."""
     wanted = (
         "wanted a JSON object with an integer 'iteration' and numbers as rewards; remove or repair the line"
     )
-    record: Any = json.loads(line) if _is_json(line) else None
+    record: Any = None
+    with contextlib.suppress(ValueError):
+        record = parse_json(line)
     iteration = record.get("iteration") if isinstance(record, dict) else None
     if not isinstance(iteration, int) or not 0 <= iteration < _MOST_ITERATIONS:
         raise UserError(f"{where}: got {_shortened(line)}; {wanted}")

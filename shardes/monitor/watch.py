@@ -17,6 +17,7 @@ from shardes.errors import UserError
 from shardes.utils.logs import printable
 from shardes.utils.progress import duration
 from shardes.utils.reading import open_regular, parse_json
+from shardes.utils.units import shown_number
 
 # Iterations whose mean time is what the next ones are expected to take.
 _NUM_TIMED = 20
@@ -146,8 +147,8 @@ class RunView:
         if done:
             line = done[-1]
             yield (
-                f"reward       {_number(line['reward_mean'])}, std {_number(line['reward_std'])}, "
-                f"from {_number(line['reward_min'])} to {_number(line['reward_max'])}"
+                f"reward       {shown_number(line['reward_mean'])}, std {shown_number(line['reward_std'])}, "
+                f"from {shown_number(line['reward_min'])} to {shown_number(line['reward_max'])}"
             )
             yield f"             {_curve([each['reward_mean'] for each in done])}"
         yield from self._heldout()
@@ -183,13 +184,13 @@ class RunView:
         if rewards:
             last, best = max(rewards), max(rewards, key=lambda at: (rewards[at], -at))
             yield (
-                f"held-out     {_number(rewards[last])} after {last} iterations; "
-                f"the best {_number(rewards[best])} after {best}"
+                f"held-out     {shown_number(rewards[last])} after {last} iterations; "
+                f"the best {shown_number(rewards[best])} after {best}"
             )
             yield f"             {_curve(list(rewards.values()))}"
         if found:
             for name, part in found[max(found)].get("sets", {}).items():
-                yield f"  {name}: {_number(part['reward'])}"
+                yield f"  {name}: {shown_number(part['reward'])}"
 
     def _ending(self, now: float) -> str:
         if self.is_finished:
@@ -224,10 +225,6 @@ def _curve(values: list[float | None]) -> str:
     low, high = min(means), max(means)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((mean - low) * scale)] for mean in means)
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"
 
 
 def watch(run_dir: Path, *, once: bool, every_seconds: float, is_terminal: bool) -> Iterator[str]:

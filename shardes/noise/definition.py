@@ -29,6 +29,8 @@ LANES = 16
 BLOCK = 4 * LANES
 # One bit an element: a call's 4 * 32 bits serve elements LANES apart.
 SIGN_BLOCK = 128 * LANES
+# Calls between the first random numbers of a turn of an episode and those of the next.
+CALLS_PER_TURN = 2**20
 
 MAX_ELEMENTS = 2**34
 MAX_ITERATION = 2**32 - 1
@@ -267,7 +269,7 @@ def data_order(size: int, *, seed: int, iteration: int, count: int) -> NDArray[n
 
 
 def sampling_uniforms(
-    *, seed: int, iteration: int, prompt: int, sample: int, count: int
+    *, seed: int, iteration: int, prompt: int, sample: int, count: int, turn: int = 0
 ) -> NDArray[np.float32]:
     """Return the random numbers that draw the tokens of one answer, a pure function of the arguments.
 
@@ -276,12 +278,13 @@ def sampling_uniforms(
         iteration: Iteration, below 2**32.
         prompt: Index in the batch of problems, below 2**24.
         sample: Index among the answers to one prompt, below 2**24.
-        count: Number of token positions.
+        count: Number of token positions, at most ``4 * CALLS_PER_TURN``, so that no turns share numbers.
+        turn: Number of the answers before in the same episode, below 2**20; 0 where there are no turns.
 
     Returns:
         float32 in [0, 1), multiples of 2**-24, of shape [count].
     """
-    call = np.arange(-(-count // 4), dtype=np.uint64)
+    call = np.arange(-(-count // 4), dtype=np.uint64) + np.uint64(turn * CALLS_PER_TURN)
     words = call_words(
         call, seed=seed, iteration=iteration, direction=sample, param_id=prompt, stream=Stream.SAMPLING
     )

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
+from shardes.environments.runners import Environments
 from shardes.planning.machine import Machine
 from shardes.planning.plan import Plan
 from shardes.planning.report import report
@@ -32,6 +33,7 @@ def dry_run(
     *,
     model: PreTrainedModel,
     rewards: RewardRunner,
+    environments: Environments | None = None,
     encoder: PromptEncoder | None = None,
 ) -> list[str]:
     """Evaluate one member on two problems, and plan for the ranks and memory that are here; a collective.
@@ -41,6 +43,7 @@ def dry_run(
         task: What would be trained on.
         model: The model, its parameters on meta.
         rewards: Runs rewards.
+        environments: Run episodes; None: they run in this process.
         encoder: Has the tokens of its prompts; None: a new one, which makes them when they are asked.
 
     Returns:
@@ -48,7 +51,9 @@ def dry_run(
     """
     world = session.mesh.world
     recorded = partial(recorded_setting, session.config.run.dir)
-    rollout = make_rollout(session, task, recorded=recorded, rewards=rewards, encoder=encoder)
+    rollout = make_rollout(
+        session, task, recorded=recorded, rewards=rewards, environments=environments, encoder=encoder
+    )
     rollout.begin()
     start = time.monotonic()
     spec = rollout.spec(0, num_problems=_NUM_PROBLEMS)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from shardes.config.schema import Config, is_hub_reference
+from shardes.config.schema import Config
+from shardes.config.task import is_hub_reference, is_range
 from shardes.errors import UserError
 from shardes.models.build import parameter_aliases, skeleton_of
 from shardes.models.checkpoint import Checkpoint
@@ -57,7 +58,8 @@ def plan_run(
     )
     encoder = make_encoder(config) if is_there else None
     data = config.task.data
-    task = load_task(config.task) if not is_hub_reference(data) and data.exists() else None
+    is_known = is_range(data) or (not is_hub_reference(data) and data.exists())
+    task = load_task(config.task) if is_known else None
     workload = make_workload(
         config, task=task, encoder=encoder, num_prompts=num_prompts, prompt_tokens=prompt_tokens
     )

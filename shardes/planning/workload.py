@@ -24,7 +24,8 @@ class Workload:
 
     Attributes:
         num_members: Most members that an iteration evaluates.
-        num_sequences: Answers that a member generates, or completions whose likelihood it computes.
+        num_sequences: Answers that a member generates, all turns of episodes counted, or completions whose
+            likelihood it computes.
         micro_batch_rows: Sequences in a forward.
         prompt_tokens: Tokens of the longest prompt; for likelihoods, of prompt and completion.
         answer_tokens: Most tokens that are generated; 0 for likelihoods.
@@ -75,20 +76,26 @@ def make_workload(
         if not per_prompt:
             per_prompt = 1
             assumed.append("one completion to each prompt")
-    if prompt_tokens is None and task is not None and encoder is not None:
+    num_turns = 1
+    if config.task.is_episodic:
+        num_turns = config.task.max_turns
+        assumed.append(f"all {num_turns} turns of every episode (task.max_turns)")
+        if rollout.max_context is not None and prompt_tokens is None:
+            prompt_tokens = max(1, rollout.max_context - rollout.max_new_tokens)
+    elif prompt_tokens is None and task is not None and encoder is not None:
         leaves_out = config.task.on_prompt_error == "exclude"
         prompt_tokens = longest_prompt(task, encoder, leaves_out=leaves_out)
     if prompt_tokens is None:
         prompt_tokens = ASSUMED_PROMPT_TOKENS
         assumed.append(f"prompts of up to {prompt_tokens} tokens (--prompt-tokens)")
-    num_sequences = round(num_prompts * per_prompt)
+    num_episodes = round(num_prompts * per_prompt)
     rows = rollout.micro_batch_size
     if not isinstance(rows, int):
         rows = USUAL_SIZE  # with which rollout.gather is chosen; see Plan.with_rows_found
     return Workload(
         num_members,
-        num_sequences,
-        min(rows, num_sequences),
+        num_episodes * num_turns,
+        min(rows, num_episodes),
         prompt_tokens,
         0 if is_scored else rollout.max_new_tokens,
         tuple(assumed),

@@ -17,6 +17,12 @@ logger = logging.getLogger(__name__)
 IMPORT_SECONDS = 600.0
 # How long answers wait for a worker before there are more of them.
 PATIENCE_SECONDS = 0.5
+# How often in a row the fork server is started again while no worker gets to the end of its import.
+_MOST_RESTARTS = 3
+
+
+class _LostServerError(UserError):
+    """The fork server ended while a worker imported the rewards; another worker may have ended it."""
 
 
 class Crew:
@@ -52,6 +58,7 @@ class Crew:
         self._num_workers = self._num_starting = 0
         self._start_fork_server = start_fork_server
         self._fork_server = start_fork_server()
+        self._num_restarts = 0
         self._has_told_of_left = False
         self.columns: list[list[str] | None] = [None] * len(components)
         self.obstacle: str | None = None
@@ -113,7 +120,9 @@ class Crew:
     async def _add(self) -> None:
         try:
             await self._start_worker()
-        except (UserError, OSError) as error:
+        except (UserError, OSError, ValueError, KeyError) as error:
+            if isinstance(error, _LostServerError) and self._num_restarts < _MOST_RESTARTS:
+                self.grow()
             if self._num_workers:
                 return
             for place in self._waiting:  # nobody else will come
@@ -129,52 +138,62 @@ class Crew:
     async def _start_worker(self) -> None:
         """Start a worker that has been counted, and have it import the rewards."""
         try:
-            worker = await self._fork()
+            server, worker = await self._fork()
         except BaseException:
             self._num_workers -= 1
             self._num_starting -= 1
             raise
+        is_lost = False
         try:
             async with asyncio.timeout(IMPORT_SECONDS):
                 reply = await worker.ask(self._components)
                 error = reply["error"]
+                columns = reply["columns"] if error is None else self.columns
         except TimeoutError:
             error = f"importing it took longer than {IMPORT_SECONDS:g} s"
         except (EOFError, OSError):
-            how = "with its parent"
+            how, is_lost = "with its parent", True
             with contextlib.suppress(OSError):  # the fork server may have ended, too
-                how = ending(self._fork_server.kill(worker.pid))
+                if server is self._fork_server:
+                    how, is_lost = ending(server.kill(worker.pid)), False
             error = f"importing it ended the process ({how})"
         except BaseException:
-            self.discard(worker)
+            self._end(worker)
             raise
         finally:
             self._num_starting -= 1
         if error is not None:
-            self.discard(worker)
-            raise UserError(f"task.reward: {error}")
-        self.columns = reply["columns"]
+            self._end(worker)
+            raise (_LostServerError if is_lost else UserError)(f"task.reward: {error}")
+        self._num_restarts = 0
+        self.columns = columns
         self.release(worker)
 
-    async def _fork(self) -> WorkerProcess:
-        """Fork a worker; if the fork server is gone, start another first."""
+    async def _fork(self) -> tuple[ForkServer, WorkerProcess]:
+        """Fork a worker, and return it with its fork server; if that is gone, start another first."""
         try:
             pid, connection = self._fork_server.fork()
         except OSError:
             self._fork_server.close()
+            self._num_restarts += 1
             self._fork_server = self._start_fork_server()
             pid, connection = self._fork_server.fork()
-        return WorkerProcess(pid, *await asyncio.open_unix_connection(sock=connection))
+        server = self._fork_server
+        return server, WorkerProcess(pid, *await asyncio.open_unix_connection(sock=connection))
 
     def discard(self, worker: WorkerProcess) -> int | None:
         """Kill a worker, replace it if somebody waits, and return its exit code (see ``kill``) if known."""
-        self._num_workers -= 1
-        worker.writer.close()
-        code = None
-        with contextlib.suppress(OSError):
-            code = self._fork_server.kill(worker.pid)
+        code = self._end(worker)
         self.grow()
         return code
+
+    def _end(self, worker: WorkerProcess) -> int | None:
+        """Kill a worker, and return its exit code if known."""
+        self._num_workers -= 1
+        worker.writer.close()
+        with contextlib.suppress(OSError):
+            return self._fork_server.kill(worker.pid)
+        return None
 
     def retire(self, worker: WorkerProcess, left: str) -> None:
         """Replace a worker in which a reward has left something behind that may disturb others."""

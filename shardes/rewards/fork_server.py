@@ -2,10 +2,11 @@
 
 It is started as a fresh interpreter before the training process has threads, an accelerator or a process
 group, so nothing of these reaches a worker, and a new worker takes milliseconds. It runs nothing but this
-module. Over its socket it takes single-letter commands: ``f`` with a socket: fork a worker that serves it,
-and answer with its process id; ``k`` and a process id: kill that worker and all that it started, and answer
-with how it ended; ``i``: say why workers are not isolated, or ``-``. When the socket closes, or its parent
-dies, it kills all workers and ends.
+module, and in workers the function that serves the pool: here that of rewards, or another one's of
+environments. Over its socket it takes single-letter commands: ``f`` with a socket: fork a worker that serves
+it, and answer with its process id; ``k`` and a process id: kill that worker and all that it started, and
+answer with how it ended; ``i``: say why workers are not isolated, or ``-``. When the socket closes, or its
+parent dies, it kills all workers and ends.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -27,6 +29,7 @@ from shardes.rewards.isolation import run_isolated, why_not_isolated
 from shardes.rewards.leftovers import ProcessState
 from shardes.rewards.output import LimitedLog
 from shardes.rewards.worker import RewardCaller
+from shardes.utils.references import load_class
 
 HEADER = struct.Struct("!Q")
 """The length of a message, before each message between a worker and its pool."""
@@ -35,7 +38,7 @@ HEADER = struct.Struct("!Q")
 _END_SECONDS = 5.0
 
 
-def main(descriptor: int, memory_bytes: int, parent: int, may_isolate: int = 0) -> None:
+def main(descriptor: int, memory_bytes: int, parent: int, may_isolate: int = 0, *, serve: str = "") -> None:
     """Serve the pool until it goes away.
 
     Args:
@@ -43,11 +46,14 @@ def main(descriptor: int, memory_bytes: int, parent: int, may_isolate: int = 0) 
         memory_bytes: Address space of a worker; 0: no limit.
         parent: The process that has the pool.
         may_isolate: 1: workers are isolated where the kernel allows it.
+        serve: The function that a worker calls with its socket, as ``module:function``; empty: it judges
+            completions.
     """
     signal.signal(signal.SIGTERM, _leave)
     end_with_parent(signal.SIGTERM)
     adopt_orphans()
-    server = _Server(socket.socket(fileno=descriptor), memory_bytes, may_isolate=bool(may_isolate))
+    control, serve_pool = socket.socket(fileno=descriptor), load_class(serve) if serve else _serve
+    server = _Server(control, memory_bytes, may_isolate=bool(may_isolate), serve=serve_pool)
     try:
         try:
             with contextlib.suppress(ConnectionError):  # a pool that died may have left a reply unread
@@ -72,10 +78,19 @@ class _Server:
         control: Socket to the pool.
         memory_bytes: Address space of a worker; 0: no limit.
         may_isolate: Isolates workers where the kernel allows it.
+        serve: Called by a worker with its socket to the pool.
     """
 
-    def __init__(self, control: socket.socket, memory_bytes: int, *, may_isolate: bool) -> None:
+    def __init__(
+        self,
+        control: socket.socket,
+        memory_bytes: int,
+        *,
+        may_isolate: bool,
+        serve: Callable[[socket.socket], None],
+    ) -> None:
         self._control = control
+        self._serve_pool = serve
         self._memory_bytes = memory_bytes
         self._obstacle = why_not_isolated() if may_isolate else "task.reward_isolation is none"
         self._workers: set[int] = set()
@@ -84,7 +99,8 @@ class _Server:
         # What they print.
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
-        self._log = LimitedLog(sys.stderr.fileno())
+        who = "rewards" if serve is _serve else "environments"
+        self._log = LimitedLog(sys.stderr.fileno(), who=who)
 
     def serve(self, parent: int) -> None:
         """Obey commands until the pool goes away, and copy what workers print."""
@@ -141,12 +157,15 @@ class _Server:
             os.close(self._writer)
             connection = socket.socket(fileno=descriptor)
             if self._obstacle is None:
-                run_isolated(lambda: _work(connection, self._memory_bytes), close=connection.close)
-            _work(connection, self._memory_bytes)
+                run_isolated(lambda: self._work(connection), close=connection.close)
+            self._work(connection)
         except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:
             os._exit(1)
+
+    def _work(self, connection: socket.socket) -> NoReturn:
+        _work(connection, self._memory_bytes, self._serve_pool)
 
     def _end(self, pid: int) -> int:
         """Kill a worker and all that it started; return the exit code, or minus the signal, it ended with."""
@@ -183,7 +202,7 @@ class _Server:
         self._log.close()
 
 
-def _work(connection: socket.socket, memory_bytes: int) -> NoReturn:
+def _work(connection: socket.socket, memory_bytes: int, serve: Callable[[socket.socket], None]) -> NoReturn:
     """Run a worker from its fork to its exit."""
     status, process = 1, os.getpid()
     try:
@@ -197,7 +216,7 @@ def _work(connection: socket.socket, memory_bytes: int) -> NoReturn:
             resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
         # A child must never answer, and must not keep the pool from seeing that its parent has ended.
         os.register_at_fork(after_in_child=connection.close)
-        _serve(connection)
+        serve(connection)
         status = 0
     except (EOFError, ConnectionError):  # an error, if the pool died and left a reply unread
         status = 0
@@ -211,27 +230,27 @@ def _work(connection: socket.socket, memory_bytes: int) -> NoReturn:
 
 def _serve(connection: socket.socket) -> None:
     """Import the rewards, report an error or none, and judge batches until the pool goes away."""
-    number, setup = _receive(connection)
+    number, setup = receive(connection)
     try:
         caller = RewardCaller(setup)
     except ValueError as error:
-        _send(connection, {"id": number, "error": str(error)})
+        send(connection, {"id": number, "error": str(error)})
         return
     state = ProcessState()
     state.restore()  # an alarm that the import has set must not end the first call
     caller.after_call = state.restore
-    _send(connection, {"id": number, "error": None, "columns": caller.columns})
+    send(connection, {"id": number, "error": None, "columns": caller.columns})
     while True:
-        number, question = _receive(connection)
+        number, question = receive(connection)
         output = caller.judge(*question)
         state.restore()
         left = state.left
         if (output.first_failure or "").startswith("MemoryError"):
             left = left or "too little memory"  # which an earlier call may have filled
-        _send(connection, vars(output) | {"id": number, "left": left})
+        send(connection, vars(output) | {"id": number, "left": left})
 
 
-def _receive(connection: socket.socket) -> tuple[int, Any]:
+def receive(connection: socket.socket) -> tuple[int, Any]:
     """Receive the pool's next request: its id, and what is asked.
 
     The training process made it, so it may be unpickled.
@@ -252,6 +271,7 @@ def _read(connection: socket.socket, length: int) -> bytearray:
     return data
 
 
-def _send(connection: socket.socket, message: Any) -> None:
+def send(connection: socket.socket, message: Any) -> None:
+    """Send the pool a reply, as JSON."""
     payload = json.dumps(message).encode()
     connection.sendall(HEADER.pack(len(payload)) + payload)

@@ -12,26 +12,25 @@ from types import ModuleType
 from shardes.tasks.base import RewardFunction
 
 
-def import_functions(references: Sequence[str]) -> list[RewardFunction]:
+def import_functions(references: Sequence[str], *, kind: str = "function") -> list[RewardFunction]:
     """Import functions; a file that several references name is executed once.
 
     A file's directory comes first in the import path, as if Python had been started with the file, so that it
     can import its neighbours, and so can processes that a reward spawns. Files of two directories may both
     have a neighbour ``common.py``: while a file is imported, its own directory's counts.
 
+    Args:
+        references: The functions' references.
+        kind: What they are, for messages: a class may be imported as well.
+
     Raises:
         ValueError: There is no such module, file or function, or importing it fails.
     """
-    importer = _Importer()
+    importer = _Importer(kind)
     # Those found by name go first, so that their files are known.
     in_order = sorted(dict.fromkeys(references), key=_is_file)
     functions = {reference: importer.function(reference) for reference in in_order}
     return [functions[reference] for reference in references]
-
-
-def import_function(reference: str) -> RewardFunction:
-    """Import one function; see ``import_functions``."""
-    return import_functions([reference])[0]
 
 
 def reference_of(function: RewardFunction | str) -> str:
@@ -57,7 +56,8 @@ def _is_file(reference: str) -> bool:
 class _Importer:
     """Importer of functions that are used in the same process."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
         self._modules: dict[Path, ModuleType] = {}
         # By directory, the modules that were imported from it, by name.
         self._neighbours: dict[Path, dict[str, ModuleType]] = {}
@@ -78,14 +78,14 @@ class _Importer:
         except (Exception, SystemExit) as error:
             raise ValueError(
                 f"{source} cannot be imported ({type(error).__name__}: {error}); give "
-                "package.module:function, or path/to/file.py:function relative to where the command is "
-                "started"
+                f"package.module:{self._kind}, or path/to/file.py:{self._kind} relative to where the command "
+                "is started"
             ) from None
         if (file := _file_of(module)) is not None:
             self._modules.setdefault(file, module)
         function = getattr(module, name, None)
         if not callable(function):
-            raise ValueError(f"{source} has no function {name!r}")
+            raise ValueError(f"{source} has no {self._kind} {name!r}")
         return function
 
     def _module_of_file(self, path: Path) -> ModuleType:

@@ -41,11 +41,15 @@ class ProcessState:
     Threads and processes that exist now are not taken for left behind later, nor are idle threads of
     executors (``concurrent.futures``).
 
+    Args:
+        may_keep_running: Calls may leave threads, processes and open files behind, for later calls.
+
     Attributes:
         left: What calls have left behind so far that cannot be undone, for people to read; None: nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, may_keep_running: bool = False) -> None:
+        self._may_keep_running = may_keep_running
         self._handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self._directory = os.open(".", os.O_PATH | os.O_DIRECTORY)
@@ -88,8 +92,7 @@ class ProcessState:
         steps = [
             self._restore_python,
             self._restore_process,
-            self._find_threads,
-            self._end_children,
+            *([] if self._may_keep_running else [self._find_threads, self._end_children]),
             self._find_files,
         ]
         try:
@@ -185,6 +188,8 @@ class ProcessState:
             return "another standard input, output or error"
         if any(isinstance(stream, io.IOBase) and stream.closed for stream in self._streams):
             return "a closed standard input, output or error"
+        if self._may_keep_running:
+            return None
         num_left = _num_open_files() - self._num_files
         return f"{num_left} open files" if num_left > _MAX_LEFT_OPEN else None
 

@@ -2,26 +2,24 @@
 
 import asyncio
 import logging
-import queue
-import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 from shardes.config.schema import TaskConfig
 from shardes.errors import UserError
+from shardes.rewards.batch import RewardBatch, RewardOutput
 from shardes.rewards.crew import Crew
 from shardes.rewards.importing import reference_of
 from shardes.rewards.processes import ForkServer, ending, read_reply
-from shardes.rewards.worker import RewardBatch, RewardCaller, RewardOutput
+from shardes.rewards.worker import RewardCaller
 from shardes.tasks.base import Component, Task, all_rewards
+from shardes.utils.background import BackgroundLoop
 from shardes.utils.closing import Closing
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 PendingRewards = Future[RewardOutput]
 """Rewards that are being computed."""
@@ -108,21 +106,15 @@ class RewardProcessPool(Closing):
     ) -> None:
         self._components = list(components)
         self._timeout_seconds = timeout_seconds
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._loop = asyncio.new_event_loop()
+        self._background = BackgroundLoop("rewards")
         self._crew = Crew(
             [replace(c, function=reference_of(c.function)) for c in components],
             max_workers=max_workers,
             start_fork_server=partial(ForkServer, memory_bytes, may_isolate=may_isolate),
-            background=self._background,
+            background=self._background.start,
         )
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rewards", daemon=True)
-        self._thread.start()
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._forwarder = threading.Thread(target=self._forward, name="rewards inbox", daemon=True)
-        self._forwarder.start()
         try:
-            self._run(self._crew.start()).result()
+            self._background.run(self._crew.start()).result()
         except BaseException:
             self.close()
             raise
@@ -136,9 +128,9 @@ class RewardProcessPool(Closing):
 
         def judge() -> None:
             for future, batch in zip(futures, batches, strict=True):
-                self._background(self._judge_into(future, indices, batch))
+                self._background.start(self._judge_into(future, indices, batch))
 
-        self._inbox.put(judge)
+        self._background.call(judge)
         return futures
 
     def _tell_of_isolation(self) -> None:
@@ -151,42 +143,11 @@ class RewardProcessPool(Closing):
                 "see no others" if obstacle is None else f"see those of this machine ({obstacle})",
             )
 
-    def _forward(self) -> None:
-        """Pass on to the event loop what callers put into the inbox.
-
-        Waking the loop lets go of the interpreter's lock and may wait for it for long; this thread has the
-        time, a caller that generates does not.
-        """
-        while (callback := self._inbox.get()) is not None:
-            self._loop.call_soon_threadsafe(callback)
-
     def close(self) -> None:
         """End all processes."""
-        if self._loop.is_closed():
-            return
-        self._inbox.put(None)
-        self._forwarder.join()
-        self._run(self._cancel_all()).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self._crew.close()
-
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def _background(self, coroutine: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
-        task = self._loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def _cancel_all(self) -> None:
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._crew.forget_idle()
+        if self._background.is_running:
+            self._background.stop(self._crew.forget_idle)
+            self._crew.close()
 
     async def _judge_into(self, future: PendingRewards, indices: list[int], batch: RewardBatch) -> None:
         try:
@@ -206,11 +167,15 @@ class RewardProcessPool(Closing):
 
         def judge_alone() -> None:
             if not alone and len(batch) > 1:
-                alone.extend(self._background(self._ask(indices, one, limit=half)) for one in batch.alone())
-                self._loop.call_soon(self._crew.grow)  # once they wait: whoever is busy may be for long
+                alone.extend(
+                    self._background.start(self._ask(indices, one, limit=half)) for one in batch.alone()
+                )
+                self._background.loop.call_soon(
+                    self._crew.grow
+                )  # once they wait: whoever is busy may be for long
 
         def begin() -> None:
-            timers.append(self._loop.call_later(half, judge_alone))
+            timers.append(self._background.loop.call_later(half, judge_alone))
 
         try:
             found = await self._ask(indices, batch, limit=self._timeout_seconds, begin=begin)

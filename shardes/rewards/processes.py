@@ -12,33 +12,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shardes.rewards.batch import RewardOutput
 from shardes.rewards.fork_server import HEADER
-from shardes.rewards.worker import MAX_REWARD, RewardOutput
+from shardes.rewards.worker import MAX_REWARD
 
 # How long the fork server may take to fork or to kill.
 _FORK_SERVER_SECONDS = 60.0
 # No reply is larger; a longer one is not read.
-_MAX_REPLY_BYTES = 1 << 26
+MAX_REPLY_BYTES = 1 << 26
 
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from shardes.rewards.fork_server import main; main(*map(int, sys.argv[2:]))"
+    "from shardes.rewards.fork_server import main; main(*map(int, sys.argv[3:]), serve=sys.argv[2])"
 )
 
 
 class ForkServer:
-    """Handle of the fork server, for the pool."""
+    """Handle of the fork server, for the pool; see ``fork_server.main``."""
 
-    def __init__(self, memory_bytes: int | None, *, may_isolate: bool = False) -> None:
+    def __init__(self, memory_bytes: int | None, *, may_isolate: bool = False, serve: str = "") -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(_FORK_SERVER_SECONDS)
         numbers = [theirs.fileno(), memory_bytes or 0, os.getpid(), int(may_isolate)]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, json.dumps(sys.path), *map(str, numbers)],
+                [sys.executable, "-c", _BOOT, json.dumps(sys.path), serve, *map(str, numbers)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                # Sets of strings have one order in all workers: what is drawn from one is the same in each.
+                env={"PYTHONHASHSEED": "0", **os.environ},
             )
 
     def fork(self) -> tuple[int, socket.socket]:
@@ -120,7 +123,7 @@ class WorkerProcess:
 
     async def _receive(self) -> Any:
         (length,) = HEADER.unpack(await self.reader.readexactly(HEADER.size))
-        if length > _MAX_REPLY_BYTES:
+        if length > MAX_REPLY_BYTES:
             raise ValueError(f"a reply of {length} bytes")
         return json.loads(await self.reader.readexactly(length))
 

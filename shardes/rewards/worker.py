@@ -4,23 +4,21 @@ import asyncio
 import contextlib
 import inspect
 import itertools
-import math
 import os
 import sys
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn, Self
+from dataclasses import replace
+from typing import Any, NoReturn
 
+from shardes.rewards.batch import RewardBatch, RewardOutput
 from shardes.rewards.importing import import_functions
-from shardes.rewards.signature import GIVEN, Signature
-from shardes.tasks.base import Component, Prompt, Row
+from shardes.rewards.signature import Signature
+from shardes.tasks.base import Component
 
 # Beyond it, the squares in the standard deviation would overflow.
 MAX_REWARD = 1e100
 
-# Names that a reward has for other things than columns.
-_RESERVED = GIVEN | {"prompt"}
 # Bound here, as guards against other people's programs replace functions of this module.
 _exit, _getpid = os._exit, os.getpid
 
@@ -30,122 +28,6 @@ _MAX_MESSAGE_CHARACTERS = 2000
 
 # How long coroutines that a call has left behind may take to end when they are cancelled.
 _CANCEL_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class RewardBatch:
-    """Completions that are judged together.
-
-    Attributes:
-        prompts: One for each completion.
-        completions: Texts.
-        token_ids: Tokens of each completion.
-        columns: By name, the rows' values, one for each completion; None where a row has none.
-    """
-
-    prompts: list[Prompt]
-    completions: list[str]
-    token_ids: list[list[int]]
-    columns: dict[str, list[Any]]
-
-    @classmethod
-    def of(
-        cls,
-        rows: Sequence[Row],
-        prompts: Sequence[Prompt],
-        completions: Sequence[str],
-        token_ids: Sequence[list[int]],
-    ) -> Self:
-        """Make the batch of the completions for some rows."""
-        keys = sorted({key for row in rows for key in row} - _RESERVED)
-        columns = {key: [row.get(key) for row in rows] for key in keys}
-        return cls(list(prompts), list(completions), list(token_ids), columns)
-
-    def __len__(self) -> int:
-        return len(self.completions)
-
-    def with_columns(self, names: Collection[str]) -> Self:
-        """Return a copy without the columns of other names."""
-        return replace(self, columns={name: values for name, values in self.columns.items() if name in names})
-
-    def alone(self) -> Iterator[Self]:
-        """Yield each completion as a batch of its own."""
-        for i in range(len(self)):
-            yield type(self)(
-                [self.prompts[i]],
-                [self.completions[i]],
-                [self.token_ids[i]],
-                {key: [values[i]] for key, values in self.columns.items()},
-            )
-
-
-@dataclass(frozen=True)
-class RewardOutput:
-    """Rewards of a batch of completions, by all components of a task or by some of them.
-
-    Attributes:
-        components: By name, a component's values before weights, one per completion; None where the
-            component failed or does not apply.
-        has_failed: One per completion: whether a component raised, hung, or returned no usable number.
-        first_failure: Message of the first failure; None if nothing failed.
-        values: One per completion: the weighted sum that ``weighted`` computes; empty before.
-    """
-
-    components: dict[str, list[float | None]]
-    has_failed: list[bool]
-    first_failure: str | None = None
-    values: list[float | None] = field(default_factory=list)
-
-    @property
-    def num_failures(self) -> int:
-        """Number of completions whose reward failed."""
-        return sum(self.has_failed)
-
-    @classmethod
-    def failed(cls, names: Iterable[str], num_completions: int, reason: str) -> Self:
-        """Return the output of components that failed for every completion."""
-        return cls({name: [None] * num_completions for name in names}, [True] * num_completions, reason)
-
-    @classmethod
-    def concatenated(cls, parts: Sequence["RewardOutput"]) -> Self:
-        """Join outputs of the same components for consecutive parts of a batch."""
-        return cls(
-            {name: [v for part in parts for v in part.components[name]] for name in parts[0].components},
-            [flag for part in parts for flag in part.has_failed],
-            _first_failure(parts),
-        )
-
-    @classmethod
-    def merged(cls, parts: Sequence["RewardOutput"]) -> Self:
-        """Join outputs of different components for the same completions."""
-        return cls(
-            {name: values for part in parts for name, values in part.components.items()},
-            [any(flags) for flags in zip(*(part.has_failed for part in parts), strict=True)],
-            _first_failure(parts),
-        )
-
-    def weighted(self, weights: Mapping[str, float], *, substitute: float | None) -> Self:
-        """Return a copy with ``values``: the sums of the components that apply, each times its weight.
-
-        Args:
-            weights: A weight for each component, by name.
-            substitute: The value of a completion whose reward failed.
-
-        A value is None where no component applies.
-        """
-        values: list[float | None] = []
-        for i, has_failed in enumerate(self.has_failed):
-            parts = [
-                weights[name] * value
-                for name, column in self.components.items()
-                if (value := column[i]) is not None
-            ]
-            values.append(substitute if has_failed else math.fsum(parts) if parts else None)
-        return replace(self, values=values)
-
-
-def _first_failure(parts: Sequence[RewardOutput]) -> str | None:
-    return next((part.first_failure for part in parts if part.first_failure is not None), None)
 
 
 class RewardCaller:
@@ -222,7 +104,9 @@ class RewardCaller:
             for place, value in zip(awaitables, values, strict=True):
                 returned[place] = value
         return [
-            _described(value, label) if isinstance(value, BaseException) else _checked(value, label, batch)
+            described(value, f"reward {label!r}")
+            if isinstance(value, BaseException)
+            else _checked(value, label, batch)
             for value, label, batch in (
                 (value, self._components[i].name, batch)
                 for value, (i, batch) in zip(returned, calls, strict=True)
@@ -263,10 +147,10 @@ class RewardCaller:
     def _leave_if_forked(self, value: Any) -> None:
         """End this process, as Python would, if the reward has forked it and come back here."""
         if _getpid() != self._process:
-            _exit_with(value)
+            exit_with(value)
 
 
-def _exit_with(value: Any) -> NoReturn:
+def exit_with(value: Any) -> NoReturn:
     """End a process that returns a value, or raises it."""
     status = 0
     try:
@@ -348,7 +232,7 @@ def _checked(returned: Any, label: str, batch: RewardBatch) -> RewardOutput | st
         returned = returned.tolist()
     if not isinstance(returned, Sequence) or isinstance(returned, str | bytes):
         return (
-            f"TypeError: the reward returned {_shown(returned)}; wanted a list of {len(batch)} numbers "
+            f"TypeError: the reward returned {shown(returned)}; wanted a list of {len(batch)} numbers "
             f"(reward {label!r})"
         )
     returned = list(returned)
@@ -357,18 +241,18 @@ def _checked(returned: Any, label: str, batch: RewardBatch) -> RewardOutput | st
             f"ValueError: the reward returned {len(returned)} values for {len(batch)} completions "
             f"(reward {label!r})"
         )
-    values = [None if given is None else _number(given) for given in returned]
+    values = [None if given is None else number(given) for given in returned]
     has_failed = [given is not None and value is None for given, value in zip(returned, values, strict=True)]
     first_failure = None
     if any(has_failed):
         first_failure = (
-            f"ValueError: the reward returned {_shown(returned[has_failed.index(True)])}, which is no usable "
+            f"ValueError: the reward returned {shown(returned[has_failed.index(True)])}, which is no usable "
             f"number (reward {label!r})"
         )
     return RewardOutput({label: values}, has_failed, first_failure)
 
 
-def _number(given: Any) -> float | None:
+def number(given: Any) -> float | None:
     """Convert a value, also numpy's or a tensor of one element, to a float; None if it is no usable one."""
     if isinstance(given, str | bytes):
         return None
@@ -379,7 +263,8 @@ def _number(given: Any) -> float | None:
     return value if abs(value) < MAX_REWARD else None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value and its type, for messages."""
     try:
         text = repr(value)
     except Exception:
@@ -387,8 +272,8 @@ def _shown(value: Any) -> str:
     return f"{text if len(text) <= 80 else text[:80] + '...'} ({type(value).__name__})"
 
 
-def _described(error: BaseException, label: str) -> str:
-    """Describe an exception, with the line that raised it."""
+def described(error: BaseException, place: str) -> str:
+    """Describe an exception, with the line that raised it, and the place that it concerns."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -399,4 +284,4 @@ def _described(error: BaseException, label: str) -> str:
         text = "a message that cannot be shown"
     if len(text) > _MAX_MESSAGE_CHARACTERS:
         text = f"{text[:_MAX_MESSAGE_CHARACTERS]}..."
-    return f"{type(error).__name__}: {text} ({where}reward {label!r})"
+    return f"{type(error).__name__}: {text} ({where}{place})"

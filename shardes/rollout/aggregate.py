@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
 
 from shardes.es.member import MemberResult, mean_reward
+from shardes.rewards.batch import RewardBatch
 from shardes.rewards.scorer import PendingRewards, Scorer
-from shardes.rewards.worker import RewardBatch
 from shardes.rollout.engines.base import Completions, EngineOutput
 from shardes.tasks.base import Prompt, Row, as_text
 
@@ -44,6 +44,7 @@ class PartialResult:
         num_tokens: Tokens generated or scored, padding not counted.
         is_finite: Whether all logits were finite.
         is_short: Whether this rank had too little memory to answer.
+        turn_tokens: Tokens generated in each turn of the episodes, for problems that are episodes.
     """
 
     indices: list[int] = field(default_factory=list)
@@ -53,6 +54,7 @@ class PartialResult:
     num_tokens: int = 0
     is_finite: bool = True
     is_short: bool = False
+    turn_tokens: list[int] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return what other ranks are sent."""
@@ -76,6 +78,7 @@ class Evaluation:
         samples: By answer, those of the first micro-batch, or all; only those that this rank has seen itself.
         is_finite: Whether everything that the model computed was.
         samples_per_prompt: Answers to each problem.
+        turn_tokens: Tokens generated in each turn of the episodes, for problems that are episodes.
     """
 
     rewards: list[float | None]
@@ -85,6 +88,7 @@ class Evaluation:
     samples: dict[int, Sample] = field(default_factory=dict)
     is_finite: bool = True
     samples_per_prompt: int = 1
+    turn_tokens: Sequence[int] = ()
 
     @property
     def num_failures(self) -> int:
@@ -110,6 +114,7 @@ class Evaluation:
             is_finite=self.is_finite,
             by_problem=self._by_problem() if self.is_finite else [],
             problems=problems if self.is_finite else [],
+            turn_tokens=list(self.turn_tokens),
             samples=[vars(sample) for sample in list(self.samples.values())[:NUM_SAMPLES]]
             if member == 0
             else [],

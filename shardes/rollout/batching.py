@@ -10,6 +10,8 @@ from shardes.errors import UserError
 
 # Fewer tokens than this are computed with each prompt: putting them into every row would save nothing.
 LEAST_PREFIX = 16
+# The cohort of a micro-batch that a rank without living episodes answers, only so that ranks go in step.
+IDLE_COHORT = -1
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,13 @@ class MicroBatch:
         budgets: Largest number of tokens of each answer, int64 of shape [rows], where the model's positions
             leave some fewer than wanted; else None.
         uniforms: Random numbers by which tokens are drawn, float32 in [0, 1) of shape
-            [rows, longest answer]; None for greedy decoding.
+            [rows, longest answer], below 0 in rows that take the most likely tokens; None where all do.
         num_members: Number of copies of each prompt, side by side: row i is of member ``i % num_members``.
+        cohort: Number of the cohort whose episodes the rows are, named by ``rows``; they are asked again,
+            with longer prompts, while the same weights are loaded. Lengths are then in any order, and an
+            episode may have several rows.
+            ``IDLE_COHORT``: nothing is kept of the rows, and nobody reads the answers. None: each row is
+            asked once.
     """
 
     rows: tuple[int, ...]
@@ -35,6 +42,7 @@ class MicroBatch:
     budgets: torch.Tensor | None = None
     uniforms: torch.Tensor | None = None
     num_members: int = 1
+    cohort: int | None = None
 
     def for_members(self, count: int) -> Self:
         """Return the prompts with ``count`` copies of each, side by side, one for each member."""

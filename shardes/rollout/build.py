@@ -7,6 +7,7 @@ from typing import Any
 
 from shardes.backends.registry import BACKENDS
 from shardes.config.schema import Config
+from shardes.environments.runners import Environments, tasks_by_key
 from shardes.es.strategy import Strategy
 from shardes.models.build import end_tokens, max_positions, pad_token
 from shardes.rewards.pool import InProcessRewards, RewardRunner
@@ -61,6 +62,11 @@ class Rollout:
         rows = self.draw_problems(iteration)[:num_problems]
         return IterationSpec(iteration, rows, self.evaluator, self.strategy)
 
+    def measured(self) -> dict[str, Any]:
+        """Return what was measured on this rank since the last call, by the names of metrics.jsonl."""
+        found: dict[str, Any] = {"gather": self.evaluator.engine.gather}
+        return found if self.task.episodes is None else found | self.evaluator.take_episode_counts()
+
     def begin(self) -> None:
         """Choose how weights are gathered by what the first iteration asks; a collective of all ranks."""
         self.evaluator.begin(self.evaluator.prepare(self.draw_problems(0), iteration=0))
@@ -71,6 +77,7 @@ def make_evaluator(
     task: Task,
     *,
     rewards: RewardRunner | None = None,
+    environments: Environments | None = None,
     others: Mapping[str, Task] | None = None,
     encoder: PromptEncoder | None = None,
 ) -> tuple[Evaluator, Scorer, dict[str, Scorer]]:
@@ -80,6 +87,7 @@ def make_evaluator(
         session: The model.
         task: What it is trained on.
         rewards: Runs rewards; None: they run in this process.
+        environments: Run episodes; None: they run in this process.
         others: Further tasks by name.
         encoder: Has the tokens of their prompts; None: a new one, which makes them when they are asked.
 
@@ -89,9 +97,16 @@ def make_evaluator(
     config, others = session.config, others or {}
     if rewards is None:
         rewards = InProcessRewards(all_rewards([task, *others.values()]))
-    on_error = config.task.on_reward_error
-    scorer = Scorer(task, rewards=rewards, on_error=on_error)
-    scorers = {name: Scorer(other, rewards=rewards, on_error=on_error) for name, other in others.items()}
+    if environments is None:
+        in_process = config.task.model_copy(update={"reward_workers": 0})
+        environments = Environments(
+            config.model_copy(update={"task": in_process}), tasks_by_key(task, others)
+        )
+    judges: dict[str, Any] = {"rewards": rewards, "on_error": config.task.on_reward_error}
+    scorer = Scorer(task, environments=environments.of(task), **judges)
+    scorers = {
+        name: Scorer(other, environments=environments.of(other), **judges) for name, other in others.items()
+    }
     settings, spec = config.rollout, BACKENDS[config.parallel.backend]
     only = spec.auto_gather
     if settings.gather == "auto" and only in (BATCHED_GATHERS if settings.is_batched else spec.gathers):
@@ -127,6 +142,7 @@ def make_rollout(
     *,
     recorded: Callable[[str], Any],
     rewards: RewardRunner | None = None,
+    environments: Environments | None = None,
     heldout_sets: Mapping[str, Task] | None = None,
     encoder: PromptEncoder | None = None,
 ) -> Rollout:
@@ -137,6 +153,7 @@ def make_rollout(
         task: What it is trained on.
         recorded: Returns the setting of a dotted key with which the run began; None if it is new.
         rewards: Runs rewards; None: they run in this process.
+        environments: Run episodes; None: they run in this process.
         heldout_sets: Further tasks by name.
         encoder: Has the tokens of their prompts; None: a new one, which makes them when they are asked.
 
@@ -146,7 +163,7 @@ def make_rollout(
     config = session.config
     encoder = encoder or make_encoder(config, date=recorded("task.date"))
     evaluator, scorer, set_scorers = make_evaluator(
-        session, task, rewards=rewards, others=heldout_sets, encoder=encoder
+        session, task, rewards=rewards, environments=environments, others=heldout_sets, encoder=encoder
     )
     num_elements = sum(shard.num_elements for shard in session.weights.trained)
     strategy = Strategy(config.es, num_elements=num_elements)

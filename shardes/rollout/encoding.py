@@ -5,9 +5,8 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import add
 from typing import Any, Self, TypeAlias
 
 from shardes.distributed.group import Group
@@ -74,7 +73,7 @@ class EncodedQuestion:
         """Return the number of tokens; for completions, of the longest one with its prompt."""
         if not self.completions:
             return len(self.prompts[0])
-        return max(map(len, map(add, self.prompts, self.completions)))
+        return max(len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True))
 
     def to_json(self) -> list[Any]:
         """Return an object that JSON keeps as it is, for ``from_json``."""
@@ -167,6 +166,53 @@ class PromptEncoder:
             else:
                 yield UserError(problem)
 
+    def text_tokens(self, text: str) -> list[int]:
+        """Return the tokens of a text that begins a prompt, however many.
+
+        Raises:
+            UserError: It has none, or some that the model does not know; or the tokenizer fails.
+        """
+        return self._known_tokens(text, self._text_ids)
+
+    def rendered_tokens(self, text: str) -> list[int]:
+        """Return the tokens of what the chat template has made, however many.
+
+        Raises:
+            UserError: See ``text_tokens``.
+        """
+        return self._known_tokens(text, self._plain)
+
+    def following_tokens(self, text: str, after: int | None = None) -> list[int]:
+        """Return the tokens of a text that goes on with another, computed without that one.
+
+        Args:
+            text: The text.
+            after: The special token that it follows; None: a text.
+
+        Raises:
+            UserError: See ``text_tokens``.
+        """
+        if not text:
+            return []
+        # Some tokenizers put a space before a text's beginning, and some drop spaces after special tokens.
+        before = "\n" if after is None else self.tokenizer.decode([after])
+        start = self._plain(before)
+        both = self._known_tokens(before + text, self._plain)
+        return both[len(start) :] if both[: len(start)] == start else self._known_tokens(text, self._plain)
+
+    def check_tokens(self, ids: Sequence[int]) -> None:
+        """Refuse tokens that the model does not know.
+
+        Raises:
+            UserError: There are some.
+        """
+        self._check_known(f"the prompt {list(ids[:8])}", ids)
+
+    def opened_tag(self, text: str) -> str:
+        """Return the tag that the end of a rendered prompt opens for the answer; empty if there is none."""
+        found = _OPENED.search(text)
+        return found.group() if found else ""
+
     def sha256_of(self, task: Task) -> str:
         """Compute a hash of the tokens of a task's training rows, in their order."""
         digest = hashlib.sha256()
@@ -210,6 +256,14 @@ class PromptEncoder:
                 "does not know"
             ) from None
 
+    def _known_tokens(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        _check_text(text)
+        ids = encode(text)
+        if not ids:
+            raise UserError(f"the text {text[:80]!r} has no tokens")
+        self._check_known(f"the text {text[:80]!r}", ids)
+        return ids
+
     def _text_ids(self, text: str) -> list[int]:
         """Return the tokens of a text after those that the tokenizer puts before texts, each of them once."""
         plain, whole = self._plain(text), self._tokens(text)
@@ -249,7 +303,7 @@ class PromptEncoder:
         return found.group() if found else ""
 
     def _check(self, question: Question, encoded: EncodedQuestion) -> None:
-        prompt, known = f"the prompt {as_text(question.prompt)[:80]!r}", self._num_tokens
+        prompt = f"the prompt {as_text(question.prompt)[:80]!r}"
         for i, start in enumerate(encoded.prompts):
             completion = None if question.completions is None else question.completions[i]
             ids = start if completion is None else start + encoded.completions[i]
@@ -260,14 +314,18 @@ class PromptEncoder:
                     f"the completion {completion!r} of {prompt} has no tokens to score; give every "
                     "completion some text"
                 )
-            if known is not None and not 0 <= min(ids) <= max(ids) < known:
-                token = next(token for token in ids if not 0 <= token < known)
-                raise UserError(
-                    f"{prompt} has the token {self.tokenizer.convert_ids_to_tokens(token)!r} ({token}), but "
-                    f"the model has embeddings for {known} tokens only (vocab_size); use the model's own "
-                    "tokenizer, or prompts and a chat template without this token"
-                )
+            self._check_known(prompt, ids)
             self._check_length(prompt, len(ids), is_scored=completion is not None)
+
+    def _check_known(self, what: str, ids: Sequence[int]) -> None:
+        known = self._num_tokens
+        if known is not None and not 0 <= min(ids) <= max(ids) < known:
+            token = next(token for token in ids if not 0 <= token < known)
+            raise UserError(
+                f"{what} has the token {self.tokenizer.convert_ids_to_tokens(token)!r} ({token}), but "
+                f"the model has embeddings for {known} tokens only (vocab_size); use the model's own "
+                "tokenizer, or prompts and a chat template without this token"
+            )
 
     def _check_length(self, prompt: str, length: int, *, is_scored: bool) -> None:
         most = self._max_positions

@@ -12,29 +12,16 @@ from shardes.rollout.aggregate import CompletionAccumulator, Evaluation, Partial
 from shardes.rollout.batching import LikelihoodBatch, MicroBatch
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Completions, Engine, EngineOutput
+from shardes.rollout.episode_results import EpisodeAccumulator
+from shardes.rollout.episodes import NUM_LANES, EpisodeCounts, EpisodePlayer, TooLittleMemoryError
 from shardes.rollout.likelihood import LogLikelihoodAccumulator
 from shardes.rollout.memory import MemoryShortageError, is_shortage
 from shardes.rollout.prompts import PromptBatch, PromptBuilder
+from shardes.rollout.sampling import make_sampler
+from shardes.rollout.share import WorkShare
 from shardes.rollout.stop_strings import make_stop_strings
 from shardes.tasks.base import Row, Task
 from shardes.utils.timers import PhaseTimer
-
-
-@dataclass(frozen=True)
-class WorkShare:
-    """A rank's share of the micro-batches that some ranks answer for the same members.
-
-    Attributes:
-        place: Its place among those that take turns.
-        num_places: How many take turns.
-        leader: The place that has a micro-batch whenever one of the ranks that call alike has.
-        is_counted: Whether what this rank's engine returns counts, and is not another rank's as well.
-    """
-
-    place: int
-    num_places: int
-    leader: int
-    is_counted: bool
 
 
 @dataclass(frozen=True)
@@ -81,6 +68,7 @@ class Evaluator:
 
     Attributes:
         engine: Answers.
+        episode_counts: What was counted of episodes, on this rank.
     """
 
     def __init__(
@@ -116,6 +104,20 @@ class Evaluator:
             max_positions=max_positions,
             text=self._text,
         )
+        self.episode_counts = EpisodeCounts()
+        self._scorer, self._counted = scorer, (0, 0)
+        self._episodes = EpisodePlayer(
+            engine,
+            encoder=encoder,
+            mesh=mesh,
+            settings=settings,
+            sampler=make_sampler(settings, seed=seed),
+            text=self._text,
+            pad_id=pad_id,
+            end_ids=frozenset(end_ids),
+            timer=timer,
+            counts=self.episode_counts,
+        )
 
     def sampled(self) -> "Evaluator":
         """Return an evaluator over the same weights that draws one answer a prompt, at temperature 1."""
@@ -139,6 +141,19 @@ class Evaluator:
         """Return the number of answers to each prompt."""
         return self._settings.samples_per_prompt
 
+    def take_episode_counts(self) -> dict[str, Any]:
+        """Return what was counted of this rank's episodes since the last call, by name, and begin anew."""
+        prefilled = self.engine.num_prefilled_tokens
+        environments = self._scorer.environments
+        kills = 0 if environments is None else environments.num_kills
+        before, self._counted = self._counted, (prefilled, kills)
+        found = vars(self.episode_counts) | {
+            "num_prefilled_tokens": prefilled - before[0],
+            "num_environment_kills": kills - before[1],
+        }
+        self.episode_counts.reset()
+        return {**found, "environment_seconds": round(found["environment_seconds"], 6)}
+
     def prepare(self, rows: Sequence[Row], *, iteration: int, scorer: Scorer | None = None) -> PromptBatch:
         """Render, tokenise and cut a batch of problems; see ``PromptBuilder.build``."""
         return self._builder.build(
@@ -155,6 +170,8 @@ class Evaluator:
 
     def begin(self, prompts: PromptBatch) -> None:
         """Make members of the current centre loadable, to answer these prompts; a collective of all ranks."""
+        if prompts.episodes is not None:
+            self.engine.expect_cohorts(NUM_LANES, max_context=prompts.episodes.max_context)
         self.engine.begin(max(map(self.engine.bytes_for, prompts.micro_batches), default=0))
 
     def fits(self, prompts: PromptBatch) -> bool:
@@ -202,12 +219,24 @@ class Evaluator:
             share: This rank's share of the micro-batches.
         """
         self.engine.load(members)
-        return self.answer(prompts, num_members=len(members), share=share)
+        return self.answer(prompts, num_members=len(members), share=share, model=_name_of(members[0]))
 
     def answer(
-        self, prompts: PromptBatch, *, num_members: int, share: WorkShare, keeps_samples: bool = False
+        self,
+        prompts: PromptBatch,
+        *,
+        num_members: int,
+        share: WorkShare,
+        model: str = "shardes-centre",
+        keeps_samples: bool = False,
     ) -> InFlightBatch:
-        """Have what is loaded answer this rank's micro-batches; arguments as in ``start``."""
+        """Have what is loaded answer this rank's micro-batches; arguments as in ``start``.
+
+        ``model`` is the name by which a harness asks for it.
+        """
+        if prompts.episodes is not None:
+            assert num_members == 1, "episodes of members that share forwards are refused"
+            return self._play(prompts, share=share, model=model, keeps_samples=keeps_samples)
         accumulators = [self._accumulator(prompts, keeps_samples=keeps_samples) for _ in range(num_members)]
         are_finite = [True] * num_members
         batches = prompts.micro_batches
@@ -235,6 +264,33 @@ class Evaluator:
             for accumulator in accumulators:
                 accumulator.send(is_last=True)
         return InFlightBatch(prompts, accumulators, are_finite, is_short=False)
+
+    def _play(
+        self, prompts: PromptBatch, *, share: WorkShare, model: str, keeps_samples: bool
+    ) -> InFlightBatch:
+        """Play this rank's share of episodes with what is loaded."""
+        accumulator = self._accumulator(prompts, keeps_samples=keeps_samples)
+        assert isinstance(accumulator, EpisodeAccumulator)
+        try:
+            is_finite = self._episodes.play(
+                prompts,
+                share=share,
+                model=model,
+                take=accumulator.take_episode,
+                generate=self._generate,
+            )
+        except TooLittleMemoryError:
+            return InFlightBatch(prompts, [accumulator], [True], is_short=True)
+        with self._timer("reward"):
+            accumulator.send(is_last=True)
+        return InFlightBatch(prompts, [accumulator], [is_finite], is_short=False)
+
+    def _generate(self, batch: MicroBatch, prompts: PromptBatch) -> Completions | None:
+        """Return the answers of a turn; None if there was too little memory."""
+        with self._timer("rollout"):
+            output = self._forward(batch, prompts)
+        assert output is None or isinstance(output, Completions)
+        return output
 
     def collect(
         self,
@@ -280,6 +336,13 @@ class Evaluator:
     def _accumulator(self, prompts: PromptBatch, *, keeps_samples: bool = False) -> RewardAccumulator:
         """Return an accumulator that knows nothing yet."""
         scorer = prompts.scorer
+        if prompts.episodes is not None:
+            return EpisodeAccumulator(
+                prompts.rows,
+                samples_per_prompt=prompts.samples_per_prompt,
+                scorer=scorer,
+                keeps_samples=keeps_samples,
+            )
         if prompts.choices is not None:
             num_samples = len(prompts.rows) if keeps_samples else self.micro_batch_size
             return LogLikelihoodAccumulator(
@@ -310,6 +373,12 @@ class Evaluator:
         if tokens and tokens[-1] in self._end_ids:
             tokens = tokens[:-1]
         return self._stop.trim(self._stop.decode(tokens))
+
+
+def _name_of(member: Perturbation) -> str:
+    """Return the name of a member, for harnesses."""
+    mirrored = "-mirrored" if member.sigma < 0 else ""
+    return f"shardes-iteration-{member.iteration}-direction-{member.direction}{mirrored}"
 
 
 def _of_member(output: EngineOutput, index: int, num_members: int) -> EngineOutput:

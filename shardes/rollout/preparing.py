@@ -4,8 +4,11 @@ import datetime
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from shardes.config.schema import Config
+from shardes.environments.base import EpisodeRunner
+from shardes.environments.runners import Environments
 from shardes.errors import UserError
 from shardes.models.build import load_model_config, load_tokenizer, positions_of, vocabulary_size
 from shardes.models.checkpoint import Checkpoint
@@ -60,6 +63,7 @@ def prepare_tasks(
     task: Task,
     heldout_sets: Mapping[str, Task] | None = None,
     *,
+    environments: Environments | None = None,
     date: str | None = None,
     trains: bool = True,
 ) -> PreparedTasks:
@@ -69,6 +73,7 @@ def prepare_tasks(
         config: Configuration of the run.
         task: What is trained on.
         heldout_sets: Further tasks by name, all of whose rows are asked.
+        environments: Run their episodes, and know which tools the model may call.
         date: The date that the run's journal has for its prompts; None: it has none.
         trains: Whether the training rows are asked even if there are held-out ones.
 
@@ -77,6 +82,9 @@ def prepare_tasks(
     """
     Checkpoint(config.model.path)  # says if there are no weights to ask
     encoder = make_encoder(config, date=date)
+    for each in (task, *(heldout_sets or {}).values()):
+        if each.episodes is not None:
+            _try_template(each, encoder, None if environments is None else environments.of(each))
     task = _prepare_train(task, encoder, config, key="task") if trains or not task.heldout else task
     heldout = _askable(task, task.heldout, encoder, config, key="task.heldout_data")
     task = replace(task, heldout=heldout)
@@ -102,6 +110,8 @@ def _askable(
     Raises:
         UserError: One cannot, and such rows are not to be left out; or none can.
     """
+    if task.episodes is not None:
+        return list(rows)
     questions = [Question.of(task, row) for row in rows]
     encoder.chats.check_arguments(
         task.chat, has_chats=any(not isinstance(each.prompt, str) for each in questions)
@@ -134,6 +144,29 @@ def _askable(
             "\n  ..." if len(problems) > _NUM_NAMED else "",
         )
     return found
+
+
+def _try_template(task: Task, encoder: PromptEncoder, runner: EpisodeRunner | None) -> None:
+    """Render a chat as episodes may begin, whose prompts are not known yet.
+
+    So it is known whether the template asks for the date, which a run keeps.
+
+    Raises:
+        UserError: The episodes are chats for certain, and the template is not there, fails, or has no tools.
+    """
+    assert task.episodes is not None
+    system = task.episodes.system
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "?"}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    encoder.chats.check_arguments(task.chat, has_chats=True)
+    if runner is not None and runner.tools:
+        encoder.chats.check_tools(task.chat, runner.tools)
+    try:
+        encoder.chats.text(messages, task.chat)
+    except UserError:
+        if system is not None:
+            raise
 
 
 def _place(row: Row, key: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from shardes.config.schema import RolloutConfig
+from shardes.errors import UserError
 from shardes.rewards.scorer import Scorer
 from shardes.rollout.batching import (
     LikelihoodBatch,
@@ -18,6 +19,22 @@ from shardes.rollout.choices import ChoiceSet, make_choice_set
 from shardes.rollout.encoding import PromptEncoder, Question
 from shardes.rollout.sampling import make_sampler
 from shardes.tasks.base import Choices, Prompt, Row, Task
+from shardes.tasks.data import rows_sha256
+
+
+@dataclass(frozen=True)
+class EpisodePlan:
+    """Episodes of a batch of problems.
+
+    Attributes:
+        iteration: Iteration whose random numbers draw the answers.
+        max_context: Tokens of an episode at most.
+        cohorts: Indices of the episodes that are played together, cut by their order alone.
+    """
+
+    iteration: int
+    max_context: int
+    cohorts: Sequence[range]
 
 
 @dataclass(frozen=True)
@@ -26,7 +43,7 @@ class PromptBatch:
 
     Attributes:
         rows: The problems.
-        prompts: What is asked, one for each row.
+        prompts: What is asked, one for each row; empty for episodes.
         scorer: Has answers scored.
         samples_per_prompt: Answers to each; answer i is to prompt ``i // samples_per_prompt``.
         micro_batches: Prompts, once for each answer; or, for a likelihood task, prompts with completions.
@@ -34,6 +51,8 @@ class PromptBatch:
         choices: For a likelihood task, what may follow the prompts.
         opened: For prompts to be answered, the tag that the chat template has opened for the answer to each;
             empty where it has opened none. It is a part of the answer, though no token of it.
+        episodes: For problems that are episodes, how they are played; ``micro_batches`` then says only how
+            large one may become.
     """
 
     rows: Sequence[Row]
@@ -44,9 +63,15 @@ class PromptBatch:
     prefix: torch.Tensor | None = None
     choices: ChoiceSet | None = None
     opened: Sequence[str] = ()
+    episodes: EpisodePlan | None = None
 
     def fingerprint(self) -> bytes:
-        """Return the tokens that a model is asked: equal for equal problems, templates and tokenizers."""
+        """Return the tokens that a model is asked: equal for equal problems, templates and tokenizers.
+
+        Of episodes, whose tokens are not known before they are played, it is a hash of the problems.
+        """
+        if self.episodes is not None:
+            return rows_sha256(self.rows).encode()
         return b"".join(batch.input_ids.cpu().numpy().tobytes() for batch in self.micro_batches)
 
 
@@ -100,6 +125,8 @@ class PromptBuilder:
             UserError: A prompt, or a completion to score, has no tokens or too many.
         """
         settings, scorer = self._settings, scorer or self._scorer
+        if scorer.task.episodes is not None:
+            return self._of_episodes(rows, scorer, iteration=iteration, micro_batch_size=micro_batch_size)
         prompts = [scorer.task.make_prompt(row) for row in rows]
         if scorer.task.choices is not None:
             choices = make_choice_set(
@@ -156,6 +183,47 @@ class PromptBuilder:
         """Return the tokens of a task's prompts."""
         questions = [Question(task.make_prompt(row), task.chat) for row in task.train]
         return [list(self._encoder.encode(question).prompts[0]) for question in questions]
+
+    def _of_episodes(
+        self, rows: Sequence[Row], scorer: Scorer, *, iteration: int, micro_batch_size: int
+    ) -> PromptBatch:
+        settings = self._settings
+        known = [most for most in (settings.max_context, self._max_positions) if most is not None]
+        if not known:
+            raise UserError(
+                "rollout.max_context: the model does not say for how many tokens it was made "
+                "(max_position_embeddings); give the most that an episode may have"
+            )
+        max_context, count = min(known), settings.samples_per_prompt
+        longest = max_context - settings.max_new_tokens
+        if longest < 1:
+            raise UserError(
+                f"rollout.max_new_tokens: got {settings.max_new_tokens}, which leaves no room for a prompt "
+                f"in an episode of {max_context} tokens (rollout.max_context, or the model's positions)"
+            )
+        num_episodes = len(rows) * count
+        cohorts = [
+            range(first, min(first + micro_batch_size, num_episodes))
+            for first in range(0, num_episodes, micro_batch_size)
+        ]
+        largest = compose(
+            [[self._pad_id] * longest] * max(map(len, cohorts), default=0),
+            micro_batch_size=micro_batch_size,
+            pad_id=self._pad_id,
+            max_new_tokens=settings.max_new_tokens,
+        )
+        largest = [replace(batch, cohort=0) for batch in largest]
+        if self._sampler is not None:
+            shape = len(largest[0].rows), settings.max_new_tokens
+            largest = [replace(batch, uniforms=torch.zeros(shape)) for batch in largest]
+        return PromptBatch(
+            rows,
+            [],
+            scorer,
+            count,
+            [batch.to(self._device) for batch in largest],
+            episodes=EpisodePlan(iteration, max_context, cohorts),
+        )
 
     def _of_choices(
         self,

@@ -2,9 +2,9 @@
 
 import datetime
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
@@ -13,8 +13,13 @@ from shardes.errors import UserError
 from shardes.tasks.base import ChatTemplate, Prompt
 from shardes.tasks.templates import MAX_PROMPT_CHARACTERS
 
+Tools: TypeAlias = Sequence[dict[str, Any]]
+"""JSON schemas of functions that the model may call, as transformers makes them."""
+
 # What transformers marks the end of a message with that is to be continued.
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG"
+# Some templates (Mistral's) want a call's id to have nine characters.
+_CALL_ID = "call00000"
 
 
 class ChatRenderer:
@@ -60,7 +65,7 @@ class ChatRenderer:
                     'make chats of them with task.system: ""'
                 )
         if chat.arguments:
-            self._check_template(chat.name)
+            self.check_template(chat.name)
             template = self._tokenizer.get_chat_template(chat.name)
             for name in chat.arguments:
                 if name not in template:
@@ -69,13 +74,49 @@ class ChatRenderer:
                         "another template (task.chat_template)"
                     )
 
-    def text(self, prompt: Prompt, chat: ChatTemplate) -> str:
+    def check_tools(self, chat: ChatTemplate, tools: Tools) -> None:
+        """Refuse a template that does not show the model its tools, its calls, or what they return.
+
+        Args:
+            chat: The template and its arguments.
+            tools: The tools' JSON schemas.
+
+        Raises:
+            UserError: There is no template, or it leaves something of it out, or fails.
+        """
+        self.check_template(chat.name, has_tools=True)
+        name, argument, value, result = "lookUpName", "lookUpArgument", "lookUpValue", "lookUpResult"
+        function = {"name": name, "arguments": {argument: value}}
+        call = {"type": "function", "id": _CALL_ID, "function": function}
+        told = {"role": "tool", "name": name, "tool_call_id": _CALL_ID, "content": result}
+        asked: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
+        missing = "give an instruct model that calls tools, or a template of your own (task.chat_template)"
+        try:
+            offered = self.text(asked, chat, tools)
+            called = [*asked, {"role": "assistant", "content": "", "tool_calls": [call]}, told]
+            shown = self.text(called, chat, tools)
+        except UserError as error:
+            raise UserError(
+                f"task.chat_template: there are tools, and the chat template fails for a conversation that "
+                f"calls one: {error}"
+            ) from None
+        for tool in tools:
+            if tool["function"]["name"] not in offered:
+                raise UserError(
+                    f"task.chat_template: the chat template does not tell the model of its tools, such as "
+                    f"{tool['function']['name']!r}; {missing}"
+                )
+        if not all(part in shown for part in (name, argument, value, result)):
+            what = "what a tool returns" if name in shown and value in shown else "the model's calls of tools"
+            raise UserError(f"task.chat_template: the chat template leaves out {what}; {missing}")
+
+    def text(self, prompt: Prompt, chat: ChatTemplate, tools: Tools | None = None) -> str:
         """Return the text of a chat.
 
         Raises:
             UserError: There is no template, or it fails.
         """
-        text: str = self._apply(prompt, chat, tokenize=False)
+        text: str = self._apply(prompt, chat, tools, tokenize=False)
         if _CONTINUED in text and not any(_CONTINUED in str(message) for message in prompt):
             raise UserError(
                 "the tokenizer's chat template has the last message, one of the assistant, more than once, "
@@ -86,20 +127,22 @@ class ChatRenderer:
             raise UserError(f"the chat template makes a text of {len(text)} characters; shorten the prompt")
         return text
 
-    def tokens(self, prompt: Prompt, chat: ChatTemplate) -> list[int]:
+    def tokens(self, prompt: Prompt, chat: ChatTemplate, tools: Tools | None = None) -> list[int]:
         """Return the tokens of a chat, for a tokenizer that has its own way.
 
         Raises:
             UserError: There is no template, or it fails.
         """
-        return list(self._apply(prompt, chat, tokenize=True, return_dict=False))
+        return list(self._apply(prompt, chat, tools, tokenize=True, return_dict=False))
 
-    def _apply(self, prompt: Prompt, chat: ChatTemplate, **arguments: Any) -> Any:
+    def _apply(self, prompt: Prompt, chat: ChatTemplate, tools: Tools | None, **arguments: Any) -> Any:
         assert isinstance(prompt, list)
-        self._check_template(chat.name)
+        self.check_template(chat.name, has_tools=bool(tools))
         is_continued = prompt[-1]["role"] == "assistant"
         messages = [_without_none(message) for message in prompt]
         arguments |= {"add_generation_prompt": not is_continued, "continue_final_message": is_continued}
+        if tools:
+            arguments["tools"] = list(tools)
         try:
             with self._dated():
                 return self._tokenizer.apply_chat_template(
@@ -114,7 +157,16 @@ class ChatRenderer:
                 "of the same role, or give another template (task.chat_template)"
             ) from None
 
-    def _check_template(self, name: str | None) -> None:
+    def check_template(self, name: str | None, *, has_tools: bool = False) -> None:
+        """Refuse the name of a template that there is not.
+
+        Args:
+            name: The name, or a template itself; None: the tokenizer's own.
+            has_tools: Whether there are tools, for which some tokenizers have a template of its own.
+
+        Raises:
+            UserError: There is no such template, or none at all.
+        """
         templates = self._tokenizer.chat_template
         names = sorted(templates) if isinstance(templates, dict) else []
         if name is None and not templates:
@@ -122,7 +174,7 @@ class ChatRenderer:
                 "the prompts are chat messages, but the model's tokenizer has no chat template; use an "
                 "instruct model, prompts of plain text, or a template of your own (task.chat_template)"
             )
-        if name is None and names and "default" not in names:
+        if name is None and names and "default" not in names and not (has_tools and "tool_use" in names):
             raise UserError(
                 f"the tokenizer has several chat templates, {', '.join(names)}, and none is the default; say "
                 "which with task.chat_template"

@@ -14,8 +14,8 @@ from shardes.noise import sampling_uniforms
 class TokenSampler:
     """Sampler of tokens at a temperature, by given random numbers.
 
-    The draws are a pure function of seed, iteration, prompt, sample and position, so that all members are
-    judged with the same random numbers, on any rank and in any order.
+    The draws are a pure function of seed, iteration, prompt, sample, turn and position, so that all members
+    are judged with the same random numbers, on any rank and in any order.
 
     Attributes:
         seed: Seed of the run, ``es.seed``.
@@ -30,7 +30,13 @@ class TokenSampler:
     top_p: float = 1.0
 
     def uniforms(
-        self, *, iteration: int, prompts: Sequence[int], samples: Sequence[int], num_tokens: int
+        self,
+        *,
+        iteration: int,
+        prompts: Sequence[int],
+        samples: Sequence[int],
+        num_tokens: int,
+        turn: int = 0,
     ) -> torch.Tensor:
         """Compute the random numbers by which the tokens of some answers are drawn.
 
@@ -39,13 +45,19 @@ class TokenSampler:
             prompts: Index of each answer's prompt in the batch of problems.
             samples: Index of each answer among those to its prompt.
             num_tokens: Largest number of tokens of an answer.
+            turn: Number of answers that the model has given before in the same episodes.
 
         Returns:
             Uniform numbers, float32 in [0, 1) of shape [answers, num_tokens], on the CPU.
         """
         rows = [
             sampling_uniforms(
-                seed=self.seed, iteration=iteration, prompt=prompt, sample=sample, count=num_tokens
+                seed=self.seed,
+                iteration=iteration,
+                prompt=prompt,
+                sample=sample,
+                count=num_tokens,
+                turn=turn,
             )
             for prompt, sample in zip(prompts, samples, strict=True)
         ]
@@ -56,7 +68,8 @@ class TokenSampler:
 
         Args:
             logits: Logits of the next token, floating point of shape [rows, vocabulary].
-            uniforms: Random number of each row, float32 in [0, 1) of shape [rows].
+            uniforms: Random number of each row, float32 in [0, 1) of shape [rows]; below 0 for the most
+                likely token.
 
         Returns:
             Token ids, int64 of shape [rows].
@@ -75,7 +88,8 @@ class TokenSampler:
             total = cumulative.gather(1, num_kept.clamp(max=cumulative.shape[-1]) - 1)
         threshold = uniforms.double()[:, None] * total
         place = (cumulative <= threshold).sum(dim=-1, keepdim=True).clamp(max=cumulative.shape[-1] - 1)
-        return (place if order is None else order.gather(1, place)).squeeze(1)
+        drawn = (place if order is None else order.gather(1, place)).squeeze(1)
+        return torch.where(uniforms < 0, logits.argmax(dim=-1), drawn)
 
 
 def make_sampler(settings: RolloutConfig, *, seed: int) -> TokenSampler | None:

@@ -9,11 +9,12 @@ from shardes.distributed.group import Mesh
 from shardes.distributed.stop import Stop, Stopped
 from shardes.es.member import MemberResult
 from shardes.rollout.aggregate import Evaluation
-from shardes.rollout.evaluator import Evaluator, InFlightBatch, WorkShare
+from shardes.rollout.evaluator import Evaluator, InFlightBatch
 from shardes.rollout.iteration import IterationSpec
 from shardes.rollout.member_queue import MemberQueue, OnResult, Turn, TurnResults
 from shardes.rollout.memory import MemoryShortageError
 from shardes.rollout.prompts import PromptBatch
+from shardes.rollout.share import WorkShare
 from shardes.utils.timers import PhaseTimer
 
 T = TypeVar("T")

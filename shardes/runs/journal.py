@@ -30,6 +30,8 @@ from shardes.utils.reading import parse_json, read_whole_lines
 JOURNAL_VERSION = 2
 # Of journals that do not say which engine they had.
 _FIRST_ENGINE = "transformers"
+# What a damaged line raises.
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass
@@ -179,12 +181,15 @@ def engine_of(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def recorded_setting(run_dir: Path, key: str) -> Any:
-    """Return a setting of a journal's header; None if the run has not begun, or cannot be read."""
+    """Return a setting of a journal's header; None if the run has not begun, or its header cannot be read."""
+    path, history = run_dir / "journal.jsonl", History()
     try:
-        header = read_journal(run_dir / "journal.jsonl")[0].header
-    except UserError:  # whoever opens the run says so
+        line = next(read_whole_lines(path), None)
+        if line is not None:
+            _take(line, history, "", path=path)
+    except (OSError, UserError, *_DAMAGE):  # whoever opens the run says so
         return None
-    return None if header is None else header["settings"].get(key)
+    return None if history.header is None else history.header["settings"].get(key)
 
 
 def read_journal(path: Path) -> tuple[History, str, int, int]:
@@ -202,7 +207,7 @@ def read_journal(path: Path) -> tuple[History, str, int, int]:
         for number, line in enumerate(read_whole_lines(path), start=1):
             try:
                 link = _take(line, history, link, path=path)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            except _DAMAGE as error:
                 raise UserError(
                     f"run.dir: {path} line {number} is damaged ({error}); restore the file from a copy, or "
                     f"do again what it says from that line on: truncate --size={good_bytes} {path}"

@@ -1,6 +1,8 @@
 """The numbers of metrics.jsonl, computed from the journal, so that they can be restored from it."""
 
 import math
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from shardes.es.member import MemberResult, mean_and_deviation, mean_reward, member_rewards
@@ -31,6 +33,7 @@ def iteration_metrics(history: History, iteration: int) -> dict[str, Any]:
         "num_nonfinite_members": sum(not member.is_finite for member in members),
         "num_reward_failures": sum(member.num_failures for member in members),
         "num_tokens": sum(member.num_tokens for member in members),
+        **_tokens_by_turn(members),
         "sigma": update["sigma"],
         "alpha": update["alpha"],
         "perturbation_norm": update["sigma"] * math.sqrt(num_trained(history.header)),
@@ -38,6 +41,13 @@ def iteration_metrics(history: History, iteration: int) -> dict[str, Any]:
         **history.instruments.get(iteration + 1, {}),
         **({"weights_digest": digest} if (digest := history.digests.get(iteration + 1)) else {}),
     }
+
+
+def _tokens_by_turn(members: Sequence[MemberResult]) -> dict[str, list[int]]:
+    """Return the tokens that all members generated in each turn of episodes; nothing if there are none."""
+    turns = zip_longest(*(member.turn_tokens for member in members), fillvalue=0)
+    sums = [sum(turn) for turn in turns]
+    return {"tokens_by_turn": sums} if sums else {}
 
 
 def num_trained(header: dict[str, Any]) -> int:

@@ -4,7 +4,7 @@ import logging
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
@@ -19,6 +19,7 @@ from shardes.runs.metrics import heldout_metrics, iteration_metrics
 from shardes.runs.trackers import TrackedRun, Tracker, open_trackers
 from shardes.utils.progress import duration
 from shardes.utils.timers import PhaseTimer
+from shardes.utils.units import shown_number
 
 # Number of last iterations from which the time that is left is estimated; evaluations come every few.
 _NUM_TIMED = 20
@@ -138,8 +139,12 @@ class Reporter:
         if self._run is not None:
             self._call(self._callbacks.on_evaluation, self._line_of_centre(iteration))
 
-    def end_iteration(self, iteration: int, *, gather: str | None) -> None:
+    def end_iteration(self, iteration: int, measured: Mapping[str, Any]) -> None:
         """Write and log the line of an iteration, whose update has been applied.
+
+        Args:
+            iteration: Number of updates before it.
+            measured: Further metrics of it, which are not in the journal.
 
         Raises:
             StorageError: It cannot be written.
@@ -150,7 +155,7 @@ class Reporter:
         if self._run is not None:
             line = iteration_metrics(self._run.history, iteration) | {
                 "seconds": self._timer.take(),
-                "gather": gather,
+                **measured,
                 "peak_memory_bytes": peak_memory_bytes(self._device),
             }
             self._write(line)
@@ -159,8 +164,8 @@ class Reporter:
                 "iteration %d/%d: reward %s, std %s, %s%s, %.0f tokens/s, %s left",
                 iteration,
                 self._num_iterations,
-                _shown(line["reward_mean"]),
-                _shown(line["reward_std"]),
+                shown_number(line["reward_mean"]),
+                shown_number(line["reward_std"]),
                 _shown_heldout(line),
                 duration(self._iteration_seconds[-1]),
                 self._tokens_per_second,
@@ -220,12 +225,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _shown(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"
-
-
 def _shown_heldout(line: dict[str, Any]) -> str:
     """Return the centre's rewards, if it was evaluated, for the log, followed by a comma."""
     rewards = {"held-out": line["heldout_reward"]} if "heldout_reward" in line else {}
     rewards |= {f"on {name}": part["reward"] for name, part in line.get("heldout_sets", {}).items()}
-    return "".join(f"{name} {_shown(reward)}, " for name, reward in rewards.items())
+    return "".join(f"{name} {shown_number(reward)}, " for name, reward in rewards.items())

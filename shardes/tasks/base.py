@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from shardes.environments.base import EpisodeSettings
+
 Row = Mapping[str, Any]
 """One problem, as read from a data file: its columns by name."""
 
@@ -121,7 +123,7 @@ class TaskDefinition:
             task.
         metric: Reward of a likelihood task, unless ``task.metric`` says otherwise.
         row_key: Names a row's problem: rows with the same key are never parted by ``task.heldout_fraction``.
-            None: a problem is all the columns of its row.
+            None: a problem is all columns of its row but ``id``.
         with_label_words: For a task with classes: returns the definition with one word for each class. None
             as argument means the task's own words, and raises ``ValueError`` where it has none.
         generate: Makes problems for ``shardes make-data``, which tells them apart by ``row_key``.
@@ -163,6 +165,8 @@ class Task:
         metric: Reward of a likelihood task.
         chat: The template of prompts that are chat messages.
         all_train: What ``train`` was read as, with rows that were left out since; None: ``train``.
+        episodes: For problems that are episodes of many turns, what these are; ``rewards``, if there are any,
+            judge their last answers. None: a prompt is answered once.
     """
 
     name: str
@@ -174,6 +178,7 @@ class Task:
     metric: Metric = "cross_entropy"
     chat: ChatTemplate = ChatTemplate()
     all_train: Sequence[Row] | None = None
+    episodes: EpisodeSettings | None = None
 
 
 def as_text(prompt: Prompt) -> str:

@@ -7,11 +7,12 @@ import csv
 import hashlib
 import io
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shardes.config.schema import is_hub_reference
+from shardes.config.task import is_hub_reference, is_range
 from shardes.errors import UserError
 from shardes.tasks.base import PlacedRow, Row
 from shardes.tasks.canonical import canonical, is_plain
@@ -39,7 +40,8 @@ def read_rows(
     Args:
         source: A file, whose name ends with what it holds (``.jsonl``, ``.json``, ``.csv``, ``.tsv``,
             ``.parquet``, in small or capital letters; any other is read as JSONL); ``DIR[@SPLIT]``, a data
-            set saved to disk; or ``hf:NAME[:SUBSET][@SPLIT]``, one of the Hugging Face hub.
+            set saved to disk; ``hf:NAME[:SUBSET][@SPLIT]``, one of the Hugging Face hub; or
+            ``range:START:STOP``, rows with an ``index`` alone.
         key: The configuration key that names it, for messages.
         columns: Names that rows get besides their own: from the new name to the column that it means.
         check: Raises ``UserError`` for a row that the task cannot use.
@@ -144,6 +146,8 @@ def _with_columns(
 
 def _read(source: Path, key: str) -> Iterator[tuple[str, Any]]:
     """Read the rows as they are, each with its place in the source."""
+    if is_range(source):
+        return _of_range(source, key)
     if is_hub_reference(source):
         return _of_data_set(_from_hub(source, key), f"{key}: {source}")
     try:
@@ -171,6 +175,15 @@ def _read(source: Path, key: str) -> Iterator[tuple[str, Any]]:
     if suffix in (".csv", ".tsv"):
         return _of_csv(text, source, key, delimiter="\t" if suffix == ".tsv" else ",")
     return _of_lines(text, source, key)
+
+
+def _of_range(source: Path, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield rows that have nothing but an index."""
+    found = re.fullmatch(r"range:(\d{1,9}):(\d{1,9})", str(source))
+    start, stop = map(int, found.groups()) if found else (0, 0)
+    if start >= stop:
+        raise UserError(f"{key}: got {source}; wanted: range:START:STOP, such as range:0:200")
+    return ((f"index {index}", {"index": index}) for index in range(start, stop))
 
 
 def _text(source: Path, key: str) -> str:

@@ -1,10 +1,13 @@
 """Loading of tasks: the configuration's task sections become tasks with data."""
 
 from pathlib import Path
+from typing import Any
 
 from shardes.config.schema import Config, ProblemSetConfig, TaskConfig
+from shardes.environments.base import EnvironmentSpec, EpisodeSettings
+from shardes.environments.harness import harness_of, is_harness
 from shardes.errors import UserError
-from shardes.tasks.base import ChatTemplate, Row, Task, TaskDefinition
+from shardes.tasks.base import ChatTemplate, PlacedRow, Row, Task, TaskDefinition
 from shardes.tasks.data import read_rows, split_rows
 from shardes.tasks.registry import REWARDS, definition_of
 from shardes.tasks.rewards import components
@@ -39,12 +42,22 @@ def load_task(config: ProblemSetConfig, *, key: str = "task") -> Task:
     built_in = definition_of(config.name, label_words=config.label_words)
     definition = built_in or _OWN
     make_prompt = prompt_maker(
-        definition.make_prompt, template=config.template, system=config.system, key=key
+        definition.make_prompt,
+        template=config.template,
+        system=None if config.is_episodic else config.system,
+        key=key,
     )
 
     def read(source: Path, name: str) -> list[Row]:
         rows = read_rows(source, key=f"{key}.{name}", columns=config.columns, check=definition.check_row)
+        if config.is_episodic and config.template is None:
+            return [*rows]  # environments make their own prompts
         prompts = make_prompts(make_prompt, rows, template=config.template, key=key)
+        if config.is_episodic:
+            return [
+                PlacedRow({**row, "prompt": prompt}, row.where)
+                for row, prompt in zip(rows, prompts, strict=True)
+            ]
         for row, prompt in zip(rows, prompts, strict=True):
             check_prompt(prompt, row.where, may_be_empty=definition.choices is not None)
         return [*rows]
@@ -62,7 +75,7 @@ def load_task(config: ProblemSetConfig, *, key: str = "task") -> Task:
                 f"{config.data} for training; give a smaller fraction or more problems"
             )
     return Task(
-        name=config.name or config.reward or "rewards",
+        name=config.name or config.environment or config.harness or config.reward or "rewards",
         train=train,
         heldout=heldout,
         make_prompt=make_prompt,
@@ -70,4 +83,18 @@ def load_task(config: ProblemSetConfig, *, key: str = "task") -> Task:
         choices=definition.choices,
         metric=config.metric or definition.metric,
         chat=ChatTemplate(config.chat_template, config.template_arguments),
+        episodes=_episodes(config),
     )
+
+
+def _episodes(config: ProblemSetConfig) -> EpisodeSettings | None:
+    """Return what the problems of a section are episodes of; None if they are not."""
+    if not config.is_episodic:
+        return None
+    arguments = config.environment_arguments
+    limits: dict[str, Any] = {"max_turns": config.max_turns, "episode_return": config.episode_return}
+    limits |= {"system": config.system}
+    reference = config.harness or config.environment or ""
+    if config.harness is not None or is_harness(reference):
+        return EpisodeSettings(None, harness_of(reference, arguments), **limits)
+    return EpisodeSettings(EnvironmentSpec(reference, arguments, tuple(config.tools)), **limits)

@@ -42,6 +42,8 @@ def components(
     if config.reward is not None:
         return (Component(label_of(config.reward), config.reward, takes_messages=True),)
     if not config.rewards:
+        if config.is_episodic:
+            return ()
         assert definition is not None, "the configuration has a built-in task or rewards"
         return definition.rewards
     found: dict[str, Component] = {}

@@ -30,7 +30,7 @@ class LimitError(Exception):
 
     Args:
         index: Index of the item.
-        reason: What happened, such as ``took more than 5 s of processor time``.
+        reason: What happened, such as ``takes more than 3 s of processor time``.
     """
 
     def __init__(self, index: int, reason: str) -> None:
@@ -130,7 +130,7 @@ def _serve(
     try:
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the parent is gone
-        _limit_memory(memory_bytes)
+        limit_address_space(memory_bytes)
         for item in items:
             # Timed by the kernel, because no handler of Python's runs inside one long operation.
             signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -146,9 +146,14 @@ def _serve(
         os._exit(1)
 
 
-def _limit_memory(num_bytes: int) -> None:
-    """Limit this process's address space to what it has now and some bytes."""
+def limit_address_space(num_bytes: int) -> None:
+    """Limit this process's address space to what it has now and some bytes; a lower limit stays.
+
+    Raises:
+        OSError: The system does not tell how large it is.
+    """
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = pages * resource.getpagesize() + num_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
+    lower = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([most, *lower]), hard))

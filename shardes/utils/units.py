@@ -21,6 +21,11 @@ def shown_seconds(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def shown_number(value: float | None) -> str:
+    """Format a reward or another number with four decimals; one that is not known as ``none``."""
+    return "none" if value is None else f"{value:.4f}"
+
+
 def shown_count(number: int) -> str:
     """Format a count, in billions from 100 million on."""
     return f"{number / 1e9:.4g} billion" if number >= 10**8 else f"{number:,}"

@@ -98,7 +98,6 @@ BINDING = [
 # Of these, journals of older versions have none, so they are absent where they mean what those did.
 LATER = {"rollout.skip_special_tokens", "task.chat_template", "task.template_arguments"}
 
-
 # Keys without which a key would do nothing, and is refused.
 NEEDED = {
     "es.sigma_schedule": {"sigma_schedule": "cosine", "final_sigma": 1e-5},
@@ -146,9 +145,36 @@ def test_every_key_is_known_to_be_free_or_binding(resume_fingerprint):
         "rollout.kv_cache_gib",  # of another engine, as are the next two; see below
         "rollout.batch_invariant",
         "rollout.vllm",
+        *("rollout.max_context", "task.environment", "task.environment_arguments"),  # of episodes; see below
+        *("task.tools", "task.harness", "task.episode_return", "task.max_turns"),
     }
     others = {"task.label_words", "task.data sha256", "rollout.members_per_forward"}
     assert set(resume_fingerprint()) == {key for key, _ in BINDING} - LATER | others
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task.environment": "games.py:Other"},
+        {"task.environment_arguments": {"size": 3}},
+        {"task.tools": ["tools.py:add"]},
+        {"task.environment": None, "task.harness": "agent.py:run"},
+        {"task.episode_return": "last"},
+        {"task.max_turns": 3},
+        {"rollout.max_context": 64},
+    ],
+)
+def test_what_episodes_are_binds(changes):
+    def of(changes):
+        tree = with_key("task.name", ...)
+        tree["task"]["environment"] = "games.py:Game"
+        for key, value in changes.items():
+            section, name = key.split(".")
+            tree[section][name] = value
+        return fingerprint.resume_fingerprint(parse_config(tree, source="test"), data_sha256="of the rows")
+
+    plain, changed = of({}), of(changes)
+    assert {key for key in plain.keys() | changed.keys() if plain.get(key) != changed.get(key)} == {*changes}
 
 
 def test_memory_and_arguments_of_an_engine_are_free(resume_fingerprint):

@@ -16,6 +16,8 @@ from shardes.distributed.silence import Silence
 from shardes.distributed.stop import Stop, stop_signals
 from shardes.errors import JobError, UserError
 
+FAREWELL = "stopped by SIGTERM; nothing is lost: resume with the same command"
+
 
 class Job:
     """Watches of several ranks in one process, which record how they would have ended it."""
@@ -50,6 +52,11 @@ class Job:
         settings = {"world_size": len(self.watches), "token": self.token}
         limits = {"seconds": 20, "silence_seconds": 20}
         watch.join(*call(("127.0.0.1", self.port), rank=watch._rank, **settings, **limits))
+
+    def ask_to_stop(self, rank, reason):
+        """What a rank does when a signal asks it to stop."""
+        watch = self.watches[rank]
+        watch._ask(lambda: watch._tell({"is": "asked", "reason": reason}))
 
     def freeze(self, rank):
         """As SIGSTOP does: the thread neither reads nor writes, and its connections stay as they are."""
@@ -226,7 +233,7 @@ def test_a_frozen_rank_is_named_by_the_others_and_ends_when_it_wakes(rank, quick
 def test_who_waits_in_vain_for_a_frozen_rank_is_not_taken_for_the_cause(quick):
     job = Job(3, timeout_seconds=2)
     job.freeze(2)
-    time.sleep(1.6)
+    job.wait(lambda: job.watches[0]._silence.suspects([2]))
     job.watches[1].report(error_of(TimeoutError, "a consequence"))
     job.wait(lambda: job.told)
     job.thaw()
@@ -274,24 +281,20 @@ def test_a_rank_that_takes_the_job_for_another_ends_it():
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_request_to_stop_before_the_ranks_have_met_ends_those_that_come_later(rank):
     job = Job(3, meets=False)
-    watch = job.watches[rank]
-    watch._ask(lambda: watch._tell({"is": "asked", "reason": "SIGTERM"}))
+    job.ask_to_stop(rank, "SIGTERM")
     job.join(job.watches[1])
     time.sleep(0.2)
     assert not job.ended, "rank 2 would look for the others in vain"
     job.join(job.watches[2])
     job.wait_for_the_end()
     assert job.ended == {0: 0, 1: 0, 2: 0}
-    assert [text for text, _ in job.told] == [
-        "stopped by SIGTERM; nothing is lost: resume with the same command"
-    ]
+    assert [text for text, _ in job.told] == [FAREWELL]
 
 
 def test_a_rank_that_meets_nobody_ends_when_asked_to(monkeypatch):
     monkeypatch.setattr("shardes.distributed.failure_monitor._ANSWER_SECONDS", 0.1)
     job = Job(2, meets=False)
-    watch = job.watches[1]
-    watch._ask(lambda: watch._tell({"is": "asked", "reason": "SIGTERM"}))
+    job.ask_to_stop(1, "SIGTERM")
     job.wait(lambda: job.ended == {1: 130})
     job.watches[0].close()
 
@@ -307,8 +310,7 @@ def test_a_rank_that_does_not_notice_that_the_time_is_over_is_ended():
 @pytest.mark.parametrize("rank", [0, 2])
 def test_every_rank_learns_of_a_request_to_stop(rank):
     job = Job(3)
-    watch = job.watches[rank]
-    watch._ask(lambda: watch._tell({"is": "asked", "reason": "SIGUSR1"}))
+    job.ask_to_stop(rank, "SIGUSR1")
     job.wait(lambda: all(stop.is_requested for stop in job.stops))
     assert {stop.reason for stop in job.stops} == {"SIGUSR1"}
     assert not job.ended, "there is time to finish"
@@ -318,13 +320,10 @@ def test_every_rank_learns_of_a_request_to_stop(rank):
 
 def test_what_takes_too_long_is_abandoned_with_status_0():
     job = Job(3, stop_seconds=0.3)
-    watch = job.watches[1]
-    watch._ask(lambda: watch._tell({"is": "asked", "reason": "SIGTERM"}))
+    job.ask_to_stop(1, "SIGTERM")
     job.wait_for_the_end()
     assert job.ended == {0: 0, 1: 0, 2: 0}
-    assert [text for text, _ in job.told] == [
-        "stopped by SIGTERM; nothing is lost: resume with the same command"
-    ]
+    assert [text for text, _ in job.told] == [FAREWELL]
 
 
 def test_signals_become_requests_and_a_second_one_ends_at_once(monkeypatch):

@@ -268,6 +268,12 @@ def test_optimizers_use_exact_operations_alone(name):
     assert "aten.sub.Tensor" in run_steps(optimizer_of(EsConfig(iterations=1, optimizer=name)))
 
 
+@pytest.mark.parametrize("name", get_args(EsConfig.model_fields["optimizer"].annotation))
+def test_the_configuration_counts_the_states_of_an_optimizer(name):
+    es = EsConfig(iterations=1, optimizer=name)
+    assert es.num_optimizer_states == len(optimizer_of(es).state_names)
+
+
 class FusedMomentum(Momentum):
     def step(self, gradient, states, *, alpha, number):
         return torch.add(gradient, states[0], alpha=self.momentum)

@@ -5,7 +5,6 @@ arithmetic of Python, NumPy or torch is involved, but for the powers of float64 
 """
 
 import math
-import struct
 from fractions import Fraction
 
 SIGN = 0x80000000
@@ -71,8 +70,3 @@ def square_root(a):
     # What is left over decides that there is no tie; how much it is does not matter.
     rest = Fraction(1, 2) if root * root != whole.numerator else 0
     return rounded((root + rest) / Fraction(2) ** (shift // 2))
-
-
-def from_float(number):
-    """Return the bits of a float32 value that Python has as a float, infinities and NaN included."""
-    return struct.unpack("<I", struct.pack("<f", number))[0]

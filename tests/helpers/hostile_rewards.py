@@ -84,9 +84,12 @@ def obey(completions, **columns):
                     values.append(Alarming())
                     continue
             case "semaphores":  # and shared memory, for processes that do not share this one's memory
-                LEFT.append(multiprocessing.get_context("spawn").Semaphore())
-                LEFT.append(shared_memory.SharedMemory(create=True, size=100))
-                Path(argument).touch()
+                semaphore = multiprocessing.get_context("spawn").Semaphore()
+                segment = shared_memory.SharedMemory(create=True, size=100)
+                LEFT.extend([semaphore, segment])
+                names = [f"sem.{semaphore._semlock.name.removeprefix('/')}", segment.name]
+                Path(f"{argument}.tmp").write_text("\n".join(names))
+                Path(f"{argument}.tmp").rename(argument)
                 time.sleep(1000)
             case "flood":
                 for _ in range(int(argument) >> 16):

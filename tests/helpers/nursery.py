@@ -6,33 +6,18 @@ Forks are processes like any other; only their imports are inherited.
 
 import atexit
 import contextlib
-import gc
-import importlib
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
+from tools.gpu_check.processes import PRELOADED, become, preload
+
 # What a rank needs; it imports by itself what is not installed or not listed.
-PRELOADED = (
-    "shardes.export.writer",
-    "shardes.trainer",
-    "shardes.cli",
-    "shardes.backends.single",
-    "shardes.backends.fsdp",
-    "shardes.backends.tensor_parallel",
-    "shardes.backends.zero3",
-    "deepspeed",
-    "transformers.models.qwen2.modeling_qwen2",
-    "transformers.models.llama.modeling_llama",
-    "transformers.generation",
-    "tests.helpers.preload_vllm",
-)
+NEEDED = ("shardes.export.writer", *PRELOADED, "tests.helpers.preload_vllm")
 
 
 class Rank:
@@ -111,11 +96,7 @@ def main():
     answers = os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 1)
-    for name in PRELOADED:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    gc.collect()
-    gc.freeze()
+    preload(NEEDED)
     while line := sys.stdin.buffer.readline():
         request = json.loads(line)
         if "poll" in request:
@@ -125,38 +106,17 @@ def main():
             answer = os.fork()
             if answer == 0:
                 answers.close()
-                become_rank(request, nothing)
+                become_rank(request)
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
 
 
-def become_rank(request, nothing):
-    """In the fork: runs the script as the interpreter would have, and ends."""
-    status = 1
-    try:
-        os.setsid()
-        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for number, target in enumerate((nothing, log, log)):
-            os.dup2(target, number)
-        os.environ.clear()
-        os.environ.update(request["env"])
-        script, *arguments = request["start"]
-        if script == "-m":
-            sys.argv = arguments
-            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = [script, *arguments]
-            sys.path[0] = str(Path(script).parent.absolute())
-            runpy.run_path(script, run_name="__main__")
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+def become_rank(request):
+    """In the fork: runs the program as the interpreter would have, and ends."""
+    words = request["start"]
+    if words[0] != "-m":
+        sys.path[0] = str(Path(words[0]).parent.absolute())
+    become(words, env=request["env"], log=Path(request["log"]), is_leader=True)
 
 
 if __name__ == "__main__":

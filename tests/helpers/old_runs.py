@@ -6,6 +6,7 @@ import shutil
 
 import yaml
 
+from shardes.runs.journal import _seal
 from tests.fixtures.make_fixtures import hashes_of
 from tests.helpers.inprocess import call
 from tests.helpers.ranks import ROOT
@@ -37,12 +38,24 @@ def changed_file(name, tmp_path, change):
     return tmp_path / "user.yaml"
 
 
-def install(name, tmp_path):
+def install(name, tmp_path, *, root=FIXTURES):
     """Return a copy of the run directory as the kill left it, with this machine's paths."""
-    run_dir = shutil.copytree(FIXTURES / name / "run", tmp_path / "run")
+    run_dir = shutil.copytree(root / name / "run", tmp_path / "run")
     path = run_dir / "config.yaml"
     path.write_text(path.read_text().replace("{REPOSITORY}", str(ROOT)))
     return run_dir
+
+
+def reseal(path, change):
+    """Change each record of a journal by a function, and seal all of them anew."""
+    link, lines = "", []
+    for line in path.read_bytes().splitlines():
+        record = json.loads(line)
+        del record["checksum"]
+        change(record)
+        sealed, link = _seal(record, link)
+        lines.append(sealed + b"\n")
+    path.write_bytes(b"".join(lines))
 
 
 def succeed(*arguments):

@@ -10,12 +10,11 @@ import subprocess
 from pathlib import Path
 
 from tests.helpers.nursery import Nursery
+from tools.gpu_check.processes import LAUNCHER_VARIABLES
 
 ROOT = Path(__file__).parents[2]
 # Below the ports that the kernel gives to connections. Each of pytest's workers takes every 16th of them.
 PORTS = range(15000, 31000, 16)
-# How the names of what launchers set begin.
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_", "WORLD_SIZE", "CROSS_", "MASTER_", "TORCHELASTIC")
 
 
 def free_port():

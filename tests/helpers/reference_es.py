@@ -13,18 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shardes.noise import Region, data_order
 from shardes.noise.kinds.registry import make_kind
 from tests.helpers.noise_oracle import accumulated, added, noise_at
+from tests.helpers.update_oracle import power
 
 f32 = np.float32
 sqrt = np.sqrt  # of NumPy, which is correctly rounded; torch's is not
 eps_at = functools.lru_cache(maxsize=None)(noise_at)  # the same for many runs
-
-
-def power(base, exponent):
-    """Return a power as docs/updates.md has it."""
-    if exponent == 0:
-        return 1.0
-    half = power(base, exponent // 2)
-    return half * half * base if exponent % 2 else half * half
 
 
 class ReferenceES:

@@ -6,7 +6,15 @@ from tests.helpers.exports import fingerprint
 from tests.helpers.ranks import ROOT, run_ranks
 
 # What depends on the clock, or on how members are evaluated.
-VOLATILE = ("seconds", "gather", "peak_memory_bytes")
+VOLATILE = (
+    *("seconds", "gather", "peak_memory_bytes", "environment_seconds", "num_prefilled_tokens"),
+    *("num_reencoded", "num_environment_kills"),
+)
+
+
+def journal_of(run_dir):
+    """The records of a run's journal."""
+    return [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
 
 
 def steady_metrics(run_dir):

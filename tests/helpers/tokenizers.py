@@ -1,6 +1,6 @@
 """Small tokenizers of the kinds that models have."""
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
@@ -10,6 +10,16 @@ VOCABULARY = [*SPECIAL, *WORDS, *CHARACTERS]
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# ChatML with tools, as Qwen 2.5 has it.
+CHATML_TOOLS = (
+    "{% if tools %}<|im_start|>system\nTools: {% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n"
+    "{% endif %}{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
+    "{% if m.role == 'tool' %}<tool_response>\n{{ m.content }}\n</tool_response>{% else %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ '\n' if m.content or not loop.first else '' }}<tool_call>\n"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -37,5 +47,23 @@ def sentence_pieces(
         tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=known)
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | arguments
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    made.chat_template = chat_template
+    return made
+
+
+def byte_pieces(*, special, eos, bos=None, chat_template=None, **arguments):
+    """A tokenizer as GPT-2 and Llama 3 have it: any text, in bytes that a few merges make words of."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "s"), ("Ġ", "is"), ("Ċ", "Ċ"), ("1", "2")]
+    pieces = [*alphabet, *("".join(pair) for pair in merges)]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, merges)
+    tokenizer = Tokenizer(model)
+    # Line breaks are tokens of their own, whatever follows them.
+    words = pre_tokenizers.Split(Regex(r"\s*[\r\n]+| ?[^\s\p{N}]+| ?\p{N}+|\s+"), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token=bos, **arguments)
     made.chat_template = chat_template
     return made

@@ -6,6 +6,7 @@ from tests.helpers.exact_float32 import SIGN, add, bits_of, divide, multiply, sq
 
 
 def power(base, exponent):
+    """Return a power as docs/updates.md has it."""
     product = 1.0
     for bit in bin(exponent)[2:]:
         product = product * product

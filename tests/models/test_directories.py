@@ -1,7 +1,6 @@
 """Model directories as people have them: what is loaded is what transformers loads, or it is refused."""
 
 import json
-import os
 import shutil
 
 import pytest
@@ -17,6 +16,7 @@ from shardes.models.checkpoint import Checkpoint
 from shardes.models.files import check_model_directory
 from shardes.session import open_session
 from shardes.weights.master import Weights
+from tests.helpers.broken_models import config_with, link_to_nothing, pipe
 from tests.helpers.models import make_config, tiny_model
 from tests.helpers.safetensors_files import write_index, write_raw
 
@@ -76,12 +76,7 @@ def change(directory, edit, *, to="model.safetensors", **config):
     save_file(
         {name: t.contiguous() for name, t in tensors.items()}, directory / to, metadata={"format": "pt"}
     )
-    configure(directory, **config)
-
-
-def configure(directory, **keys):
-    file = directory / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    config_with(**config)(directory)
 
 
 def scaled(tensors):
@@ -173,10 +168,6 @@ def base_model(directory):
     change(directory, lambda t: {name.removeprefix("model."): tensor for name, tensor in t.items()})
 
 
-def base_model_with_a_head(directory):
-    change(directory, lambda t: {name.removeprefix("model."): tensor for name, tensor in t.items()})
-
-
 def with_more(prefix, **buffers):
     def edit(directory):
         more = {
@@ -212,7 +203,7 @@ def keys_twice(directory):
 
 MASK = torch.ones(1, 1, 64, 64).tril()
 LIKE_TRANSFORMERS = {
-    "dtype of a text": ("tied", lambda directory: configure(directory, dtype="auto")),
+    "dtype of a text": ("tied", config_with(dtype="auto")),
     "whole file beside an old index": ("untied", old_index),
     "whole file beside others": ("untied", neighbours),
     "whole model beside an adapter": ("untied", whole_beside_an_adapter),
@@ -229,7 +220,7 @@ LIKE_TRANSFORMERS = {
     "tied, a head that rounds to the same": ("tied", a_head_that_rounds_to_the_same),
     "tied, only the head": ("tied", only_the_head),
     "names of the base model": ("tied", base_model),
-    "names of the base model, and a head": ("llama", base_model_with_a_head),
+    "names of the base model, and a head": ("llama", base_model),
     "other parts": ("untied", other_parts),
     "frequencies": ("llama", with_more("model.layers.", self_attn__rotary_emb__inv_freq=torch.ones(11))),
     "positions": ("llama", with_more("model.layers.", position_ids=torch.arange(64)[None])),
@@ -338,30 +329,10 @@ def in_a_folder(directory):
     (directory / "model.safetensors").rename(directory / "weights" / "model.safetensors")
 
 
-def broken_link(directory):
-    (directory / "model.safetensors").unlink()
-    (directory / "model.safetensors").symlink_to("../blobs/123")
-
-
 def broken_shard(directory):
     file = sorted(directory.glob("model-*.safetensors"))[1]
     file.unlink()
     file.symlink_to("../blobs/123")
-
-
-def broken_tokenizer(directory):
-    (directory / "tokenizer.json").unlink()
-    (directory / "tokenizer.json").symlink_to("../blobs/123")
-
-
-def pipe_as_tokenizer(directory):
-    (directory / "tokenizer.json").unlink()
-    os.mkfifo(directory / "tokenizer.json")
-
-
-def pipe_as_weights(directory):
-    (directory / "model.safetensors").unlink()
-    os.mkfifo(directory / "model.safetensors")
 
 
 def of_ranks(directory):
@@ -411,36 +382,44 @@ REFUSED = {
         lambda d: sorted(d.glob("model-*.safetensors"))[1].unlink(),
         "names files that are missing: model-00002-of-",
     ),
-    "broken link": ("untied", broken_link, r"model\.safetensors is a link to \.\./blobs/123, which does not"),
+    "broken link": (
+        "untied",
+        link_to_nothing("model.safetensors"),
+        r"model\.safetensors is a link to \.\./\.\./blobs/0123456789, which does not",
+    ),
     "broken shard": ("sharded", broken_shard, "model-00002-of-.* is a link to"),
-    "broken tokenizer": ("untied", broken_tokenizer, r"tokenizer\.json is a link to \.\./blobs/123"),
-    "pipe as tokenizer": ("untied", pipe_as_tokenizer, r"tokenizer\.json is a pipe, and not a file"),
-    "pipe as weights": ("untied", pipe_as_weights, r"model\.safetensors is a pipe, and not a file"),
+    "broken tokenizer": (
+        "untied",
+        link_to_nothing("tokenizer.json"),
+        r"tokenizer\.json is a link to \.\./\.\./blobs/0123456789",
+    ),
+    "pipe as tokenizer": ("untied", pipe("tokenizer.json"), r"tokenizer\.json is a pipe, and not a file"),
+    "pipe as weights": ("untied", pipe("model.safetensors"), r"model\.safetensors is a pipe, and not a file"),
     "parts of ranks": ("untied", of_ranks, "is a part of a distributed checkpoint"),
     "adapter alone": ("untied", adapter_alone, "holds an adapter, and no model: merge it"),
     "name outside": (
         "untied",
-        lambda d: configure(d, transformers_weights="../model.safetensors"),
+        config_with(transformers_weights="../model.safetensors"),
         r"transformers_weights is '\.\./model\.safetensors', which is not inside",
     ),
     "name of a pickle": (
         "untied",
-        lambda d: configure(d, transformers_weights="pytorch_model.bin"),
+        config_with(transformers_weights="pytorch_model.bin"),
         "transformers_weights is 'pytorch_model.bin'; wanted the name of a safetensors",
     ),
     "fewer layers": (
         "untied",
-        lambda d: configure(d, num_hidden_layers=1, layer_types=None),
+        config_with(num_hidden_layers=1, layer_types=None),
         "unknown to the model",
     ),
     "fewer layers of the base model": (
         "tied",
-        lambda d: (base_model(d), configure(d, num_hidden_layers=1, layer_types=None)),
+        lambda d: (base_model(d), config_with(num_hidden_layers=1, layer_types=None)(d)),
         r"unknown to the model: layers\.1\.",
     ),
     "biases": (
         "llama",
-        lambda d: configure(d, attention_bias=False),
+        config_with(attention_bias=False),
         r"unknown to the model: model\.layers\.0\.self_attn\.k_proj\.bias",
     ),
     "quantised": (
@@ -450,7 +429,7 @@ REFUSED = {
     ),
     "quantisation in config.json": (
         "untied",
-        lambda d: configure(d, quantization_config={"quant_method": "gptq", "bits": 4}),
+        config_with(quantization_config={"quant_method": "gptq", "bits": 4}),
         "has a quantization_config; quantised weights cannot be perturbed",
     ),
     "head that is missing": (
@@ -483,7 +462,7 @@ def test_what_cannot_be_loaded_is_refused_with_its_reason(directory, edit, messa
 def test_a_model_that_fits_its_files_and_cannot_compute_is_refused(originals, tmp_path, heads):
     # One matrix has queries, keys and values here, so that its shape does not depend on the number of heads.
     directory = shutil.copytree(originals["neox"], tmp_path / "model")
-    configure(directory, num_attention_heads=heads)
+    config_with(num_attention_heads=heads)(directory)
     config = make_config(tmp_path, model=directory, run_dir=tmp_path / "run")
     with (
         pytest.raises(

@@ -18,10 +18,10 @@ import pytest
 from shardes.config.schema import TaskConfig
 from shardes.errors import UserError
 from shardes.rewards import crew, isolation, output
+from shardes.rewards.batch import RewardBatch
 from shardes.rewards.fork_server import HEADER
 from shardes.rewards.pool import InProcessRewards, RewardProcessPool, make_reward_runner
 from shardes.rewards.processes import ForkServer
-from shardes.rewards.worker import RewardBatch
 from shardes.tasks.base import Component, Task
 from tests.helpers import hostile_rewards
 from tests.helpers.ranks import ROOT
@@ -274,13 +274,13 @@ def test_a_user_without_rights_is_isolated_and_gets_none():
 
 @pytest.mark.parametrize("may_isolate", [True, False])
 def test_a_killed_reward_leaves_no_semaphores(may_isolate, tmp_path):
-    before = set(Path("/dev/shm").iterdir())
     path = tmp_path / "made"
     with sandbox(may_isolate=may_isolate, timeout_seconds=60) as rewards:
         (future,) = rewards.submit([OBEY], [answers(f"semaphores:{path}")])
         wait_until(path.exists)
-        left = set(Path("/dev/shm").iterdir()) - before
-        assert {each.name.split("_")[0].split("-")[0] for each in left} == {"sem.mp", "psm"}
+        left = [Path("/dev/shm") / name for name in path.read_text().split()]
+        assert [each.name.split("_")[0].split("-")[0] for each in left] == ["sem.mp", "psm"]
+        assert all(each.exists() for each in left)
         future.cancel()
     assert not any(each.exists() for each in left)
 
@@ -456,6 +456,10 @@ def test_what_a_reward_prints_goes_to_standard_error(capfd):
         ("f = 3", "has no function 'f'"),
         ("import no_such_module_anywhere", "ModuleNotFoundError"),
         ("import os; os._exit(4)", "importing it ended the process (exit status 4)"),
+        (
+            "import os, time; os.kill(os.getppid(), 9); time.sleep(1000)",
+            "importing it ended the process (with its parent)",
+        ),
         ("import time; time.sleep(1000)", "importing it took longer than 0.5 s"),
         ("def f(:", "SyntaxError"),
     ],
@@ -468,6 +472,35 @@ def test_a_reward_that_cannot_be_imported_is_refused(tmp_path, monkeypatch, text
         sandbox(Component("f", f"{path}:f"))
     assert str(caught.value).startswith("task.reward: ")
     assert words in str(caught.value)
+
+
+def test_a_reward_that_can_no_longer_be_imported_keeps_nobody_waiting(tmp_path):
+    path = tmp_path / "reward.py"
+    reward = Component("f", f"{path}:f")
+    path.write_text("import os\n\n\ndef f(completions):\n    os._exit(3)\n")
+    with sandbox(reward, max_workers=2) as rewards:
+        path.write_text("raise RuntimeError('half written')\n")
+        first, *others = rewards.submit([reward], [answers("a")] * 3)
+        assert first.result(20).first_failure == "the reward ended its process (exit status 3)"
+        for future in others + rewards.submit([reward], [answers("a")]):
+            with pytest.raises(RuntimeError, match=r"no process for rewards can be started.*half written"):
+                future.result(20)
+        path.write_text("def f(completions):\n    return [7.0]\n")
+        assert judged(rewards, "a", component=reward)[0] == [7.0]
+
+
+def test_a_reward_whose_import_comes_to_kill_the_template_keeps_nobody_waiting(tmp_path):
+    path = tmp_path / "reward.py"
+    reward = Component("f", f"{path}:f")
+    path.write_text("import os\n\n\ndef f(completions):\n    os._exit(3)\n")
+    with sandbox(reward, max_workers=1) as rewards:
+        assert "exit status 3" in judged(rewards, "a", component=reward)[1]
+        path.write_text("import os, time\nos.kill(os.getppid(), 9)\ntime.sleep(1000)\n")
+        for future in rewards.submit([reward], [answers("a")] * 3):
+            with pytest.raises(RuntimeError, match=r"no process for rewards can be started.*with its parent"):
+                future.result(40)
+        path.write_text("def f(completions):\n    return [7.0]\n")
+        assert judged(rewards, "a", component=reward)[0] == [7.0]
 
 
 def test_the_configuration_chooses_where_rewards_run():
@@ -484,7 +517,7 @@ def test_the_configuration_chooses_where_rewards_run():
 PARENT = """
 import sys, time
 from shardes.rewards.pool import RewardProcessPool
-from shardes.rewards.worker import RewardBatch
+from shardes.rewards.batch import RewardBatch
 from shardes.tasks.base import Component
 from tests.helpers import hostile_rewards
 parts = [Component("pid", hostile_rewards.pid), Component("obey", hostile_rewards.obey)]

@@ -17,11 +17,11 @@ from shardes.config.schema import ProblemSetConfig
 from shardes.errors import UserError
 from shardes.es.member import MemberResult, apply_reward_error_policy, member_rewards
 from shardes.rewards import worker
-from shardes.rewards.importing import import_function, import_functions, reference_of
+from shardes.rewards.batch import RewardBatch
+from shardes.rewards.importing import import_functions, reference_of
 from shardes.rewards.pool import InProcessRewards
 from shardes.rewards.scorer import Scorer
 from shardes.rewards.signature import Signature
-from shardes.rewards.worker import RewardBatch
 from shardes.tasks.base import Component, Task, TaskDefinition
 from shardes.tasks.builtin.matching import exact_match_reward, regex_reward
 from shardes.tasks.rewards import components
@@ -43,12 +43,12 @@ def f(prompts, completions):
 """
     monkeypatch.setattr(sys, "path", [*sys.path])
     path = write_module(tmp_path, "found_by_file", text)
-    assert import_function(f"{path}:f")([], []) == [7]
+    assert import_functions([f"{path}:f"])[0]([], []) == [7]
     write_module(tmp_path, "found_by_name", text.replace("7", "8"))
     monkeypatch.chdir(tmp_path)
-    assert import_function("found_by_name:f")([], []) == [8]
-    assert import_function("found_by_file.py:f")([], []) == [7]
-    assert import_function("math:sqrt") is math.sqrt
+    assert import_functions(["found_by_name:f"])[0]([], []) == [8]
+    assert import_functions(["found_by_file.py:f"])[0]([], []) == [7]
+    assert import_functions(["math:sqrt"])[0] is math.sqrt
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def g(prompts, completions):
     assert [f([], []) for f in all_f] == [[2]] * 3
     # Another time, what the file is by then.
     write_module(tmp_path, "two_in_one", "def f(prompts, completions):\n    return [70]")
-    assert import_function("two_in_one.py:f")([], []) == [70]
+    assert import_functions(["two_in_one.py:f"])[0]([], []) == [70]
 
 
 def test_a_reward_can_import_its_neighbours(tmp_path, monkeypatch, clean_imports):
@@ -102,9 +102,9 @@ def test_a_reward_can_import_its_neighbours(tmp_path, monkeypatch, clean_imports
 def test_a_module_that_fails_is_not_kept(tmp_path, clean_imports):
     path = write_module(tmp_path, "fails_at_first", "raise RuntimeError('at first')")
     with pytest.raises(ValueError, match="at first"):
-        import_function(f"{path}:f")
+        import_functions([f"{path}:f"])[0]
     write_module(tmp_path, "fails_at_first", "def f(completions):\n    return [1.0]")
-    assert import_function(f"{path}:f")([]) == [1.0]
+    assert import_functions([f"{path}:f"])[0]([]) == [1.0]
 
 
 def test_a_reward_that_does_not_exist_is_refused(tmp_path):
@@ -119,7 +119,7 @@ def test_a_reward_that_does_not_exist_is_refused(tmp_path):
     }
     for reference, words in cases.items():
         with pytest.raises(ValueError, match=words):
-            import_function(reference)
+            import_functions([reference])[0]
         with pytest.raises(UserError, match=words) as caught:
             InProcessRewards([Component("r", reference)])
         assert str(caught.value).startswith("task.reward: ")
@@ -140,7 +140,7 @@ def test_a_reward_that_does_not_exist_is_refused(tmp_path):
 def test_a_module_that_fails_to_import_is_refused_with_its_reason(tmp_path, text, words):
     path = write_module(tmp_path, "broken_reward", text)
     with pytest.raises(ValueError, match=words) as caught:
-        import_function(f"{path}:f")
+        import_functions([f"{path}:f"])[0]
     assert str(path) in str(caught.value)
 
 

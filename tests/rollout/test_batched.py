@@ -15,7 +15,7 @@ from shardes.trainer import make_training_loop
 from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model, tree
-from tests.helpers.runs import gathers_of, run_cases, steady_metrics
+from tests.helpers.runs import gathers_of, journal_of, run_cases, steady_metrics
 
 # Seven members in chunks of three: the last chunk is smaller, and one rank of two has none.
 BATCHED = {
@@ -62,14 +62,10 @@ def write_choices(tmp_path):
     }
 
 
-def journal(run_dir):
-    return [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
-
-
 def rewards(run_dir):
     return {
         (line["iteration"], line["member"]): line["reward"]
-        for line in journal(run_dir)
+        for line in journal_of(run_dir)
         if line["type"] == "member"
     }
 
@@ -156,7 +152,7 @@ def strip(run_dir):
     kept = ("type", "iteration", "coefficients", "digest")
     return [
         {key: line.get(key) for key in kept}
-        for line in journal(run_dir)
+        for line in journal_of(run_dir)
         if line["type"] in ("update", "weights")
     ]
 
@@ -173,12 +169,12 @@ def test_a_mode_of_the_other_kind_and_another_number_of_members_are_refused(tmp_
 
 def test_auto_is_found_once_and_kept(tmp_path, models, monkeypatch):
     run_dir = train(tmp_path, models["qwen2"], rollout__members_per_forward="auto")
-    header = journal(run_dir)[0]
+    header = journal_of(run_dir)[0]
     assert header["settings"]["rollout.members_per_forward"] == 8  # what holds seven
     monkeypatch.setattr("shardes.rollout.autotune.MOST_MEMBERS", 2)
     train(tmp_path, models["qwen2"], rollout__members_per_forward="auto")
     both = {"rollout__members_per_forward": "auto", "rollout__micro_batch_size": "auto"}
-    settings = journal(train(tmp_path, models["qwen2"], "both", **both))[0]["settings"]
+    settings = journal_of(train(tmp_path, models["qwen2"], "both", **both))[0]["settings"]
     assert settings["rollout.members_per_forward"] == 2
     assert settings["rollout.micro_batch_size"] == 9
 

@@ -1,5 +1,6 @@
 """Journals whose lines are whole but mean nothing, and files that are no files: one message, no waiting."""
 
+import itertools
 import json
 import os
 import signal
@@ -9,11 +10,11 @@ import pytest
 from shardes.config.loading import load_run_config
 from shardes.errors import UserError
 from shardes.runs.directory import RunDirectory
-from shardes.runs.journal import _seal, read_journal
+from shardes.runs.journal import read_journal
 from shardes.runs.snapshot import Snapshot, SnapshotError, _checksum, find_snapshots, snapshot_path
 from shardes.utils.reading import parse_json, read_regular
 from tests.helpers.inprocess import call
-from tests.helpers.old_runs import install
+from tests.helpers.old_runs import install, reseal
 
 
 @pytest.fixture(autouse=True)
@@ -36,18 +37,11 @@ def run_dir(tmp_path):
 
 
 def forge(path, kind, change):
-    """Changes the first record of a kind, and seals it and those that follow it anew; returns its line."""
-    link, lines, place = "", [], None
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        record = json.loads(line)
-        del record["checksum"]
-        if record["type"] == kind and place is None:
-            place = number
-            change(record)
-        sealed, link = _seal(record, link)
-        lines.append(sealed)
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
-    return place
+    """Changes the first record of a kind, and seals the journal anew; returns its line."""
+    place = [record["type"] for record in map(json.loads, path.read_bytes().splitlines())].index(kind)
+    lines = itertools.count()
+    reseal(path, lambda record: change(record) if next(lines) == place else None)
+    return place + 1
 
 
 def deep(levels):

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import shutil
 
 import pytest
 import torch
 
-from shardes.runs.journal import History, _seal
+from shardes.runs.journal import History
 from tests.helpers.inprocess import call
-from tests.helpers.old_runs import digests_of, records_of
+from tests.helpers.old_runs import digests_of, install, records_of, reseal
 from tests.helpers.ranks import ROOT
 
 FIXTURE = ROOT / "tests" / "fixtures" / "3fa0333" / "adam"
@@ -29,10 +28,7 @@ needs_its_roots = pytest.mark.skipif(
 
 @pytest.fixture
 def run_dir(tmp_path):
-    run_dir = shutil.copytree(FIXTURE / "run", tmp_path / "run")
-    path = run_dir / "config.yaml"
-    path.write_text(path.read_text().replace("{REPOSITORY}", str(ROOT)))
-    return run_dir
+    return install(FIXTURE.name, tmp_path, root=FIXTURE.parent)
 
 
 def train(run_dir, *overrides):
@@ -77,15 +73,11 @@ def test_a_run_that_begins_now_has_the_rule_of_today(tmp_path):
 
 @pytest.mark.parametrize("version", [0, 3, "2", None, [1]])
 def test_a_version_that_is_not_known_is_refused(run_dir, version):
-    path, link, lines = run_dir / "journal.jsonl", "", []
-    for line in path.read_bytes().splitlines():
-        record = json.loads(line)
-        record.pop("checksum")
+    def change(record):
         if record["type"] == "header":
             record["update_version"] = version
-        sealed, link = _seal(record, link)
-        lines.append(sealed + b"\n")
-    path.write_bytes(b"".join(lines))
+
+    reseal(run_dir / "journal.jsonl", change)
     for result in (train(run_dir), call("shardes", "verify", run_dir)):
         assert result.returncode == 2, result.stdout + result.stderr
         assert f"version {version} of the updates" in result.stderr

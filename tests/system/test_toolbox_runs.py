@@ -19,7 +19,7 @@ from shardes.weights.export_view import gather_centre
 from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model, tree
-from tests.helpers.runs import run_cases, steady_metrics
+from tests.helpers.runs import journal_of, run_cases, steady_metrics
 
 PAIRS = {
     "es__optimizer": "adam",
@@ -63,10 +63,6 @@ def train(root, model, *, name="run", **changes):
 
 def same(found, wanted):
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
-def journal(run_dir):
-    return [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -123,7 +119,7 @@ def test_an_interrupted_iteration_is_shaped_by_prompt_from_what_the_journal_know
     (tmp_path / "run" / "journal.jsonl").write_bytes(b"".join(lines[: last - 2]))
     found = train(tmp_path, model, **BY_PROMPT)
     assert same(found, wanted)
-    assert journal(tmp_path / "run") == journal(tmp_path / "whole")
+    assert journal_of(tmp_path / "run") == journal_of(tmp_path / "whole")
 
 
 def test_a_run_with_an_optimizer_is_verified_and_any_iteration_of_it_exported(tmp_path, model):
@@ -158,7 +154,9 @@ def test_what_is_measured_of_updates_is_what_they_did(tmp_path, model):
     assert lines[0]["update_cosine_to_last"] is None
     # The second update has the first one's directions, so the angle is that between the coefficients.
     a, b = (
-        np.array(record["coefficients"]) for record in journal(tmp_path / "run") if record["type"] == "update"
+        np.array(record["coefficients"])
+        for record in journal_of(tmp_path / "run")
+        if record["type"] == "update"
     )
     wanted = a @ b / math.sqrt((a @ a) * (b @ b))
     assert lines[1]["update_cosine_to_last"] == pytest.approx(wanted, abs=0.03)
@@ -201,7 +199,7 @@ def log_likelihood(model_dir, pairs):
 def test_the_divergence_from_the_base_model_is_that_of_its_answers_likelihoods(tmp_path, model):
     changes = {"es__iterations": 4, "es__alpha": 0.3, "log__kl_every": 3, "log__kl_prompts": 6}
     train(tmp_path, model, **changes)
-    (probe,) = (record for record in journal(tmp_path / "run") if record["type"] == "probe")
+    (probe,) = (record for record in journal_of(tmp_path / "run") if record["type"] == "probe")
     assert len(probe["pairs"]) == 6
     assert len({tuple(answer) for _, answer in probe["pairs"]}) > 3
     lines = {line["iteration"]: line.get("kl_to_base") for line in steady_metrics(tmp_path / "run")}

@@ -12,7 +12,7 @@ from tests.helpers.exports import fingerprint
 from tests.helpers.inprocess import call
 from tests.helpers.models import tree
 from tests.helpers.ranks import ROOT, Ranks, run_ranks
-from tests.helpers.runs import run_cases, steady_metrics
+from tests.helpers.runs import journal_of, run_cases, steady_metrics
 from tests.helpers.vllm_models import vllm_model
 
 pytest.importorskip("vllm")
@@ -81,10 +81,6 @@ def runs(root):
         "split-adapters": tree_of(root, "split-adapters", **VLLM, **ADAPTERS),
     }
     return found | dict(zip(trees, run_cases(root, "together", list(trees.values()), 2), strict=True))
-
-
-def journal_of(run_dir):
-    return [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
 
 
 def test_runs_are_those_of_one_process(root, runs):

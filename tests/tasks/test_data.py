@@ -573,3 +573,19 @@ def test_a_packed_file_says_so(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(b'{"prompt": "a"}\n'))
     with pytest.raises(UserError, match=r"is packed by gzip; unpack it"):
         read_rows(tmp_path / name, key="task.data", check=lambda row, where: None)
+
+
+def test_a_range_is_rows_of_an_index(tmp_path):
+    rows = read_rows(Path("range:3:6"), key="task.data", check=lambda row, where: None)
+    assert rows == [{"index": 3}, {"index": 4}, {"index": 5}]
+    assert rows[1].where == "task.data: range:3:6 index 4"
+    renamed = read_rows(
+        Path("range:0:1"), key="task.data", columns={"seed": "index"}, check=lambda row, where: None
+    )
+    assert renamed == [{"index": 0, "seed": 0}]
+
+
+@pytest.mark.parametrize("source", ["range:", "range:5", "range:2:2", "range:3:1", "range:-1:2", "range:a:b"])
+def test_what_is_no_range_is_refused(source):
+    with pytest.raises(UserError, match=rf"task\.data: got {source}; wanted: range:START:STOP"):
+        read_rows(Path(source), key="task.data", check=lambda row, where: None)

@@ -8,9 +8,9 @@ import pytest
 
 from shardes.config.schema import ProblemSetConfig
 from shardes.errors import UserError
-from shardes.rewards.importing import import_function, reference_of
+from shardes.rewards.batch import RewardBatch
+from shardes.rewards.importing import import_functions, reference_of
 from shardes.rewards.pool import RewardProcessPool
-from shardes.rewards.worker import RewardBatch
 from shardes.tasks import builtin
 from shardes.tasks.base import Choices
 from shardes.tasks.builtin.boxed import boxed_reward, expression_reward
@@ -70,7 +70,7 @@ def test_every_module_declares_tasks_and_rewards_of_its_own():
 
 def test_every_reward_can_be_found_by_another_process():
     for function in REWARDS.values():
-        assert import_function(reference_of(function)) is function
+        assert import_functions([reference_of(function)])[0] is function
     components = [component for task in TASKS.values() for component in task.rewards]
     assert {component.function for component in components} <= set(REWARDS.values())
 

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 # What parts import; a fork then has it.
 PRELOADED = (
@@ -58,7 +58,7 @@ class Process:
         if forks:
             self.pid = os.fork()
             if self.pid == 0:
-                _become(words, env=env, log=log, is_leader=is_leader)
+                become(words, env=env, log=log, is_leader=is_leader)
         else:
             with log.open("ab") as stream:
                 self._popen = subprocess.Popen(
@@ -102,8 +102,15 @@ class Process:
             self.wait(10)
 
 
-def _become(words: list[str], *, env: dict[str, str], log: Path, is_leader: bool) -> None:
-    """Run a program in this fork as an interpreter would, and end the process."""
+def become(words: list[str], *, env: dict[str, str], log: Path, is_leader: bool) -> NoReturn:
+    """Run a program in this fork as an interpreter would, and end the process.
+
+    Args:
+        words: Path of a script, or ``-m`` and a module, and its arguments.
+        env: Environment.
+        log: File that its output is appended to.
+        is_leader: True to make it the leader of a session.
+    """
     status = 1
     try:
         if is_leader:
@@ -131,9 +138,9 @@ def _become(words: list[str], *, env: dict[str, str], log: Path, is_leader: bool
         os._exit(status)
 
 
-def preload() -> None:
-    """Import what the parts need, for forks to have; without what is not installed."""
-    for name in PRELOADED:
+def preload(names: Sequence[str] = PRELOADED) -> None:
+    """Import modules for forks to have; without what is not installed."""
+    for name in names:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     gc.collect()

@@ -112,7 +112,7 @@ class Ranks:
     """Two ranks, which must come to the same collectives in the same order."""
 
     def __init__(self):
-        self._barrier, self._said = threading.Barrier(2, timeout=5), [None, None]
+        self._barrier, self._said = threading.Barrier(2, timeout=60), [None, None]
 
     def meet(self, rank, what):
         """Return what both ranks said; fails where one is not there, or at another collective."""

@@ -58,7 +58,7 @@ class FixedEngine(Engine):
         return self
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("models") / "m", tied=True)
 
