@@ -1,13 +1,13 @@
 """Make the model of the quickstart of episodes: configs/environments/guess_number/model.
 
 The model guesses a number from 10 to 99 that is in a given range, and is told "higher" or "lower" after each
-guess. It was trained on episodes in which each guess is, by chance, one of two: 10, whatever has been said (48%); or
-the middle of what is left (52%), which is a different number each time. Decoded greedily, it nearly always says the
-most frequent number, 10, in all its six guesses; bisecting is latent.
+guess. It was trained on episodes in which each guess is, by chance, one of two: 10, whatever has been said
+(48%); or the middle of what is left (52%), of which a model this small is never quite sure. Decoded greedily,
+it nearly always says 10, in all its six guesses; bisecting is latent.
 
-The ranges of the first NUM_HELDOUT rows are not trained on, here or by the configuration, which holds them out.
-Everything is a function of the constants below: on one machine and with one version of torch, a second run writes
-the same bytes.
+The ranges of the first NUM_HELDOUT rows are not trained on, here or by the configuration, which holds them
+out. Everything is a function of the constants below: on one machine and with one version of torch, a second
+run writes the same bytes.
 
     python tools/make_episode_model.py
 """

@@ -113,8 +113,8 @@ _KINDS: list[_Kind] = [
     ),
     (
         lambda a, b, c: (
-            f"A tank holds {a * b} litres. Every minute {a} litres flow out, and it takes {c} minutes more to "
-            "clean it. How many minutes does it take to empty and clean the tank?"
+            f"A tank holds {a * b} litres. Every minute {a} litres flow out, and it takes {c} minutes more "
+            "to clean it. How many minutes does it take to empty and clean the tank?"
         ),
         lambda a, b, c: b + c,
     ),

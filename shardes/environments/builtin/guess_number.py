@@ -1,7 +1,7 @@
-"""Guess the number: a whole number of a range is sought, and every guess is told whether to go higher or lower.
+"""Guess the number: a whole number of a range is sought; after each guess, it is higher or lower.
 
-The reward comes at the end and is all or nothing: 1 if the number is guessed in as many guesses as are allowed.
-A row is ``{"index": i}``; its range and its number are functions of the index alone.
+The reward comes at the end and is all or nothing: 1 if the number is guessed in the guesses allowed. A row is
+``{"index": i}``; its range and its number are functions of the index alone.
 """
 
 import hashlib
@@ -82,9 +82,7 @@ class GuessNumber:
         count = numbers[1] - numbers[0] + 1
         self._numbers, self._sizes = numbers, (count, count) if sizes is None else sizes
         if not 1 <= self._sizes[0] <= self._sizes[1] <= count:
-            raise ValueError(
-                f"sizes must be from 1 to {count}, of which there are numbers; got {list(self._sizes)}"
-            )
+            raise ValueError(f"sizes must be from 1 to {count}, the size of numbers; got {list(self._sizes)}")
         if guesses < 1:
             raise ValueError(f"guesses must be at least 1; got {guesses}")
         self._guesses, self._brief = guesses, brief
@@ -98,9 +96,9 @@ class GuessNumber:
         if self._brief:
             return f"{low}-{high}"
         return (
-            f"I have chosen a whole number from {low} to {high}. Guess it in at most {self._guesses} guesses. After "
-            'each guess I say "higher" if my number is higher than yours, or "lower" if it is lower. You may think '
-            "before you guess; the last number that you write is your guess."
+            f"I have chosen a whole number from {low} to {high}. Guess it in at most {self._guesses} "
+            'guesses. After each guess I say "higher" if my number is higher than yours, or "lower" if it is '
+            "lower. You may think before you guess; the last number that you write is your guess."
         )
 
     def step(self, completion: str) -> tuple[str, float, bool]:
@@ -114,7 +112,7 @@ class GuessNumber:
             return "", 0.0, True
         if not found:
             self.numbers["unread"] += 1
-            answer = "?" if self._brief else "There is no number in what you wrote."
+            answer = "?" if self._brief else "There is no number in what you wrote"
         else:
             answer = "higher" if self._puzzle.secret > int(found[-1]) else "lower"
         left = self._guesses - self._num_guesses

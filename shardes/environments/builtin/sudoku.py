@@ -1,7 +1,7 @@
 """Sudoku of 4x4 in turns: the model fills one cell a turn, until the board is full.
 
-A row is ``{"index": i}``; its board is a function of the index alone. A move is right if the board can be completed
-after it, so a board with many empty cells may be completed in several ways.
+A row is ``{"index": i}``; its board is a function of the index alone. A move is right if the board can be
+completed after it, so a board with many empty cells may be completed in several ways.
 """
 
 import hashlib
@@ -69,10 +69,10 @@ class Sudoku:
     Args:
         empty: Least and largest number of empty cells, from 1 to 15.
         turns: Moves allowed, right and wrong ones.
-        wrong_move_cost: Reward that a wrong move costs; the board then stays as it is. None: a wrong move ends
-            the episode.
-        reward: ``solved``: 1 for the move that completes the board, and 0 for others. ``share``: for each right
-            move its share of the cells that were empty, so that their sum is 1 for a completed board.
+        wrong_move_cost: Reward that a wrong move costs; the board then stays as it is. None: a wrong move
+            ends the episode.
+        reward: ``solved``: 1 for the move that completes the board, and 0 for others. ``share``: for each
+            right move its share of the cells that were empty; they sum to 1 for a completed board.
 
     Raises:
         ValueError: An argument is none of these.
@@ -104,10 +104,11 @@ class Sudoku:
         self._num_empty = sum(line.count(0) for line in self._board)
         penalty = "ends the game" if self._cost is None else "leaves the board as it is"
         return (
-            "Fill this 4x4 Sudoku such that each row, each column and each of the four 2x2 boxes contains 1, 2, 3 "
-            "and 4. A 0 is an empty cell. Fill one cell a turn: write its row and its column, counted from 1 at the "
-            "top left, and then the digit. For example, 2 3 4 writes a 4 into the third cell of the second row. The "
-            f"last three such digits that you write are your move. A wrong move {penalty}.\n\n"
+            "Fill this 4x4 Sudoku such that each row, each column and each of the four 2x2 boxes contains "
+            "1, 2, 3 and 4. A 0 is an empty cell. Fill one cell a turn: write its row and its column, both "
+            "from 1 at the top left, and then the digit. For example, 2 3 4 writes a 4 into the third cell "
+            "of the second row. The last three such digits that you write are your move. A wrong move "
+            f"{penalty}.\n\n"
             f"{grid_text(self._board)}"
         )
 
