@@ -152,6 +152,8 @@ def test_an_episode_that_breaks_its_process_fails_alone(shared, undisturbed, com
             "TypeError: step returned 5 (int) as observation; wanted text",
         ),
         ("return:([{'role': 'user'}], 1, False)", "TypeError: step returned [{'role': 'user'}] (list) as"),
+        ("deep:60", "TypeError: step returned a message of more than 50 levels in each other"),
+        ("deep:5000", "TypeError: step returned a message that cannot be sent on (maximum recursion depth"),
     ],
 )
 def test_what_a_step_returns_is_checked(shared, command, words):
