@@ -59,11 +59,11 @@ class EpisodeOutcome:
     def components(self) -> dict[str, float]:
         """Return the numbers that are shown besides the reward, by name."""
         return {
+            **self.numbers,
             "turns": float(len(self.num_tokens)),
             "truncated": float(self.truncation is not None),
             "context_full": float(self.truncation == "context"),
             "answers_cut": float(self.num_cut),
-            **self.numbers,
         }
 
 

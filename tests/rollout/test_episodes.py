@@ -167,6 +167,11 @@ def test_a_full_context_truncates_and_every_turn_keeps_to_it():
     assert widths[-1] + 11 >= 40 - 1
 
 
+def test_what_an_environment_counts_by_a_name_of_ours_does_not_hide_ours():
+    found, _ = Harness([[go(numbers={"turns": 7.0}), done(numbers={"truncated": 1.0, "own": 3.0})]]).play()
+    assert [found.components[name] for name in ("turns", "truncated", "own")] == [[1.0], [0.0], [3.0]]
+
+
 def test_an_answer_that_had_no_more_room_is_counted():
     game = Harness([[go(), go(), done()]])
     found, _ = game.play(generate=lambda batch, prompts: Completions([[20] * 6], [True]))
