@@ -6,9 +6,7 @@ from typing import Any
 
 from shardes.environments.base import Observation, StepResult
 from shardes.rewards.worker import MAX_REWARD, number, shown
-
-# What contains more in itself, few templates have in mind, and Python cannot copy.
-_MAX_DEPTH = 50
+from shardes.utils.nesting import MAX_DEPTH, is_deep
 
 Answer = dict[str, Any]
 """The fields of a ``StepResult`` as JSON has them, and ``lacks_memory``: whether memory ran out."""
@@ -104,21 +102,13 @@ def _observation(given: Any, method: str) -> Observation:
             messages: Observation = json.loads(json.dumps([dict(message) for message in given]))
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(f"{method} returned a message that cannot be sent on ({error})") from None
-        if _is_deep(messages):
-            raise TypeError(f"{method} returned a message of more than {_MAX_DEPTH} levels in each other")
+        if is_deep(messages):
+            raise TypeError(f"{method} returned a message of more than {MAX_DEPTH} levels in each other")
         return messages
     raise TypeError(
         f"{method} returned {shown(given)} as observation; wanted text, or a list of messages with role and "
         "content"
     )
-
-
-def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        inner = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [part for parts in inner for part in parts if isinstance(part, dict | list)]
-    return bool(level)
 
 
 def _is_message(given: Any) -> bool:
