@@ -42,7 +42,9 @@ def pass_at_k(num_answers: int, num_passes: int, k: int) -> float:
         ValueError: There are fewer answers than are drawn, or more passes than answers.
     """
     if not 0 < k <= num_answers or not 0 <= num_passes <= num_answers:
-        raise ValueError(f"got k {k}, {num_passes} passes of {num_answers}; wanted 0 < k <= answers >= passes")
+        raise ValueError(
+            f"got k {k}, {num_passes} passes of {num_answers}; wanted 0 < k <= answers >= passes"
+        )
     # Whole numbers, so that nothing is lost where both are large.
     return 1.0 - math.comb(num_answers - num_passes, k) / math.comb(num_answers, k)
 
