@@ -1,9 +1,11 @@
 """The command ``shardes compare``; nothing heavy is imported before the configuration is checked."""
 
+import gc
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +19,10 @@ from shardes.monitor.pictures import check_picture
 from shardes.rewards.pool import make_reward_runner
 from shardes.tasks.loading import load_tasks
 from shardes.utils.files import write_atomically
+
+if TYPE_CHECKING:
+    from shardes.evaluation.measuring import Comparison, ModelResult
+    from shardes.rollout.preparing import PreparedTasks
 
 _PATH = click.Path(path_type=Path)
 # An argument that changes a key, and is no name of a model.
@@ -80,9 +86,8 @@ def compare(
     ):
         from shardes.evaluation.comparing import compare_results
         from shardes.evaluation.comparison_table import comparison_lines
-        from shardes.evaluation.measuring import Comparison, Drawing, ModelResult
+        from shardes.evaluation.measuring import Comparison, Drawing
         from shardes.rollout.preparing import prepare_tasks
-        from shardes.session import open_session
         from shardes.utils.logs import configure_logging
 
         configure_logging()
@@ -96,20 +101,31 @@ def compare(
         comparison = Comparison(asked, drawing, task, heldout_sets, rewards, environments)
         results: list[ModelResult] = []
         for name, reference, tasks in zip(names, references, prepared, strict=True):
-            with open_session(reference.config) as session:
-                reference.restore(session)
-                iteration = None if reference.history is None else reference.iteration
-                results.append(comparison.measure(session, tasks, name=name, iteration=iteration))
+            results.append(_measure(comparison, reference, tasks, name=name))
+            # One model at a time: parts of a session may refer to each other.
+            gc.collect()
             report = compare_results(results, drawing=drawing, pass_reward=asked.eval.pass_reward)
             # After every model: what hours have found is not lost with the next one.
             if place.rank == 0 and json_path is not None:
-                write_atomically(json_path, json.dumps(report, indent=2) + "\n")
+                _write(json_path, report)
     if place.rank == 0:
         if plot_path is not None:
             from shardes.monitor.comparison_plot import plot_comparison
 
             plot_comparison(report, plot_path)
         click.echo("\n".join(comparison_lines(report)))
+
+
+def _measure(
+    comparison: "Comparison", reference: ModelRef, prepared: "PreparedTasks", *, name: str
+) -> "ModelResult":
+    """Measure one model, of which nothing is kept; a collective of all ranks."""
+    from shardes.session import open_session
+
+    with open_session(reference.config) as session:
+        reference.restore(session)
+        iteration = None if reference.history is None else reference.iteration
+        return comparison.measure(session, prepared, name=name, iteration=iteration)
 
 
 def _is_override(argument: str) -> bool:
@@ -121,6 +137,13 @@ def _is_override(argument: str) -> bool:
 def _date_of(references: Sequence[ModelRef]) -> str | None:
     """Return the date that all prompts have: that of the first run whose prompts have one."""
     return next((each.date for each in references if each.date is not None), None)
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    try:
+        write_atomically(path, json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _check_outputs(json_path: Path | None, plot_path: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""Compute the coverage of answers that were drawn (pass@k), and the problems that a change gains and loses."""
+"""Compute the coverage of answers that were drawn (pass@k), and the problems gained and lost by a change."""
 
 import math
 from collections.abc import Sequence

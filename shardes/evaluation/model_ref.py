@@ -64,7 +64,7 @@ _USED = tuple(name for name in Config.model_fields if name not in ("run", "log")
 
 @dataclass(frozen=True)
 class _Place:
-    """Place that a model's name leads to: a model directory, or a run and the iteration that is wanted of it."""
+    """Place that a model's name leads to: a model directory, or a run and the iteration wanted of it."""
 
     name: str
     path: Path

@@ -11,7 +11,6 @@ from typing import Any
 
 from shardes.errors import UserError
 from shardes.monitor.pictures import COLOURS, GREY, INK, MARKERS, check_picture, save_picture, shown, style
-from shardes.utils.logs import printable
 from shardes.utils.reading import parse_json, read_regular
 
 METRICS = "metrics.jsonl"
