@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardes.distributed.place import read_place
+from shardes.distributed.stop import Stop
 from shardes.environments.runners import Environments, tasks_by_key
 from shardes.errors import StorageError, UserError
 from shardes.evaluation.model_ref import ModelRef, resolve_models
@@ -88,6 +89,7 @@ def compare(
         from shardes.evaluation.comparison_table import comparison_lines
         from shardes.evaluation.measuring import Comparison, Drawing
         from shardes.rollout.preparing import prepare_tasks
+        from shardes.session import join_job
         from shardes.utils.logs import configure_logging
 
         configure_logging()
@@ -100,14 +102,17 @@ def compare(
         drawing = Drawing(num_samples, temperature, asked.es.seed)
         comparison = Comparison(asked, drawing, task, heldout_sets, rewards, environments)
         results: list[ModelResult] = []
-        for name, reference, tasks in zip(names, references, prepared, strict=True):
-            results.append(_measure(comparison, reference, tasks, name=name))
-            # One model at a time: parts of a session may refer to each other.
-            gc.collect()
-            report = compare_results(results, drawing=drawing, pass_reward=asked.eval.pass_reward)
-            # After every model: what hours have found is not lost with the next one.
-            if place.rank == 0 and json_path is not None:
-                _write(json_path, report)
+        stop = Stop()
+        with join_job(asked, stop=stop) as world:
+            for name, reference, tasks in zip(names, references, prepared, strict=True):
+                job = {"stop": stop, "world": world}
+                results.append(_measure(comparison, reference, tasks, name=name, job=job))
+                # One model at a time: parts of a session may refer to each other.
+                gc.collect()
+                report = compare_results(results, drawing=drawing, pass_reward=asked.eval.pass_reward)
+                # After every model: what hours have found is not lost with the next one.
+                if place.rank == 0 and json_path is not None:
+                    _write(json_path, report)
     if place.rank == 0:
         if plot_path is not None:
             from shardes.monitor.comparison_plot import plot_comparison
@@ -117,12 +122,17 @@ def compare(
 
 
 def _measure(
-    comparison: "Comparison", reference: ModelRef, prepared: "PreparedTasks", *, name: str
+    comparison: "Comparison",
+    reference: ModelRef,
+    prepared: "PreparedTasks",
+    *,
+    name: str,
+    job: dict[str, Any],
 ) -> "ModelResult":
     """Measure one model, of which nothing is kept; a collective of all ranks."""
     from shardes.session import open_session
 
-    with open_session(reference.config) as session:
+    with open_session(reference.config, **job) as session:
         reference.restore(session)
         iteration = None if reference.history is None else reference.iteration
         return comparison.measure(session, prepared, name=name, iteration=iteration)

@@ -173,9 +173,9 @@ def report(run):
     previous = []
 
     @contextlib.contextmanager
-    def opened(config):
+    def opened(config, **job):
         assert all(each() is None for each in previous), "one model at a time"
-        with open_session(config) as session:
+        with open_session(config, **job) as session:
             previous.append(weakref.ref(session.backend))
             yield session
 
@@ -301,7 +301,7 @@ def test_the_divergence_is_left_out_where_a_model_cannot_be_asked(run, pair, wor
         (["{run}/model", "nowhere@2"], "nowhere@2: neither a model directory"),
         (
             ["{run}/model", "{run}/run@9", "--config", "{run}/config.yaml"],
-            "{run}/run@9: the run has 2 iterations",
+            "run@9: the run has 2 iterations",
         ),
         (["{run}/model", "{run}/run", "es.sigam=1", "--config", "{run}/config.yaml"], "sigam"),
         (["{run}/model", "{run}/run", "--config", "{run}/config.yaml", "--plot", "a.gif"], "got the suffix"),
