@@ -100,6 +100,7 @@ def _problems(found: SetResult) -> list[dict[str, Any]]:
         "tokens": found.lengths,
         "num_samples": found.num_answers,
         "num_passes": found.num_passes,
+        "sampled_reward": found.drawn_rewards,
     }
     known = {name: values for name, values in columns.items() if values}
     return [dict(zip(known, values, strict=True)) for values in zip(*known.values(), strict=True)]

@@ -334,15 +334,19 @@ def test_episodes_are_compared_without_a_divergence(tmp_path):
     path.write_text(yaml.safe_dump(tree(tmp_path, model=model, run_dir=tmp_path / "run", **changes)))
     assert call("train", "--config", path).returncode == 0
     out, answers = tmp_path / "report.json", tmp_path / "answers.jsonl"
-    printed = compare(model, tmp_path / "run", "--config", path, "--num-samples", 2, "--json", out)
+    names = [model, tmp_path / "run", f"{tmp_path}/run@0"]
+    printed = compare(*names, "es.seed=9", "--config", path, "--num-samples", 2, "--json", out)
     assert "no KL: the problems are episodes" in printed
-    trained = json.loads(out.read_text())["models"][1]
+    base, trained, start = json.loads(out.read_text())["models"]
+    # The seed is that of the draws, and not of the run's noise.
+    assert start["sets"]["heldout"]["problems"] == base["sets"]["heldout"]["problems"]
     assert trained["kl"] is None
     found = trained["sets"]["heldout"]
     done = call("shardes", "evaluate", "--model", tmp_path / "run", "--config", path, "--out", answers)
     summary = json.loads(done.stdout)["sets"]["heldout"]
     assert found["reward"] == summary["mean@1"]
     assert found["tokens"]["mean"] * 5 == pytest.approx(summary["num_tokens"])
+    assert found["tokens"]["mean"] > 6  # the most of one turn
     assert {problem["num_samples"] for problem in found["problems"]} == {2}
     assert found["pass@2"]["mean"] >= found["pass@1"]["mean"] > 0
 
