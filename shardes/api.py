@@ -38,6 +38,10 @@ Callback = Callable[[dict[str, Any]], object]
 _ONE_PROCESS = {"backend": "single", "shard_size": None, "deepspeed": None}
 
 
+# Keys of the task by any of which answers, or episodes, earn something.
+_EARNING = ("name", "reward", "rewards", "environment", "tools", "harness")
+
+
 class TrainConfig:
     """Configuration of a run: the sections of a configuration file, as dictionaries.
 
@@ -68,7 +72,7 @@ class TrainConfig:
         self._tree = tree
         # The Trainer may bring what is missing; all else is checked now.
         task = {"data": "data.jsonl"} | tree["task"]
-        if not any(task.get(key) for key in ("name", "reward", "rewards")):
+        if not any(task.get(key) for key in _EARNING):
             task["reward"] = "given:later"
         self._checked = parse_config(tree | {"task": task}, source="TrainConfig")
         self.run_dir = self._checked.run.dir
@@ -201,7 +205,7 @@ class Trainer:
         is_finished = True
         with (
             self._make_rewards([task, *heldout_sets.values()]) as rewards,
-            Environments(config.task, tasks_by_key(task, heldout_sets)) as environments,
+            Environments(config, tasks_by_key(task, heldout_sets)) as environments,
         ):
             from shardes.rollout.preparing import prepare_tasks
             from shardes.runs.journal import recorded_setting

@@ -89,7 +89,7 @@ def _train(config: Config, *, place: Place, stop: Stop, dry_run: bool) -> None:
     # Processes for rewards come before threads, process groups and accelerators.
     with (
         make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards,
-        Environments(config.task, tasks_by_key(task, heldout_sets)) as environments,
+        Environments(config, tasks_by_key(task, heldout_sets)) as environments,
     ):
         from shardes.models.build import skeleton_of
         from shardes.rollout.preparing import prepare_tasks
@@ -149,7 +149,7 @@ def evaluate(
     task, heldout_sets = load_tasks(config)
     with (
         make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards,
-        Environments(config.task, tasks_by_key(task, heldout_sets)) as environments,
+        Environments(config, tasks_by_key(task, heldout_sets)) as environments,
     ):
         from shardes.evaluation.summary import evaluate_model
         from shardes.rollout.preparing import prepare_tasks

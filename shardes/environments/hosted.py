@@ -1,5 +1,6 @@
 """An episode where its environment is: calls of the object, whose failures are data."""
 
+import asyncio
 import inspect
 import os
 import time
@@ -20,6 +21,8 @@ from shardes.rewards.worker import described, exit_with
 Call = tuple[Any, ...]
 """``("reset", row)``, ``("step", completion, message)``, ``("finish",)`` or ``("close",)``."""
 
+# What an environment may raise without ending its process; others are a user's who interrupts this one.
+_FAILURES = (Exception, SystemExit, asyncio.CancelledError)
 _OWN_MODULES = (__name__, answer_to_step.__module__)
 # Bound here, as guards against other people's programs replace functions of modules.
 _getpid, _perf_counter = os.getpid, time.perf_counter
@@ -50,7 +53,7 @@ class HostedEpisode:
                 self._ambience = Ambience(seed_of(call[1]))
             with self._ambience:
                 returned = self._returned(call)
-        except BaseException as error:
+        except _FAILURES as error:
             self._leave_if_forked(error)
             return self._failure(error, call, begun)
         self._leave_if_forked(returned)
@@ -61,7 +64,7 @@ class HostedEpisode:
     async def _later(self, awaitable: Awaitable[Any], call: Call, begun: float) -> Answer:
         try:
             returned = await _Enclosed(self, awaitable)
-        except BaseException as error:
+        except _FAILURES as error:
             return self._failure(error, call, begun)
         return self._answer(returned, call, begun)
 
@@ -88,7 +91,7 @@ class HostedEpisode:
                 numbers = getattr(self._environment, "numbers", None)
                 numbers = numbers() if callable(numbers) else numbers
                 answer["numbers"] = {} if numbers is None else checked_numbers(numbers)
-        except BaseException as error:
+        except _FAILURES as error:
             self._leave_if_forked(error)
             return self._failure(error, call, begun)
         self._leave_if_forked(returned)

@@ -22,6 +22,7 @@ import logging
 import signal
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from shardes.environments.answers import read_answer
@@ -74,6 +75,8 @@ class Hosts:
         self._starter = Starter(spec, start_fork_server)
         self._hosts: list[Host] = []
         self._host_of: dict[Record, Host] = {}
+        # All episodes with a call to be answered, wherever they are.
+        self._records: set[Record] = set()
         # Episodes that no process plays, with a call to be answered: anywhere, or alone in a new process.
         self._waiting: collections.deque[Record] = collections.deque()
         self._solos: collections.deque[Record] = collections.deque()
@@ -104,8 +107,10 @@ class Hosts:
         """Have another call of an episode answered."""
         record.pending = pending
         if record.is_over or self._is_closing:
-            record.resolve(StepResult(failure="the episode is over"))
+            record.fail("the episode is over")
             return
+        self._records.add(record)
+        pending.add_done_callback(lambda _: self._records.discard(record))
         record.calls.append(call)
         host = self._host_of.get(record)
         if host is not None and host.is_draining:
@@ -123,11 +128,11 @@ class Hosts:
         if not record.is_over:
             self._fail(record, "the episode was given up")
 
-    def close(self) -> None:
+    def close(self, reason: str = "the environments were closed") -> None:
         """Let go of everything; what waits, fails."""
         self._is_closing = True
-        for record in [*self._host_of, *self._waiting, *self._solos]:
-            record.resolve(StepResult(failure="the environments were closed"))
+        for record in list(self._records):
+            record.fail(reason)
         for host in self._hosts:
             host.disconnect()
         self._hosts.clear()
@@ -146,8 +151,7 @@ class Hosts:
 
     def _watch(self, record: Record, num_calls: int) -> None:
         """Have another process started if an episode's call does not begin soon."""
-        loop = asyncio.get_running_loop()
-        loop.call_later(PATIENCE_SECONDS, self._grow_if_queued, record, num_calls)
+        self._later(PATIENCE_SECONDS, self._grow_if_queued, record, num_calls)
 
     def _grow_if_queued(self, record: Record, num_calls: int) -> None:
         if record.is_over or len(record.digests) >= num_calls or self._num_wanted >= self._max_workers:
@@ -245,7 +249,7 @@ class Hosts:
     def _note_failed_start(self, solo: Record | None, error: NoProcessError) -> None:
         if solo is not None:
             if solo.losses.starts.fail() or not error.may_be_chance:
-                solo.resolve(StepResult(failure=f"no process for environments can be started: {error}"))
+                solo.fail(f"no process for environments can be started: {error}")
             self._solos.appendleft(solo)
         self._note_loss(str(error), is_final=not error.may_be_chance)
 
@@ -267,9 +271,8 @@ class Hosts:
         flight = host.flights.get(number) if isinstance(number, int) else None
         if flight is None:
             raise ValueError("a reply to nothing that was asked")
-        if message.get("has_begun") is True:
-            loop = asyncio.get_running_loop()
-            flight.timer = loop.call_later(self._timeout_seconds, self._overrun, host, number)
+        if message.get("has_begun") is True and flight.timer is None:
+            flight.timer = self._later(self._timeout_seconds, self._overrun, host, number)
             return
         result = read_answer(message)
         if flight.timer is not None:
@@ -305,7 +308,7 @@ class Hosts:
                 self._end(record)
 
     def _fail(self, record: Record, failure: str) -> None:
-        record.resolve(StepResult(failure=failure))
+        record.fail(failure)
         self._end(record)
 
     def _end(self, record: Record) -> None:
@@ -318,16 +321,14 @@ class Hosts:
 
     def _overrun(self, host: Host, number: int, *, is_sure: bool = False) -> None:
         """End a call that has reached the limit, unless its answer is on its way."""
-        flight = host.flights[number]
+        flight = host.flights[number]  # the timer of an answered call is cancelled
         if not is_sure:
-            loop = asyncio.get_running_loop()
-            flight.timer = loop.call_later(_GRACE_SECONDS, lambda: self._overrun(host, number, is_sure=True))
+            flight.timer = self._later(_GRACE_SECONDS, partial(self._overrun, host, number, is_sure=True))
             return
         running = host.running()
         if running == [flight] and flight.index is not None and not flight.record.is_over:
             limit = f"{self._timeout_seconds:g} s (task.reward_timeout_seconds)"
-            failure = f"TimeoutError: the environment did not answer within {limit}"
-            flight.record.resolve(StepResult(failure=failure))
+            flight.record.fail(f"TimeoutError: the environment did not answer within {limit}")
         self._lose(host, suspects=[each.record for each in running])
         self._schedule()
 
@@ -361,8 +362,7 @@ class Hosts:
                 reason = "the environment closed its process's connection"
         for record in {flight.record: None for flight in running}:
             if record.losses.lose(may_be_chance=may_be_chance) and not record.is_over:
-                failure = f"{reason}, {record.losses.num_lost} times in all"
-                record.resolve(StepResult(failure=failure))
+                record.fail(f"{reason}, {record.losses.num_lost} times in all")
         self._return(host, suspects=[flight.record for flight in running])
         self._note_loss(reason)
         self._schedule()
@@ -392,6 +392,9 @@ class Hosts:
         if not (self._attempts.fail() or is_final) or self._hosts:
             return
         for record in [*self._waiting, *self._solos]:
-            record.resolve(StepResult(failure=f"no process for environments can be kept: {reason}"))
+            record.fail(f"no process for environments can be kept: {reason}")
         self._waiting.clear()
         self._solos.clear()
+
+    def _later(self, seconds: float, callback: Callable[..., None], *arguments: Any) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(seconds, callback, *arguments)

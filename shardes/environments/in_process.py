@@ -70,10 +70,15 @@ class InProcessEpisode:
         self._result: StepResult | None = None
         self._is_over = self.is_closed = False
         columns = {k: v for k, v in row.items() if factory.columns is None or k in factory.columns}
-        if (failure := missing_columns(row, factory.required)) is not None:
+        if (failure := missing_columns(row, factory.required)) is None:
+            try:
+                columns = copy.deepcopy(columns)
+            except Exception as error:  # an object's own methods may raise anything
+                failure = f"a column cannot be copied for it ({type(error).__name__}: {error})"
+        if failure is None:
+            self._call(("reset", columns))
+        else:
             self._found, self._is_over = {"failure": failure, "seconds": 0.0}, True
-            return
-        self._call(("reset", copy.deepcopy(columns)))
 
     def _call(self, call: Call) -> None:
         self._result = None

@@ -1,5 +1,6 @@
 """Runner of episodes in worker processes; those that hang or die are replaced (see ``hosts.py``)."""
 
+import asyncio
 import logging
 import pickle
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _SERVE = "shardes.environments.worker:serve"
 # How long environments may take to close when the pool does.
-_CLOSE_SECONDS = 2.0
+_CLOSE_SECONDS = 1.0
 # How often somebody who waits makes sure that there is somebody to wait for.
 _CHECK_SECONDS = 1.0
 
@@ -112,6 +113,7 @@ class EnvironmentPool(Closing):
             start_fork_server=partial(ForkServer, memory_bytes, may_isolate=may_isolate, serve=_SERVE),
             background=self._background.start,
         )
+        self._background.loop.set_exception_handler(self._break_down)
         self._num_begun = 0
         try:
             setup, self._obstacle = self._background.run(self._start()).result()
@@ -125,6 +127,11 @@ class EnvironmentPool(Closing):
 
     async def _start(self) -> tuple[SetUp, str | None]:
         return await self._hosts.start(), self._hosts.obstacle()
+
+    def _break_down(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Fail all episodes after a mistake of this module's own, so that nobody waits for ever."""
+        loop.default_exception_handler(context)
+        self._hosts.close(f"the pool of environments broke down ({context.get('exception')!r})")
 
     @property
     def num_kills(self) -> int:

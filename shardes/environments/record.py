@@ -51,6 +51,10 @@ class Record:
         self.losses = Losses()
         self.resolve(result)
 
+    def fail(self, failure: str) -> None:
+        """End the episode, and give the reason to whoever waits for it."""
+        self.resolve(StepResult(failure=failure))
+
     def resolve(self, result: StepResult) -> None:
         """Hand on the outcome of the last call; a failure, or an end, is the last one."""
         if result.failure is not None or result.is_done:

@@ -17,6 +17,7 @@ from shardes.environments.hosted import Call, HostedEpisode
 from shardes.environments.loading import EnvironmentFactory, make_factory
 from shardes.rewards.fork_server import receive, send
 from shardes.rewards.leftovers import ProcessState
+from shardes.rewards.worker import described
 
 
 def serve(connection: socket.socket) -> None:
@@ -118,8 +119,8 @@ class _Worker:
         found: Any
         try:
             found = place.episode.call(_unpacked(call))
-        except Exception as error:  # the row's own classes may raise anything
-            found = {"failure": f"{type(error).__name__}: {error} (a column)", "seconds": 0.0}
+        except BaseException as error:  # nobody else would interrupt this process
+            found = {"failure": described(error, f"in {call[0]}"), "seconds": 0.0}
         if isinstance(found, dict):
             self._end(key, found)
             return

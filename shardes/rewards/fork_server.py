@@ -99,7 +99,8 @@ class _Server:
         # What they print.
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
-        self._log = LimitedLog(sys.stderr.fileno())
+        who = "rewards" if serve is _serve else "environments"
+        self._log = LimitedLog(sys.stderr.fileno(), who=who)
 
     def serve(self, parent: int) -> None:
         """Obey commands until the pool goes away, and copy what workers print."""

@@ -16,11 +16,18 @@ class LimitedLog:
         descriptor: The open file that it writes to.
         max_bytes: How much may be printed at once.
         bytes_per_second: How much of that is allowed again each second.
+        who: Who prints, for messages.
     """
 
     def __init__(
-        self, descriptor: int, *, max_bytes: int = _MAX_BYTES, bytes_per_second: int = _BYTES_PER_SECOND
+        self,
+        descriptor: int,
+        *,
+        max_bytes: int = _MAX_BYTES,
+        bytes_per_second: int = _BYTES_PER_SECOND,
+        who: str = "rewards",
     ) -> None:
+        self._who = who.encode()
         self._descriptor = descriptor
         self._max_bytes = max_bytes
         self._bytes_per_second = bytes_per_second
@@ -48,13 +55,14 @@ class LimitedLog:
         self._num_cut = len(data) - len(kept)
         if self._num_cut:
             self._put(
-                b"\n[rewards printed more than %d bytes at once; what follows is cut]\n" % self._max_bytes
+                b"\n[%b printed more than %d bytes at once; what follows is cut]\n"
+                % (self._who, self._max_bytes)
             )
 
     def close(self) -> None:
         """Say how much was left out since something was."""
         if self._num_cut:
-            self._put(b"[%d bytes that rewards printed were cut]\n" % self._num_cut)
+            self._put(b"[%d bytes that %b printed were cut]\n" % (self._num_cut, self._who))
         self._num_cut = 0
 
     def _put(self, data: bytes) -> None:

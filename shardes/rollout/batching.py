@@ -26,10 +26,11 @@ class MicroBatch:
         budgets: Largest number of tokens of each answer, int64 of shape [rows], where the model's positions
             leave some fewer than wanted; else None.
         uniforms: Random numbers by which tokens are drawn, float32 in [0, 1) of shape
-            [rows, longest answer]; None for greedy decoding.
+            [rows, longest answer], below 0 in rows that take the most likely tokens; None where all do.
         num_members: Number of copies of each prompt, side by side: row i is of member ``i % num_members``.
         cohort: Number of the cohort whose episodes the rows are, named by ``rows``; they are asked again,
-            with longer prompts, while the same weights are loaded. Lengths are then in any order.
+            with longer prompts, while the same weights are loaded. Lengths are then in any order, and an
+            episode may have several rows.
             ``IDLE_COHORT``: nothing is kept of the rows, and nobody reads the answers. None: each row is
             asked once.
     """

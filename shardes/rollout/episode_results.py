@@ -38,6 +38,7 @@ class EpisodeOutcome:
         failure: Reason why it could not go on; None: it could.
         numbers: What the environment counted, by name.
         num_reencoded: Turns before which the whole context was tokenised again.
+        seconds: Time that the environment took.
     """
 
     prompt: Prompt
@@ -51,6 +52,7 @@ class EpisodeOutcome:
     failure: str | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
     num_reencoded: int = 0
+    seconds: float = 0.0
 
     def earned(self, rule: Literal["sum", "last"]) -> float:
         """Return what it has earned by its environment."""

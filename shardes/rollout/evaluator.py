@@ -13,7 +13,7 @@ from shardes.rollout.batching import LikelihoodBatch, MicroBatch
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Completions, Engine, EngineOutput
 from shardes.rollout.episode_results import EpisodeAccumulator
-from shardes.rollout.episodes import EpisodeCounts, EpisodePlayer, TooLittleMemoryError
+from shardes.rollout.episodes import NUM_LANES, EpisodeCounts, EpisodePlayer, TooLittleMemoryError
 from shardes.rollout.likelihood import LogLikelihoodAccumulator
 from shardes.rollout.memory import MemoryShortageError, is_shortage
 from shardes.rollout.prompts import PromptBatch, PromptBuilder
@@ -150,7 +150,7 @@ class Evaluator:
 
     def take_episode_counts(self) -> dict[str, Any]:
         """Return what was counted of this rank's episodes since the last call, by name, and begin anew."""
-        prefilled = getattr(self.engine, "num_prefilled_tokens", 0)
+        prefilled = self.engine.num_prefilled_tokens
         environments = self._scorer.environments
         kills = 0 if environments is None else environments.num_kills
         before, self._counted = self._counted, (prefilled, kills)
@@ -177,6 +177,8 @@ class Evaluator:
 
     def begin(self, prompts: PromptBatch) -> None:
         """Make members of the current centre loadable, to answer these prompts; a collective of all ranks."""
+        if prompts.episodes is not None:
+            self.engine.expect_cohorts(NUM_LANES, max_context=prompts.episodes.max_context)
         self.engine.begin(max(map(self.engine.bytes_for, prompts.micro_batches), default=0))
 
     def fits(self, prompts: PromptBatch) -> bool:
@@ -224,15 +226,24 @@ class Evaluator:
             share: This rank's share of the micro-batches.
         """
         self.engine.load(members)
-        return self.answer(prompts, num_members=len(members), share=share)
+        return self.answer(prompts, num_members=len(members), share=share, model=_name_of(members[0]))
 
     def answer(
-        self, prompts: PromptBatch, *, num_members: int, share: WorkShare, keeps_samples: bool = False
+        self,
+        prompts: PromptBatch,
+        *,
+        num_members: int,
+        share: WorkShare,
+        model: str = "shardes-centre",
+        keeps_samples: bool = False,
     ) -> InFlightBatch:
-        """Have what is loaded answer this rank's micro-batches; arguments as in ``start``."""
+        """Have what is loaded answer this rank's micro-batches; arguments as in ``start``.
+
+        ``model`` is the name by which a harness asks for it.
+        """
         if prompts.episodes is not None:
             assert num_members == 1, "episodes of members that share forwards are refused"
-            return self._play(prompts, share=share, keeps_samples=keeps_samples)
+            return self._play(prompts, share=share, model=model, keeps_samples=keeps_samples)
         accumulators = [self._accumulator(prompts, keeps_samples=keeps_samples) for _ in range(num_members)]
         are_finite = [True] * num_members
         batches = prompts.micro_batches
@@ -261,13 +272,19 @@ class Evaluator:
                 accumulator.send(is_last=True)
         return InFlightBatch(prompts, accumulators, are_finite, is_short=False)
 
-    def _play(self, prompts: PromptBatch, *, share: WorkShare, keeps_samples: bool) -> InFlightBatch:
+    def _play(
+        self, prompts: PromptBatch, *, share: WorkShare, model: str, keeps_samples: bool
+    ) -> InFlightBatch:
         """Play this rank's share of episodes with what is loaded."""
         accumulator = self._accumulator(prompts, keeps_samples=keeps_samples)
         assert isinstance(accumulator, EpisodeAccumulator)
         try:
             is_finite = self._episodes.play(
-                prompts, share=share, take=accumulator.take_episode, generate=self._generate
+                prompts,
+                share=share,
+                model=model,
+                take=accumulator.take_episode,
+                generate=self._generate,
             )
         except TooLittleMemoryError:
             return InFlightBatch(prompts, [accumulator], [True], is_short=True)
@@ -363,6 +380,12 @@ class Evaluator:
         if tokens and tokens[-1] in self._end_ids:
             tokens = tokens[:-1]
         return self._stop.trim(self._stop.decode(tokens))
+
+
+def _name_of(member: Perturbation) -> str:
+    """Return the name of a member, for harnesses."""
+    mirrored = "-mirrored" if member.sigma < 0 else ""
+    return f"shardes-iteration-{member.iteration}-direction-{member.direction}{mirrored}"
 
 
 def _of_member(output: EngineOutput, index: int, num_members: int) -> EngineOutput:

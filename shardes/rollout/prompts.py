@@ -212,6 +212,7 @@ class PromptBuilder:
             pad_id=self._pad_id,
             max_new_tokens=settings.max_new_tokens,
         )
+        largest = [replace(batch, cohort=0) for batch in largest]
         if self._sampler is not None:
             shape = len(largest[0].rows), settings.max_new_tokens
             largest = [replace(batch, uniforms=torch.zeros(shape)) for batch in largest]

@@ -68,7 +68,8 @@ class TokenSampler:
 
         Args:
             logits: Logits of the next token, floating point of shape [rows, vocabulary].
-            uniforms: Random number of each row, float32 in [0, 1) of shape [rows].
+            uniforms: Random number of each row, float32 in [0, 1) of shape [rows]; below 0 for the most
+                likely token.
 
         Returns:
             Token ids, int64 of shape [rows].
@@ -87,7 +88,8 @@ class TokenSampler:
             total = cumulative.gather(1, num_kept.clamp(max=cumulative.shape[-1]) - 1)
         threshold = uniforms.double()[:, None] * total
         place = (cumulative <= threshold).sum(dim=-1, keepdim=True).clamp(max=cumulative.shape[-1] - 1)
-        return (place if order is None else order.gather(1, place)).squeeze(1)
+        drawn = (place if order is None else order.gather(1, place)).squeeze(1)
+        return torch.where(uniforms < 0, logits.argmax(dim=-1), drawn)
 
 
 def make_sampler(settings: RolloutConfig, *, seed: int) -> TokenSampler | None:

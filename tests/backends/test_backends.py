@@ -47,6 +47,7 @@ def few_cases(tmp_path, model, world_size):
         backend_case(
             tmp_path,
             model=model(architecture, tied=tied),
+            checks=["episodes"],
             parallel__backend=backend,
             model__dtype=dtype,
         )
@@ -57,7 +58,7 @@ def few_cases(tmp_path, model, world_size):
         backend_case(
             tmp_path,
             model=model(architecture, tied=tied, **heads),
-            checks=["decoding"],
+            checks=["decoding", "episodes"],
             parallel__backend="tensor_parallel",
             model__dtype=dtype,
         )

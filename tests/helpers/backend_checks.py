@@ -20,12 +20,13 @@ from shardes.distributed.launch import process_group
 from shardes.distributed.stop import Stop
 from shardes.es.update import Perturbation, Update
 from shardes.models.checkpoint import Checkpoint
-from shardes.rollout.batching import compose
+from shardes.rollout.batching import IDLE_COHORT, compose
 from shardes.rollout.engines.transformers.decoder import Decoder
 from shardes.weights.export_view import gather_centre
 from shardes.weights.master import Weights
 from shardes.weights.master_digest import master_digest
-from tests.helpers.decoding import Remembered
+from tests.helpers.decoding import Remembered, random_prompts
+from tests.helpers.episodes import next_prompts, said, turn_batch
 from tests.helpers.tracing import Trace
 
 NUM_MEMBERS = 4  # DeepSpeed starts to keep gathered copies once it has seen two whole forwards
@@ -173,6 +174,38 @@ class Case:
             found.append(decoder.decode(model, batch, any_rank=self.group.any, is_split=True).tokens)
             assert is_used == (decoder._graphs is not None and decoder._graphs.is_usable)
         assert found[0] == found[1] == found[2]
+
+    def check_episodes(self):
+        """Ranks that play episodes of their own in step, one for longer, say what each would say alone."""
+        if self.group.world_size == 1:
+            return
+        is_split = self.backend.needs_same_batch
+        # The last rank has episodes of fewer turns, and then goes along.
+        num_own = 1 if not is_split and self.group.rank == self.group.world_size - 1 else 3
+        starts = random_prompts(0 if is_split else self.group.rank, num_prompts=7)
+
+        def play(model, *, make_graph=None, **in_step):
+            decoder = Decoder(eos_ids=[3, 9, 20], pad_id=0, max_new_tokens=6, make_graph=make_graph)
+            decoder.begin(model)
+            prompts, answered, num_new = dict(enumerate(starts)), [], sum(map(len, starts))
+            for turn in range(3 if in_step else num_own):
+                cohort = 0 if turn < num_own else IDLE_COHORT
+                batch = turn_batch(prompts, cohort=cohort)
+                answers = decoder.decode(model, batch, **in_step).tokens
+                if cohort != IDLE_COHORT:
+                    answered.append(answers)
+                    prompts = next_prompts(prompts, answers, turn=turn)
+                    if turn + 1 < num_own:  # the last token of an answer is computed with what follows it
+                        num_new += sum(1 + len(said(episode, turn)) for episode in prompts)
+            assert decoder.num_prefilled_tokens == num_new
+            return answered
+
+        found = play(self.backend.sharded_model, any_rank=self.group.any, is_split=is_split, num_prefills=3)
+        if not is_split:  # others round the same sums otherwise
+            assert found == play(self.oracle.sharded_model)
+            return
+        captured = {"any_rank": self.group.any, "is_split": True, "make_graph": Remembered}
+        assert found == play(self.backend.sharded_model, **captured)
 
     def trace(self):
         """Forwards of one token, each under new weights."""

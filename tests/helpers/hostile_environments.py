@@ -32,6 +32,7 @@ class Hostile:
         random.seed(start)
         self.start = start
         self.memory = b""
+        self.last_wish = ""
         return self.obey(do) or f"begin {start}"
 
     def step(self, completion):
@@ -48,6 +49,7 @@ class Hostile:
 
     def close(self):
         CLOSED.append(self.start)
+        self.obey(self.last_wish)
 
     def obey(self, text):
         command, _, argument = text.partition(":")
@@ -91,6 +93,8 @@ class Hostile:
                 bytearray(int(argument))
             case "keep":
                 self.memory += bytes(int(argument))
+            case "when closed":
+                self.last_wish = argument
             case "print":
                 sys.stdout.write(f"{argument}\n")
             case "return":
@@ -149,6 +153,16 @@ class Any:
 
     def step(self, completion):
         return "", 0.0, True
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers.
+
+    Args:
+        a: The first.
+        b: The second.
+    """
+    return a + b
 
 
 def make(scale=1.0):

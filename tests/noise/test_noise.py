@@ -261,10 +261,20 @@ def test_moments_of_a_million_elements_are_those_of_the_normal_law():
 
 
 def test_the_numbers_that_draw_tokens_are_those_of_the_documentation():
-    numbers = definition.sampling_uniforms(seed=1, iteration=2, prompt=3, sample=4, count=5)
-    shown = [int(value * 2**24) for value in numbers]
-    assert shown == [3141445, 1084066, 5748954, 1835209, 8482054]
-    assert ", ".join(map(str, shown)) in DOCUMENTATION.read_text()
+    arguments = {"seed": 1, "iteration": 2, "prompt": 3, "sample": 4, "count": 5}
+    turns = [definition.sampling_uniforms(**arguments, **turn) for turn in ({}, {"turn": 0}, {"turn": 3})]
+    shown = [[int(value * 2**24) for value in numbers] for numbers in turns]
+    first, later = (
+        [3141445, 1084066, 5748954, 1835209, 8482054],
+        [562521, 12798621, 12243652, 11666194, 8833167],
+    )
+    assert shown == [first, first, later]
+    for numbers in (first, later):
+        assert ", ".join(map(str, numbers)) in DOCUMENTATION.read_text()
+    # Call 3 * 2**20 of the stream.
+    call = np.array([3 * 2**20], np.uint64)
+    words = definition.call_words(call, seed=1, iteration=2, direction=4, param_id=3, stream=4)
+    assert [int(word >> 8) for word in words[:, 0]] == later[:4]
 
 
 def test_data_order_is_a_pure_function_without_repeats():

@@ -12,6 +12,7 @@ from shardes.es.member import mean_reward
 from shardes.rewards.pool import InProcessRewards
 from shardes.rewards.scorer import Scorer
 from shardes.rollout.aggregate import PartialResult
+from shardes.rollout.batching import IDLE_COHORT
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Completions
 from shardes.rollout.episode_results import EpisodeAccumulator
@@ -113,7 +114,11 @@ class Harness:
             self.rows, samples_per_prompt=1, scorer=self.scorer, keeps_samples=True
         )
         is_finite = self.player.play(
-            self.prompts, share=share, take=accumulator.take_episode, generate=generate or self.generate
+            self.prompts,
+            share=share,
+            model="m",
+            take=accumulator.take_episode,
+            generate=generate or self.generate,
         )
         accumulator.send(is_last=True)
         part = PartialResult.from_json(accumulator.part().to_json())
@@ -242,10 +247,11 @@ def test_a_rank_without_episodes_takes_part_in_the_forwards_of_others():
     game.player.play(
         game.prompts,
         share=WorkShare(1, 2, 1, is_counted=True),
+        model="m",
         take=lambda *_: pytest.fail("it has no episode"),
         generate=game.generate,
     )
-    assert [(batch.cohort, batch.input_ids.shape) for batch in game.batches] == [(None, (1, 1))] * 2
+    assert [(batch.cohort, batch.input_ids.shape) for batch in game.batches] == [(IDLE_COHORT, (1, 1))] * 2
 
 
 def test_too_little_memory_gives_the_episodes_up():

@@ -69,6 +69,22 @@ def test_random_numbers_depend_on_what_is_drawn_and_on_nothing_else():
     assert all(0 <= value < 1 for value in row)
 
 
+def test_every_turn_of_an_episode_has_random_numbers_of_its_own():
+    sampling = TokenSampler(7, temperature=1.0)
+
+    def numbers(num_tokens=6, **turn):
+        return sampling.uniforms(
+            iteration=2, prompts=[4, 5], samples=[1, 0], num_tokens=num_tokens, **turn
+        ).tolist()
+
+    turns = [numbers(turn=turn) for turn in range(5)]
+    assert turns[0] == numbers()
+    values = [value for rows in turns for row in rows for value in row]
+    assert len(set(values)) == len(values)
+    # Where a turn begins does not depend on how long answers may be.
+    assert [row[:2] for row in turns[3]] == numbers(num_tokens=2, turn=3)
+
+
 def test_a_drawn_answer_does_not_depend_on_its_neighbours(models):
     model, sampling = models["llama"], TokenSampler(3, temperature=1.5, top_p=0.95)
     prompts = random_prompts(5)
@@ -87,3 +103,15 @@ def test_a_drawn_answer_does_not_depend_on_its_neighbours(models):
     assert answers(list(range(12, -1, -1))) == everyone
     some = [11, 2, 7, 5, 8]
     assert answers(some) == {i: everyone[i] for i in some}
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 1.0), (5, 1.0), (None, 0.8)])
+def test_rows_without_random_numbers_take_the_most_likely_token(top_k, top_p):
+    logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(3))
+    sampling = TokenSampler(5, temperature=2.0, top_k=top_k, top_p=top_p)
+    numbers = torch.linspace(0, 0.99, 20)
+    drawn, most_likely = sampling.draw(logits, numbers), logits.argmax(dim=-1)
+    is_greedy = torch.arange(20) % 3 == 0
+    assert (drawn != most_likely)[is_greedy].any()
+    found = sampling.draw(logits, numbers.masked_fill(is_greedy, -1.0))
+    assert torch.equal(found, torch.where(is_greedy, most_likely, drawn))

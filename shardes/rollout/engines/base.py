@@ -91,6 +91,19 @@ class Engine(ABC):
         """Return whether there is a way to go on that takes less memory."""
         return False
 
+    @property
+    def num_prefilled_tokens(self) -> int:
+        """Return how many tokens of prompts were computed so far, rather than known; 0: not counted."""
+        return 0
+
+    def expect_cohorts(self, count: int, *, max_context: int) -> None:  # noqa: B027
+        """Learn how much is asked again; ``bytes_for`` then counts what is kept for it.
+
+        Args:
+            count: Number of cohorts that this rank has under way at the same time, and that are kept at most.
+            max_context: Largest number of tokens of an episode, its last answer included.
+        """
+
     @abstractmethod
     def begin(self, num_bytes: int) -> None:
         """Make members of the current centre loadable; a collective of all ranks.
@@ -132,6 +145,11 @@ class Engine(ABC):
     def generate(self, batch: MicroBatch, *, prompts: PromptBatch) -> Completions:
         """Generate a completion of each prompt by each member that is loaded, side by side.
 
+        A batch of a cohort begins with what its episodes have been asked and have answered since the load,
+        which need not be computed again, and may be changed all the same. Where forwards are collectives,
+        ranks ask batches of cohorts at the same time, and one that has none any more asks another batch as
+        ``IDLE_COHORT``.
+
         Args:
             batch: The prompts, on this rank's device.
             prompts: The batch of problems that they are a part of; the same for all calls after a load.
@@ -150,7 +168,10 @@ class Engine(ABC):
 
     @abstractmethod
     def bytes_for(self, batch: MicroBatch | LikelihoodBatch) -> int:
-        """Return about how many bytes a micro-batch takes besides weights."""
+        """Return about how many bytes a micro-batch takes besides weights.
+
+        For a batch of a cohort, with what is kept of all cohorts, at the lengths of this one.
+        """
 
     @abstractmethod
     def fits(self, batch: MicroBatch | LikelihoodBatch, *, prompts: PromptBatch) -> bool:

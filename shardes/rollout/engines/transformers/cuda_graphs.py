@@ -131,7 +131,12 @@ class StepGraphs:
         return model is self._model and slab is self._slab and slab.addresses() == self._storage
 
     def step(
-        self, token: torch.Tensor, *, positions: torch.Tensor, attention_mask: torch.Tensor
+        self,
+        token: torch.Tensor,
+        *,
+        positions: torch.Tensor,
+        attention_mask: torch.Tensor,
+        num_rows: int | None = None,
     ) -> torch.Tensor | None:
         """Return the logits after one token of each row; None, with nothing done, if it cannot be captured.
 
@@ -140,23 +145,30 @@ class StepGraphs:
             positions: Position of each token, int64 of shape [rows, 1].
             attention_mask: 1 on tokens and 0 on padding, int64 of shape [rows, length], where ``length``
                 counts the tokens so far, including this one.
+            num_rows: Number of rows to compute, at least those that there are: the others repeat the first,
+                in rows of the cache of which this column is not wanted. None: those that there are.
 
         Returns:
             Logits of shape [rows, vocabulary], overwritten by the next step of as many rows.
         """
         if not self.is_usable:
             return None
-        rows, length = attention_mask.shape
-        self._token[:rows, 0].copy_(token)
-        self._positions[:rows].copy_(positions)
-        self._mask[:rows, 0, 0, :length].copy_(attention_mask)
+        own, length = attention_mask.shape
+        rows = num_rows or own
+        self._token[:own, 0].copy_(token)
+        self._positions[:own].copy_(positions)
+        self._mask[:own, 0, 0, :length].copy_(attention_mask)
+        if rows > own:
+            self._token[own:rows, 0] = token[0]
+            self._positions[own:rows] = positions[:1]
+            self._mask[own:rows, 0, 0, :length] = attention_mask[:1].bool()
         self._mask[:rows, 0, 0, length:] = False
         self._column.fill_(length - 1)
         if rows not in self._graphs and not self._capture(rows):
             return None
         self._graphs[rows].replay()
         self._slab.advance()
-        return self._logits[rows]
+        return self._logits[rows][:own]
 
     def _capture(self, rows: int) -> bool:
         """Capture the step of ``rows`` rows, and compare it with the model's; return True if it is usable.
@@ -203,7 +215,7 @@ class StepGraphs:
         return True
 
     def _forward(self, rows: int) -> torch.Tensor:
-        with self._slab.at(self._column):
+        with self._slab.at(self._column, rows=rows):
             output: Any = self._model(
                 input_ids=self._token[:rows],
                 attention_mask=self._mask[:rows],

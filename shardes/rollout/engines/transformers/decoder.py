@@ -1,7 +1,7 @@
 """Decode with a transformers model: its forward and its cache classes, in a loop of our own.
 
 Rows that have ended leave the batch and the cache at once, so that an iteration costs the tokens it generates
-and not rows times the longest answer.
+and not rows times the longest answer. Episodes that are asked again bring only their new tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from shardes.rollout.batching import MicroBatch
+from shardes.rollout.batching import IDLE_COHORT, MicroBatch
 from shardes.rollout.engines.base import Completions
+from shardes.rollout.engines.transformers.cohorts import KeptCohorts, keeps
 from shardes.rollout.engines.transformers.cuda_graphs import (
     CudaGraphs,
     MakeGraph,
@@ -40,6 +41,12 @@ class Decoder:
         sampling: Sampler of tokens; None: the most likely token is taken (greedy decoding).
         make_graph: Function that captures a step on the CPU, for tests; None: none does. On CUDA devices
             it is always ``CudaGraphs``.
+
+    Attributes:
+        kept: What is kept of cohorts between turns; to be forgotten when other weights are loaded.
+        max_context: Most tokens of an episode, for which the storage grows at most; None: not known.
+        num_prefilled_tokens: Tokens of prompts that were computed so far, without those that take the place
+            of padding.
     """
 
     def __init__(
@@ -59,10 +66,14 @@ class Decoder:
         self._sampling = sampling
         self._slab: SlabCache | None = None
         self._prefix: SlabCache | None = None
+        self._prefix_ids: torch.Tensor | None = None
         self._make_graph = make_graph
         self._cuda_graphs = CudaGraphs()
         self._graphs: StepGraphs | None = None
         self._has_begun = False
+        self.kept = KeptCohorts()
+        self.max_context: int | None = None
+        self.num_prefilled_tokens = 0
 
     @torch.no_grad()
     def begin(
@@ -79,6 +90,7 @@ class Decoder:
         if not self._has_begun:
             self._slab = make_slab(model.config)
             self._has_begun = True
+        self._prefix_ids = None if self._slab is None or prefix is None else prefix[:1]
         if prefix is None or self._slab is None:
             self._prefix = None
             return
@@ -90,11 +102,13 @@ class Decoder:
         forward(
             model, prefix, cache=self._prefix, attention_mask=torch.ones_like(prefix), positions=positions
         )
+        self.num_prefilled_tokens += prefix.numel()
 
     def release(self) -> None:
         """Free the storage; the next batch allocates it anew."""
         self._slab = self._prefix = self._graphs = None
         self._has_begun = False
+        self.kept = KeptCohorts(most=self.kept.most)
 
     @torch.no_grad()
     def decode(
@@ -117,7 +131,8 @@ class Decoder:
                 on any rank: all ranks go on while any has rows left. None: this rank decodes on its own.
             is_split: Whether these ranks compute parts of the same forwards, all of the same shapes, which
                 are captured if all of them can. Other forwards that are collectives are not.
-            num_prefills: Number of forwards before the first token that all ranks make in lock-step.
+            num_prefills: Number of forwards before the first token that all ranks make in lock-step; for a
+                batch of a cohort it is always 1.
             most_tokens: Number of tokens after which answers are cut, to probe the memory; None: no cut.
             on_rows: Function called before each forward with the indices of the rows of the micro-batch
                 that it computes, int64 of shape [rows]; None: nothing is called.
@@ -131,12 +146,16 @@ class Decoder:
         device, stop = batch.input_ids.device, self._stop
         # Looking at the device's data is free on the CPU, and so is leaving, unless others would wait.
         always_looks = device.type == "cpu"
+        cache, num_known = self._prepared(model, batch)
+        if most_tokens is None and batch.cohort != IDLE_COHORT:
+            self.num_prefilled_tokens += sum(batch.lengths) - num_known
         rows = Rows(
             batch,
-            self._prepared(model, batch),
+            cache,
             num_steps=self._max_new_tokens,
             pad_id=self._pad_id,
             on_rows=on_rows,
+            keeps_all=keeps(batch, cache),
         )
         growing = [GrowingAnswer(stop) for _ in batch.rows] if stop else []
         logits = rows.prefill(model, num_forwards=num_prefills if any_rank is not None else 1)
@@ -164,28 +183,66 @@ class Decoder:
                         break
                 elif is_due and not any_rank(is_live):
                     break
-            if graphs is None or (captured := rows.replay(graphs)) is None:
+            if graphs is None or (captured := rows.replay(graphs, sizes=self._sizes(batch))) is None:
                 logits = rows.step(model)
             else:
                 logits = captured
-        are_finite = rows.are_finite.tolist()
-        if not all(are_finite) and self._slab is not None:
-            self._slab.clear()
+        return self._finished(batch, rows, any_rank=any_rank if is_split else None)
+
+    def _finished(
+        self, batch: MicroBatch, rows: Rows, *, any_rank: Callable[[bool], bool] | None
+    ) -> Completions:
+        """Return the answers of rows that are decoded, and keep what their next turns begin with."""
+        slab, are_finite = self._slab, rows.are_finite.tolist()
         budgets = (
             [self._max_new_tokens] * len(batch.rows) if batch.budgets is None else batch.budgets.tolist()
         )
         answers = [self._cut(row[:budget]) for row, budget in zip(rows.tokens.tolist(), budgets, strict=True)]
+        if slab is not None and keeps(batch, slab):
+            self.kept.put(
+                batch, slab, answers=answers, are_finite=are_finite, slots=rows.slots, any_rank=any_rank
+            )
+        if not all(are_finite) and slab is not None:
+            slab.clear()
         return Completions(answers, are_finite)
 
-    def _prepared(self, model: nn.Module, batch: MicroBatch) -> Cache:
-        """Return a cache for a micro-batch, with the shared prefix in it."""
-        if self._slab is None:
-            return DynamicCache(config=model.config)
+    def _prepared(self, model: nn.Module, batch: MicroBatch) -> tuple[Cache, int]:
+        """Return a cache for a micro-batch, with what is known of it, and the number of tokens known."""
+        slab = self._slab
+        if slab is None:
+            return DynamicCache(config=model.config), 0
         rows, width = batch.input_ids.shape
-        self._slab.restart(rows=rows, max_length=width + self._max_new_tokens)
-        if self._prefix is not None:
-            self._slab.take_prefix(self._prefix, [width - length for length in batch.lengths])
-        return self._slab
+        length = width + self._max_new_tokens
+        if batch.cohort is not None:
+            # Contexts grow in each turn; the storage in few steps, as its graphs are then captured anew.
+            roomy = 1 << (length - 1).bit_length()
+            most = roomy if self.max_context is None else self.max_context + self._max_new_tokens
+            length = max(length, min(roomy, most))
+        slab.restart(rows=rows, max_length=length)
+        counts = self.kept.take(batch, slab) if keeps(batch, slab) else []
+        if not any(counts) and self._prefix is not None and self._has_prefix(batch):
+            slab.take_prefix(self._prefix, [width - length for length in batch.lengths])
+            counts = [self._prefix.get_seq_length()] * rows
+        return slab, sum(counts)
+
+    def _has_prefix(self, batch: MicroBatch) -> bool:
+        """Return whether all prompts begin with the shared prefix, as those of later turns may not."""
+        if batch.cohort is None:
+            return True
+        assert self._prefix_ids is not None, "there is a prefix"
+        width, count = batch.input_ids.shape[1], self._prefix_ids.shape[1]
+        if min(batch.lengths) <= count:
+            return False
+        firsts = torch.tensor([width - length for length in batch.lengths], device=batch.input_ids.device)
+        columns = firsts[:, None] + torch.arange(count, device=firsts.device)
+        return bool((batch.input_ids.gather(1, columns) == self._prefix_ids).all())
+
+    def _sizes(self, batch: MicroBatch) -> list[int] | None:
+        """Return the numbers of rows that are captured; None: any.
+
+        Each turn of a cohort begins with as many rows as still live, which would all be captured.
+        """
+        return None if batch.cohort is None or self._slab is None else ladder(self._slab.capacity()[0])
 
     def _graphs_of(
         self, model: nn.Module, device: torch.device, *, any_rank: Callable[[bool], bool] | None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,15 +13,17 @@ from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Group, Mesh
 from shardes.es.update import Perturbation
 from shardes.models.build import end_tokens, pad_token
-from shardes.rollout.batching import LikelihoodBatch, MicroBatch
+from shardes.rollout.batching import IDLE_COHORT, LikelihoodBatch, MicroBatch
 from shardes.rollout.engines.base import Completions, Engine
 from shardes.rollout.engines.transformers.attention import choose_attention, warn_of_repeated_heads
 from shardes.rollout.engines.transformers.decoder import Decoder
+from shardes.rollout.engines.transformers.kv_cache import make_slab
 from shardes.rollout.engines.transformers.likelihood import log_likelihoods
 from shardes.rollout.engines.transformers.rows import OnRows, prefill_parts
 from shardes.rollout.gather_modes import BatchedGather, GatherModeSelector
 from shardes.rollout.lowrank.check import check_hooks
 from shardes.rollout.memory import (
+    cache_bytes,
     free_bytes,
     generation_bytes,
     is_shortage,
@@ -120,6 +123,15 @@ class TransformersEngine(Engine):
         """Return whether a gather mode that takes less memory may be chosen."""
         return self._modes.can_step_down
 
+    @property
+    def num_prefilled_tokens(self) -> int:
+        """Return how many tokens of prompts were computed so far."""
+        return self._decoder.num_prefilled_tokens
+
+    def expect_cohorts(self, count: int, *, max_context: int) -> None:
+        """Keep no more than so many cohorts, and grow the cache no further than contexts do."""
+        self._decoder.kept.most, self._decoder.max_context = count, max_context
+
     def begin(self, num_bytes: int) -> None:
         """Choose the gather mode if that is still to do, and gather what serves all members; a collective."""
         self._modes.choose(num_bytes)
@@ -140,12 +152,14 @@ class TransformersEngine(Engine):
 
     def load(self, members: Sequence[Perturbation]) -> None:
         """Perturb the weights, or fill the low-rank factors of members that share forwards."""
+        self._decoder.kept.forget()
         with self._timer("perturb"):
             self._modes.current.load(members)
         self._loaded(len(members))
 
     def load_centre(self) -> None:
         """Make the model the centre."""
+        self._decoder.kept.forget()
         self._modes.current.load_centre()
         self._loaded(0)
 
@@ -156,7 +170,21 @@ class TransformersEngine(Engine):
         self._has_hooks = num_members > 0 and isinstance(self._modes.current, BatchedGather)
 
     def generate(self, batch: MicroBatch, *, prompts: PromptBatch) -> Completions:
-        """Generate with the decode loop; what all prompts begin with is computed once after a load."""
+        """Generate with the decode loop; what all prompts begin with is computed once after a load.
+
+        Where keys and values of episodes are in the way, these are computed anew instead.
+        """
+        # Other ranks would not make the same forwards again.
+        may_repeat = bool(self._decoder.kept) and not self.forward_is_collective
+        try:
+            return self._generate(batch, prompts)
+        except (RuntimeError, MemoryError) as error:
+            if not (may_repeat and is_shortage(error)):
+                raise
+        self._decoder.kept.give_up()
+        return self._generate(batch, prompts)
+
+    def _generate(self, batch: MicroBatch, prompts: PromptBatch) -> Completions:
         assert self._model is not None, "load comes first"
         batch = batch.for_members(self._num_members)
         with self._hooks() as on_rows:
@@ -211,10 +239,11 @@ class TransformersEngine(Engine):
         config: Any = self._backend.sharded_model.config
         rows, width = batch.input_ids.shape
         rows *= self.members_per_forward
+        kept = self._kept_bytes(batch)
         dtype, num_sharers = self._backend.dtype, self.ranks_per_forward
         if isinstance(batch, LikelihoodBatch):
             return likelihood_bytes(config, rows=rows, length=width, dtype=dtype, num_sharers=num_sharers)
-        return generation_bytes(
+        return kept + generation_bytes(
             config,
             rows=rows,
             length=width + self._max_new_tokens,
@@ -222,6 +251,19 @@ class TransformersEngine(Engine):
             num_sharers=num_sharers,
             prompt_length=width,
         )
+
+    def _kept_bytes(self, batch: MicroBatch | LikelihoodBatch) -> int:
+        """Return the bytes that episodes take besides, if all cohorts are like this batch."""
+        config: Any = self._backend.sharded_model.config
+        if isinstance(batch, LikelihoodBatch) or batch.cohort is None or self.members_per_forward > 1:
+            return 0
+        if make_slab(config) is None:
+            return 0
+        rows, width = batch.input_ids.shape
+        length = (self._decoder.kept.most or 0) * (width + self._max_new_tokens)
+        length += self._max_new_tokens  # by which the cache grows beyond the largest context
+        dtype, num_sharers = self._backend.dtype, self.ranks_per_forward
+        return cache_bytes(config, rows=rows, length=length, dtype=dtype, num_sharers=num_sharers)
 
     def fits(self, batch: MicroBatch | LikelihoodBatch, *, prompts: PromptBatch) -> bool:
         """Return whether this rank has the memory for a micro-batch; a collective of ``group``.
@@ -242,8 +284,12 @@ class TransformersEngine(Engine):
             if isinstance(batch, LikelihoodBatch):
                 log_likelihoods(model, batch)
             else:
+                if batch.cohort is not None:
+                    batch = replace(batch, cohort=IDLE_COHORT)
+                others = torch.empty(self._kept_bytes(batch), dtype=torch.uint8, device=device)
                 self._decoder.begin(model, prompts.prefix)
                 self._decoder.decode(model, batch, most_tokens=2)
+                del others
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise

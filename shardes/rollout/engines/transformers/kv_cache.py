@@ -16,6 +16,7 @@ class SlabLayer(CacheLayerMixin):
     sliding window, which the attention mask hides.
 
     Attributes:
+        rows: The rows of the next forward.
         length: Number of columns that are filled.
         column: Column of the next token, int64 of shape [1], if the shapes of a step must not depend on
             the length: ``length`` then stays, and ``update`` returns the whole storage. None otherwise.
@@ -33,7 +34,7 @@ class SlabLayer(CacheLayerMixin):
         super().__init__()
         self.length = 0
         self.column: torch.Tensor | None = None
-        self._rows = slice(0)
+        self.rows = slice(0)
         self._low = 0
         self._shape = (0, 0)
 
@@ -47,7 +48,7 @@ class SlabLayer(CacheLayerMixin):
 
     def look_at(self, rows: slice, *, low: int, length: int) -> None:
         """Select some rows, whose columns from ``low`` to ``length`` are filled, for the next forwards."""
-        self._rows, self._low, self.length = rows, low, length
+        self.rows, self._low, self.length = rows, low, length
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate the storage, by the shapes and dtypes of the first keys and values."""
@@ -63,22 +64,45 @@ class SlabLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.column is not None:
-            keys, values = self.keys[self._rows], self.values[self._rows]
+            keys, values = self.keys[self.rows], self.values[self.rows]
             keys.index_copy_(2, self.column, key_states)
             values.index_copy_(2, self.column, value_states)
             return keys, values
         end = self.length + key_states.shape[2]
-        self.keys[self._rows, :, self.length : end] = key_states
-        self.values[self._rows, :, self.length : end] = value_states
+        self.keys[self.rows, :, self.length : end] = key_states
+        self.values[self.rows, :, self.length : end] = value_states
         self.length = end
-        return self.keys[self._rows, :, self._low : end], self.values[self._rows, :, self._low : end]
+        return self.keys[self.rows, :, self._low : end], self.values[self.rows, :, self._low : end]
 
-    def keep(self, *, rows: int, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        """Keep the first ``rows`` rows, after copying rows ``sources`` over rows ``targets``."""
+    def keep(self, *, rows: int, sources: torch.Tensor, targets: torch.Tensor, swaps: bool = False) -> None:
+        """Keep the first ``rows`` rows, after copying rows ``sources`` over rows ``targets``.
+
+        Args:
+            rows: Number of rows that the next forwards compute.
+            sources: Indices of rows to copy, int64.
+            targets: Indices of as many others.
+            swaps: Whether rows change places instead, so that none is lost.
+        """
+        if swaps:
+            sources, targets = torch.cat([sources, targets]), torch.cat([targets, sources])
         if len(sources):
             for storage in (self.keys, self.values):
                 storage[targets, :, : self.length] = storage[sources, :, : self.length]
-        self._rows = slice(rows)
+        self.rows = slice(rows)
+
+    def copied(self, *, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a copy of the keys and values of some columns of some rows; see ``SlabCache.copied``."""
+        keys, values = self.keys.transpose(1, 2), self.values.transpose(1, 2)
+        return keys[rows[:, None], columns], values[rows[:, None], columns]
+
+    def fill(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Fill the first columns of the first rows; arguments as ``copied`` returns them."""
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        rows, self.length = keys.shape[0], keys.shape[2]
+        self.keys[:rows, :, : self.length] = keys
+        self.values[:rows, :, : self.length] = values
 
     def take_prefix(self, prefix: Self, shifts: Sequence[int]) -> None:
         """Fill each row from another layer, shifted to the right by the padding of the row.
@@ -100,8 +124,8 @@ class SlabLayer(CacheLayerMixin):
                 high += 1
             shift = min(shifts[low], self.length)
             taken: Any = slice(1)
-            if prefix._rows.stop > 1:
-                taken = torch.arange(low, high, device=prefix.keys.device) % prefix._rows.stop
+            if prefix.rows.stop > 1:
+                taken = torch.arange(low, high, device=prefix.keys.device) % prefix.rows.stop
             for storage, source in ((self.keys, prefix.keys), (self.values, prefix.values)):
                 storage[low:high, :, :shift] = 0
                 storage[low:high, :, shift : self.length] = source[taken, :, : self.length - shift]
@@ -142,21 +166,55 @@ class SlabCache(Cache):
         for layer in self.layers:
             layer.look_at(rows, low=low, length=length)
 
-    def keep(self, *, rows: int, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        """Keep the first ``rows`` rows, after copying rows ``sources`` over rows ``targets``."""
+    def keep(self, *, rows: int, sources: torch.Tensor, targets: torch.Tensor, swaps: bool = False) -> None:
+        """Keep the first ``rows`` rows, after moving others; see ``SlabLayer.keep``."""
         for layer in self.layers:
-            layer.keep(rows=rows, sources=sources, targets=targets)
+            layer.keep(rows=rows, sources=sources, targets=targets, swaps=swaps)
+
+    def copied(self, *, rows: torch.Tensor, columns: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return a copy of the keys and values of some columns of some rows.
+
+        Args:
+            rows: Indices of rows, int64 of shape [rows].
+            columns: Indices of columns of each, int64 of shape [rows, columns].
+
+        Returns:
+            Keys and values of each layer, of shape [rows, columns, heads, head size].
+        """
+        return [layer.copied(rows=rows, columns=columns) for layer in self.layers]
+
+    def fill(
+        self,
+        layers: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        *,
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+    ) -> None:
+        """Fill the first columns of the first rows; arguments as ``copied`` takes and returns them."""
+        for layer, (keys, values) in zip(self.layers, layers, strict=True):
+            layer.fill(keys[rows[:, None], columns], values[rows[:, None], columns])
+
+    def bytes_per_token(self) -> int:
+        """Return the bytes of a token's keys and values."""
+        storages = [storage for layer in self.layers for storage in (layer.keys, layer.values)]
+        return sum(each.shape[1] * each.shape[3] * each.itemsize for each in storages)
 
     @contextmanager
-    def at(self, column: torch.Tensor) -> Iterator[None]:
-        """Write tokens to ``column``, int64 of shape [1], within the context, so that no shape varies."""
+    def at(self, column: torch.Tensor, *, rows: int) -> Iterator[None]:
+        """Have a step see the whole storage within the context, so that no shape varies.
+
+        Args:
+            column: Where tokens are written, int64 of shape [1].
+            rows: Number of rows of the step.
+        """
+        before = [layer.rows for layer in self.layers]
         for layer in self.layers:
-            layer.column = column
+            layer.column, layer.rows = column, slice(rows)
         try:
             yield
         finally:
-            for layer in self.layers:
-                layer.column = None
+            for layer, own in zip(self.layers, before, strict=True):
+                layer.column, layer.rows = None, own
 
     def clear(self) -> None:
         """Fill the storage with zeros: values that are not finite would get through a mask."""

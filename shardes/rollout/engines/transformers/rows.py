@@ -35,6 +35,7 @@ class Rows:
         num_steps: Largest number of tokens of an answer.
         pad_id: Id that stands where there is no token.
         on_rows: Function that is called before each forward; None: none is.
+        keeps_all: Whether the cache keeps rows that have ended.
 
     Attributes:
         indices: Index in the micro-batch of each live row, int64 of shape [live].
@@ -44,9 +45,18 @@ class Rows:
     """
 
     def __init__(
-        self, batch: MicroBatch, cache: Cache, *, num_steps: int, pad_id: int, on_rows: OnRows | None
+        self,
+        batch: MicroBatch,
+        cache: Cache,
+        *,
+        num_steps: int,
+        pad_id: int,
+        on_rows: OnRows | None,
+        keeps_all: bool = False,
     ) -> None:
         self._cache = cache
+        self._keeps_all = keeps_all
+        self._held = list(range(len(batch.rows)))
         self._on_rows = on_rows
         self._pad_id = pad_id
         self._batch = batch
@@ -71,9 +81,10 @@ class Rows:
             model: Causal language model.
             num_forwards: Number of forwards to make; the last one is repeated until there are as many.
         """
-        if not isinstance(self._cache, SlabCache):
-            return self._prefill_part(model, slice(len(self._batch.rows)), low=0, start=0)
         start = self._cache.get_seq_length()
+        if not isinstance(self._cache, SlabCache) or self._batch.cohort is not None:
+            # Ranks agree on one forward for rows that are asked again, of whatever lengths.
+            return self._prefill_part(model, slice(len(self._batch.rows)), low=0, start=start)
         count = self._batch.num_members
         parts_of_prompts = prefill_parts(self._batch.lengths[::count], num_members=count)
         bounds = [slice(part.start * count, part.stop * count) for part in parts_of_prompts]
@@ -123,10 +134,21 @@ class Rows:
             positions=self._positions,
         )
 
-    def replay(self, graphs: StepGraphs) -> torch.Tensor | None:
-        """Return the logits of ``step``, computed by a captured step; None if it cannot be captured."""
+    def replay(self, graphs: StepGraphs, *, sizes: Sequence[int] | None = None) -> torch.Tensor | None:
+        """Return the logits of ``step``, computed by a captured step; None if it cannot be captured.
+
+        Args:
+            graphs: Captured steps.
+            sizes: Numbers of rows that are captured, in descending order; None: any.
+        """
+        num_rows = None if sizes is None else min(size for size in sizes if size >= len(self._token))
         mask = self._mask[:, : self._width + self._num_tokens]
-        return graphs.step(self._token, positions=self._positions, attention_mask=mask)
+        return graphs.step(self._token, positions=self._positions, attention_mask=mask, num_rows=num_rows)
+
+    @property
+    def slots(self) -> list[int]:
+        """Return the row of the cache of each row of the micro-batch, if the cache keeps all."""
+        return [self._held.index(row) for row in range(len(self._held))]
 
     def note(self, is_finite: torch.Tensor) -> None:
         """Record where logits are finite, bool of shape [live]; rows that have ended are left out."""
@@ -183,7 +205,10 @@ class Rows:
         device = self.indices.device
         here, there = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
         assert isinstance(self._cache, SlabCache)
-        self._cache.keep(rows=num_kept, sources=here, targets=there)
+        self._cache.keep(rows=num_kept, sources=here, targets=there, swaps=self._keeps_all)
+        if self._keeps_all:
+            for source, target in zip(sources, targets, strict=True):
+                self._held[source], self._held[target] = self._held[target], self._held[source]
 
         def kept(state: torch.Tensor) -> torch.Tensor:
             if sources:

@@ -125,6 +125,11 @@ class VllmEngine(Engine):
         """Return ``layer``: each rank keeps its part of every layer."""
         return "layer"
 
+    @property
+    def num_prefilled_tokens(self) -> int:
+        """Return how many tokens of prompts were not in vLLM's prefix cache, which spans a member's turns."""
+        return self._requests.num_prefilled_tokens
+
     def begin(self, num_bytes: int) -> None:
         """Write the centre if members are adapters; the engine's memory was taken when it was started."""
         if self._slots is not None:
@@ -245,8 +250,10 @@ class VllmEngine(Engine):
             budgets = batch.budgets.tolist()
         requests, adapters = [], self._adapters(len(rows))
         for i, (row, length, budget) in enumerate(zip(rows, batch.lengths, budgets, strict=True)):
-            own = {"max_tokens": budget}
-            if batch.uniforms is not None:
+            own: dict[str, Any] = {"max_tokens": budget}
+            if batch.uniforms is not None and batch.uniforms[i, 0] < 0:
+                own["temperature"] = 0.0
+            elif batch.uniforms is not None:
                 own["seed"] = _seed(batch.uniforms[i])
             stop = self._stop if self._stop else None
             prompt = row[width - length :]

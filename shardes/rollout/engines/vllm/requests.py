@@ -21,12 +21,14 @@ class Request:
     Attributes:
         tokens: Token ids of the answer so far.
         is_done: Whether there will be no more.
+        num_unread: Tokens of the prompt that are not known to be computed; 0 once they are.
         prompt_logprobs: Log-likelihood of each token of the prompt but the first, float32 of shape [tokens -
             1]; None if it was not asked for, or is not known yet.
     """
 
     tokens: list[int] = field(default_factory=list)
     is_done: bool = False
+    num_unread: int = 0
     prompt_logprobs: torch.Tensor | None = None
     growing: GrowingAnswer | None = None
     num_checked: int = 0
@@ -44,6 +46,9 @@ class RequestLoop:
     Args:
         llm: vLLM's ``LLM``, whose worker is this process.
         timeout_seconds: Seconds that a step may take, which end the process.
+
+    Attributes:
+        num_prefilled_tokens: Tokens of prompts that were computed so far, and not found in the cache.
     """
 
     def __init__(self, llm: Any, *, timeout_seconds: float) -> None:
@@ -51,6 +56,7 @@ class RequestLoop:
         self._limit = StepLimit(timeout_seconds)
         self._vocab_size: int = self._engine.model_config.get_vocab_size()
         self._max_length: int = self._engine.model_config.max_model_len
+        self.num_prefilled_tokens = 0
         self._number = 0
         self._in_flight: dict[str, Request] = {}
         self._ids: dict[str, str] = {}
@@ -85,7 +91,7 @@ class RequestLoop:
 
         self._check(prompt, max_tokens=parameters["max_tokens"])
         kind = RequestOutputKind.DELTA if stop else RequestOutputKind.FINAL_ONLY
-        request = Request(growing=GrowingAnswer(stop) if stop else None)
+        request = Request(growing=GrowingAnswer(stop) if stop else None, num_unread=len(prompt))
         self._number += 1
         # What ends an answer is said in each request, and text is none of the engine's business.
         arguments = {"ignore_eos": True, "detokenize": False, "output_kind": kind, **parameters}
@@ -130,6 +136,9 @@ class RequestLoop:
         request = self._in_flight.get(output.request_id)
         if request is None:  # it was ended before this step
             return
+        if request.num_unread:  # what a cache had is known from the first output on
+            self.num_prefilled_tokens += request.num_unread - (output.num_cached_tokens or 0)
+            request.num_unread = 0
         request.tokens += output.outputs[0].token_ids
         if output.prompt_logprobs is not None:
             request.prompt_logprobs = _flattened(output.prompt_logprobs)
