@@ -13,11 +13,13 @@ from shardes.distributed.place import read_place
 from shardes.distributed.stop import Stop
 from shardes.environments.runners import Environments, tasks_by_key
 from shardes.errors import StorageError, UserError
+from shardes.evaluation.drawing import Drawing
 from shardes.evaluation.model_ref import ModelRef, resolve_models
 from shardes.models.files import check_model_directory
 from shardes.monitor.commands import TRUST
 from shardes.monitor.pictures import check_picture
 from shardes.rewards.pool import make_reward_runner
+from shardes.tasks.base import Task
 from shardes.tasks.loading import load_tasks
 from shardes.utils.files import write_atomically
 
@@ -81,13 +83,15 @@ def compare(
     if place.rank == 0:
         _check_outputs(json_path, plot_path)
     task, heldout_sets = load_tasks(asked)
+    drawing = Drawing(num_samples, temperature, asked.es.seed)
     with (
         make_reward_runner(asked.task, [task, *heldout_sets.values()]) as rewards,
-        Environments(asked.task, tasks_by_key(task, heldout_sets)) as environments,
+        Environments(drawing.settings(asked, is_greedy=True), tasks_by_key(task, heldout_sets)) as played,
+        Environments(drawing.settings(asked), _with_harness(task)) as drawn,
     ):
         from shardes.evaluation.comparing import compare_results
         from shardes.evaluation.comparison_table import comparison_lines
-        from shardes.evaluation.measuring import Comparison, Drawing
+        from shardes.evaluation.measuring import Comparison
         from shardes.rollout.preparing import prepare_tasks
         from shardes.session import join_job
         from shardes.utils.logs import configure_logging
@@ -96,11 +100,10 @@ def compare(
         # Every model is tried before the first one answers.
         date = _date_of(references)
         prepared = [
-            prepare_tasks(each.config, task, heldout_sets, environments=environments, date=date, trains=False)
+            prepare_tasks(each.config, task, heldout_sets, environments=played, date=date, trains=False)
             for each in references
         ]
-        drawing = Drawing(num_samples, temperature, asked.es.seed)
-        comparison = Comparison(asked, drawing, task, heldout_sets, rewards, environments)
+        comparison = Comparison(asked, drawing, task, heldout_sets, rewards, played, drawn)
         results: list[ModelResult] = []
         stop = Stop()
         with join_job(asked, stop=stop) as world:
@@ -136,6 +139,11 @@ def _measure(
         reference.restore(session)
         iteration = None if reference.history is None else reference.iteration
         return comparison.measure(session, prepared, name=name, iteration=iteration)
+
+
+def _with_harness(task: Task) -> dict[str, Task]:
+    """Return the task by its key if a harness plays its episodes, else nothing."""
+    return {"task": task} if task.episodes is not None and task.episodes.harness is not None else {}
 
 
 def _is_override(argument: str) -> bool:

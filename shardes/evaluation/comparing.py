@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 from shardes.evaluation.coverage import gained_and_lost, numbers_to_draw, pass_at_k
-from shardes.evaluation.measuring import Drawing, ModelResult, SetResult
+from shardes.evaluation.drawing import Drawing
+from shardes.evaluation.measuring import ModelResult, SetResult
 from shardes.evaluation.summary import estimate, ratio_estimate
 
 

@@ -1,5 +1,6 @@
 """Measure one of several models that are compared: greedy answers, drawn answers, and divergence."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -12,6 +13,7 @@ from shardes.config.schema import Config
 from shardes.environments.runners import Environments
 from shardes.es.member import apply_reward_error_policy
 from shardes.evaluation.coverage import passes_of
+from shardes.evaluation.drawing import GREEDY, Drawing
 from shardes.evaluation.kl import AnswerLikelihoods
 from shardes.models.build import load_model_config, positions_of, vocabulary_size
 from shardes.rewards.pool import RewardRunner
@@ -26,30 +28,6 @@ from shardes.session import Session
 from shardes.tasks.base import Row, Task
 
 logger = logging.getLogger(__name__)
-
-_GREEDY = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "samples_per_prompt": 1}
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """Way in which several answers to each problem are drawn.
-
-    Attributes:
-        num_answers: Number of answers to each problem; 0: none are drawn.
-        temperature: Divisor of the logits.
-        seed: Key of the random numbers, the same for all models.
-    """
-
-    num_answers: int
-    temperature: float
-    seed: int
-
-    def settings(self, config: Config) -> Config:
-        """Return the configuration with which answers are drawn, or greedy ones if none are."""
-        changes = {"temperature": self.temperature, "samples_per_prompt": self.num_answers}
-        rollout = config.rollout.model_copy(update=changes if self.num_answers else _GREEDY)
-        es = config.es.model_copy(update={"seed": self.seed})
-        return config.model_copy(update={"rollout": rollout, "es": es})
 
 
 @dataclass(frozen=True)
@@ -124,7 +102,9 @@ class Comparison:
         task: Task whose held-out problems are asked, or its other ones if it has none.
         heldout_sets: Further tasks by name.
         rewards: Runner of the rewards.
-        environments: Runners of the episodes.
+        environments: Runners of the episodes, by the settings of greedy answers.
+        drawn_environments: The same by the settings of drawn ones, for a task with a harness, whose endpoint
+            knows them; for others ``environments`` play these, too.
     """
 
     config: Config
@@ -133,6 +113,7 @@ class Comparison:
     heldout_sets: Mapping[str, Task]
     rewards: RewardRunner | None
     environments: Environments
+    drawn_environments: Environments
     _base: BaseAnswers | None = field(default=None, init=False)
 
     @property
@@ -167,13 +148,15 @@ class Comparison:
         if session.config.rollout.micro_batch_size == "auto":
             sigma = session.config.es.sigma
             find_micro_batch_size(evaluator, rows, num_rows=len(rows), mesh=session.mesh, sigma=sigma)
-        drawn, greedy = evaluator, evaluator.changed(**_GREEDY)
+        drawn, greedy = evaluator, evaluator.changed(**GREEDY)
         scheduler = make_scheduler(session, evaluator)
         all_rows = self.task.heldout or self.task.train
         main = self._greedy(greedy, scheduler, scorer, rows, all_rows=all_rows)
         if self.drawing.num_answers and task.choices is None:
             greedy.engine.release()
-            main = self._with_drawn(drawn, scheduler, scorer, rows, main)
+            drawn_scorer = copy.copy(scorer)
+            drawn_scorer.environments = self.drawn_environments.of(task) or scorer.environments
+            main = self._with_drawn(drawn, scheduler, drawn_scorer, rows, main)
             drawn.engine.release()
         sets = {self.main_set: main}
         for key, other in prepared.heldout_sets.items():

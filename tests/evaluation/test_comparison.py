@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shardes.evaluation.comparing import compare_results
 from shardes.evaluation.comparison_table import comparison_lines
 from shardes.evaluation.coverage import gained_and_lost, numbers_to_draw, pass_at_k
-from shardes.evaluation.measuring import BaseAnswers, Drawing, ModelResult, SetResult, _difference
+from shardes.evaluation.drawing import Drawing
+from shardes.evaluation.measuring import BaseAnswers, ModelResult, SetResult, _difference
 from shardes.evaluation.summary import ratio_estimate
 from shardes.session import open_session
 from tests.helpers.inprocess import call
@@ -317,10 +318,13 @@ def test_mistakes_are_answered_before_a_model_is_loaded(run, monkeypatch, argume
     assert "Traceback" not in done.stderr
 
 
-def test_episodes_are_compared_without_a_divergence(tmp_path):
+@pytest.mark.parametrize("player", ["environment", pytest.param("harness", marks=pytest.mark.exhaustive)])
+def test_episodes_are_compared_without_a_divergence(tmp_path, player):
+    if player == "harness":
+        pytest.importorskip("openai")
     model = tiny_model(tmp_path / "model", tied=True)
     changes = {
-        "task__environment": "tests/helpers/games.py:Count",
+        f"task__{player}": f"tests/helpers/games.py:{'talk' if player == 'harness' else 'Count'}",
         "task__reward": None,
         "task__data": "range:0:6",
         "task__heldout_data": "range:6:11",
@@ -349,6 +353,8 @@ def test_episodes_are_compared_without_a_divergence(tmp_path):
     assert found["tokens"]["mean"] > 6  # the most of one turn
     assert {problem["num_samples"] for problem in found["problems"]} == {2}
     assert found["pass@2"]["mean"] >= found["pass@1"]["mean"] > 0
+    # Two answers that are drawn are hardly ever the greedy one.
+    assert all(abs(each["sampled_reward"] - each["reward"]) > 1e-9 for each in found["problems"])
 
 
 @pytest.mark.slow
