@@ -298,7 +298,7 @@ def test_the_divergence_is_left_out_where_a_model_cannot_be_asked(run, pair, wor
     ("arguments", "words"),
     [
         (["{run}/model"], "give at least one model to compare with BASE"),
-        (["{run}/model", "{run}/exported"], "--config: give the YAML file that says what is asked"),
+        (["{run}/model", "{run}/model"], "--config: give the YAML file that says what is asked"),
         (["{run}/model", "nowhere@2"], "nowhere@2: neither a model directory"),
         (
             ["{run}/model", "{run}/run@9", "--config", "{run}/config.yaml"],

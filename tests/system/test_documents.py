@@ -100,10 +100,11 @@ def test_pieces_of_configurations_are_accepted(page):
     for text in blocks(page, "yaml"):
         given = yaml.safe_load(text)
         task = {"data": "rows.jsonl"} | given.pop("task", {})
-        if not task.keys() & {"name", "reward", "rewards"}:
+        if not task.keys() & {"name", "reward", "rewards", "environment", "tools", "harness"}:
             task["name"] = "countdown"
-        whole = {"model": {"path": "m"}, "run": {"dir": "r"}, "rollout": {"max_new_tokens": 9}}
-        parse_config(whole | {"es": {"iterations": 9}, "task": task} | given, source=page.name)
+        whole = {"model": {"path": "m"}, "run": {"dir": "r"}, "es": {"iterations": 9}, "task": task} | given
+        whole["rollout"] = {"max_new_tokens": 9} | given.get("rollout", {})
+        parse_config(whole, source=page.name)
 
 
 def executed_python(page):
