@@ -205,7 +205,7 @@ class Trainer:
         is_finished = True
         with (
             self._make_rewards([task, *heldout_sets.values()]) as rewards,
-            Environments(config.task, tasks_by_key(task, heldout_sets)) as environments,
+            Environments(config, tasks_by_key(task, heldout_sets)) as environments,
         ):
             from shardes.rollout.preparing import prepare_tasks
             from shardes.runs.journal import recorded_setting

@@ -21,6 +21,7 @@ from shardes.distributed.place import Place, read_place
 from shardes.distributed.stop import Stop, Stopped, stop_signals
 from shardes.environments.runners import Environments, tasks_by_key
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, JobError, StorageError, UserError
+from shardes.evaluation.command import compare
 from shardes.models.files import check_model_directory
 from shardes.monitor.commands import BACKEND, BASE, COMMANDS, TRUST
 from shardes.planning.machine import Machine
@@ -88,7 +89,7 @@ def _train(config: Config, *, place: Place, stop: Stop, dry_run: bool) -> None:
     # Processes for rewards come before threads, process groups and accelerators.
     with (
         make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards,
-        Environments(config.task, tasks_by_key(task, heldout_sets)) as environments,
+        Environments(config, tasks_by_key(task, heldout_sets)) as environments,
     ):
         from shardes.models.build import skeleton_of
         from shardes.rollout.preparing import prepare_tasks
@@ -148,7 +149,7 @@ def evaluate(
     task, heldout_sets = load_tasks(config)
     with (
         make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards,
-        Environments(config.task, tasks_by_key(task, heldout_sets)) as environments,
+        Environments(config, tasks_by_key(task, heldout_sets)) as environments,
     ):
         from shardes.evaluation.summary import evaluate_model
         from shardes.rollout.preparing import prepare_tasks
@@ -350,7 +351,7 @@ def make_data(
     click.echo(f"{out}: {len(rows)} problems")
 
 
-for _command in COMMANDS:
+for _command in (compare, *COMMANDS):
     cli.add_command(_command)
 
 

@@ -52,12 +52,25 @@ class EnvironmentSpec:
 
 
 @dataclass(frozen=True)
+class HarnessSpec:
+    """Choice of a harness: a program that plays an episode by asking the endpoint.
+
+    Attributes:
+        reference: ``package.module:function`` or ``path/to/file.py:function``.
+        arguments: Arguments of the function besides the row and the client, by name.
+    """
+
+    reference: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class EpisodeSettings:
     """Episodes that the problems of a task are.
 
     Attributes:
-        environment: What runs them; None: a harness.
-        harness: A function that asks by itself, as ``task.harness`` gives it; None: an environment.
+        environment: What runs them; None: a harness does.
+        harness: Program that asks by itself; None: an environment runs them.
         max_turns: Answers of an episode at most.
         episode_return: Sum of an episode's rewards, or the last one.
         system: System message of an episode whose first observation is a text, which then is a chat; empty:
@@ -65,7 +78,7 @@ class EpisodeSettings:
     """
 
     environment: EnvironmentSpec | None
-    harness: str | None = None
+    harness: HarnessSpec | None = None
     max_turns: int = 10
     episode_return: Literal["sum", "last"] = "sum"
     system: str | None = None
@@ -114,7 +127,7 @@ class Episode(Protocol):
         """Give the episode up; may be called at any time, also twice."""
 
 
-class EnvironmentRunner(Protocol):
+class EpisodeRunner(Protocol):
     """Runner of a task's episodes, in this process or in others."""
 
     @property
@@ -129,8 +142,12 @@ class EnvironmentRunner(Protocol):
     def num_kills(self) -> int:
         """Return how many processes of environments have ended before their time, so far."""
 
-    def begin(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Episode]:
-        """Reset an environment for each row, and return at once."""
-
     def close(self) -> None:
         """End all episodes and all processes."""
+
+
+class EnvironmentRunner(EpisodeRunner, Protocol):
+    """Runner of episodes that are reset and stepped."""
+
+    def begin(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Episode]:
+        """Reset an environment for each row, and return at once."""

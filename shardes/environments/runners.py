@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from shardes.config.task import TaskConfig
-from shardes.environments.base import EnvironmentRunner, EnvironmentSpec
+from shardes.config.schema import Config
+from shardes.environments.base import EnvironmentSpec, EpisodeRunner, EpisodeSettings, HarnessSpec
 from shardes.environments.loading import missing_columns
 from shardes.environments.pool import make_environment_runner
 from shardes.errors import UserError
@@ -12,10 +12,10 @@ from shardes.utils.closing import Closing
 
 
 class Environments(Closing):
-    """Runners of the episodes of some tasks, one for each environment.
+    """Runners of the episodes of some tasks, one for each environment or harness.
 
     Args:
-        config: Limits of the processes.
+        config: Limits of the processes, and how tokens are drawn.
         tasks: Tasks by the key of their section, such as ``task`` or ``eval.sets.other``.
 
     Raises:
@@ -23,23 +23,22 @@ class Environments(Closing):
             key, or the row.
     """
 
-    def __init__(self, config: TaskConfig, tasks: Mapping[str, Task]) -> None:
-        self._runners: list[tuple[EnvironmentSpec, EnvironmentRunner]] = []
+    def __init__(self, config: Config, tasks: Mapping[str, Task]) -> None:
+        self._runners: list[tuple[EnvironmentSpec | HarnessSpec, EpisodeRunner]] = []
         try:
             for key, task in tasks.items():
-                spec = None if task.episodes is None else task.episodes.environment
-                if spec is None:
+                if task.episodes is None:
                     continue
-                if all(known != spec for known, _ in self._runners):
-                    self._runners.append((spec, make_environment_runner(config, spec, key=key)))
+                if self.of(task) is None:
+                    self._runners.append((_spec(task.episodes), _make(config, task.episodes, key=key)))
                 _check_rows(task, self.of(task), key=key)
         except BaseException:
             self.close()
             raise
 
-    def of(self, task: Task) -> EnvironmentRunner | None:
+    def of(self, task: Task) -> EpisodeRunner | None:
         """Return the runner of a task's episodes; None if its problems are none."""
-        spec = None if task.episodes is None else task.episodes.environment
+        spec = None if task.episodes is None else _spec(task.episodes)
         return next((runner for known, runner in self._runners if known == spec), None)
 
     @property
@@ -53,7 +52,30 @@ class Environments(Closing):
             runner.close()
 
 
-def _check_rows(task: Task, runner: EnvironmentRunner | None, *, key: str) -> None:
+def _spec(episodes: EpisodeSettings) -> EnvironmentSpec | HarnessSpec:
+    spec = episodes.environment or episodes.harness
+    assert spec is not None, "episodes have an environment or a harness"
+    return spec
+
+
+def _make(config: Config, episodes: EpisodeSettings, *, key: str) -> EpisodeRunner:
+    if episodes.environment is not None:
+        return make_environment_runner(config.task, episodes.environment, key=key)
+    assert episodes.harness is not None
+    try:
+        # A server is needed, and installed, for harnesses alone.
+        from shardes.endpoint.requests import SamplingSettings
+        from shardes.environments.harness_runner import HarnessRunner
+    except ImportError as error:
+        raise UserError(
+            f"{key}.harness: the endpoint needs the package {error.name}; install it with: pip install "
+            "'shardes[endpoint]'"
+        ) from None
+    sampling = SamplingSettings(config.rollout.temperature, config.rollout.top_p)
+    return HarnessRunner(episodes.harness, config.task, sampling=sampling)
+
+
+def _check_rows(task: Task, runner: EpisodeRunner | None, *, key: str) -> None:
     """Refuse a row without a column that its environment needs.
 
     Raises:

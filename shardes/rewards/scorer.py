@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from shardes.environments.base import EnvironmentRunner
+from shardes.environments.base import EpisodeRunner
 from shardes.rewards.batch import RewardBatch, RewardOutput
 from shardes.rewards.pool import PendingRewards, RewardRunner
 from shardes.tasks.base import Task
@@ -34,7 +34,7 @@ class Scorer:
         *,
         rewards: RewardRunner,
         on_error: str | float,
-        environments: EnvironmentRunner | None = None,
+        environments: EpisodeRunner | None = None,
     ) -> None:
         self.task = task
         self.environments = environments

@@ -99,7 +99,9 @@ def make_evaluator(
         rewards = InProcessRewards(all_rewards([task, *others.values()]))
     if environments is None:
         in_process = config.task.model_copy(update={"reward_workers": 0})
-        environments = Environments(in_process, tasks_by_key(task, others))
+        environments = Environments(
+            config.model_copy(update={"task": in_process}), tasks_by_key(task, others)
+        )
     judges: dict[str, Any] = {"rewards": rewards, "on_error": config.task.on_reward_error}
     scorer = Scorer(task, environments=environments.of(task), **judges)
     scorers = {

@@ -212,6 +212,14 @@ class PromptEncoder:
             self._check_known(f"the text {text[:80]!r}", added)
         return added
 
+    def check_tokens(self, ids: Sequence[int]) -> None:
+        """Refuse tokens that the model does not know.
+
+        Raises:
+            UserError: There are some.
+        """
+        self._check_known(f"the prompt {list(ids[:8])}", ids)
+
     def opened_tag(self, text: str) -> str:
         """Return the tag that the end of a rendered prompt opens for the answer; empty if there is none."""
         found = _OPENED.search(text)

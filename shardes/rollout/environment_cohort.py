@@ -1,9 +1,9 @@
 """Cohorts of episodes whose environments are reset and stepped in processes of the rank."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shardes.environments.base import Episode, EpisodeSettings, Observation, StepResult
+from shardes.environments.base import Episode, Observation, StepResult
 from shardes.errors import UserError
 from shardes.rollout.conversation import (
     Conversation,
@@ -15,10 +15,7 @@ from shardes.rollout.conversation import (
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.episode_results import EpisodeOutcome, Truncation
 from shardes.rollout.tool_calls import parse_tool_calls
-from shardes.rollout.turns import TokenAnswer, TokenPrompt
-
-Count = Callable[[StepResult], None]
-"""Counts what a reset or a step took."""
+from shardes.rollout.turns import EpisodeLimits, TokenAnswer, TokenPrompt
 
 
 class EnvironmentCohort:
@@ -28,9 +25,7 @@ class EnvironmentCohort:
         number: Which cohort it is.
         episodes: Its episodes by index, which have been reset.
         encoder: Makes tokens of conversations.
-        max_context: Tokens of an episode at most.
-        max_new_tokens: Tokens of an answer at most.
-        count: Counts what resets and steps took.
+        limits: Limits of an episode.
 
     Attributes:
         number: Argument ``number``.
@@ -42,28 +37,25 @@ class EnvironmentCohort:
         episodes: Mapping[int, "PlayedEpisode"],
         *,
         encoder: PromptEncoder,
-        max_context: int,
-        max_new_tokens: int,
-        count: Count,
+        limits: EpisodeLimits,
     ) -> None:
         self.number = number
         self._living = dict(episodes)
         self._encoder = encoder
-        self._max_context, self._max_new_tokens = max_context, max_new_tokens
-        self._count = count
+        self._limits = limits
         self._num_turns = 0
         self._ended: dict[int, EpisodeOutcome] = {}
 
     def advance(self) -> list[TokenPrompt]:
         """Wait for the environments; return what the episodes that go on are asked."""
         for index, episode in list(self._living.items()):
-            outcome = episode.advance(limit=self._max_context, count=self._count)
+            outcome = episode.advance(self._limits)
             if outcome is not None:
                 self._ended[index] = outcome
                 del self._living[index]
         contexts = {index: episode.conversation.tokens for index, episode in self._living.items()}
         return [
-            TokenPrompt(index, tokens, self._room(tokens), draw=self._num_turns)
+            TokenPrompt(index, tokens, self._limits.room(len(tokens)), draw=self._num_turns)
             for index, tokens in contexts.items()
         ]
 
@@ -92,9 +84,6 @@ class EnvironmentCohort:
         for episode in self._living.values():
             episode.handle.close()
 
-    def _room(self, tokens: Sequence[int]) -> int:
-        return min(self._max_new_tokens, self._max_context - len(tokens))
-
 
 class PlayedEpisode:
     """One episode on its rank.
@@ -102,7 +91,7 @@ class PlayedEpisode:
     Args:
         handle: Handle of the environment, which has been reset.
         conversation: What was said.
-        settings: Limits of the episode.
+        system: System message of an episode that begins with a text; see ``EpisodeSettings``.
         tools: JSON schemas of what the model may call; None: nothing.
 
     Attributes:
@@ -115,46 +104,45 @@ class PlayedEpisode:
         self,
         handle: Episode,
         conversation: Conversation,
-        settings: EpisodeSettings,
         *,
+        system: str | None,
         tools: Sequence[dict[str, Any]] | None,
     ) -> None:
         self.handle, self.conversation, self.tools = handle, conversation, tools
-        self._settings = settings
+        self._system = system
         self._prompt: Observation = ""
         self._answer = TokenAnswer([], "", was_cut=False)
         self._rewards: list[float] = []
         self._num_tokens: list[int] = []
         self._num_cut = 0
         self._numbers: dict[str, float] = {}
+        self._seconds = 0.0
         self._has_begun = False
 
-    def advance(self, *, limit: int, count: Count) -> EpisodeOutcome | None:
+    def advance(self, limits: EpisodeLimits) -> EpisodeOutcome | None:
         """Wait for the environment, and take in what it says; return the outcome if the episode is over."""
-        result = self.handle.wait()
-        count(result)
-        self._numbers |= result.numbers
+        result = self._wait()
         if self._has_begun:
             self._rewards.append(result.reward)
         if result.failure is not None or result.is_done:
             return self._outcome(failure=result.failure)
-        longest = limit * self.conversation.longest_token
+        longest = limits.max_context * self.conversation.longest_token
         if num_characters(result.observation) > longest:
             self.conversation.messages += as_messages(shortened(result.observation, longest))
-            return self._finish("context", count)
+            return self._finish("turns" if len(self._num_tokens) == limits.max_turns else "context")
         try:
             if self._has_begun:
                 self.conversation.observe(result.observation)
             else:
-                self._prompt = with_system(result.observation, self._settings.system)
+                self._prompt = with_system(result.observation, self._system)
                 self.conversation.begin(self._prompt)
                 self._has_begun = True
         except (ConversationError, UserError) as error:
             return self._outcome(failure=str(error))
-        if len(self._num_tokens) == self._settings.max_turns:
-            return self._finish("turns", count)
-        if len(self.conversation.tokens) >= limit:
-            return self._finish("context", count)
+        if len(self._num_tokens) == limits.max_turns:
+            return self._finish("turns")
+        if limits.room(len(self.conversation.tokens)) < 1:
+            return self._finish("context")
         return None
 
     def answer(self, answer: TokenAnswer, message: dict[str, Any] | None) -> None:
@@ -166,6 +154,12 @@ class PlayedEpisode:
         text = self.conversation.opened + answer.text
         self.conversation.answer(answer.token_ids, answer.text, message)
         self.handle.step(text, message=message)
+
+    def _wait(self) -> StepResult:
+        result = self.handle.wait()
+        self._numbers |= result.numbers
+        self._seconds += result.seconds
+        return result
 
     def _outcome(self, *, failure: str | None = None, truncation: Truncation | None = None) -> EpisodeOutcome:
         """Return what has become of the episode, and give it up."""
@@ -182,14 +176,13 @@ class PlayedEpisode:
             failure,
             self._numbers,
             self.conversation.num_reencoded,
+            self._seconds,
         )
 
-    def _finish(self, truncation: Truncation, count: Count) -> EpisodeOutcome:
+    def _finish(self, truncation: Truncation) -> EpisodeOutcome:
         """End the episode at a limit; an environment may still reward what was done."""
         self.handle.finish()
-        result = self.handle.wait()
-        count(result)
-        self._numbers |= result.numbers
+        result = self._wait()
         if self._rewards:
             self._rewards[-1] += result.reward
         else:

@@ -6,25 +6,22 @@ micro-batch. A rank plays two cohorts in turn: the environments of one take thei
 answers are generated.
 """
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Mesh
-from shardes.environments.base import StepResult
 from shardes.rollout.batching import IDLE_COHORT, MicroBatch, compose
-from shardes.rollout.conversation import Conversation
+from shardes.rollout.cohorts import begin_cohort
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Completions, Engine
-from shardes.rollout.environment_cohort import EnvironmentCohort, PlayedEpisode
 from shardes.rollout.episode_results import EpisodeOutcome
 from shardes.rollout.prompts import PromptBatch
 from shardes.rollout.sampling import TokenSampler
 from shardes.rollout.share import WorkShare
-from shardes.rollout.turns import Cohort, TokenAnswer, TokenPrompt
+from shardes.rollout.turns import Cohort, EpisodeLimits, TokenAnswer, TokenPrompt
 from shardes.utils.timers import PhaseTimer
 
 # Cohorts that a rank plays at a time: one steps while the other generates.
@@ -54,9 +51,10 @@ class EpisodeCounts:
     environment_seconds: float = 0.0
     num_reencoded: int = 0
 
-    def add(self, result: StepResult) -> None:
-        """Count the time of a reset or a step."""
-        self.environment_seconds += result.seconds
+    def add(self, outcome: EpisodeOutcome) -> None:
+        """Count an episode that is over."""
+        self.environment_seconds += outcome.seconds
+        self.num_reencoded += outcome.num_reencoded
 
     def reset(self) -> None:
         """Begin anew."""
@@ -74,6 +72,60 @@ class Turn:
 
     cohort: int
     prompts: list[TokenPrompt]
+
+
+class Lanes:
+    """Cohorts that a rank plays in turn; where one is over, the next takes its place.
+
+    Args:
+        numbers: The rank's cohorts; none on a rank that only takes part in others' forwards.
+        begin: Begins a cohort.
+        end: Takes in an episode that is over: its index, its outcome, and the number of its cohort.
+    """
+
+    def __init__(
+        self,
+        numbers: Iterable[int],
+        *,
+        begin: Callable[[int], Cohort],
+        end: Callable[[int, EpisodeOutcome, int], None],
+    ) -> None:
+        self._numbers, self._begin, self._end = iter(numbers), begin, end
+        self._cohorts: list[Cohort | None] = [None] * NUM_LANES
+        self._has_begun = False
+
+    def next_turn(self, lane: int) -> Turn | None:
+        """Return what a lane asks next; None if nothing is left for it."""
+        if not self._has_begun:
+            self._has_begun = True
+            for each in range(NUM_LANES):  # all at once: the second one's environments begin meanwhile
+                self._refill(each)
+        while (cohort := self._cohorts[lane]) is not None:
+            asked = cohort.advance()
+            for index, outcome in cohort.outcomes().items():
+                self._end(index, outcome, cohort.number)
+            if asked:
+                return Turn(cohort.number, asked)
+            cohort.close()
+            self._refill(lane)
+        return None
+
+    def answer(self, lane: int, answers: list[TokenAnswer]) -> None:
+        """Give a lane's cohort the answers to what it asked; on a rank that has none, do nothing."""
+        cohort = self._cohorts[lane]
+        if cohort is not None and answers:
+            cohort.answer(answers)
+
+    def close(self) -> None:
+        """Give up all episodes that are not over."""
+        for cohort in self._cohorts:
+            if cohort is not None:
+                cohort.close()
+
+    def _refill(self, lane: int) -> None:
+        self._cohorts[lane] = None
+        if (number := next(self._numbers, None)) is not None:
+            self._cohorts[lane] = self._begin(number)
 
 
 class EpisodePlayer:
@@ -111,12 +163,21 @@ class EpisodePlayer:
         self._pad_id, self._end_ids = pad_id, end_ids
         self._timer, self._counts = timer, counts
 
-    def play(self, prompts: PromptBatch, *, share: WorkShare, take: TakeEpisode, generate: Generate) -> bool:
+    def play(
+        self,
+        prompts: PromptBatch,
+        *,
+        share: WorkShare,
+        model: str,
+        take: TakeEpisode,
+        generate: Generate,
+    ) -> bool:
         """Play this rank's cohorts to their end; a collective of a replica where forwards are.
 
         Args:
             prompts: The episodes.
             share: This rank's share of the cohorts.
+            model: Name of what is loaded, for harnesses.
             take: Takes in each episode that is over, on the rank that it counts on.
             generate: Has the engine answer.
 
@@ -126,22 +187,36 @@ class EpisodePlayer:
         Raises:
             TooLittleMemoryError: There was too little memory.
         """
-        plan = prompts.episodes
+        plan, settings = prompts.episodes, prompts.scorer.task.episodes
         assert plan is not None, "the problems are episodes"
-        numbers = deque(range(len(plan.cohorts))[share.place :: share.num_places])
-        lanes: list[Cohort | None] = [None] * NUM_LANES
+        assert settings is not None
+        limits = EpisodeLimits(self._settings.max_new_tokens, plan.max_context, settings.max_turns)
+
+        def begin(number: int) -> Cohort:
+            count = prompts.samples_per_prompt
+            return begin_cohort(
+                number,
+                {index: prompts.rows[index // count] for index in plan.cohorts[number]},
+                scorer=prompts.scorer,
+                encoder=self._encoder,
+                limits=limits,
+                model=model,
+                end_ids=self._end_ids,
+            )
+
+        def end(index: int, outcome: EpisodeOutcome, number: int) -> None:
+            self._counts.add(outcome)
+            take(index, outcome, number == 0)
+
+        numbers = range(len(plan.cohorts))[share.place :: share.num_places]
+        lanes = Lanes(numbers if share.is_counted else (), begin=begin, end=end)
         is_finite = True
         try:
-            if share.is_counted:
-                for lane in range(NUM_LANES):
-                    lanes[lane] = self._begin(prompts, numbers)
             while True:
                 is_over = True
                 for lane in range(NUM_LANES):
-                    turn = None
-                    if share.is_counted:
-                        with self._timer("environment"):
-                            turn = self._next_turn(prompts, lanes, lane, numbers, take)
+                    with self._timer("environment"):
+                        turn = lanes.next_turn(lane)
                     turn = self._agree(turn)
                     if turn is None:
                         continue
@@ -151,69 +226,12 @@ class EpisodePlayer:
                     if output is None:
                         raise TooLittleMemoryError
                     is_finite &= output.is_finite or not turn.prompts
-                    cohort = lanes[lane]
-                    if cohort is not None and turn.prompts:
-                        by_place = dict(zip(order, output.tokens, strict=True))
-                        answers = [self._answer(by_place[i], asked) for i, asked in enumerate(turn.prompts)]
-                        cohort.answer(answers)
+                    by_place = dict(zip(order, output.tokens, strict=True))
+                    lanes.answer(lane, [self._answer(by_place[i], p) for i, p in enumerate(turn.prompts)])
                 if is_over:
                     return is_finite
         finally:
-            for cohort in lanes:
-                if cohort is not None:
-                    cohort.close()
-
-    def _begin(self, prompts: PromptBatch, numbers: deque[int]) -> Cohort | None:
-        """Begin the rank's next cohort; return None if there is none."""
-        if not numbers:
-            return None
-        plan, task, runner = prompts.episodes, prompts.scorer.task, prompts.scorer.environments
-        assert plan is not None
-        assert runner is not None
-        settings, tools = task.episodes, runner.tools
-        assert settings is not None
-        number = numbers.popleft()
-        indices = plan.cohorts[number]
-        handles = runner.begin([prompts.rows[index // prompts.samples_per_prompt] for index in indices])
-        is_chat = settings.system is not None
-        episodes = {
-            index: PlayedEpisode(
-                handle,
-                Conversation(self._encoder, task.chat, tools, as_chat=is_chat, end_ids=self._end_ids),
-                settings,
-                tools=tools,
-            )
-            for index, handle in zip(indices, handles, strict=True)
-        }
-        return EnvironmentCohort(
-            number,
-            episodes,
-            encoder=self._encoder,
-            max_context=plan.max_context,
-            max_new_tokens=self._settings.max_new_tokens,
-            count=self._counts.add,
-        )
-
-    def _next_turn(
-        self,
-        prompts: PromptBatch,
-        lanes: list[Cohort | None],
-        lane: int,
-        numbers: deque[int],
-        take: TakeEpisode,
-    ) -> Turn | None:
-        """Return what a lane asks next; where its cohort is over, the next one takes its place."""
-        while (cohort := lanes[lane]) is not None:
-            asked = cohort.advance()
-            for index, outcome in cohort.outcomes().items():
-                self._counts.num_reencoded += outcome.num_reencoded
-                take(index, outcome, cohort.number == 0)
-            if asked:
-                return Turn(cohort.number, asked)
-            cohort.close()
-            lanes[lane] = None  # so that nobody closes it again
-            lanes[lane] = self._begin(prompts, numbers)
-        return None
+            lanes.close()
 
     def _agree(self, turn: Turn | None) -> Turn | None:
         """Return what this rank generates now: its own turn, its replica's, or nothing if no rank has any."""

@@ -121,7 +121,14 @@ class Evaluator:
 
     def sampled(self) -> "Evaluator":
         """Return an evaluator over the same weights that draws one answer a prompt, at temperature 1."""
-        changes = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "samples_per_prompt": 1}
+        return self.changed(temperature=1.0, top_k=None, top_p=1.0, samples_per_prompt=1)
+
+    def changed(self, **changes: Any) -> "Evaluator":
+        """Return an evaluator over the same weights that draws answers otherwise.
+
+        Args:
+            changes: Keys of the section ``rollout`` that say how answers are drawn.
+        """
         settings = self._settings.model_copy(update=changes)
         return Evaluator(self.engine.with_settings(settings), settings=settings, **self._parts)
 
@@ -219,15 +226,24 @@ class Evaluator:
             share: This rank's share of the micro-batches.
         """
         self.engine.load(members)
-        return self.answer(prompts, num_members=len(members), share=share)
+        return self.answer(prompts, num_members=len(members), share=share, model=_name_of(members[0]))
 
     def answer(
-        self, prompts: PromptBatch, *, num_members: int, share: WorkShare, keeps_samples: bool = False
+        self,
+        prompts: PromptBatch,
+        *,
+        num_members: int,
+        share: WorkShare,
+        model: str = "shardes-centre",
+        keeps_samples: bool = False,
     ) -> InFlightBatch:
-        """Have what is loaded answer this rank's micro-batches; arguments as in ``start``."""
+        """Have what is loaded answer this rank's micro-batches; arguments as in ``start``.
+
+        ``model`` is the name by which a harness asks for it.
+        """
         if prompts.episodes is not None:
             assert num_members == 1, "episodes of members that share forwards are refused"
-            return self._play(prompts, share=share, keeps_samples=keeps_samples)
+            return self._play(prompts, share=share, model=model, keeps_samples=keeps_samples)
         accumulators = [self._accumulator(prompts, keeps_samples=keeps_samples) for _ in range(num_members)]
         are_finite = [True] * num_members
         batches = prompts.micro_batches
@@ -256,13 +272,19 @@ class Evaluator:
                 accumulator.send(is_last=True)
         return InFlightBatch(prompts, accumulators, are_finite, is_short=False)
 
-    def _play(self, prompts: PromptBatch, *, share: WorkShare, keeps_samples: bool) -> InFlightBatch:
+    def _play(
+        self, prompts: PromptBatch, *, share: WorkShare, model: str, keeps_samples: bool
+    ) -> InFlightBatch:
         """Play this rank's share of episodes with what is loaded."""
         accumulator = self._accumulator(prompts, keeps_samples=keeps_samples)
         assert isinstance(accumulator, EpisodeAccumulator)
         try:
             is_finite = self._episodes.play(
-                prompts, share=share, take=accumulator.take_episode, generate=self._generate
+                prompts,
+                share=share,
+                model=model,
+                take=accumulator.take_episode,
+                generate=self._generate,
             )
         except TooLittleMemoryError:
             return InFlightBatch(prompts, [accumulator], [True], is_short=True)
@@ -358,6 +380,12 @@ class Evaluator:
         if tokens and tokens[-1] in self._end_ids:
             tokens = tokens[:-1]
         return self._stop.trim(self._stop.decode(tokens))
+
+
+def _name_of(member: Perturbation) -> str:
+    """Return the name of a member, for harnesses."""
+    mirrored = "-mirrored" if member.sigma < 0 else ""
+    return f"shardes-iteration-{member.iteration}-direction-{member.direction}{mirrored}"
 
 
 def _of_member(output: EngineOutput, index: int, num_members: int) -> EngineOutput:

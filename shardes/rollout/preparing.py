@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shardes.config.schema import Config
-from shardes.environments.base import EnvironmentRunner
+from shardes.environments.base import EpisodeRunner
 from shardes.environments.runners import Environments
 from shardes.errors import UserError
 from shardes.models.build import load_model_config, load_tokenizer, positions_of, vocabulary_size
@@ -146,7 +146,7 @@ def _askable(
     return found
 
 
-def _try_template(task: Task, encoder: PromptEncoder, runner: EnvironmentRunner | None) -> None:
+def _try_template(task: Task, encoder: PromptEncoder, runner: EpisodeRunner | None) -> None:
     """Render a chat as episodes may begin, whose prompts are not known yet.
 
     So it is known whether the template asks for the date, which a run keeps.

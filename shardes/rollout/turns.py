@@ -6,6 +6,28 @@ from typing import Protocol
 
 from shardes.rollout.episode_results import EpisodeOutcome
 
+MAX_DRAWS = 2**20
+"""Series of random numbers that the answers in an episode are drawn by."""
+
+
+@dataclass(frozen=True)
+class EpisodeLimits:
+    """Limits of an episode.
+
+    Attributes:
+        max_new_tokens: Tokens of an answer.
+        max_context: Tokens of the whole episode, the last answer included.
+        max_turns: Answers.
+    """
+
+    max_new_tokens: int
+    max_context: int
+    max_turns: int
+
+    def room(self, num_tokens: int) -> int:
+        """Return how many tokens an answer may have after a context of some length."""
+        return min(self.max_new_tokens, self.max_context - num_tokens)
+
 
 @dataclass(frozen=True)
 class TokenPrompt:
@@ -16,7 +38,7 @@ class TokenPrompt:
             same.
         token_ids: Tokens of the prompt.
         max_new_tokens: Largest number of tokens of the answer.
-        draw: Which series of the episode's random numbers draws the tokens.
+        draw: Which series of the episode's random numbers draws the tokens, below ``MAX_DRAWS``.
         is_greedy: True to take the most likely tokens, also where the run draws them.
     """
 

@@ -1,9 +1,11 @@
 """Loading of tasks: the configuration's task sections become tasks with data."""
 
 from pathlib import Path
+from typing import Any
 
 from shardes.config.schema import Config, ProblemSetConfig, TaskConfig
 from shardes.environments.base import EnvironmentSpec, EpisodeSettings
+from shardes.environments.harness import harness_of, is_harness
 from shardes.errors import UserError
 from shardes.tasks.base import ChatTemplate, PlacedRow, Row, Task, TaskDefinition
 from shardes.tasks.data import read_rows, split_rows
@@ -89,10 +91,10 @@ def _episodes(config: ProblemSetConfig) -> EpisodeSettings | None:
     """Return what the problems of a section are episodes of; None if they are not."""
     if not config.is_episodic:
         return None
-    environment = None
-    if config.harness is None:
-        arguments = config.environment_arguments
-        environment = EnvironmentSpec(config.environment or "", arguments, tuple(config.tools))
-    return EpisodeSettings(
-        environment, config.harness, config.max_turns, config.episode_return, system=config.system
-    )
+    arguments = config.environment_arguments
+    limits: dict[str, Any] = {"max_turns": config.max_turns, "episode_return": config.episode_return}
+    limits |= {"system": config.system}
+    reference = config.harness or config.environment or ""
+    if config.harness is not None or is_harness(reference):
+        return EpisodeSettings(None, harness_of(reference, arguments), **limits)
+    return EpisodeSettings(EnvironmentSpec(reference, arguments, tuple(config.tools)), **limits)

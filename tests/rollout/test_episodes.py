@@ -114,7 +114,11 @@ class Harness:
             self.rows, samples_per_prompt=1, scorer=self.scorer, keeps_samples=True
         )
         is_finite = self.player.play(
-            self.prompts, share=share, take=accumulator.take_episode, generate=generate or self.generate
+            self.prompts,
+            share=share,
+            model="m",
+            take=accumulator.take_episode,
+            generate=generate or self.generate,
         )
         accumulator.send(is_last=True)
         part = PartialResult.from_json(accumulator.part().to_json())
@@ -271,6 +275,7 @@ def test_a_rank_without_episodes_takes_part_in_the_forwards_of_others():
     game.player.play(
         game.prompts,
         share=WorkShare(1, 2, 1, is_counted=True),
+        model="m",
         take=lambda *_: pytest.fail("it has no episode"),
         generate=game.generate,
     )

@@ -40,6 +40,13 @@ def test_the_own_reward_is_learned(run_example):
 
 
 @pytest.mark.slow
+def test_the_own_environment_is_learned(run_example):
+    rewards = numbers(run_example("own_environment.py"), "updates:")
+    assert len(rewards) == 4
+    assert rewards[-1] > 1.4 * rewards[0]
+
+
+@pytest.mark.slow
 def test_the_classes_become_likelier(run_example):
     output = run_example("classification.py")
     entropies, accuracies = numbers(output, "cross-entropy"), numbers(output, "accuracy")

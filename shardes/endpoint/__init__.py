@@ -1,0 +1,1 @@
+"""An OpenAI-compatible endpoint through which programs of all kinds ask the model of a rank."""

@@ -1,0 +1,229 @@
+"""Rank's side of harnesses: processes that play episodes through the endpoint, ended when they hang."""
+
+import asyncio
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from shardes.endpoint.desk import Desk, Seat
+from shardes.environments.base import HarnessSpec
+from shardes.environments.harness import is_adapted
+from shardes.errors import UserError
+from shardes.rewards.batch import RewardBatch, RewardOutput
+from shardes.rewards.crew import IMPORT_SECONDS, Crew
+from shardes.rewards.processes import ForkServer, WorkerProcess, ending, read_reply
+from shardes.tasks.base import Component, Row
+from shardes.utils.background import BackgroundLoop
+from shardes.utils.closing import Closing
+
+MAX_TRIES = 5
+"""How often an episode is begun between two answers, if its process ends each time."""
+
+_NAME = "harness"
+_WORKER = "shardes.environments.harness_worker"
+
+
+@dataclass(frozen=True)
+class HarnessOutcome:
+    """Outcome of an episode.
+
+    Attributes:
+        reward: The episode's return; 0 if it failed.
+        failure: Reason why there is none; None if there is one.
+        seconds: Time in which the episode did not wait for answers.
+    """
+
+    reward: float
+    failure: str | None = None
+    seconds: float = 0.0
+
+
+class HarnessPool(Closing):
+    """Player of episodes in worker processes, each of which plays one at a time.
+
+    A process that neither asks nor ends for longer than the limit is killed, and the episode has failed; the
+    time in which it waits for answers does not count. If a process ends by itself, killed from outside, say,
+    the episode is begun again in another one, which gets the same answers to the same requests.
+
+    Args:
+        spec: The harness.
+        desk: Where episodes have their places.
+        timeout_seconds: The limit.
+        max_workers: Processes at most.
+        memory_bytes: Address space of a process; None: no limit.
+        may_isolate: Has processes see only themselves, where the kernel allows it.
+
+    Attributes:
+        num_kills: Processes that have ended or were ended before their time, so far.
+
+    Raises:
+        UserError: The harness does not exist, importing it fails, or it cannot be called.
+    """
+
+    def __init__(
+        self,
+        spec: HarnessSpec,
+        desk: Desk,
+        *,
+        timeout_seconds: float,
+        max_workers: int,
+        memory_bytes: int | None = None,
+        may_isolate: bool = False,
+    ) -> None:
+        self.num_kills = 0
+        self._desk = desk
+        self._timeout_seconds = timeout_seconds
+        given = {"reference": spec.reference, "arguments": dict(spec.arguments)}
+        # An adapter's processes are forked from one that has imported its package.
+        module = spec.reference.partition(":")[0] if is_adapted(spec) else _WORKER
+        start_fork_server = partial(
+            ForkServer, memory_bytes, may_isolate=may_isolate, serve=f"{module}:serve"
+        )
+        self._background = BackgroundLoop("harnesses")
+        self._crew = Crew(
+            # The second one is never called: it has the harness imported before the first is.
+            [
+                Component(_NAME, f"{_WORKER}:play", arguments=given),
+                Component("imported", spec.reference),
+            ],
+            max_workers=max_workers,
+            start_fork_server=start_fork_server,
+            background=self._background.start,
+        )
+        try:
+            self._background.run(self._start()).result()
+        except BaseException:
+            self.close()
+            raise
+
+    def begin(self, seat: Seat, row: Row, url: str) -> "Future[HarnessOutcome]":
+        """Begin an episode at its place, whose base URL is ``url``, and return at once."""
+        future: Future[HarnessOutcome] = Future()
+
+        async def play() -> None:
+            try:
+                future.set_result(await self._play(seat, row, url))
+            except asyncio.CancelledError:
+                future.cancel()
+                raise
+            except Exception as error:
+                self._desk.end(seat.episode)
+                future.set_exception(error)
+
+        def start() -> None:
+            self._background.start(play())
+
+        self._background.call(start)
+        return future
+
+    def close(self) -> None:
+        """End all processes."""
+        if self._background.is_running:
+            self._background.stop(self._crew.forget_idle)
+            self._crew.close()
+
+    async def _start(self) -> None:
+        """Start the first process, and have it look at the harness."""
+        try:
+            await self._crew.start()
+        except UserError as error:
+            raise UserError(str(error).replace("task.reward: ", "task.harness: ", 1)) from None
+        worker = await self._crew.acquire()
+        try:
+            async with asyncio.timeout(IMPORT_SECONDS):
+                reply = await worker.ask(([0], _batch(None, "", Seat("", "", ""))))
+            found = read_reply(reply, [_NAME], 1)
+        except (EOFError, OSError, ValueError, TypeError, KeyError) as error:  # TimeoutError, too
+            self._crew.discard(worker)
+            raise UserError(
+                f"task.harness: looking at it ended its process ({type(error).__name__}: {error})"
+            ) from None
+        self._crew.release(worker)
+        if found.first_failure is not None:
+            raise UserError(f"task.harness: {_reason(found)}")
+
+    async def _play(self, seat: Seat, row: Row, url: str) -> HarnessOutcome:
+        num_tries = num_answers = 0
+        while True:
+            # Once it waits for a process, there is one more: all of a cohort live at the same time.
+            self._background.loop.call_soon(self._crew.grow)
+            worker = await self._crew.acquire()
+            self._desk.begin(seat.episode)
+            try:
+                found, is_lost = await self._ask(worker, seat, row, url)
+            except BaseException:
+                self._crew.discard(worker)
+                raise
+            answered = self._desk.num_answers(seat.episode)
+            num_tries = 1 if answered > num_answers else num_tries + 1
+            num_answers = answered
+            if not is_lost or num_tries == MAX_TRIES:
+                break
+        seconds = self._desk.end(seat.episode)
+        if isinstance(found, str):
+            return HarnessOutcome(0.0, found, seconds)
+        return HarnessOutcome(found, seconds=seconds)
+
+    async def _ask(self, worker: WorkerProcess, seat: Seat, row: Row, url: str) -> tuple[float | str, bool]:
+        """Return the episode's return, or why there is none; and whether its process was lost."""
+        asking = self._background.loop.create_task(worker.ask(([0], _batch(row, url, seat))))
+        try:
+            is_late = await self._is_late(asking, seat)
+        finally:
+            asking.cancel()
+        if is_late:
+            self.num_kills += 1
+            self._crew.discard(worker)
+            return (
+                f"TimeoutError: the harness neither asked nor ended for {self._timeout_seconds:g} s "
+                "(task.reward_timeout_seconds)"
+            ), False
+        try:
+            reply = asking.result()
+            output = read_reply(reply, [_NAME], 1)
+            left = reply["left"]
+        except (EOFError, OSError):
+            self.num_kills += 1
+            code = self._crew.discard(worker)
+            if code is None:  # the fork server was killed, and with it every worker
+                self._crew.forget_idle()
+                return "the process that starts harnesses was killed", True
+            return f"the harness ended its process ({ending(code)})", True
+        except (ValueError, TypeError, KeyError) as error:
+            self.num_kills += 1
+            self._crew.discard(worker)
+            return f"the harness broke its process ({type(error).__name__}: {error})", False
+        if left is None:
+            self._crew.release(worker)
+        else:
+            self._crew.retire(worker, left)
+        (value,) = output.components[_NAME]
+        return (_reason(output) if value is None else value), False
+
+    async def _is_late(self, asking: "asyncio.Task[Any]", seat: Seat) -> bool:
+        """Wait for a reply; return True as soon as the episode has been idle for too long before it."""
+        while not asking.done():
+            # While it waits for an answer, the earliest that it can be late is the limit from now.
+            left = self._timeout_seconds - (self._desk.idle_seconds(seat.episode) or 0.0)
+            if left <= 0:
+                return True
+            await asyncio.wait({asking}, timeout=left)
+        return False
+
+
+def _reason(output: RewardOutput) -> str:
+    # To the process, a harness is a reward.
+    reason = output.first_failure or "no reason is known"
+    return reason.replace(f"reward {_NAME!r}", "harness").replace("the reward", "the harness")
+
+
+def _batch(row: Row | None, url: str, seat: Seat) -> RewardBatch:
+    """Return an episode as what a reward is asked; no row: only the harness is looked at."""
+    columns: dict[str, list[Any]] = {
+        "row": [None if row is None else dict(row)],
+        "url": [url],
+        "key": [seat.key],
+        "model": [seat.model],
+    }
+    return RewardBatch([""], [""], [[]], columns)
