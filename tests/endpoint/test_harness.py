@@ -183,7 +183,7 @@ def test_harnesses_that_fail_fail_alone(player, tokenizer):
 def test_waiting_for_an_answer_does_not_count(player, tokenizer):
     (outcome,) = played(player, [{"turns": 1}], Model(tokenizer, wait=3.5))
     assert outcome.failure is None
-    assert outcome.numbers["environment_seconds"] < 3
+    assert outcome.seconds < 3
 
 
 def test_fewer_processes_than_episodes(player, tokenizer, monkeypatch):

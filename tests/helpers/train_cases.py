@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 
 from shardes.config.loading import parse_config
+from shardes.environments.runners import Environments, tasks_by_key
 from shardes.export.writer import export_model
 from shardes.rollout.engines.transformers.decoder import Decoder
 from shardes.session import open_session
@@ -55,9 +56,11 @@ def shortages(backend, wanted, rank):
 def main():
     _store = make_store()
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        with open_session(parse_config(case["config"], source="case")) as session:
+        config = parse_config(case["config"], source="case")
+        task = load_task(config.task)
+        with Environments(config, tasks_by_key(task, {})) as environments, open_session(config) as session:
             with shortages(session.backend, case.get("shortages", []), session.mesh.world.rank):
-                make_training_loop(session, load_task(session.config.task)).train()
+                make_training_loop(session, task, environments=environments).train()
             export_model(session, Path(case["export"]), iteration=session.config.es.iterations, settings={})
 
 

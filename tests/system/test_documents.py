@@ -34,6 +34,7 @@ SHELL_NOT_RUN = {
     "deepspeed --num_gpus": "starts ranks; test_cli.py does, with each launcher",
     "torchrun --nproc-per-node": "the same",
     "accelerate launch": "the same",
+    "lm_eval run": "fetches benchmarks; test_lm_eval.py runs it on local files",
     "python launch/train.py": "trains for minutes",
 }
 # What stands for something of the reader's in a command, and what the small run has.
@@ -99,10 +100,11 @@ def test_pieces_of_configurations_are_accepted(page):
     for text in blocks(page, "yaml"):
         given = yaml.safe_load(text)
         task = {"data": "rows.jsonl"} | given.pop("task", {})
-        if not task.keys() & {"name", "reward", "rewards"}:
+        if not task.keys() & {"name", "reward", "rewards", "environment", "tools", "harness"}:
             task["name"] = "countdown"
-        whole = {"model": {"path": "m"}, "run": {"dir": "r"}, "rollout": {"max_new_tokens": 9}}
-        parse_config(whole | {"es": {"iterations": 9}, "task": task} | given, source=page.name)
+        whole = {"model": {"path": "m"}, "run": {"dir": "r"}, "es": {"iterations": 9}, "task": task} | given
+        whole["rollout"] = {"max_new_tokens": 9} | given.get("rollout", {})
+        parse_config(whole, source=page.name)
 
 
 def executed_python(page):

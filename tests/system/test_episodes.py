@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from shardes import TrainConfig, Trainer
 from tests.helpers.models import tree
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import run_cases, steady_metrics
@@ -142,3 +143,57 @@ def command_of(pid):
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""
+
+
+@pytest.mark.slow
+def test_a_harness_is_answered_alike_on_any_ranks(model_dirs, tmp_path):
+    pytest.importorskip("openai")
+    keys = {
+        "task__harness": "tests/helpers/games.py:talk",
+        "task__environment": None,
+        "rollout__max_context": 60,
+        "es__iterations": 2,
+        "eval__every": 1,
+    }
+    alone, together = (
+        episodes(tmp_path, model=model_dirs["tied"], run_dir=tmp_path / name, **keys, **others)
+        for name, others in (
+            ("alone", {}),
+            ("together", {"parallel__backend": "zero3", "rollout__gather": "layer"}),
+        )
+    )
+    wanted = run_cases(tmp_path, "alone-cases", [alone], 1)
+    assert run_cases(tmp_path, "together-cases", [together], 2) == wanted
+    lines = steady_metrics(tmp_path / "alone")
+    assert lines == steady_metrics(tmp_path / "together")
+    assert lines[0]["components"]["turns"] == pytest.approx((4 * 2 + 3 * 3) / 7)
+    assert lines[0]["reward_std"] > 0
+
+
+# The calls and the tools are of characters that the tiny model knows.
+TOOLS = (
+    "{{ tools | tojson }}{% for m in messages %}({{ m.role[:1] }}:{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %})"
+    "{% endfor %}{% if add_generation_prompt %}(a:{% endif %}"
+)
+
+
+@pytest.mark.slow
+def test_a_class_as_trl_has_it_trains_in_ten_lines(model_dirs, tmp_path):
+    config = TrainConfig(
+        model={"path": str(model_dirs["tied"]), "dtype": "float32"},
+        run={"dir": str(tmp_path / "run")},
+        rollout={"max_new_tokens": 6, "max_context": 64},
+        es={"iterations": 2, "population": 4, "sigma": 0.05},
+        log={"samples_every": 1},
+        task={"environment": "tests/helpers/games.py:Counter", "max_turns": 3, "chat_template": TOOLS},
+    )
+    rows = [{"prompt": [{"role": "user", "content": f"{n}"}], "target": n} for n in range(6)]
+    result = Trainer(config, data=rows, heldout_data=rows[:2]).train()
+    assert result.is_finished
+    line = result.metrics[0]
+    # The model calls nothing yet: each episode is one turn, and earns what is missing.
+    assert line["components"]["turns"] == 1
+    assert line["reward_mean"] == pytest.approx(-sum(range(6)) / 6 / 10)
+    sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
+    assert sample["messages"][0] == {"role": "user", "content": "0 (0)"}
