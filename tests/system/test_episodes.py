@@ -68,6 +68,8 @@ def test_the_oracle_plays_whole_episodes_and_tells_members_apart(oracle):
 @pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_episodes_are_played_alike_on_any_ranks(world_size, model_dirs, oracle, tmp_path):
     prints, lines = oracle
+    # All on two ranks; on three, which divide nothing, those whose ranks share a member's cohorts.
+    cases = CASES if world_size == 2 else [case for case in CASES if case[1] == "layer"]
     trees = [
         episodes(
             tmp_path,
@@ -77,10 +79,10 @@ def test_episodes_are_played_alike_on_any_ranks(world_size, model_dirs, oracle, 
             rollout__gather=gather,
             **keys,
         )
-        for i, (backend, gather, keys) in enumerate(CASES)
+        for i, (backend, gather, keys) in enumerate(cases)
     ]
     found = run_cases(tmp_path, "cases", trees, world_size)
-    for i, (backend, gather, keys) in enumerate(CASES):
+    for i, (backend, gather, keys) in enumerate(cases):
         name = "sampled" if keys else "greedy"
         assert found[i] == prints[name], (backend, gather, keys)
         assert steady_metrics(tmp_path / f"run{i}") == lines[name]
