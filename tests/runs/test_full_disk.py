@@ -115,7 +115,7 @@ def test_a_disk_that_is_full_from_the_start_is_a_mistake_of_the_users(original, 
 
 def test_a_disk_too_small_for_snapshots_is_told_and_the_run_goes_on(original, disk, tmp_path, caplog):
     config, wanted = original
-    small = disk(40 * PAGE)  # a snapshot of this model takes twice as much
+    small = disk(50 * PAGE)  # a snapshot of this model takes more
     run_dir = small.path / "run"
     result = call("train", "--config", config, f"run.dir={run_dir}", "run.snapshot_every=4")
     assert result.returncode == 0, result.stderr

@@ -80,4 +80,4 @@ def test_every_example_is_run_and_listed():
     assert tested == set(EXAMPLES)
     page = (ROOT / "examples" / "README.md").read_text()
     assert sorted(re.findall(r"`python examples/(\w+\.py)`", page)) == EXAMPLES
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
