@@ -27,8 +27,8 @@ from shardes.utils.timers import PhaseTimer
 # Cohorts that a rank plays at a time: one steps while the other generates.
 NUM_LANES = 2
 
-TakeEpisode = Callable[[int, EpisodeOutcome, bool], None]
-"""Takes in an episode that is over: its index, its outcome, and whether it is of the first cohort of all."""
+TakeEpisode = Callable[[int, EpisodeOutcome], None]
+"""Takes in an episode that is over: its index, and its outcome."""
 
 Generate = Callable[[MicroBatch, PromptBatch], Completions | None]
 """Has the engine answer a micro-batch; returns None if there was too little memory."""
@@ -80,7 +80,7 @@ class Lanes:
     Args:
         numbers: The rank's cohorts; none on a rank that only takes part in others' forwards.
         begin: Begins a cohort.
-        end: Takes in an episode that is over: its index, its outcome, and the number of its cohort.
+        end: Takes in an episode that is over.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Lanes:
         numbers: Iterable[int],
         *,
         begin: Callable[[int], Cohort],
-        end: Callable[[int, EpisodeOutcome, int], None],
+        end: TakeEpisode,
     ) -> None:
         self._numbers, self._begin, self._end = iter(numbers), begin, end
         self._cohorts: list[Cohort | None] = [None] * NUM_LANES
@@ -103,7 +103,7 @@ class Lanes:
         while (cohort := self._cohorts[lane]) is not None:
             asked = cohort.advance()
             for index, outcome in cohort.outcomes().items():
-                self._end(index, outcome, cohort.number)
+                self._end(index, outcome)
             if asked:
                 return Turn(cohort.number, asked)
             cohort.close()
@@ -204,9 +204,9 @@ class EpisodePlayer:
                 end_ids=self._end_ids,
             )
 
-        def end(index: int, outcome: EpisodeOutcome, number: int) -> None:
+        def end(index: int, outcome: EpisodeOutcome) -> None:
             self._counts.add(outcome)
-            take(index, outcome, number == 0)
+            take(index, outcome)
 
         numbers = range(len(plan.cohorts))[share.place :: share.num_places]
         lanes = Lanes(numbers if share.is_counted else (), begin=begin, end=end)

@@ -271,26 +271,28 @@ class Evaluator:
         """Play this rank's share of episodes with what is loaded."""
         accumulator = self._accumulator(prompts, keeps_samples=keeps_samples)
         assert isinstance(accumulator, EpisodeAccumulator)
+
+        def generate(batch: MicroBatch, prompts: PromptBatch) -> Completions | None:
+            with self._timer("reward"):  # of cohorts that are over, while others go on
+                accumulator.send(is_last=False)
+            with self._timer("rollout"):
+                output = self._forward(batch, prompts)
+            assert output is None or isinstance(output, Completions)
+            return output
+
         try:
             is_finite = self._episodes.play(
                 prompts,
                 share=share,
                 model=model,
                 take=accumulator.take_episode,
-                generate=self._generate,
+                generate=generate,
             )
         except TooLittleMemoryError:
             return InFlightBatch(prompts, [accumulator], [True], is_short=True)
         with self._timer("reward"):
             accumulator.send(is_last=True)
         return InFlightBatch(prompts, [accumulator], [is_finite], is_short=False)
-
-    def _generate(self, batch: MicroBatch, prompts: PromptBatch) -> Completions | None:
-        """Return the answers of a turn; None if there was too little memory."""
-        with self._timer("rollout"):
-            output = self._forward(batch, prompts)
-        assert output is None or isinstance(output, Completions)
-        return output
 
     def collect(
         self,
@@ -339,6 +341,7 @@ class Evaluator:
         if prompts.episodes is not None:
             return EpisodeAccumulator(
                 prompts.rows,
+                prompts.episodes.cohorts,
                 samples_per_prompt=prompts.samples_per_prompt,
                 scorer=scorer,
                 keeps_samples=keeps_samples,

@@ -111,7 +111,11 @@ class Harness:
 
     def play(self, *, share=ALONE, generate=None):
         accumulator = EpisodeAccumulator(
-            self.rows, samples_per_prompt=1, scorer=self.scorer, keeps_samples=True
+            self.rows,
+            self.prompts.episodes.cohorts,
+            samples_per_prompt=1,
+            scorer=self.scorer,
+            keeps_samples=True,
         )
         is_finite = self.player.play(
             self.prompts,
@@ -211,6 +215,26 @@ def test_rewards_judge_the_last_answer_and_are_added():
     found, _ = Harness([[go(), go("xy", 0.5), done(0.25)]], rewards=(component,)).play()
     assert found.rewards == [0.75 + 2.0 * 2.0]
     assert found.components["judge"] == [2.0]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_a_reward_is_called_with_the_last_answers_of_a_cohort_on_any_ranks(num_ranks):
+    calls = []
+
+    def judge(completions, index, **columns):
+        calls.append((list(index), list(completions)))
+        return [float(len(completions))] * len(completions)
+
+    # Within a cohort, later episodes end first.
+    results = [[go(), *[go()] * (1 - index % 2), done()] for index in range(5)]
+    results[3] = [StepResult(failure="never")]
+    earned = {}
+    for place in range(num_ranks):
+        game = Harness(results, size=2, rewards=(Component("judge", judge),))
+        found, _ = game.play(share=WorkShare(place, num_ranks, place, is_counted=True))
+        earned |= {index: value for index, value in enumerate(found.rewards) if value is not None}
+    assert sorted(calls) == [([0, 1], ["0", "1"]), ([2], ["2"]), ([4], ["4"])]
+    assert earned == {0: 2.0, 1: 2.0, 2: 1.0, 4: 1.0}
 
 
 def test_two_cohorts_take_turns_and_the_next_begins_where_one_ends():
