@@ -296,6 +296,21 @@ def test_a_system_message_makes_chats_of_texts():
     ]
 
 
+def test_what_a_template_opens_is_a_part_of_each_answer():
+    def judge(completions, **columns):
+        return [float(text == "<think>\n0") for text in completions]
+
+    template = CHAT.replace("assistant\n", "assistant\n<think>\n")
+    results = [[go("abc"), go("de"), StepResult()]]
+    game = Harness(results, system="", max_turns=1, max_context=200, rewards=(Component("own", judge),))
+    game.tokenizer.chat_template = template
+    found, _ = game.play()
+    assert ("step", 0, "<think>\n0") in game.log
+    assert found.rewards == [1.0]
+    assert found.samples[0].completion == "<think>\n0"
+    assert found.samples[0].messages[1] == {"role": "assistant", "content": "<think>\n0"}
+
+
 def test_there_must_be_room_for_a_prompt():
     with pytest.raises(Exception, match=r"rollout\.max_new_tokens: got 6, which leaves no room for a prompt"):
         Harness([[go()]], max_context=6)
