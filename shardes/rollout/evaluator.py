@@ -170,8 +170,9 @@ class Evaluator:
 
     def begin(self, prompts: PromptBatch) -> None:
         """Make members of the current centre loadable, to answer these prompts; a collective of all ranks."""
-        if prompts.episodes is not None:
-            self.engine.expect_cohorts(NUM_LANES, max_context=prompts.episodes.max_context)
+        if (plan := prompts.episodes) is not None:
+            size = max(map(len, plan.cohorts), default=1)
+            self.engine.expect_cohorts(NUM_LANES, size=size, max_context=plan.max_context)
         self.engine.begin(max(map(self.engine.bytes_for, prompts.micro_batches), default=0))
 
     def fits(self, prompts: PromptBatch) -> bool:
