@@ -196,8 +196,7 @@ class EpisodeAccumulator:
             for turn, count in enumerate(part.turn_tokens):
                 turn_tokens[turn] += count
         samples: dict[int, Sample] = {
-            index: replace(sample, reward=rewards[index])
-            for index, sample in sorted(self._samples.items())
+            index: replace(sample, reward=rewards[index]) for index, sample in sorted(self._samples.items())
         }
         return Evaluation(
             rewards,

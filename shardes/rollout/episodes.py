@@ -13,6 +13,7 @@ import torch
 
 from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Mesh
+from shardes.environments.base import COHORTS_AT_ONCE
 from shardes.rollout.batching import IDLE_COHORT, MicroBatch, compose
 from shardes.rollout.cohorts import begin_cohort
 from shardes.rollout.encoding import PromptEncoder
@@ -23,9 +24,6 @@ from shardes.rollout.sampling import TokenSampler
 from shardes.rollout.share import WorkShare
 from shardes.rollout.turns import Cohort, EpisodeLimits, TokenAnswer, TokenPrompt
 from shardes.utils.timers import PhaseTimer
-
-# Cohorts that a rank plays at a time: one steps while the other generates.
-NUM_LANES = 2
 
 TakeEpisode = Callable[[int, EpisodeOutcome], None]
 """Takes in an episode that is over: its index, and its outcome."""
@@ -91,14 +89,14 @@ class Lanes:
         end: TakeEpisode,
     ) -> None:
         self._numbers, self._begin, self._end = iter(numbers), begin, end
-        self._cohorts: list[Cohort | None] = [None] * NUM_LANES
+        self._cohorts: list[Cohort | None] = [None] * COHORTS_AT_ONCE
         self._has_begun = False
 
     def next_turn(self, lane: int) -> Turn | None:
         """Return what a lane asks next; None if nothing is left for it."""
         if not self._has_begun:
             self._has_begun = True
-            for each in range(NUM_LANES):  # all at once: the second one's environments begin meanwhile
+            for each in range(COHORTS_AT_ONCE):  # all at once: the second one's environments begin meanwhile
                 self._refill(each)
         while (cohort := self._cohorts[lane]) is not None:
             asked = cohort.advance()
@@ -214,7 +212,7 @@ class EpisodePlayer:
         try:
             while True:
                 is_over = True
-                for lane in range(NUM_LANES):
+                for lane in range(COHORTS_AT_ONCE):
                     with self._timer("environment"):
                         turn = lanes.next_turn(lane)
                     turn = self._agree(turn)

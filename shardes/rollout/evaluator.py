@@ -6,6 +6,7 @@ from typing import Any
 
 from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Group, Mesh
+from shardes.environments.base import COHORTS_AT_ONCE
 from shardes.es.update import Perturbation
 from shardes.rewards.scorer import Scorer
 from shardes.rollout.aggregate import CompletionAccumulator, Evaluation, PartialResult, RewardAccumulator
@@ -13,7 +14,7 @@ from shardes.rollout.batching import LikelihoodBatch, MicroBatch
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Completions, Engine, EngineOutput
 from shardes.rollout.episode_results import EpisodeAccumulator
-from shardes.rollout.episodes import NUM_LANES, EpisodeCounts, EpisodePlayer, TooLittleMemoryError
+from shardes.rollout.episodes import EpisodeCounts, EpisodePlayer, TooLittleMemoryError
 from shardes.rollout.likelihood import LogLikelihoodAccumulator
 from shardes.rollout.memory import MemoryShortageError, is_shortage
 from shardes.rollout.prompts import PromptBatch, PromptBuilder
@@ -172,7 +173,7 @@ class Evaluator:
         """Make members of the current centre loadable, to answer these prompts; a collective of all ranks."""
         if (plan := prompts.episodes) is not None:
             size = max(map(len, plan.cohorts), default=1)
-            self.engine.expect_cohorts(NUM_LANES, size=size, max_context=plan.max_context)
+            self.engine.expect_cohorts(COHORTS_AT_ONCE, size=size, max_context=plan.max_context)
         self.engine.begin(max(map(self.engine.bytes_for, prompts.micro_batches), default=0))
 
     def fits(self, prompts: PromptBatch) -> bool:

@@ -66,7 +66,7 @@ class Harness:
         self.log, self.batches = [], []
         self.tokenizer = sentence_pieces(chat_template=CHAT)
         settings = RolloutConfig(max_new_tokens=6, max_context=max_context, **keys.pop("rollout", {}))
-        episodes = EpisodeSettings(EnvironmentSpec("m:C"), None, max_turns, rule, system=system)
+        episodes = EpisodeSettings(EnvironmentSpec("m:C"), max_turns, rule, system=system)
         task = Task("t", [], [], lambda row: "", keys.pop("rewards", ()), episodes=episodes)
         self.scorer = Scorer(
             task,
