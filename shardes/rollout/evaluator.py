@@ -7,6 +7,7 @@ from typing import Any
 from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Group, Mesh
 from shardes.environments.base import COHORTS_AT_ONCE
+from shardes.environments.runners import Environments
 from shardes.es.update import Perturbation
 from shardes.rewards.scorer import Scorer
 from shardes.rollout.aggregate import CompletionAccumulator, Evaluation, PartialResult, RewardAccumulator
@@ -59,6 +60,7 @@ class Evaluator:
         tokenizer: The model's tokenizer.
         mesh: The ranks.
         scorer: Has answers scored; its task is the one that is trained on.
+        environments: Run the episodes of all tasks; None: no task has any.
         settings: How prompts are answered.
         seed: The key of the random numbers that draw answers.
         max_positions: Tokens of a prompt and its answer that the model was made for; None: any number.
@@ -79,6 +81,7 @@ class Evaluator:
         tokenizer: Any,
         mesh: Mesh,
         scorer: Scorer,
+        environments: Environments | None = None,
         settings: RolloutConfig,
         seed: int,
         max_positions: int | None,
@@ -90,7 +93,7 @@ class Evaluator:
         self.engine = engine
         self._parts = {"tokenizer": tokenizer, "mesh": mesh, "scorer": scorer, "seed": seed, "timer": timer}
         self._parts |= {"max_positions": max_positions, "encoder": encoder, "pad_id": pad_id}
-        self._parts |= {"end_ids": end_ids}
+        self._parts |= {"end_ids": end_ids, "environments": environments}
         # Special tokens that are left out anyway may end an answer, too.
         self._end_ids = frozenset(() if settings.skip_special_tokens else end_ids)
         self._mesh, self._settings, self._timer = mesh, settings, timer
@@ -106,7 +109,7 @@ class Evaluator:
             text=self._text,
         )
         self.episode_counts = EpisodeCounts()
-        self._scorer, self._counted = scorer, (0, 0)
+        self._environments, self._counted = environments, (0, 0)
         self._episodes = EpisodePlayer(
             engine,
             encoder=encoder,
@@ -145,8 +148,7 @@ class Evaluator:
     def take_episode_counts(self) -> dict[str, Any]:
         """Return what was counted of this rank's episodes since the last call, by name, and begin anew."""
         prefilled = self.engine.num_prefilled_tokens
-        environments = self._scorer.environments
-        kills = 0 if environments is None else environments.num_kills
+        kills = 0 if self._environments is None else self._environments.num_kills
         before, self._counted = self._counted, (prefilled, kills)
         found = vars(self.episode_counts) | {
             "num_prefilled_tokens": prefilled - before[0],
