@@ -116,7 +116,7 @@ class EnvironmentPool(Closing):
 
     @property
     def num_kills(self) -> int:
-        """Number of processes that have ended, or were ended, before their time."""
+        """Return how many processes have ended, or were ended, before their time."""
         return self._hosts.num_kills
 
     def begin(self, rows: Sequence[Mapping[str, Any]]) -> list[Episode]:

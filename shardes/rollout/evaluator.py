@@ -131,7 +131,7 @@ class Evaluator:
 
     @property
     def micro_batch_size(self) -> int:
-        """Prompts per forward; a number once it is known what ``auto`` is."""
+        """Return the prompts per forward; a number once it is known what ``auto`` is."""
         size = self._settings.micro_batch_size
         assert isinstance(size, int), "what auto is must be found first"
         return size
