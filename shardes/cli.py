@@ -21,6 +21,7 @@ from shardes.distributed.place import Place, read_place
 from shardes.distributed.stop import Stop, Stopped, stop_signals
 from shardes.environments.runners import Environments, tasks_by_key
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, JobError, StorageError, UserError
+from shardes.evaluation.command import compare
 from shardes.models.files import check_model_directory
 from shardes.monitor.commands import BACKEND, BASE, COMMANDS, TRUST
 from shardes.planning.machine import Machine
@@ -350,7 +351,7 @@ def make_data(
     click.echo(f"{out}: {len(rows)} problems")
 
 
-for _command in COMMANDS:
+for _command in (compare, *COMMANDS):
     cli.add_command(_command)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from shardes.backends.base import Backend
 from shardes.backends.build import make_backend
 from shardes.backends.registry import BACKENDS
 from shardes.config.schema import Config
-from shardes.distributed.group import Mesh, make_mesh
+from shardes.distributed.group import Group, Mesh, make_mesh
 from shardes.distributed.launch import process_group
 from shardes.distributed.stop import Stop
 from shardes.errors import UserError
@@ -128,15 +128,39 @@ class Session:
 
 
 @contextmanager
-def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Session]:
+def join_job(config: Config, *, stop: Stop) -> Iterator[Group]:
+    """Join the job that a launcher has started, for several sessions one after another.
+
+    Args:
+        config: Validated configuration, whose section ``parallel`` all sessions have.
+        stop: Flag by which this process can be asked to stop; other ranks can ask, too.
+
+    Yields:
+        The group of all ranks, which ends with the context.
+    """
+    with process_group(
+        timeout_seconds=config.parallel.timeout_seconds,
+        always=BACKENDS[config.parallel.backend].always_in_process_group,
+        stop=stop,
+        stop_seconds=config.run.stop_seconds,
+    ) as world:
+        yield world
+
+
+@contextmanager
+def open_session(
+    config: Config, *, stop: Stop | None = None, world: Group | None = None
+) -> Iterator[Session]:
     """Join the job, build the model over its ranks, and load the base weights.
 
     Args:
         config: Validated configuration.
         stop: Flag by which this process can be asked to stop; other ranks can ask, too. None: a new one.
+        world: Ranks of a job that was joined before, whose flag ``stop`` is; None: the job is joined here,
+            and left with the context.
 
     Yields:
-        The session, whose weights are the base weights. Its process group ends with the context.
+        The session, whose weights are the base weights.
 
     Raises:
         UserError: The model or the configuration cannot be used.
@@ -147,12 +171,7 @@ def open_session(config: Config, *, stop: Stop | None = None) -> Iterator[Sessio
     parallel = config.parallel
     spec = BACKENDS[parallel.backend]
     stop = stop or Stop()
-    with process_group(
-        timeout_seconds=parallel.timeout_seconds,
-        always=spec.always_in_process_group,
-        stop=stop,
-        stop_seconds=config.run.stop_seconds,
-    ) as world:
+    with join_job(config, stop=stop) if world is None else nullcontext(world) as world:
         config = config.on_device(world.device.type)
         shard_size = parallel.shard_size or spec.default_shard_size
         check_arithmetic(world.device)

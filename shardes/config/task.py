@@ -23,7 +23,9 @@ def is_range(source: Path) -> bool:
 
 def _is_foreign(reference: str | None) -> bool:
     """Return whether an environment is not one of those that shardes has."""
-    return bool(reference) and not str(reference).startswith("shardes.environments.builtin.")
+    module = str(reference).partition(":")[0]
+    is_file = "/" in module or module.endswith(".py")
+    return bool(reference) and (is_file or not module.startswith("shardes.environments.builtin."))
 
 
 _IS_CODE = NeedsConsent("code, which runs")

@@ -6,6 +6,7 @@ from typing import Any
 
 from shardes.environments.base import Observation, StepResult
 from shardes.rewards.worker import MAX_REWARD, number, shown
+from shardes.utils.nesting import MAX_DEPTH, is_deep
 
 Answer = dict[str, Any]
 """The fields of a ``StepResult`` as JSON has them, and ``lacks_memory``: whether memory ran out."""
@@ -99,8 +100,10 @@ def _observation(given: Any, method: str) -> Observation:
     if isinstance(given, list | tuple) and given and all(map(_is_message, given)):
         try:
             messages: Observation = json.loads(json.dumps([dict(message) for message in given]))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(f"{method} returned a message that cannot be sent on ({error})") from None
+        if is_deep(messages):
+            raise TypeError(f"{method} returned a message of more than {MAX_DEPTH} levels in each other")
         return messages
     raise TypeError(
         f"{method} returned {shown(given)} as observation; wanted text, or a list of messages with role and "

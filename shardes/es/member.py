@@ -142,7 +142,7 @@ def check_enough_rewards(
     if num_failed := len(rewards) - num_judged - num_nonfinite:
         first = first_failure or "None for every answer, or what another rank warns of"
         causes.append(
-            f"task.reward: {num_failed} had no answer that could be scored; the first failure was {first}"
+            f"task: {num_failed} had no answer or episode with a reward; the first failure was {first}"
         )
     if num_nonfinite:
         causes.append(

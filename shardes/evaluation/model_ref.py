@@ -1,13 +1,15 @@
-"""Resolve ``--model DIR|RUN_DIR[@K]``, importing nothing heavy."""
+"""Resolve names of models, ``DIR|RUN_DIR[@K]``, importing nothing heavy."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardes.config.consent import keys_of, load_trusted, with_consent
+from shardes.config.es import EsConfig
 from shardes.config.loading import load_config
-from shardes.config.schema import Config
+from shardes.config.schema import Config, WeightsConfig
 from shardes.errors import UserError
 from shardes.runs.journal import History, read_journal
 
@@ -60,6 +62,16 @@ class ModelRef:
 _USED = tuple(name for name in Config.model_fields if name not in ("run", "log"))
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Place that a model's name leads to: a model directory, or a run and the iteration wanted of it."""
+
+    name: str
+    path: Path
+    is_run: bool
+    wanted: str | None = None
+
+
 def resolve_model(
     model: str, *, config_path: Path | None, overrides: list[str], is_trusted: bool = False
 ) -> ModelRef:
@@ -77,39 +89,114 @@ def resolve_model(
     Raises:
         UserError: There is no such model, run or iteration, or a run asks for what takes consent.
     """
+    place = _locate(model, name=f"--model {model}")
+    if not place.is_run:
+        if config_path is None:
+            raise UserError(f"--config: give the YAML file that says what {place.path} is asked")
+        # The path is the person's own, as what they say of it is.
+        overrides = [*overrides, f"model.path={json.dumps(str(place.path))}"]
+        overrides += ["model.trust_remote_code=true"] if is_trusted else []
+        return ModelRef(load_trusted(config_path, overrides, is_trusted=is_trusted))
+    # Beside a file of the person's own, what they change is that file, but for the consent to code.
+    taken = [
+        each for each in overrides if config_path is None or keys_of([each]) == ["model.trust_remote_code"]
+    ]
+    config = _config_of(place, taken, is_trusted=is_trusted, sections=("model",) if config_path else _USED)
+    if config_path is not None:
+        asked = load_trusted(config_path, overrides, is_trusted=is_trusted)
+        config = _with_weights_of(config, asked)
+    return _reference(place, config)
+
+
+def resolve_models(
+    models: Sequence[str], *, config_path: Path | None, overrides: list[str], is_trusted: bool = False
+) -> tuple[Config, list[ModelRef]]:
+    """Return several models that are asked the same, and the configuration that says what.
+
+    Of a run, the sections ``model``, ``es`` and ``weights`` are its own, and overrides change ``model``
+    alone. A model directory has the section ``model`` of the configuration, but for the path.
+
+    Args:
+        models: Names of the models, as for ``--model``.
+        config_path: YAML file of the configuration; None: that of the first run.
+        overrides: Changes of keys, as ``KEY=VALUE``.
+        is_trusted: Whether the person has consented to what a run's files ask for (``consent.py``).
+
+    Raises:
+        UserError: There is no such model, run or iteration, or a run asks for what takes consent.
+    """
+    places = [_locate(model, name=model) for model in models]
+    if config_path is not None:
+        asked = load_trusted(config_path, overrides, is_trusted=is_trusted)
+    else:
+        first = next((place for place in places if place.is_run), None)
+        if first is None:
+            raise UserError("--config: give the YAML file that says what is asked; no model is a run's")
+        asked = _config_of(first, overrides, is_trusted=is_trusted, sections=_USED)
+    # The centre is evaluated by itself, with whatever noise the runs have.
+    asked = asked.model_copy(update={"rollout": asked.rollout.model_copy(update={"members_per_forward": 1})})
+    taken = [each for each in overrides if keys_of([each])[0].startswith("model.")]
+    references = []
+    for place in places:
+        if place.is_run:
+            own = _config_of(place, taken, is_trusted=is_trusted, sections=("model",))
+            references.append(_reference(place, _with_weights_of(own, asked)))
+            continue
+        trust = is_trusted or asked.model.trust_remote_code
+        model = asked.model.model_copy(update={"path": place.path, "trust_remote_code": trust})
+        # It is not trained: patterns of another model's parameters and masters are of no use to it.
+        parts = {
+            "model": model,
+            "es": EsConfig(iterations=1, seed=asked.es.seed),
+            "weights": WeightsConfig(master="model"),
+        }
+        references.append(ModelRef(asked.model_copy(update=parts)))
+    return asked, references
+
+
+def _locate(model: str, *, name: str) -> _Place:
+    """Return the place of a model directory, or of a run.
+
+    Args:
+        model: ``DIR``, ``RUN_DIR``, ``RUN_DIR@K`` or ``RUN_DIR@best``.
+        name: Its name in messages.
+
+    Raises:
+        UserError: There is neither.
+    """
     path, at, wanted = Path(model), "", ""
     if not path.is_dir():
         text, at, wanted = model.rpartition("@")
         path = Path(text)
     if (path / "config.json").is_file() and not at:
-        if config_path is None:
-            raise UserError(f"--config: give the YAML file that says what {path} is asked")
-        # The path is the person's own, as what they say of it is.
-        overrides = [*overrides, f"model.path={json.dumps(str(path))}"]
-        overrides += ["model.trust_remote_code=true"] if is_trusted else []
-        return ModelRef(load_trusted(config_path, overrides, is_trusted=is_trusted))
-    if not (path / "journal.jsonl").is_file():
-        raise UserError(
-            f"--model {model}: neither a model directory (with config.json) nor a run directory (with "
-            "journal.jsonl); give DIR, RUN_DIR, RUN_DIR@K for the weights after K iterations, or RUN_DIR@best"
-        )
-    origin = path / "config.yaml"
-    # Beside a file of the person's own, what they change is that file, but for the consent to code.
-    taken = [
-        each for each in overrides if config_path is None or keys_of([each]) == ["model.trust_remote_code"]
-    ]
-    own = load_config(origin, taken)
-    history, *_ = read_journal(path / "journal.jsonl")
-    if history.header is None:
-        raise UserError(f"--model {model}: its journal is empty; nothing can be evaluated")
-    config = with_consent(
-        own,
+        return _Place(name, path, is_run=False)
+    if (path / "journal.jsonl").is_file():
+        return _Place(name, path, is_run=True, wanted=wanted or None)
+    raise UserError(
+        f"{name}: neither a model directory (with config.json) nor a run directory (with "
+        "journal.jsonl); give DIR, RUN_DIR, RUN_DIR@K for the weights after K iterations, or RUN_DIR@best"
+    )
+
+
+def _config_of(place: _Place, overrides: list[str], *, is_trusted: bool, sections: tuple[str, ...]) -> Config:
+    """Return a run's own configuration, if the sections that are used ask for nothing without consent."""
+    origin = place.path / "config.yaml"
+    return with_consent(
+        load_config(origin, overrides),
         origin=origin,
         is_trusted=is_trusted,
-        own=keys_of(taken),
-        sections=("model",) if config_path else _USED,
+        own=keys_of(overrides),
+        sections=sections,
     )
-    if config_path is not None:
-        asked = load_trusted(config_path, overrides, is_trusted=is_trusted)
-        config = asked.model_copy(update={"model": config.model, "es": config.es, "weights": config.weights})
-    return ModelRef(config, path, history, history.iteration_of(wanted or None, key=f"--model {model}"))
+
+
+def _with_weights_of(run: Config, asked: Config) -> Config:
+    return asked.model_copy(update={"model": run.model, "es": run.es, "weights": run.weights})
+
+
+def _reference(place: _Place, config: Config) -> ModelRef:
+    history, *_ = read_journal(place.path / "journal.jsonl")
+    if history.header is None:
+        raise UserError(f"{place.name}: its journal is empty; nothing can be evaluated")
+    iteration = history.iteration_of(place.wanted, key=place.name)
+    return ModelRef(config, place.path, history, iteration)

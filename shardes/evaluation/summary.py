@@ -8,6 +8,7 @@ import numpy as np
 
 from shardes.environments.runners import Environments
 from shardes.es.member import apply_reward_error_policy
+from shardes.evaluation.coverage import passes_of
 from shardes.rewards.pool import RewardRunner
 from shardes.rollout.aggregate import Evaluation
 from shardes.rollout.autotune import find_micro_batch_size
@@ -50,12 +51,23 @@ def estimate(values: Sequence[float | None], *, samples_per_problem: int) -> Est
     counts, sums = known.sum(axis=1)[known.any(axis=1)], numbers.sum(axis=1)[known.any(axis=1)]
     if not len(counts):
         return Estimate(None, None, None)
+    return ratio_estimate(sums, counts)
+
+
+def ratio_estimate(sums: Sequence[float] | np.ndarray, counts: Sequence[float] | np.ndarray) -> Estimate:
+    """Return the ratio of two totals over problems, with the interval of ``estimate``.
+
+    Args:
+        sums: Part of each problem in the upper total; at least one.
+        counts: Its part in the lower total; above 0.
+    """
+    sums, counts = np.asarray(sums), np.asarray(counts)
     random = np.random.Generator(np.random.Philox(key=0))
-    means = []
+    ratios = []
     for _ in range(NUM_RESAMPLES):
         drawn = random.integers(len(counts), size=len(counts))
-        means.append(sums[drawn].sum() / counts[drawn].sum())
-    low, high = np.percentile(means, [2.5, 97.5])
+        ratios.append(sums[drawn].sum() / counts[drawn].sum())
+    low, high = np.percentile(ratios, [2.5, 97.5])
     return Estimate(float(sums.sum() / counts.sum()), float(low), float(high))
 
 
@@ -78,13 +90,7 @@ def summarise(
         f"mean@{count}": vars(estimate(rewards, samples_per_problem=count)),
     }
     if pass_reward is not None:
-        # A failed reward is no pass; an answer that no reward applies to is left out.
-        passes = [
-            None
-            if reward is None and not failed
-            else float(reward is not None and reward >= pass_reward and not failed)
-            for reward, failed in zip(rewards, evaluation.has_failed, strict=True)
-        ]
+        passes = passes_of(rewards, evaluation.has_failed, pass_reward=pass_reward)
         summary["pass@1"] = vars(estimate(passes, samples_per_problem=count))
         if count > 1:
             groups = [passes[low : low + count] for low in range(0, len(passes), count)]

@@ -10,15 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from shardes.errors import UserError
-from shardes.utils.logs import printable
+from shardes.monitor.pictures import COLOURS, GREY, INK, MARKERS, check_picture, save_picture, shown, style
 from shardes.utils.reading import parse_json, read_regular
 
 METRICS = "metrics.jsonl"
-_FORMATS = (".png", ".svg")
-# Okabe and Ito's palette: told apart with any colour vision. Markers repeat the distinction without colour.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_INK, _GREY = "#333333", "#777777"
 _NUM_COLUMNS = 2
 _MOST_BYTES = 1 << 30
 # Beyond these, a file is none that training wrote, and matplotlib would compute marks for ever.
@@ -114,20 +109,16 @@ def _parse(line: bytes, *, where: str) -> tuple[int, Point]:
         raise UserError(f"{where}: seconds is {phases!r}; {wanted}")
     if len(phases) > _MOST_PHASES:
         raise UserError(f"{where}: seconds has {len(phases)} phases; wanted at most {_MOST_PHASES}")
-    numbers |= {f"{_PHASES}{_shown(name)}": value for name, value in phases.items()}
+    numbers |= {
+        f"{_PHASES}{shown(name, max_characters=_LONGEST_NAME)}": value for name, value in phases.items()
+    }
     for key, value in numbers.items():
         if not isinstance(value, int | float) or abs(value) > _LARGEST:
-            raise UserError(f"{where}: {_shown(key)} is {value!r:.80}; {wanted}")
+            raise UserError(f"{where}: {shown(key, max_characters=_LONGEST_NAME)} is {value!r:.80}; {wanted}")
     # The line at the end is no iteration.
     if phases and "reward_mean" in record:
         numbers["seconds"] = sum(phases.values())
     return iteration, numbers
-
-
-def _shown(name: str, *, max_characters: int | None = _LONGEST_NAME) -> str:
-    """Return a name as matplotlib shows it: without formulas, and not left out."""
-    text = printable(name[:max_characters]).encode(errors="replace").decode().replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
 
 
 def _shortened(line: bytes) -> str:
@@ -139,7 +130,7 @@ def _labels(run_dirs: Sequence[Path]) -> list[str]:
     """Return the directories' names; the paths as given where two names are the same."""
     names = [run_dir.resolve().name for run_dir in run_dirs]
     labels = names if len(set(names)) == len(names) else [str(run_dir) for run_dir in run_dirs]
-    return [_shown(label, max_characters=None) for label in labels]
+    return [shown(label) for label in labels]
 
 
 def plot_runs(run_dirs: list[Path], out: Path, *, reward_only: bool = False) -> None:
@@ -156,21 +147,15 @@ def plot_runs(run_dirs: list[Path], out: Path, *, reward_only: bool = False) -> 
     Raises:
         UserError: matplotlib is missing, a run cannot be read, or ``out`` cannot be written.
     """
-    if out.suffix.lower() not in _FORMATS:
-        raise UserError(
-            f"{out}: got the suffix {out.suffix!r}; name a file that ends in {' or '.join(_FORMATS)}"
-        )
+    check_picture(out)
     if not run_dirs:
         raise UserError("no run to plot; give at least one run directory")
     runs = [read_metrics(run_dir) for run_dir in run_dirs]
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-        from matplotlib.patches import Patch
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise UserError(f"plots need matplotlib ({error}); pip install 'shardes[plot]'") from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     panels = {} if reward_only else _panels(runs)
     has_time = not reward_only and any(_mean_seconds(points) for points in runs)
@@ -184,57 +169,38 @@ def plot_runs(run_dirs: list[Path], out: Path, *, reward_only: bool = False) -> 
     labels = _labels(run_dirs)
     run_handles = []
     for index, (label, points) in enumerate(zip(labels, runs, strict=True)):
-        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         _draw(axes, points, colour=colour, marker=marker, band_alpha=0.13 if len(runs) == 1 else 0.07)
         run_handles.append(Line2D([], [], color=colour, marker=marker, linewidth=2.2, label=label))
     style_handles = [
-        Line2D([], [], color=_GREY, marker="o", linewidth=2.2, label="held-out reward"),
-        Line2D([], [], color=_GREY, linewidth=1.2, alpha=0.8, label="members' mean reward"),
-        Patch(facecolor=_GREY, alpha=0.25, linewidth=0, label="members, lowest to highest"),
+        Line2D([], [], color=GREY, marker="o", linewidth=2.2, label="held-out reward"),
+        Line2D([], [], color=GREY, linewidth=1.2, alpha=0.8, label="members' mean reward"),
+        Patch(facecolor=GREY, alpha=0.25, linewidth=0, label="members, lowest to highest"),
     ]
 
-    axes.set_xlabel("iteration (updates applied)", color=_INK)
-    axes.set_ylabel("reward", color=_INK)
+    axes.set_xlabel("iteration (updates applied)", color=INK)
+    axes.set_ylabel("reward", color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    _style(axes)
+    style(axes)
     if has_time:
         _draw_time(figure.add_subplot(grid[1, :]), runs, labels=labels)
     for place, (title, names) in enumerate(panels.items()):
         row, column = divmod(place, _NUM_COLUMNS)
         panel = figure.add_subplot(grid[len(heights) - num_rows + row, column])
         _draw_instruments(panel, runs, names)
-        panel.set_title(title, fontsize=8, color=_INK, loc="left")
+        panel.set_title(title, fontsize=8, color=INK, loc="left")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], nbins=5))
         panel.yaxis.set_major_locator(MaxNLocator(nbins=4))
-        _style(panel, labelsize=7)
+        style(panel, labelsize=7)
         panel.set_xlim(axes.get_xlim())
     # Outside of the axes, where no curve is covered: above, what the strokes mean; below, which run is which.
-    figure.legend(handles=style_handles, loc="outside upper left", ncols=3, frameon=False, labelcolor=_INK)
+    figure.legend(handles=style_handles, loc="outside upper left", ncols=3, frameon=False, labelcolor=INK)
     columns = max(1, min(len(runs), 90 // (8 + max(map(len, labels)))))
     figure.legend(
-        handles=run_handles, loc="outside lower center", ncols=columns, frameon=False, labelcolor=_INK
+        handles=run_handles, loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK
     )
 
-    # Written beside the picture and renamed, so that a reader never sees half of it.
-    partial = out.with_name(f".{out.name}.partial")
-    metadata = {"Date": None} if out.suffix.lower() == ".svg" else {}
-    try:
-        figure.savefig(partial, format=out.suffix.lower()[1:], metadata=metadata, facecolor="white")
-        partial.replace(out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(
-            f"{out} cannot be written: {error.strerror}; give a file in a directory that exists"
-        ) from None
-
-
-def _style(axes: Any, *, labelsize: float | None = None) -> None:
-    axes.margins(x=0.015)
-    axes.grid(color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, length=0, **({} if labelsize is None else {"labelsize": labelsize}))
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#bbbbbb")
+    save_picture(figure, out)
 
 
 def _panels(runs: Sequence[dict[int, Point]]) -> dict[str, tuple[str, ...]]:
@@ -268,19 +234,19 @@ def _draw_time(axes: Any, runs: Sequence[dict[int, Point]], *, labels: Sequence[
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     axes.set_yticks(range(len(runs)), labels if len(runs) > 1 else [""])
     axes.invert_yaxis()
-    axes.set_title("seconds of an iteration, by phase (mean)", fontsize=8, color=_INK, loc="left")
+    axes.set_title("seconds of an iteration, by phase (mean)", fontsize=8, color=INK, loc="left")
     axes.legend(
         loc="lower right",
         bbox_to_anchor=(1.0, 0.98),
         fontsize=7,
         frameon=False,
-        labelcolor=_INK,
+        labelcolor=INK,
         ncols=max(len(names), 1),
         handlelength=1,
         columnspacing=1,
         borderpad=0,
     )
-    _style(axes, labelsize=7)
+    style(axes, labelsize=7)
     axes.grid(visible=False, axis="y")
 
 
@@ -297,7 +263,7 @@ def _draw_instruments(axes: Any, runs: Sequence[dict[int, Point]], names: Sequen
             if known:
                 axes.plot(
                     *zip(*known, strict=True),
-                    color=_COLOURS[index % len(_COLOURS)],
+                    color=COLOURS[index % len(COLOURS)],
                     linestyle=stroke,
                     linewidth=1.1,
                     marker="." if len(known) < 12 else "",

@@ -139,9 +139,9 @@ class RunView:
         done = [line for line in self._metrics.lines if "num_members" in line]
         config = self._header.get("config", {})
         task = config.get("task", {})
-        yield f"{self._run_dir}  {Path(config.get('model', {}).get('path', '?')).name}, " + str(
-            task.get("name") or task.get("reward") or "several rewards"
-        )
+        kinds = ("name", "environment", "harness", "reward")
+        what = next((task[key] for key in kinds if task.get(key)), "several rewards")
+        yield f"{self._run_dir}  {Path(config.get('model', {}).get('path', '?')).name}, {what}"
         yield f"iterations   {len(done)} of {self.num_iterations or '?'}{self._time_left(done)}"
         yield from self._members(len(done))
         if done:

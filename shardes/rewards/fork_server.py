@@ -202,9 +202,19 @@ class _Server:
         self._log.close()
 
 
+# Has an item in a worker, and in what it forks.
+_WORKERS: set[int] = set()
+
+
+def is_worker() -> bool:
+    """Return whether this process is a worker."""
+    return bool(_WORKERS)
+
+
 def _work(connection: socket.socket, memory_bytes: int, serve: Callable[[socket.socket], None]) -> NoReturn:
     """Run a worker from its fork to its exit."""
     status, process = 1, os.getpid()
+    _WORKERS.add(process)
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())

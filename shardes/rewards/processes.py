@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardes.rewards.batch import RewardOutput
-from shardes.rewards.fork_server import HEADER
+from shardes.rewards.fork_server import HEADER, is_worker
 from shardes.rewards.worker import MAX_REWARD
 
 # How long the fork server may take to fork or to kill.
@@ -28,9 +28,17 @@ _BOOT = (
 
 
 class ForkServer:
-    """Handle of the fork server, for the pool; see ``fork_server.main``."""
+    """Handle of the fork server, for the pool; see ``fork_server.main``.
+
+    Raises:
+        RuntimeError: This is a worker, which would have workers that have workers, and so on.
+    """
 
     def __init__(self, memory_bytes: int | None, *, may_isolate: bool = False, serve: str = "") -> None:
+        if is_worker():
+            raise RuntimeError(
+                "it begins to train when it is imported; put that below: if __name__ == '__main__':"
+            )
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(_FORK_SERVER_SECONDS)
         numbers = [theirs.fileno(), memory_bytes or 0, os.getpid(), int(may_isolate)]

@@ -45,6 +45,7 @@ class PartialResult:
         is_finite: Whether all logits were finite.
         is_short: Whether this rank had too little memory to answer.
         turn_tokens: Tokens generated in each turn of the episodes, for problems that are episodes.
+        lengths: Tokens generated for each answer; empty for likelihoods.
     """
 
     indices: list[int] = field(default_factory=list)
@@ -55,6 +56,7 @@ class PartialResult:
     is_finite: bool = True
     is_short: bool = False
     turn_tokens: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return what other ranks are sent."""
@@ -79,6 +81,7 @@ class Evaluation:
         is_finite: Whether everything that the model computed was.
         samples_per_prompt: Answers to each problem.
         turn_tokens: Tokens generated in each turn of the episodes, for problems that are episodes.
+        lengths: One per answer: tokens generated for it, in all turns of an episode; empty for likelihoods.
     """
 
     rewards: list[float | None]
@@ -89,6 +92,7 @@ class Evaluation:
     is_finite: bool = True
     samples_per_prompt: int = 1
     turn_tokens: Sequence[int] = ()
+    lengths: Sequence[int] = ()
 
     @property
     def num_failures(self) -> int:
@@ -189,7 +193,7 @@ class CompletionAccumulator:
         self._pending: list[PendingRewards] = []
         self._unsent: list[RewardBatch] = []
         self._last_sent = time.monotonic()
-        self._num_tokens = 0
+        self._lengths: list[int] = []
         self._samples: dict[int, Sample] = {}
 
     def take(self, indices: Sequence[int], output: EngineOutput, *, is_first: bool) -> None:
@@ -204,7 +208,7 @@ class CompletionAccumulator:
         self._unsent.append(
             RewardBatch.of([self._rows[row] for row in of_rows], prompts, texts, output.tokens)
         )
-        self._num_tokens += sum(map(len, output.tokens))
+        self._lengths.extend(map(len, output.tokens))
         if is_first or self._keeps_samples:
             for index, prompt, text, ids in zip(indices, prompts, texts, output.tokens, strict=True):
                 self._samples[index] = Sample(as_text(prompt), text, list(ids), None)
@@ -218,7 +222,7 @@ class CompletionAccumulator:
 
     def part(self) -> PartialResult:
         """Wait for the scores, and return what this rank knows."""
-        part = PartialResult(num_tokens=self._num_tokens)
+        part = PartialResult(num_tokens=sum(self._lengths), lengths=list(self._lengths))
         for indices, pending in zip(self._indices, self._pending, strict=True):
             scores = self._scorer.collect(pending)
             part.indices.extend(indices)
@@ -235,8 +239,10 @@ class CompletionAccumulator:
         has_failed = [False] * size
         names = [component.name for component in self._scorer.task.rewards]
         components: dict[str, list[float | None]] = {name: [None] * size for name in names}
+        lengths = [0] * size
         for part in parts:
             for place, index in enumerate(part.indices):
+                lengths[index] = part.lengths[place]
                 rewards[index], has_failed[index] = part.values[place], part.has_failed[place]
                 for name, values in part.components.items():
                     components[name][index] = values[place]
@@ -252,4 +258,5 @@ class CompletionAccumulator:
             samples,
             is_finite=all(part.is_finite for part in parts),
             samples_per_prompt=self._samples_per_prompt,
+            lengths=lengths,
         )

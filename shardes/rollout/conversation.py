@@ -74,6 +74,11 @@ class Conversation:
         self._end: int | None = None
         self._candidates: list[Message] = []
 
+    @property
+    def longest_token(self) -> int:
+        """Return how many characters one token stands for at most."""
+        return self._encoder.longest_token
+
     def begin(self, observation: Observation) -> None:
         """Begin with what the environment says first.
 
@@ -83,7 +88,7 @@ class Conversation:
             UserError: There is no chat template for messages.
         """
         self._is_chat |= not isinstance(observation, str)
-        self.messages = _as_messages(observation)
+        self.messages = as_messages(observation)
         if not self._is_chat:
             assert isinstance(observation, str)
             self.tokens = self._checked(self._encoder.text_tokens, observation)
@@ -117,7 +122,7 @@ class Conversation:
         Raises:
             ConversationError: See ``begin``.
         """
-        said = _as_messages(observation)
+        said = as_messages(observation)
         self.messages = [*self.messages, *said]
         if self._is_chat:
             self._observe_messages(said)
@@ -234,7 +239,39 @@ class Conversation:
         return decoded
 
 
-def _as_messages(observation: Observation) -> list[Message]:
+def num_characters(observation: Observation) -> int:
+    """Return how many characters the texts of an observation have."""
+    return sum(
+        len(part)
+        if isinstance(part, str)
+        else len(str(part.get("text", "")))
+        if isinstance(part, dict)
+        else 0
+        for message in as_messages(observation)
+        for part in _parts(message)
+    )
+
+
+def shortened(observation: Observation, num: int) -> Observation:
+    """Return an observation for people to read, with so many characters of each text at most."""
+    if isinstance(observation, str):
+        return observation[:num]
+    texts = ["".join(str(part) for part in _parts(message)) for message in observation]
+    return [{**each, "content": text[:num]} for each, text in zip(observation, texts, strict=True)]
+
+
+def _parts(message: Message) -> list[Any]:
+    """Return what a message is made of: one text, or parts of several kinds."""
+    content = message.get("content") or []
+    return [content] if isinstance(content, str) else content
+
+
+def as_messages(observation: Observation) -> list[Message]:
+    """Return an observation as messages, text as one of the user.
+
+    Raises:
+        ConversationError: There is none.
+    """
     if isinstance(observation, str):
         return [{"role": "user", "content": observation}]
     if not observation:

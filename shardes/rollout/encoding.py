@@ -1,6 +1,7 @@
 """Prompts and completions as tokens: rendered by the chat template, tokenised, checked, and remembered."""
 
 import datetime
+import functools
 import hashlib
 import json
 import re
@@ -117,6 +118,11 @@ class PromptEncoder:
         self._num_tokens = num_tokens
         self._known: dict[bytes, EncodedQuestion] = {}
 
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Return how many characters one token stands for at most."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
     @property
     def told_date(self) -> str | None:
         """Return the date that templates were told, in ISO format; None if none has asked for it."""
@@ -197,8 +203,14 @@ class PromptEncoder:
         # Some tokenizers put a space before a text's beginning, and some drop spaces after special tokens.
         before = "\n" if after is None else self.tokenizer.decode([after])
         start = self._plain(before)
-        both = self._known_tokens(before + text, self._plain)
-        return both[len(start) :] if both[: len(start)] == start else self._known_tokens(text, self._plain)
+        _check_text(text)
+        both = self._plain(before + text)
+        if not both or both[: len(start)] != start:
+            return self._known_tokens(text, self._plain)
+        added = both[len(start) :]
+        if added:
+            self._check_known(f"the text {text[:80]!r}", added)
+        return added
 
     def check_tokens(self, ids: Sequence[int]) -> None:
         """Refuse tokens that the model does not know.

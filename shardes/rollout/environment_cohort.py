@@ -6,7 +6,13 @@ from typing import Any
 
 from shardes.environments.base import Episode, Observation, StepResult
 from shardes.errors import UserError
-from shardes.rollout.conversation import Conversation, ConversationError
+from shardes.rollout.conversation import (
+    Conversation,
+    ConversationError,
+    as_messages,
+    num_characters,
+    shortened,
+)
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.episode_results import EpisodeOutcome, Truncation
 from shardes.rollout.tool_calls import parse_tool_calls
@@ -121,6 +127,10 @@ class PlayedEpisode:
             self._rewards.append(result.reward)
         if result.failure is not None or result.is_done:
             return self._outcome(failure=result.failure)
+        longest = limits.max_context * self.conversation.longest_token
+        if num_characters(result.observation) > longest:
+            self.conversation.messages += as_messages(shortened(result.observation, longest))
+            return self._finish("turns" if len(self._num_tokens) == limits.max_turns else "context")
         try:
             if self._has_begun:
                 self.conversation.observe(result.observation)

@@ -61,11 +61,11 @@ class EpisodeOutcome:
     def components(self) -> dict[str, float]:
         """Return the numbers that are shown besides the reward, by name."""
         return {
+            **self.numbers,
             "turns": float(len(self.num_tokens)),
             "truncated": float(self.truncation is not None),
             "context_full": float(self.truncation == "context"),
             "answers_cut": float(self.num_cut),
-            **self.numbers,
         }
 
 
@@ -154,7 +154,6 @@ class EpisodeAccumulator:
         assert episodes is not None, "the task has episodes"
         part = PartialResult()
         rows: list[Mapping[str, float | None]] = []
-        num_tokens = 0
         for index, outcome in self._outcomes.items():
             value: float | None = outcome.earned(episodes.episode_return)
             components: dict[str, float | None] = dict(outcome.components())
@@ -171,14 +170,14 @@ class EpisodeAccumulator:
             part.values.append(value)
             part.has_failed.append(has_failed)
             rows.append(components)
-            num_tokens += sum(outcome.num_tokens)
+            part.lengths.append(sum(outcome.num_tokens))
             for turn, count in enumerate(outcome.num_tokens):
                 if turn == len(part.turn_tokens):
                     part.turn_tokens.append(0)
                 part.turn_tokens[turn] += count
         for name in sorted({name for row in rows for name in row}):
             part.components[name] = [row.get(name) for row in rows]
-        return replace(part, num_tokens=num_tokens)
+        return replace(part, num_tokens=sum(part.lengths))
 
     def merge(self, parts: Sequence[PartialResult]) -> Evaluation:
         """Put the episodes of all ranks in order."""
@@ -187,10 +186,12 @@ class EpisodeAccumulator:
         has_failed = [False] * size
         names = sorted({name for part in parts for name in part.components})
         components: dict[str, list[float | None]] = {name: [None] * size for name in names}
+        lengths = [0] * size
         turn_tokens: list[int] = [0] * max((len(part.turn_tokens) for part in parts), default=0)
         for part in parts:
             for place, index in enumerate(part.indices):
                 rewards[index], has_failed[index] = part.values[place], part.has_failed[place]
+                lengths[index] = part.lengths[place]
                 for name, values in part.components.items():
                     components[name][index] = values[place]
             for turn, count in enumerate(part.turn_tokens):
@@ -207,4 +208,5 @@ class EpisodeAccumulator:
             is_finite=all(part.is_finite for part in parts),
             samples_per_prompt=self._samples_per_prompt,
             turn_tokens=turn_tokens,
+            lengths=lengths,
         )

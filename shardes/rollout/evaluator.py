@@ -125,7 +125,14 @@ class Evaluator:
 
     def sampled(self) -> "Evaluator":
         """Return an evaluator over the same weights that draws one answer a prompt, at temperature 1."""
-        changes = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "samples_per_prompt": 1}
+        return self.changed(temperature=1.0, top_k=None, top_p=1.0, samples_per_prompt=1)
+
+    def changed(self, **changes: Any) -> "Evaluator":
+        """Return an evaluator over the same weights that draws answers otherwise.
+
+        Args:
+            changes: Keys of the section ``rollout`` that say how answers are drawn.
+        """
         settings = self._settings.model_copy(update=changes)
         return Evaluator(self.engine.with_settings(settings), settings=settings, **self._parts)
 

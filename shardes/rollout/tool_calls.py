@@ -7,6 +7,7 @@ from typing import Any
 
 from shardes.environments.base import Message
 from shardes.rollout.rendering import Tools
+from shardes.utils.nesting import MAX_DEPTH, is_deep
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _PYTHON = "<|python_tag|>"
@@ -88,6 +89,7 @@ def _of_template(call: Any) -> tuple[str, dict[str, Any]]:
 
 def _message(content: str, calls: Sequence[tuple[str, dict[str, Any]]]) -> Message:
     message: Message = {"role": "assistant", "content": content}
+    _check_depth([arguments for _, arguments in calls])
     if calls:
         # Ids of nine letters and digits, as Mistral's templates want them.
         message["tool_calls"] = [
@@ -175,7 +177,13 @@ def _json(text: str, start: int) -> tuple[Any, int]:
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
         raise _BadCallError(f"The tool call is not valid JSON ({reason}): {_short(text[start:])!r}") from None
+    _check_depth(value)
     return value, _end(_SPACE, text, end)
+
+
+def _check_depth(value: Any) -> None:
+    if is_deep(value):
+        raise _BadCallError(f"The tool call has more than {MAX_DEPTH} levels of brackets in each other")
 
 
 def _named(call: Any) -> tuple[str, dict[str, Any]]:

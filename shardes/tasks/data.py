@@ -182,7 +182,9 @@ def _of_range(source: Path, key: str) -> Iterator[tuple[str, Any]]:
     found = re.fullmatch(r"range:(\d{1,9}):(\d{1,9})", str(source))
     start, stop = map(int, found.groups()) if found else (0, 0)
     if start >= stop:
-        raise UserError(f"{key}: got {source}; wanted: range:START:STOP, such as range:0:200")
+        raise UserError(
+            f"{key}: got {source}; wanted: range:START:STOP with STOP > START, such as range:0:200"
+        )
     return ((f"index {index}", {"index": index}) for index in range(start, stop))
 
 

@@ -25,7 +25,8 @@ def configure_logging() -> None:
     logging.getLogger("shardes").setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+_CODES = (*range(32), *range(127, 160), *range(0xD800, 0xE000))  # surrogates cannot even be written
+_CONTROLS = {code: "\ufffd" for code in _CODES if chr(code) not in "\t\n"}
 
 
 def printable(text: str) -> str:

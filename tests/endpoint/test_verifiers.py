@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("verifiers.v1")
 pytest.importorskip("uvicorn")
 
+from shardes import TrainConfig, Trainer
 from shardes.config.task import TaskConfig
 from shardes.endpoint.requests import SamplingSettings
 from shardes.environments.adapters import verifiers
@@ -67,3 +68,25 @@ def test_a_taskset_and_its_harness_are_played_unchanged(tokenizer):
 def test_what_cannot_be_played_is_refused(tokenizer, name, arguments, message):
     with pytest.raises(ValueError, match=message):
         verifiers.check(name=name, **arguments)
+
+
+@pytest.mark.slow
+def test_an_environment_of_verifiers_trains_in_ten_lines(tokenizer, model_dirs, tmp_path):
+    config = TrainConfig(
+        model={"path": str(model_dirs["tied"]), "dtype": "float32"},
+        run={"dir": str(tmp_path / "run")},
+        rollout={"max_new_tokens": 4, "max_context": 64, "micro_batch_size": 3},
+        es={"iterations": 2, "population": 4, "sigma": 0.05},
+        task={
+            "environment": "verifiers:tiny-sums",
+            "environment_arguments": {"taskset": {"num_tasks": 6}},
+            "data": "range:0:6",
+            "chat_template": "{% for m in messages %}({{ m.content }}){% endfor %}",
+        },
+    )
+    result = Trainer(config).train()
+    assert result.is_finished
+    for line in result.metrics[:2]:
+        assert line["num_reward_failures"] == 0
+        assert line["components"]["turns"] >= 1
+        assert line["num_tokens"] > 0

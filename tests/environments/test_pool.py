@@ -152,6 +152,8 @@ def test_an_episode_that_breaks_its_process_fails_alone(shared, undisturbed, com
             "TypeError: step returned 5 (int) as observation; wanted text",
         ),
         ("return:([{'role': 'user'}], 1, False)", "TypeError: step returned [{'role': 'user'}] (list) as"),
+        ("deep:60", "TypeError: step returned a message of more than 50 levels in each other"),
+        ("deep:5000", "TypeError: step returned a message that cannot be sent on (maximum recursion depth"),
     ],
 )
 def test_what_a_step_returns_is_checked(shared, command, words):
@@ -475,3 +477,23 @@ def test_processes_killed_at_random_cost_no_bit(undisturbed, num_kills, spec, pa
             killer.join()
         assert counts == [num_kills]
         assert runner.num_kills >= num_kills // 2
+
+
+def test_a_script_that_trains_when_it_is_imported_starts_no_processes_without_end(tmp_path):
+    file = tmp_path / "script.py"
+    file.write_text(
+        "from shardes.config.task import TaskConfig\n"
+        "from shardes.environments.base import EnvironmentSpec\n"
+        "from shardes.environments.pool import make_environment_runner\n"
+        f"task = TaskConfig(data='range:0:1', environment={f'{file}:C'!r}, reward_isolation='none')\n"
+        "make_environment_runner(task, EnvironmentSpec(task.environment), key='task')\n"
+        "class C:\n"
+        "    pass\n"
+    )
+    result = subprocess.run(
+        [sys.executable, file], capture_output=True, text=True, timeout=60, start_new_session=True
+    )
+    assert result.returncode == 1
+    assert (
+        "it begins to train when it is imported; put that below: if __name__ == '__main__':" in result.stderr
+    )

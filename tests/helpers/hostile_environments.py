@@ -99,6 +99,11 @@ class Hostile:
                 sys.stdout.write(f"{argument}\n")
             case "return":
                 return eval(argument)
+            case "deep":
+                inner: dict = {}
+                for _ in range(int(argument)):
+                    inner = {"a": inner}
+                return [{"role": "user", "content": "", "x": inner}], 0.0, False
             case "alarm":
                 signal.setitimer(signal.ITIMER_REAL, 0.05)
             case "thread":

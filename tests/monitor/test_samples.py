@@ -81,3 +81,13 @@ def test_a_directory_that_is_none_of_a_run_is_refused(tmp_path):
     result = call("shardes", "samples", tmp_path)
     assert result.returncode == 2
     assert f"{tmp_path}/samples.jsonl cannot be read (it does not exist)" in result.stderr
+
+
+def test_what_is_no_text_is_shown_too(run_dir):
+    """An episode may have failed by it."""
+    message = {"role": "user\udfff", "content": "a\ud800"}
+    line = {"iteration": 3, "completion": "", "messages": [message], "reward": None}
+    (run_dir / "samples.jsonl").write_text(json.dumps(line) + "\n")
+    result = call("shardes", "samples", run_dir)
+    assert result.returncode == 0, result.stderr
+    assert "user\ufffd:\n    a\ufffd" in result.stdout

@@ -93,6 +93,13 @@ def test_the_state_of_a_run_that_goes_on(run):
     ]
 
 
+def test_the_environment_of_episodes_is_named(run):
+    task = {"name": None, "rewards": [{"name": "x"}], "environment": "guess.py:Guess"}
+    header = HEADER | {"config": HEADER["config"] | {"task": task}}
+    write(run / "journal.jsonl", [header], mode="w")
+    assert screen(run).splitlines()[0] == f"{run}  some-model, guess.py:Guess"
+
+
 def test_silence_is_told(run):
     following = RunView(run)
     following.look()

@@ -5,13 +5,14 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from shardes.errors import UserError
 from shardes.rollout.conversation import Conversation, ConversationError
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.tool_calls import parse_tool_calls
 from shardes.tasks.base import ChatTemplate
+from tests.helpers.models import QUICKSTART
 from tests.helpers.tokenizers import CHAT, CHATML_TOOLS, byte_pieces, sentence_pieces
 
 LLAMA = (
@@ -347,6 +348,11 @@ def test_what_the_template_or_the_model_refuses_fails_the_episode_only():
         begun(tokenizer_of("gemma"), [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
     with pytest.raises(ConversationError, match="half a surrogate pair"):
         begun(tokenizer_of("chatml"), "\ud800")
+    no_text = Conversation(PromptEncoder(AutoTokenizer.from_pretrained(QUICKSTART / "model")), ChatTemplate())
+    no_text.begin("12=")
+    no_text.answer(no_text.tokens[:1], "1")
+    with pytest.raises(ConversationError, match=r"^the text '>' has no tokens"):
+        no_text.observe(">")
     few = PromptEncoder(tokenizer_of("chatml"), num_tokens=263)
     conversation = Conversation(few, ChatTemplate())
     conversation.begin("the")

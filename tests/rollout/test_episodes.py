@@ -175,6 +175,34 @@ def test_a_full_context_truncates_and_every_turn_keeps_to_it():
     assert widths[-1] + 11 >= 40 - 1
 
 
+@pytest.mark.parametrize("system", [None, ""])
+@pytest.mark.parametrize("form", ["text", "message", "parts"])
+def test_what_cannot_fit_the_context_is_not_made_tokens(system, form, monkeypatch):
+    """The training process would be busy, or out of memory, with what a shell has printed."""
+    lengths, many = [], 10**6
+    whole = PromptEncoder._tokens
+    monkeypatch.setattr(
+        PromptEncoder, "_tokens", lambda self, text, **k: lengths.append(len(text)) or whole(self, text, **k)
+    )
+    huge = "a" * many
+    if form != "text" and system == "":
+        content = huge if form == "message" else [{"type": "image"}, {"type": "text", "text": huge}]
+        huge = [{"role": "user", "content": content}]
+    game = Harness([[go(), go(huge, 1.0), go(reward=0.5)], [go(huge), go(reward=0.25)]], system=system)
+    found, _ = game.play()
+    assert found.rewards == [1.5, 0.25]
+    assert found.components["context_full"] == [1.0, 1.0]
+    assert found.components["turns"] == [1.0, 0.0]
+    assert max(lengths) < many
+    for sample in found.samples.values():
+        assert 40 <= len(sample.messages[-1]["content"]) < many
+
+
+def test_what_an_environment_counts_by_a_name_of_ours_does_not_hide_ours():
+    found, _ = Harness([[go(numbers={"turns": 7.0}), done(numbers={"truncated": 1.0, "own": 3.0})]]).play()
+    assert [found.components[name] for name in ("turns", "truncated", "own")] == [[1.0], [0.0], [3.0]]
+
+
 def test_an_answer_that_had_no_more_room_is_counted():
     game = Harness([[go(), go(), done()]])
     found, _ = game.play(generate=lambda batch, prompts: Completions([[20] * 6], [True]))

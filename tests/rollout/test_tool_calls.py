@@ -102,6 +102,7 @@ def test_answers_without_calls(text):
         # One bad call, and none is made.
         (hermes(ADD, "oh"), "not valid JSON"),
         (hermes("[" * 100_000), "not valid JSON (RecursionError)"),
+        (hermes('{"name": "add", "arguments": {"a": ' + "[" * 60 + "]" * 60 + "}}"), "more than 50 levels"),
         ("<tool_call>", "not valid JSON"),
         ('{"name": "add", "parameters": {"a": 1', "not valid JSON"),
         ('<|python_tag|>search.call(query="x")', "not valid JSON (Expecting value): 'search.call"),
@@ -160,4 +161,6 @@ def test_a_tokenizers_own_response_template_goes_first():
     assert "could not be parsed: json parser could not parse region as JSON" in error["tool_call_error"]
     error = parsed("<call name=add>[1]</call>", tokenizer=tokenizer)
     assert 'The "arguments" of the call of add are no JSON object: [1]' in error["tool_call_error"]
+    error = parsed('<call name=add>{"a": ' + "[" * 60 + "]" * 60 + "}</call>", tokenizer=tokenizer)
+    assert "more than 50 levels of brackets" in error["tool_call_error"]
     assert parse_tool_calls("", [], tokenizer) == {"role": "assistant", "content": ""}

@@ -196,6 +196,21 @@ def test_training_with_the_file_of_a_run_takes_consent(run_dir, key, value, tmp_
     assert TrainConfig.load(path, trust_remote_code=True)
 
 
+@pytest.mark.parametrize(
+    "reference", ["x/own.py:C", "x.py:C", "py:C", "x:C"], ids=["in a folder", "beside it", "short", "package"]
+)
+def test_a_file_whose_name_is_like_a_package_takes_consent(run_dir, reference):
+    """Paths are relative to where the command is started, which may be the run directory."""
+    change(run_dir, "task.name", None)
+    change(run_dir, "log.kl_every", 0)
+    change(run_dir, "task.environment", f"shardes.environments.builtin.{reference}")
+    if reference == "x:C":
+        assert resolve_model(str(run_dir), config_path=None, overrides=[]).history
+        return
+    with pytest.raises(UserError, match=r"  task\.environment.*code, which runs"):
+        resolve_model(str(run_dir), config_path=None, overrides=[])
+
+
 def test_a_reward_of_a_run_is_not_imported(run_dir, payload):
     ask(run_dir, "task.reward")
     (run_dir.parent / "rewards.py").write_text(

@@ -34,6 +34,7 @@ SHELL_NOT_RUN = {
     "deepspeed --num_gpus": "starts ranks; test_cli.py does, with each launcher",
     "torchrun --nproc-per-node": "the same",
     "accelerate launch": "the same",
+    "lm_eval run": "fetches benchmarks; test_lm_eval.py runs it on local files",
     "python launch/train.py": "trains for minutes",
 }
 # What stands for something of the reader's in a command, and what the small run has.
