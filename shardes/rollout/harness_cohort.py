@@ -63,10 +63,7 @@ class RequestTexts:
             param = "tools"
             self._check_tools(request.tools)
             param = "messages"
-            chats = self._encoder.chats
-            if chats.has_own_tokens:
-                return chats.tokens(prompt, self._chat, request.tools)
-            return self._encoder.rendered_tokens(chats.text(prompt, self._chat, request.tools))
+            return self._encoder.chat_tokens(prompt, self._chat, request.tools)
         except UserError as error:
             raise ApiError(f"{param}: {error}", param=param) from None
 
