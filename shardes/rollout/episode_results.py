@@ -6,10 +6,10 @@ from typing import Literal
 
 from shardes.environments.base import Message
 from shardes.rewards.batch import RewardBatch, RewardOutput
-from shardes.rewards.scorer import PendingRewards, Scorer
+from shardes.rewards.scorer import PendingRewards
 from shardes.rollout.aggregate import Evaluation, PartialResult, Sample
-from shardes.rollout.engines.base import EngineOutput
-from shardes.tasks.base import Prompt, Row, as_text
+from shardes.rollout.prompts import PromptBatch
+from shardes.tasks.base import Prompt, as_text
 
 Truncation = Literal["turns", "context"]
 """Limit that an episode has met: ``task.max_turns``, or ``rollout.max_context``."""
@@ -76,26 +76,15 @@ class EpisodeAccumulator:
     so what a reward is called with follows from the data alone.
 
     Args:
-        rows: The problems.
-        cohorts: Indices of the episodes that are played together.
-        samples_per_prompt: Episodes of each; episode i is of row ``i // samples_per_prompt``.
-        scorer: Has last answers scored, and knows the rule for episodes that fail.
+        prompts: The episodes.
         keeps_samples: Whether all episodes are kept, and not only those of the first cohort.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        cohorts: Sequence[range],
-        *,
-        samples_per_prompt: int,
-        scorer: Scorer,
-        keeps_samples: bool,
-    ) -> None:
-        self._rows = rows
-        self._cohorts = cohorts
-        self._samples_per_prompt = samples_per_prompt
-        self._scorer = scorer
+    def __init__(self, prompts: PromptBatch, *, keeps_samples: bool) -> None:
+        assert prompts.episodes is not None, "the problems are episodes"
+        self._rows, self._samples_per_prompt = prompts.rows, prompts.samples_per_prompt
+        self._cohorts = prompts.episodes.cohorts
+        self._scorer = prompts.scorer
         self._keeps_samples = keeps_samples
         self._outcomes: dict[int, EpisodeOutcome] = {}
         # Episodes whose last answers are to be judged, and those whose are.
@@ -104,11 +93,7 @@ class EpisodeAccumulator:
         self._pending: list[PendingRewards] = []
         self._samples: dict[int, Transcript] = {}
 
-    def take(self, indices: Sequence[int], output: EngineOutput, *, is_first: bool) -> None:
-        """Refuse micro-batches: episodes are taken one by one."""
-        raise NotImplementedError("episodes are taken by take_episode")
-
-    def take_episode(self, index: int, outcome: EpisodeOutcome) -> None:
+    def take(self, index: int, outcome: EpisodeOutcome) -> None:
         """Take in an episode that is over.
 
         Args:

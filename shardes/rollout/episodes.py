@@ -14,6 +14,7 @@ import torch
 from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Mesh
 from shardes.environments.base import COHORTS_AT_ONCE
+from shardes.es.update import Perturbation
 from shardes.rollout.batching import IDLE_COHORT, MicroBatch, compose
 from shardes.rollout.cohorts import begin_cohort
 from shardes.rollout.encoding import PromptEncoder
@@ -30,6 +31,14 @@ TakeEpisode = Callable[[int, EpisodeOutcome], None]
 
 Generate = Callable[[MicroBatch, PromptBatch], Completions | None]
 """Has the engine answer a micro-batch; returns None if there was too little memory."""
+
+
+def model_name(member: Perturbation | None) -> str:
+    """Return the name by which harnesses ask for a member, or for the centre (None)."""
+    if member is None:
+        return "shardes-centre"
+    mirrored = "-mirrored" if member.sigma < 0 else ""
+    return f"shardes-iteration-{member.iteration}-direction-{member.direction}{mirrored}"
 
 
 class TooLittleMemoryError(Exception):

@@ -10,12 +10,18 @@ from shardes.environments.base import COHORTS_AT_ONCE
 from shardes.environments.runners import Environments
 from shardes.es.update import Perturbation
 from shardes.rewards.scorer import Scorer
-from shardes.rollout.aggregate import CompletionAccumulator, Evaluation, PartialResult, RewardAccumulator
+from shardes.rollout.aggregate import (
+    BatchAccumulator,
+    CompletionAccumulator,
+    Evaluation,
+    PartialResult,
+    RewardAccumulator,
+)
 from shardes.rollout.batching import LikelihoodBatch, MicroBatch
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Completions, Engine, EngineOutput
 from shardes.rollout.episode_results import EpisodeAccumulator
-from shardes.rollout.episodes import EpisodeCounts, EpisodePlayer, TooLittleMemoryError
+from shardes.rollout.episodes import EpisodeCounts, EpisodePlayer, TooLittleMemoryError, model_name
 from shardes.rollout.likelihood import LogLikelihoodAccumulator
 from shardes.rollout.memory import MemoryShortageError, is_shortage
 from shardes.rollout.prompts import PromptBatch, PromptBuilder
@@ -38,7 +44,7 @@ class InFlightBatch:
     """
 
     prompts: PromptBatch
-    accumulators: list[RewardAccumulator]
+    accumulators: Sequence[RewardAccumulator]
     is_finite: list[bool]
     is_short: bool
 
@@ -230,7 +236,7 @@ class Evaluator:
             share: This rank's share of the micro-batches.
         """
         self.engine.load(members)
-        return self.answer(prompts, num_members=len(members), share=share, model=_name_of(members[0]))
+        return self.answer(prompts, num_members=len(members), share=share, model=model_name(members[0]))
 
     def answer(
         self,
@@ -238,7 +244,7 @@ class Evaluator:
         *,
         num_members: int,
         share: WorkShare,
-        model: str = "shardes-centre",
+        model: str = model_name(None),
         keeps_samples: bool = False,
     ) -> InFlightBatch:
         """Have what is loaded answer this rank's micro-batches; arguments as in ``start``.
@@ -248,7 +254,9 @@ class Evaluator:
         if prompts.episodes is not None:
             assert num_members == 1, "episodes of members that share forwards are refused"
             return self._play(prompts, share=share, model=model, keeps_samples=keeps_samples)
-        accumulators = [self._accumulator(prompts, keeps_samples=keeps_samples) for _ in range(num_members)]
+        accumulators = [
+            self._batch_accumulator(prompts, keeps_samples=keeps_samples) for _ in range(num_members)
+        ]
         are_finite = [True] * num_members
         batches = prompts.micro_batches
         self.engine.expect(batches[share.place :: share.num_places])
@@ -280,8 +288,7 @@ class Evaluator:
         self, prompts: PromptBatch, *, share: WorkShare, model: str, keeps_samples: bool
     ) -> InFlightBatch:
         """Play this rank's share of episodes with what is loaded."""
-        accumulator = self._accumulator(prompts, keeps_samples=keeps_samples)
-        assert isinstance(accumulator, EpisodeAccumulator)
+        accumulator = EpisodeAccumulator(prompts, keeps_samples=keeps_samples)
 
         def generate(batch: MicroBatch, prompts: PromptBatch) -> Completions | None:
             with self._timer("reward"):  # of cohorts that are over, while others go on
@@ -296,7 +303,7 @@ class Evaluator:
                 prompts,
                 share=share,
                 model=model,
-                take=accumulator.take_episode,
+                take=accumulator.take,
                 generate=generate,
             )
         except TooLittleMemoryError:
@@ -346,17 +353,14 @@ class Evaluator:
             )
         return evaluations
 
-    def _accumulator(self, prompts: PromptBatch, *, keeps_samples: bool = False) -> RewardAccumulator:
+    def _accumulator(self, prompts: PromptBatch) -> RewardAccumulator:
         """Return an accumulator that knows nothing yet."""
-        scorer = prompts.scorer
         if prompts.episodes is not None:
-            return EpisodeAccumulator(
-                prompts.rows,
-                prompts.episodes.cohorts,
-                samples_per_prompt=prompts.samples_per_prompt,
-                scorer=scorer,
-                keeps_samples=keeps_samples,
-            )
+            return EpisodeAccumulator(prompts, keeps_samples=False)
+        return self._batch_accumulator(prompts, keeps_samples=False)
+
+    def _batch_accumulator(self, prompts: PromptBatch, *, keeps_samples: bool) -> BatchAccumulator:
+        scorer = prompts.scorer
         if prompts.choices is not None:
             num_samples = len(prompts.rows) if keeps_samples else self.micro_batch_size
             return LogLikelihoodAccumulator(
@@ -387,12 +391,6 @@ class Evaluator:
         if tokens and tokens[-1] in self._end_ids:
             tokens = tokens[:-1]
         return self._stop.trim(self._stop.decode(tokens))
-
-
-def _name_of(member: Perturbation) -> str:
-    """Return the name of a member, for harnesses."""
-    mirrored = "-mirrored" if member.sigma < 0 else ""
-    return f"shardes-iteration-{member.iteration}-direction-{member.direction}{mirrored}"
 
 
 def _of_member(output: EngineOutput, index: int, num_members: int) -> EngineOutput:

@@ -110,18 +110,12 @@ class Harness:
         return Completions([[*each, 2] for each in ids], [True] * len(ids))
 
     def play(self, *, share=ALONE, generate=None):
-        accumulator = EpisodeAccumulator(
-            self.rows,
-            self.prompts.episodes.cohorts,
-            samples_per_prompt=1,
-            scorer=self.scorer,
-            keeps_samples=True,
-        )
+        accumulator = EpisodeAccumulator(self.prompts, keeps_samples=True)
         is_finite = self.player.play(
             self.prompts,
             share=share,
             model="m",
-            take=accumulator.take_episode,
+            take=accumulator.take,
             generate=generate or self.generate,
         )
         accumulator.send(is_last=True)
