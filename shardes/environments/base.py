@@ -107,6 +107,21 @@ class StepResult:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class HarnessOutcome:
+    """Outcome of a harness's episode.
+
+    Attributes:
+        reward: The episode's return; 0 if it failed.
+        failure: Reason why there is none; None if there is one.
+        seconds: Time in which the episode did not wait for answers.
+    """
+
+    reward: float
+    failure: str | None = None
+    seconds: float = 0.0
+
+
 class Episode(Protocol):
     """A rank's handle of an episode that runs elsewhere. ``wait`` follows every other call but ``close``."""
 

@@ -2,13 +2,12 @@
 
 import asyncio
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from shardes.endpoint.desk import Desk, Seat
 from shardes.environments.adapters.registry import HARNESSES
-from shardes.environments.base import HarnessSpec
+from shardes.environments.base import HarnessOutcome, HarnessSpec
 from shardes.errors import UserError
 from shardes.rewards.batch import RewardBatch, RewardOutput
 from shardes.rewards.crew import IMPORT_SECONDS, Crew
@@ -22,21 +21,6 @@ MAX_TRIES = 5
 
 _NAME = "harness"
 _WORKER = "shardes.environments.harness_worker"
-
-
-@dataclass(frozen=True)
-class HarnessOutcome:
-    """Outcome of an episode.
-
-    Attributes:
-        reward: The episode's return; 0 if it failed.
-        failure: Reason why there is none; None if there is one.
-        seconds: Time in which the episode did not wait for answers.
-    """
-
-    reward: float
-    failure: str | None = None
-    seconds: float = 0.0
 
 
 class HarnessPool(Closing):

@@ -8,8 +8,8 @@ from shardes.config.task import TaskConfig
 from shardes.endpoint.desk import Desk, Seat
 from shardes.endpoint.requests import SamplingSettings
 from shardes.endpoint.server import EndpointServer
-from shardes.environments.base import COHORTS_AT_ONCE, HarnessSpec
-from shardes.environments.harness_pool import HarnessOutcome, HarnessPool
+from shardes.environments.base import COHORTS_AT_ONCE, HarnessOutcome, HarnessSpec
+from shardes.environments.harness_pool import HarnessPool
 from shardes.errors import UserError
 from shardes.utils.closing import Closing
 

@@ -18,8 +18,7 @@ from shardes.endpoint.desk import Ask, Desk, Seat
 from shardes.endpoint.errors import ApiError, context_too_long
 from shardes.endpoint.requests import Request
 from shardes.endpoint.responses import Choice, FinishReason, Reply
-from shardes.environments.base import Message
-from shardes.environments.harness_pool import HarnessOutcome
+from shardes.environments.base import HarnessOutcome, Message
 from shardes.errors import UserError
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.episode_results import EpisodeOutcome, Truncation
