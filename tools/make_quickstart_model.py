@@ -168,11 +168,13 @@ class Corpus:
         return self.ids[self.starts[problem] + torch.where(way < SOLVED_SHARE, nth_solution, plain_sum)]
 
 
-def make_model(*, num_heads: int = 4, seed: int = SEED) -> Qwen2ForCausalLM:
+def make_model(
+    *, num_heads: int = 4, seed: int = SEED, vocabulary_size: int = VOCABULARY_SIZE
+) -> Qwen2ForCausalLM:
     """Return a random model, float32, with half as many key-value heads as attention heads."""
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=vocabulary_size,
         hidden_size=64,
         num_hidden_layers=2,
         num_attention_heads=num_heads,
@@ -196,6 +198,7 @@ def train_model(
     num_steps: int,
     prompt_length: int,
     seed: int = SEED,
+    is_answer: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
     """Train on the answers alone, and set greedy decoding; prompts are uniform noise to a model this small.
 
@@ -205,6 +208,8 @@ def train_model(
         num_steps: Number of batches to train on.
         prompt_length: Number of tokens before the answer.
         seed: Seed of what is drawn.
+        is_answer: Function of the positions of tokens in a text, from 0, that says which of them, after the
+            prompt, are answers; None: all.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
@@ -216,6 +221,9 @@ def train_model(
         ids = draw(generator)
         logits = model(input_ids=ids[:, :-1]).logits[:, prompt_length - 1 :]
         labels = ids[:, prompt_length:]
+        if is_answer is not None:
+            places = torch.arange(prompt_length, ids.shape[1])
+            labels = labels.where(is_answer(places), PAD_ID)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=PAD_ID)
         optimizer.zero_grad()
         loss.backward()

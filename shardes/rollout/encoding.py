@@ -15,12 +15,16 @@ from shardes.errors import UserError
 from shardes.rollout.rendering import ChatRenderer, Tools
 from shardes.tasks.base import ChatTemplate, Prompt, Row, Task, as_text
 from shardes.utils.limits import SECONDS, limited_map
+from shardes.utils.memo import Memo
 
 # A tag that a template has opened for the model: a thought that only the model closes.
 _OPENED = re.compile(
     r"(?:<\|?(?:\w+:)?(?:think|thinking|thought|reason|reasoning)\|?>|\[THINK\]"
     r"|\N{WHITE LEFT-POINTING TRIANGLE}think\N{WHITE RIGHT-POINTING TRIANGLE})\s*\Z"
 )
+# Texts between the answers of episodes whose tokens are remembered, and their characters at most.
+_NUM_REMEMBERED = 1 << 16
+_MOST_REMEMBERED = 256
 # Tokens at the end of a prompt in which such a tag is looked for.
 _NUM_LAST_TOKENS = 16
 
@@ -117,6 +121,8 @@ class PromptEncoder:
         self._max_positions = max_positions
         self._num_tokens = num_tokens
         self._known: dict[bytes, EncodedQuestion] = {}
+        # What members of an iteration are told in their episodes is much the same.
+        self._followings: Memo[tuple[str, int | None], list[int]] = Memo(_NUM_REMEMBERED)
 
     @functools.cached_property
     def longest_token(self) -> int:
@@ -216,6 +222,11 @@ class PromptEncoder:
         """
         if not text:
             return []
+        if len(text) > _MOST_REMEMBERED:
+            return self._following(text, after)
+        return list(self._followings.get((text, after), lambda: self._following(text, after)))
+
+    def _following(self, text: str, after: int | None) -> list[int]:
         # Some tokenizers put a space before a text's beginning, and some drop spaces after special tokens.
         before = "\n" if after is None else self.tokenizer.decode([after])
         start = self._plain(before)

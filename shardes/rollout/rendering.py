@@ -1,6 +1,7 @@
 """Chat messages as text: the tokenizer's chat template, with the run's date."""
 
 import datetime
+import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,12 +13,16 @@ from transformers.utils import chat_template_utils
 from shardes.errors import UserError
 from shardes.tasks.base import ChatTemplate, Prompt
 from shardes.tasks.templates import MAX_PROMPT_CHARACTERS
+from shardes.utils.memo import Memo
 
 Tools: TypeAlias = Sequence[dict[str, Any]]
 """JSON schemas of functions that the model may call, as transformers makes them."""
 
 # What transformers marks the end of a message with that is to be continued.
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG"
+# Chats whose texts are remembered, as members are asked much the same, and their characters at most.
+_NUM_REMEMBERED = 1 << 14
+_MOST_REMEMBERED = 1 << 12
 # Some templates (Mistral's) want a call's id to have nine characters.
 _CALL_ID = "call00000"
 
@@ -41,6 +46,7 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self.date = date
         self.has_told_date = False
+        self._texts: Memo[str, str] = Memo(_NUM_REMEMBERED)
 
     @property
     def has_own_tokens(self) -> bool:
@@ -116,6 +122,12 @@ class ChatRenderer:
         Raises:
             UserError: There is no template, or it fails.
         """
+        key = json.dumps([self.date.isoformat(), prompt, chat.name, dict(chat.arguments), tools], default=str)
+        if len(key) > _MOST_REMEMBERED:
+            return self._text(prompt, chat, tools)
+        return self._texts.get(key, lambda: self._text(prompt, chat, tools))
+
+    def _text(self, prompt: Prompt, chat: ChatTemplate, tools: Tools | None) -> str:
         text: str = self._apply(prompt, chat, tools, tokenize=False)
         if _CONTINUED in text and not any(_CONTINUED in str(message) for message in prompt):
             raise UserError(

@@ -47,7 +47,9 @@ def test_shipped_configurations_are_accepted_and_keep_every_value_they_give(path
     for section, keys in yaml.safe_load(path.read_text()).items():
         for key, value in keys.items():
             found = resolved[section][key]
-            if isinstance(getattr(getattr(config, section), key), Path) and not value.startswith("hf:"):
+            if isinstance(getattr(getattr(config, section), key), Path) and not value.startswith(
+                ("hf:", "range:")
+            ):
                 assert found == str(Path(value).absolute()), f"{section}.{key}"
             elif value is not None:
                 assert type(value)(found) == value, f"{section}.{key}"
