@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_validator
 
 from shardes.config.section import NeedsConsent, Registered, Section
+from shardes.environments.adapters.registry import HARNESSES
 
 
 def is_hub_reference(source: Path) -> bool:
@@ -141,6 +142,11 @@ class ProblemSetConfig(Section):
     _expand_reward = field_validator("reward", "environment", "harness")(_with_home)
 
     @property
+    def has_harness(self) -> bool:
+        """Return whether episodes ask the model by themselves, through the endpoint."""
+        return self.harness is not None or (self.environment or "").partition(":")[0] in HARNESSES
+
+    @property
     def is_episodic(self) -> bool:
         """Return whether problems are episodes of many turns."""
         return bool(self.environment or self.tools or self.harness)
@@ -178,8 +184,15 @@ class ProblemSetConfig(Section):
                 f"{key} is {getattr(self, key)}, but environment, tools and harness make the problems; "
                 "remove one of them"
             )
-        if self.harness is not None and (self.environment or self.tools or earns):
-            raise ValueError("harness earns by itself; remove environment, tools, reward and rewards")
+        if self.harness is not None and self.environment:
+            raise ValueError("harness and environment both play the episodes; remove one of them")
+        if self.has_harness and (self.tools or earns):
+            key = "harness" if self.harness is not None else f"environment {self.environment}"
+            raise ValueError(f"{key} earns by itself; remove tools, reward and rewards")
+        if self.has_harness and self.system is not None:
+            raise ValueError("system is for prompts and environments; a harness asks by itself; remove it")
+        if self.has_harness and self.episode_return != "sum":
+            raise ValueError("episode_return is for rewards of turns; a harness returns one; remove it")
         if self.tools and not self.environment and not earns:
             raise ValueError("tools earn nothing by themselves; give a reward, which judges the last answer")
         for tool in self.tools:

@@ -227,17 +227,17 @@ class Desk:
             if sitting is None:
                 return
             answered = (ask.digest, reply)
-            heir: Ask | None = ask
+            recipient: Ask | None = ask
             if ask not in sitting.waiting:
                 again = (each for each in sitting.waiting if each.digest == ask.digest)
-                heir = None if ask.attempt == sitting.attempt else next(again, None)
-            if heir is None:
+                recipient = None if ask.attempt == sitting.attempt else next(again, None)
+            if recipient is None:
                 kept = sitting.unclaimed if ask.attempt == sitting.attempt else sitting.replayed
                 kept.append(answered)
                 return
-            self._remove(sitting, heir)
+            self._remove(sitting, recipient)
             sitting.given.append(answered)
-        heir.deliver(reply)
+        recipient.deliver(reply)
 
     def num_answers(self, episode: str) -> int:
         """Return how many answers an episode has had, those before it was begun again included."""

@@ -35,6 +35,10 @@ class Environment(Protocol):
         """Free what the episode holds."""
 
 
+COHORTS_AT_ONCE = 2
+"""Cohorts of episodes that a rank plays at a time: one steps while the answers of the other are generated."""
+
+
 @dataclass(frozen=True)
 class EnvironmentSpec:
     """Choice of what runs the episodes of a task.
@@ -69,16 +73,14 @@ class EpisodeSettings:
     """Episodes that the problems of a task are.
 
     Attributes:
-        environment: What runs them; None: a harness does.
-        harness: Program that asks by itself; None: an environment runs them.
+        program: What plays them.
         max_turns: Answers of an episode at most.
         episode_return: Sum of an episode's rewards, or the last one.
         system: System message of an episode whose first observation is a text, which then is a chat; empty:
             a chat without one; None: the text stays what it is.
     """
 
-    environment: EnvironmentSpec | None
-    harness: HarnessSpec | None = None
+    program: EnvironmentSpec | HarnessSpec
     max_turns: int = 10
     episode_return: Literal["sum", "last"] = "sum"
     system: str | None = None
@@ -101,6 +103,21 @@ class StepResult:
     reward: float = 0.0
     is_done: bool = False
     numbers: Mapping[str, float] = field(default_factory=dict)
+    failure: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class HarnessOutcome:
+    """Outcome of a harness's episode.
+
+    Attributes:
+        reward: The episode's return; 0 if it failed.
+        failure: Reason why there is none; None if there is one.
+        seconds: Time in which the episode did not wait for answers.
+    """
+
+    reward: float
     failure: str | None = None
     seconds: float = 0.0
 

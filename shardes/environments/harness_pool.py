@@ -2,13 +2,12 @@
 
 import asyncio
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from shardes.endpoint.desk import Desk, Seat
-from shardes.environments.base import HarnessSpec
-from shardes.environments.harness import is_adapted
+from shardes.environments.adapters.registry import HARNESSES
+from shardes.environments.base import HarnessOutcome, HarnessSpec
 from shardes.errors import UserError
 from shardes.rewards.batch import RewardBatch, RewardOutput
 from shardes.rewards.crew import IMPORT_SECONDS, Crew
@@ -24,21 +23,6 @@ _NAME = "harness"
 _WORKER = "shardes.environments.harness_worker"
 
 
-@dataclass(frozen=True)
-class HarnessOutcome:
-    """Outcome of an episode.
-
-    Attributes:
-        reward: The episode's return; 0 if it failed.
-        failure: Reason why there is none; None if there is one.
-        seconds: Time in which the episode did not wait for answers.
-    """
-
-    reward: float
-    failure: str | None = None
-    seconds: float = 0.0
-
-
 class HarnessPool(Closing):
     """Player of episodes in worker processes, each of which plays one at a time.
 
@@ -49,6 +33,7 @@ class HarnessPool(Closing):
     Args:
         spec: The harness.
         desk: Where episodes have their places.
+        key: Key of the configuration that names the harness, for messages.
         timeout_seconds: The limit.
         max_workers: Processes at most.
         memory_bytes: Address space of a process; None: no limit.
@@ -66,17 +51,18 @@ class HarnessPool(Closing):
         spec: HarnessSpec,
         desk: Desk,
         *,
+        key: str,
         timeout_seconds: float,
         max_workers: int,
         memory_bytes: int | None = None,
         may_isolate: bool = False,
     ) -> None:
         self.num_kills = 0
-        self._desk = desk
+        self._desk, self._key = desk, key
         self._timeout_seconds = timeout_seconds
         given = {"reference": spec.reference, "arguments": dict(spec.arguments)}
         # An adapter's processes are forked from one that has imported its package.
-        module = spec.reference.partition(":")[0] if is_adapted(spec) else _WORKER
+        module = spec.reference.partition(":")[0] if spec.reference in HARNESSES.values() else _WORKER
         start_fork_server = partial(
             ForkServer, memory_bytes, may_isolate=may_isolate, serve=f"{module}:serve"
         )
@@ -128,7 +114,7 @@ class HarnessPool(Closing):
         try:
             await self._crew.start()
         except UserError as error:
-            raise UserError(str(error).replace("task.reward: ", "task.harness: ", 1)) from None
+            raise UserError(str(error).replace("task.reward", self._key, 1)) from None
         worker = await self._crew.acquire()
         try:
             async with asyncio.timeout(IMPORT_SECONDS):
@@ -137,11 +123,11 @@ class HarnessPool(Closing):
         except (EOFError, OSError, ValueError, TypeError, KeyError) as error:  # TimeoutError, too
             self._crew.discard(worker)
             raise UserError(
-                f"task.harness: looking at it ended its process ({type(error).__name__}: {error})"
+                f"{self._key}: looking at it ended its process ({type(error).__name__}: {error})"
             ) from None
         self._crew.release(worker)
         if found.first_failure is not None:
-            raise UserError(f"task.harness: {_reason(found)}")
+            raise UserError(f"{self._key}: {_reason(found)}")
 
     async def _play(self, seat: Seat, row: Row, url: str) -> HarnessOutcome:
         num_tries = num_answers = 0

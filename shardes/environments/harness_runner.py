@@ -8,13 +8,10 @@ from shardes.config.task import TaskConfig
 from shardes.endpoint.desk import Desk, Seat
 from shardes.endpoint.requests import SamplingSettings
 from shardes.endpoint.server import EndpointServer
-from shardes.environments.base import HarnessSpec
-from shardes.environments.harness_pool import HarnessOutcome, HarnessPool
+from shardes.environments.base import COHORTS_AT_ONCE, HarnessOutcome, HarnessSpec
+from shardes.environments.harness_pool import HarnessPool
 from shardes.errors import UserError
 from shardes.utils.closing import Closing
-
-# Cohorts that are played at a time, and share the processes.
-_NUM_LANES = 2
 
 
 class HarnessRunner(Closing):
@@ -24,6 +21,7 @@ class HarnessRunner(Closing):
         spec: The harness.
         config: Limits of its processes.
         sampling: How the run draws tokens.
+        key: Key of the configuration that names the harness, for messages.
 
     Attributes:
         desk: Where episodes ask, and are answered.
@@ -39,13 +37,15 @@ class HarnessRunner(Closing):
     tools = None
     required: Sequence[str] = ()
 
-    def __init__(self, spec: HarnessSpec, config: TaskConfig, *, sampling: SamplingSettings) -> None:
-        self.num_at_once = config.reward_workers // _NUM_LANES
+    def __init__(
+        self, spec: HarnessSpec, config: TaskConfig, *, sampling: SamplingSettings, key: str
+    ) -> None:
+        self.num_at_once = config.reward_workers // COHORTS_AT_ONCE
         if not self.num_at_once:
             raise UserError(
                 f"task.reward_workers: got {config.reward_workers}, but a harness runs in a process for each "
-                f"of its episodes, and {_NUM_LANES} are played at a time at least; wanted {_NUM_LANES} or "
-                "more"
+                f"of its episodes, and {COHORTS_AT_ONCE} are played at a time at least; wanted "
+                f"{COHORTS_AT_ONCE} or more"
             )
         self.desk = Desk()
         self._server = EndpointServer(self.desk, sampling)
@@ -53,6 +53,7 @@ class HarnessRunner(Closing):
             self._pool = HarnessPool(
                 spec,
                 self.desk,
+                key=key,
                 timeout_seconds=config.reward_timeout_seconds,
                 max_workers=config.reward_workers,
                 memory_bytes=config.reward_memory_bytes,

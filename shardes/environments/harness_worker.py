@@ -29,7 +29,7 @@ Harness = Callable[..., Any]
 
 def serve(connection: socket.socket) -> None:
     """Serve a pool as a process of rewards does, one of which is ``play``."""
-    fork_server._serve(connection)
+    fork_server.serve_rewards(connection)
 
 
 async def play(

@@ -67,7 +67,7 @@ class Host(asyncio.Protocol):
 
     @property
     def num_queued(self) -> int:
-        """Number of calls that have not begun."""
+        """Return the number of calls that have not begun."""
         return sum(flight.timer is None for flight in self.flights.values())
 
     def running(self) -> list[Flight]:

@@ -256,10 +256,10 @@ class Hosts:
     def _admit(self, host: Host) -> None:
         """Take in a worker that has imported the environment."""
         host.on_message = lambda message: self._take(host, message)
-        host.on_end = lambda reason: self._mourn(host, reason)
+        host.on_end = lambda reason: self._handle_end(host, reason)
         self._hosts.append(host)
         if not host.is_connected:
-            self._mourn(host, None)
+            self._handle_end(host, None)
 
     def _take(self, host: Host, message: dict[str, Any]) -> None:
         """Take in a message of a worker.
@@ -343,13 +343,13 @@ class Hosts:
                 left,
             )
 
-    def _mourn(self, host: Host, reason: str | None) -> None:
+    def _handle_end(self, host: Host, reason: str | None) -> None:
         """Let go of a worker that has ended, or has sent what is no message; ``reason`` says so."""
         running = [flight for flight in host.running() if not flight.record.is_over]
         self._detach(host)
-        self._background(self._bury(host, running, reason))
+        self._background(self._retry_after_end(host, running, reason))
 
-    async def _bury(self, host: Host, running: list[Flight], reason: str | None) -> None:
+    async def _retry_after_end(self, host: Host, running: list[Flight], reason: str | None) -> None:
         """Find out how a worker has ended, and try again the episodes whose calls ran."""
         has_ended = reason is None and await host.has_ended()
         code = self._starter.end(host)

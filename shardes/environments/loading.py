@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from shardes.environments.adapters.registry import ADAPTERS, HARNESSES
 from shardes.environments.base import Environment, EnvironmentSpec
 from shardes.rewards.importing import import_functions
 from shardes.rewards.signature import Signature
@@ -56,10 +57,9 @@ def make_factory(spec: EnvironmentSpec) -> EnvironmentFactory:
     if not spec.reference or spec.tools:
         return _make_tool_factory(spec)
     prefix, _, name = spec.reference.partition(":")
-    adapters = _adapters()
-    if prefix in adapters:
-        return _make_adapted(spec, adapters[prefix], name)
-    made = _import(spec.reference, adapters)
+    if prefix in ADAPTERS:
+        return _make_adapted(spec, ADAPTERS[prefix], name)
+    made = _import(spec.reference)
     if inspect.isclass(made):
         return _make_tool_factory(spec) if _has_tools(made) else _make_of_class(spec, made)
     return _make_of_function(spec, made)
@@ -71,17 +71,12 @@ def _make_tool_factory(spec: EnvironmentSpec) -> EnvironmentFactory:
     return make_tool_factory(spec)
 
 
-def _adapters() -> dict[str, str]:
-    from shardes.environments.adapters.registry import ADAPTERS
-
-    return ADAPTERS
-
-
-def _import(reference: str, adapters: Collection[str]) -> Callable[..., Any]:
+def _import(reference: str) -> Callable[..., Any]:
+    adapters = sorted([*ADAPTERS, *HARNESSES])
     if ":" not in reference:
         raise ValueError(
             f"{reference!r} is no environment; give package.module:Class, path/to/file.py:Class or "
-            f"ADAPTER:NAME, with one of the adapters {', '.join(sorted(adapters)) or 'none'}"
+            f"ADAPTER:NAME, with one of the adapters {', '.join(adapters)}"
         )
     try:
         return import_functions([reference], kind="class")[0]
@@ -96,9 +91,6 @@ def _make_adapted(spec: EnvironmentSpec, reference: str, name: str) -> Environme
     make = adapt(name, dict(spec.arguments))
     kind = getattr(make, "func", make)  # as functools.partial has it
     found = PlainFactory(make)
-    for attribute in ("tools", "columns", "required"):
-        if hasattr(make, attribute):
-            setattr(found, attribute, getattr(make, attribute))
     if inspect.isclass(kind):
         _inspect(found, kind, spec.reference)
     return found

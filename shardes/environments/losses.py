@@ -54,5 +54,5 @@ class Losses:
 
     @property
     def num_lost(self) -> int:
-        """Number of processes lost."""
+        """Return the number of processes lost."""
         return self.num_ends + self.num_kills

@@ -6,8 +6,9 @@ import pickle
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
+from shardes.config.task import TaskConfig
 from shardes.environments.base import EnvironmentSpec, Episode, Message, StepResult
 from shardes.environments.hosted import Call
 from shardes.environments.hosts import Hosts
@@ -29,28 +30,8 @@ _CLOSE_SECONDS = 1.0
 _CHECK_SECONDS = 1.0
 
 
-class ProcessLimits(Protocol):
-    """Limits of worker processes, as ``task`` has them in the configuration."""
-
-    @property
-    def reward_workers(self) -> int:
-        """Return the largest number of processes; 0: none, episodes run in this one."""
-
-    @property
-    def reward_timeout_seconds(self) -> float:
-        """Return the time limit of a reset or a step."""
-
-    @property
-    def reward_memory_bytes(self) -> int | None:
-        """Return the address space of a process."""
-
-    @property
-    def reward_isolation(self) -> str:
-        """Return ``auto`` or ``none``."""
-
-
 def make_environment_runner(
-    config: ProcessLimits, spec: EnvironmentSpec, *, key: str = "task"
+    config: TaskConfig, spec: EnvironmentSpec, *, key: str = "task"
 ) -> "InProcessEnvironments | EnvironmentPool":
     """Make the runner of a task's episodes, as the configuration has it.
 
@@ -135,7 +116,7 @@ class EnvironmentPool(Closing):
 
     @property
     def num_kills(self) -> int:
-        """Number of processes that have ended, or were ended, before their time."""
+        """Return how many processes have ended, or were ended, before their time."""
         return self._hosts.num_kills
 
     def begin(self, rows: Sequence[Mapping[str, Any]]) -> list[Episode]:

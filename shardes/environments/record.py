@@ -34,7 +34,7 @@ class Record:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a call is not answered yet."""
+        """Return whether a call is not answered yet."""
         return not self.is_over and len(self.digests) < len(self.calls)
 
     def is_replayed(self, index: int) -> bool:

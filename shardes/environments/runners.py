@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from shardes.config.schema import Config
-from shardes.environments.base import EnvironmentSpec, EpisodeRunner, EpisodeSettings, HarnessSpec
+from shardes.environments.adapters.registry import HARNESSES
+from shardes.environments.base import EnvironmentSpec, EpisodeRunner, HarnessSpec
 from shardes.environments.loading import missing_columns
 from shardes.environments.pool import make_environment_runner
 from shardes.errors import UserError
@@ -30,7 +31,8 @@ class Environments(Closing):
                 if task.episodes is None:
                     continue
                 if self.of(task) is None:
-                    self._runners.append((_spec(task.episodes), _make(config, task.episodes, key=key)))
+                    program = task.episodes.program
+                    self._runners.append((program, _make(config, program, key=key)))
                 _check_rows(task, self.of(task), key=key)
         except BaseException:
             self.close()
@@ -38,8 +40,8 @@ class Environments(Closing):
 
     def of(self, task: Task) -> EpisodeRunner | None:
         """Return the runner of a task's episodes; None if its problems are none."""
-        spec = None if task.episodes is None else _spec(task.episodes)
-        return next((runner for known, runner in self._runners if known == spec), None)
+        program = None if task.episodes is None else task.episodes.program
+        return next((runner for known, runner in self._runners if known == program), None)
 
     @property
     def num_kills(self) -> int:
@@ -52,27 +54,21 @@ class Environments(Closing):
             runner.close()
 
 
-def _spec(episodes: EpisodeSettings) -> EnvironmentSpec | HarnessSpec:
-    spec = episodes.environment or episodes.harness
-    assert spec is not None, "episodes have an environment or a harness"
-    return spec
-
-
-def _make(config: Config, episodes: EpisodeSettings, *, key: str) -> EpisodeRunner:
-    if episodes.environment is not None:
-        return make_environment_runner(config.task, episodes.environment, key=key)
-    assert episodes.harness is not None
+def _make(config: Config, program: EnvironmentSpec | HarnessSpec, *, key: str) -> EpisodeRunner:
+    if isinstance(program, EnvironmentSpec):
+        return make_environment_runner(config.task, program, key=key)
+    key = f"{key}.environment" if program.reference in HARNESSES.values() else f"{key}.harness"
     try:
         # A server is needed, and installed, for harnesses alone.
         from shardes.endpoint.requests import SamplingSettings
         from shardes.environments.harness_runner import HarnessRunner
     except ImportError as error:
         raise UserError(
-            f"{key}.harness: the endpoint needs the package {error.name}; install it with: pip install "
+            f"{key}: the endpoint needs the package {error.name}; install it with: pip install "
             "'shardes[endpoint]'"
         ) from None
     sampling = SamplingSettings(config.rollout.temperature, config.rollout.top_p)
-    return HarnessRunner(episodes.harness, config.task, sampling=sampling)
+    return HarnessRunner(program, config.task, sampling=sampling, key=key)
 
 
 def _check_rows(task: Task, runner: EpisodeRunner | None, *, key: str) -> None:

@@ -74,13 +74,13 @@ class ToolFactory:
         self._source = source
         self._where = where
         self._arguments = dict(arguments or {})
-        self._functions = list(functions)
+        self._functions = [Tool(function) for function in functions]
         if source is None and self._arguments:
             raise ValueError("there are tools only, and no class that task.environment_arguments are of")
         probe = None if source is None else self._probe()
         if probe is not None:
             _check_class(probe)
-        self._tools = [Tool(function) for function in [*self._functions, *_methods(probe)]]
+        self._tools = [*self._functions, *map(Tool, _methods(probe))]
         check_names(self._tools)
         if not self._tools:
             raise ValueError(
@@ -110,7 +110,7 @@ class ToolFactory:
         if self._source is None:
             return ToolEnvironment(None, self._tools, columns=None)
         inner = self._instance()
-        tools = [Tool(function) for function in [*self._functions, *_methods(inner)]]
+        tools = [*self._functions, *map(Tool, _methods(inner))]
         return ToolEnvironment(inner, tools, columns=self._given)
 
     def _probe(self) -> Any:

@@ -11,6 +11,7 @@ import click
 
 from shardes.distributed.place import read_place
 from shardes.distributed.stop import Stop
+from shardes.environments.base import HarnessSpec
 from shardes.environments.runners import Environments, tasks_by_key
 from shardes.errors import StorageError, UserError
 from shardes.evaluation.drawing import Drawing
@@ -143,7 +144,8 @@ def _measure(
 
 def _with_harness(task: Task) -> dict[str, Task]:
     """Return the task by its key if a harness plays its episodes, else nothing."""
-    return {"task": task} if task.episodes is not None and task.episodes.harness is not None else {}
+    has_harness = task.episodes is not None and isinstance(task.episodes.program, HarnessSpec)
+    return {"task": task} if has_harness else {}
 
 
 def _is_override(argument: str) -> bool:

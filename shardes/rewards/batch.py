@@ -78,7 +78,7 @@ class RewardOutput:
 
     @property
     def num_failures(self) -> int:
-        """Number of completions whose reward failed."""
+        """Return the number of completions whose reward failed."""
         return sum(self.has_failed)
 
     @classmethod

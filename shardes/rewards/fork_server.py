@@ -52,7 +52,7 @@ def main(descriptor: int, memory_bytes: int, parent: int, may_isolate: int = 0, 
     signal.signal(signal.SIGTERM, _leave)
     end_with_parent(signal.SIGTERM)
     adopt_orphans()
-    control, serve_pool = socket.socket(fileno=descriptor), load_class(serve) if serve else _serve
+    control, serve_pool = socket.socket(fileno=descriptor), load_class(serve) if serve else serve_rewards
     server = _Server(control, memory_bytes, may_isolate=bool(may_isolate), serve=serve_pool)
     try:
         try:
@@ -99,7 +99,7 @@ class _Server:
         # What they print.
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._reader, False)
-        who = "rewards" if serve is _serve else "environments"
+        who = "rewards" if serve is serve_rewards else "environments"
         self._log = LimitedLog(sys.stderr.fileno(), who=who)
 
     def serve(self, parent: int) -> None:
@@ -238,7 +238,7 @@ def _work(connection: socket.socket, memory_bytes: int, serve: Callable[[socket.
         os._exit(status)
 
 
-def _serve(connection: socket.socket) -> None:
+def serve_rewards(connection: socket.socket) -> None:
     """Import the rewards, report an error or none, and judge batches until the pool goes away."""
     number, setup = receive(connection)
     try:

@@ -42,7 +42,7 @@ class Signature:
 
     @property
     def columns(self) -> frozenset[str] | None:
-        """The columns that a call needs; None: all of them."""
+        """Return the columns that a call needs; None: all of them."""
         return None if self.looks_at_any else self.names
 
     def check_arguments(self, arguments: Any) -> None:

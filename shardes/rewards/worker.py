@@ -62,7 +62,7 @@ class RewardCaller:
 
     @property
     def columns(self) -> list[list[str] | None]:
-        """The columns that each component looks at; None: all."""
+        """Return the columns that each component looks at; None: all."""
         return [None if s.columns is None else sorted(s.columns) for s in self._signatures]
 
     def judge(self, indices: Sequence[int], batch: RewardBatch) -> RewardOutput:

@@ -137,16 +137,7 @@ class Evaluation:
 
 
 class RewardAccumulator(Protocol):
-    """Collects what one member's answers earn, on one rank."""
-
-    def take(self, indices: Sequence[int], output: EngineOutput, *, is_first: bool) -> None:
-        """Take in a micro-batch.
-
-        Args:
-            indices: Its rows, as indices of answers or pairs.
-            output: What the engine returned for them.
-            is_first: Whether it is the first micro-batch of all.
-        """
+    """Collects what one member's answers, or episodes, earn, on one rank."""
 
     def send(self, *, is_last: bool) -> None:
         """Begin what ``part`` waits for; comes after each micro-batch and after the last."""
@@ -156,6 +147,19 @@ class RewardAccumulator(Protocol):
 
     def merge(self, parts: Sequence[PartialResult]) -> Evaluation:
         """Return what all ranks know."""
+
+
+class BatchAccumulator(RewardAccumulator, Protocol):
+    """Accumulator of what micro-batches earn."""
+
+    def take(self, indices: Sequence[int], output: EngineOutput, *, is_first: bool) -> None:
+        """Take in a micro-batch.
+
+        Args:
+            indices: Its rows, as indices of answers or pairs.
+            output: What the engine returned for them.
+            is_first: Whether it is the first micro-batch of all.
+        """
 
 
 class CompletionAccumulator:

@@ -122,7 +122,7 @@ def make_evaluator(
     )
     common |= {"encoder": encoder, "max_positions": max_positions(model)}
     common |= {"pad_id": pad_token(model, tokenizer), "end_ids": end_tokens(model, tokenizer)}
-    return Evaluator(engine, scorer=scorer, **common), scorer, scorers
+    return Evaluator(engine, scorer=scorer, environments=environments, **common), scorer, scorers
 
 
 def make_scheduler(session: Session, evaluator: Evaluator) -> MemberScheduler:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import cast
 
-from shardes.environments.base import EnvironmentRunner
+from shardes.environments.base import EnvironmentRunner, HarnessSpec
 from shardes.rewards.scorer import Scorer
 from shardes.rollout.conversation import Conversation
 from shardes.rollout.encoding import PromptEncoder
@@ -36,7 +36,7 @@ def begin_cohort(
     settings, runner = scorer.task.episodes, scorer.environments
     assert settings is not None, "the task has episodes"
     assert runner is not None, "and what runs them"
-    if settings.harness is not None:
+    if isinstance(settings.program, HarnessSpec):
         # The endpoint's packages are there for harnesses alone.
         from shardes.environments.harness_runner import HarnessRunner
         from shardes.rollout.harness_cohort import HarnessCohort, RequestTexts

@@ -53,14 +53,13 @@ class Conversation:
         tools: Tools | None = None,
         *,
         as_chat: bool = False,
-        end_ids: Collection[int] | None = None,
+        end_ids: Collection[int],
     ) -> None:
         self._encoder = encoder
         self._chat = chat
         self._tools = tools or None
         self._is_chat = as_chat or bool(tools)
-        own_end = encoder.tokenizer.eos_token_id
-        self._end_ids = frozenset(([] if own_end is None else [own_end]) if end_ids is None else end_ids)
+        self._end_ids = frozenset(end_ids)
         self.tokens: list[int] = []
         self.messages: list[Message] = []
         self.opened = ""
@@ -226,7 +225,7 @@ class Conversation:
         return self._checked(lambda each: self._encoder.chats.text(each, self._chat, self._tools), given)
 
     def _own_tokens(self, given: list[Message]) -> list[int]:
-        return self._checked(lambda each: self._encoder.chats.tokens(each, self._chat, self._tools), given)
+        return self._checked(lambda each: self._encoder.chat_tokens(each, self._chat, self._tools), given)
 
     def _checked(self, function: Any, argument: Any) -> Any:
         try:

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeAlias
 
 from shardes.distributed.group import Group
 from shardes.errors import UserError
-from shardes.rollout.rendering import ChatRenderer
+from shardes.rollout.rendering import ChatRenderer, Tools
 from shardes.tasks.base import ChatTemplate, Prompt, Row, Task, as_text
 from shardes.utils.limits import SECONDS, limited_map
 from shardes.utils.memo import Memo
@@ -193,6 +193,22 @@ class PromptEncoder:
             UserError: See ``text_tokens``.
         """
         return self._known_tokens(text, self._plain)
+
+    def chat_tokens(
+        self, messages: list[dict[str, Any]], chat: ChatTemplate, tools: Tools | None = None
+    ) -> list[int]:
+        """Return the tokens of a chat, however many, as the model is to answer or to continue it.
+
+        Raises:
+            UserError: There is no template, or it fails; or see ``text_tokens``.
+        """
+        if not self.chats.has_own_tokens:
+            return self.rendered_tokens(self.chats.text(messages, chat, tools))
+        ids = self.chats.tokens(messages, chat, tools)
+        if not ids:
+            raise UserError("the tokenizer makes no tokens of the chat")
+        self.check_tokens(ids)
+        return ids
 
     def following_tokens(self, text: str, after: int | None = None) -> list[int]:
         """Return the tokens of a text that goes on with another, computed without that one.

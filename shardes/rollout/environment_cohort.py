@@ -1,6 +1,7 @@
 """Cohorts of episodes whose environments are reset and stepped in processes of the rank."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from shardes.environments.base import Episode, Observation, StepResult
@@ -147,12 +148,12 @@ class PlayedEpisode:
 
     def answer(self, answer: TokenAnswer, message: dict[str, Any] | None) -> None:
         """Send an answer on."""
-        self._answer = answer
-        self._num_tokens.append(len(answer.token_ids))
-        self._num_cut += answer.was_cut
         # What the template has opened for the answer is a part of it, though no token of it.
         text = self.conversation.opened + answer.text
-        self.conversation.answer(answer.token_ids, answer.text, message)
+        self._answer = replace(answer, text=text)
+        self._num_tokens.append(len(answer.token_ids))
+        self._num_cut += answer.was_cut
+        self.conversation.answer(answer.token_ids, text, message)
         self.handle.step(text, message=message)
 
     def _wait(self) -> StepResult:

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from shardes.environments.base import Message
-from shardes.rewards.batch import RewardBatch
-from shardes.rewards.scorer import PendingRewards, Scorer
+from shardes.rewards.batch import RewardBatch, RewardOutput
+from shardes.rewards.scorer import PendingRewards
 from shardes.rollout.aggregate import Evaluation, PartialResult, Sample
-from shardes.rollout.engines.base import EngineOutput
-from shardes.tasks.base import Prompt, Row, as_text
+from shardes.rollout.prompts import PromptBatch
+from shardes.tasks.base import Prompt, as_text
 
 Truncation = Literal["turns", "context"]
 """Limit that an episode has met: ``task.max_turns``, or ``rollout.max_context``."""
@@ -72,64 +72,69 @@ class EpisodeOutcome:
 class EpisodeAccumulator:
     """Collects what one member's episodes earn, on one rank.
 
+    The last answers of a cohort are judged together, in the order of its episodes, once all of them are over:
+    so what a reward is called with follows from the data alone.
+
     Args:
-        rows: The problems.
-        samples_per_prompt: Episodes of each; episode i is of row ``i // samples_per_prompt``.
-        scorer: Has last answers scored, and knows the rule for episodes that fail.
+        prompts: The episodes.
         keeps_samples: Whether all episodes are kept, and not only those of the first cohort.
     """
 
-    def __init__(
-        self, rows: Sequence[Row], *, samples_per_prompt: int, scorer: Scorer, keeps_samples: bool
-    ) -> None:
-        self._rows = rows
-        self._samples_per_prompt = samples_per_prompt
-        self._scorer = scorer
+    def __init__(self, prompts: PromptBatch, *, keeps_samples: bool) -> None:
+        assert prompts.episodes is not None, "the problems are episodes"
+        self._rows, self._samples_per_prompt = prompts.rows, prompts.samples_per_prompt
+        self._cohorts = prompts.episodes.cohorts
+        self._scorer = prompts.scorer
         self._keeps_samples = keeps_samples
         self._outcomes: dict[int, EpisodeOutcome] = {}
-        self._scored: list[int] = []
-        self._pending: PendingRewards | None = None
+        # Episodes whose last answers are to be judged, and those whose are.
+        self._unsent: list[list[int]] = []
+        self._sent: list[list[int]] = []
+        self._pending: list[PendingRewards] = []
         self._samples: dict[int, Transcript] = {}
 
-    def take(self, indices: Sequence[int], output: EngineOutput, *, is_first: bool) -> None:
-        """Refuse micro-batches: episodes are taken one by one."""
-        raise NotImplementedError("episodes are taken by take_episode")
-
-    def take_episode(self, index: int, outcome: EpisodeOutcome, is_first: bool) -> None:
+    def take(self, index: int, outcome: EpisodeOutcome) -> None:
         """Take in an episode that is over.
 
         Args:
             index: Which one it is.
             outcome: Its outcome.
-            is_first: Whether it is of the first cohort of all.
         """
         self._outcomes[index] = outcome
         if outcome.failure is not None:
             self._scorer.note_failure(outcome.failure)
-        if is_first or self._keeps_samples:
+        if self._keeps_samples or index in self._cohorts[0]:
             self._samples[index] = Transcript(
                 as_text(outcome.prompt), outcome.answer, list(outcome.answer_ids), None, outcome.messages
             )
+        cohort = next(each for each in self._cohorts if index in each)
+        if self._scorer.task.rewards and all(each in self._outcomes for each in cohort):
+            judged = [each for each in cohort if self._outcomes[each].failure is None]
+            self._unsent += [judged] if judged else []
 
     def send(self, *, is_last: bool) -> None:
-        """Have the last answers scored, once all episodes are over."""
-        if not is_last or not self._scorer.task.rewards:
+        """Have the last answers of cohorts that are over scored."""
+        if not self._unsent:
             return
-        self._scored = [index for index, outcome in self._outcomes.items() if outcome.failure is None]
-        outcomes = [self._outcomes[index] for index in self._scored]
-        if outcomes:
-            batch = RewardBatch.of(
-                [self._rows[index // self._samples_per_prompt] for index in self._scored],
-                [outcome.prompt for outcome in outcomes],
-                [outcome.answer for outcome in outcomes],
-                [list(outcome.answer_ids) for outcome in outcomes],
-            )
-            (self._pending,) = self._scorer.submit([batch])
+        self._pending += self._scorer.submit([self._batch(indices) for indices in self._unsent])
+        self._sent += self._unsent
+        self._unsent = []
+
+    def _batch(self, indices: Sequence[int]) -> RewardBatch:
+        outcomes = [self._outcomes[index] for index in indices]
+        return RewardBatch.of(
+            [self._rows[index // self._samples_per_prompt] for index in indices],
+            [outcome.prompt for outcome in outcomes],
+            [outcome.answer for outcome in outcomes],
+            [list(outcome.answer_ids) for outcome in outcomes],
+        )
 
     def part(self) -> PartialResult:
         """Wait for the scores, and return what this rank knows."""
-        scores = None if self._pending is None else self._scorer.collect(self._pending)
-        place = {index: at for at, index in enumerate(self._scored)}
+        scores: dict[int, tuple[RewardOutput, int]] = {}
+        for indices, pending in zip(self._sent, self._pending, strict=True):
+            output = self._scorer.collect(pending)
+            scores |= {index: (output, place) for place, index in enumerate(indices)}
         episodes = self._scorer.task.episodes
         assert episodes is not None, "the task has episodes"
         part = PartialResult()
@@ -140,11 +145,11 @@ class EpisodeAccumulator:
             has_failed = outcome.failure is not None
             if has_failed:
                 value = self._scorer.substitute
-            elif scores is not None:
-                at = place[index]
-                components |= {name: values[at] for name, values in scores.components.items()}
-                score = scores.values[at]
-                has_failed = scores.has_failed[at]
+            elif index in scores:
+                output, place = scores[index]
+                components |= {name: values[place] for name, values in output.components.items()}
+                score = output.values[place]
+                has_failed = output.has_failed[place]
                 value = score if has_failed or score is None else (value or 0.0) + score
             part.indices.append(index)
             part.values.append(value)
@@ -177,8 +182,7 @@ class EpisodeAccumulator:
             for turn, count in enumerate(part.turn_tokens):
                 turn_tokens[turn] += count
         samples: dict[int, Sample] = {
-            index: Transcript(**{**vars(sample), "reward": rewards[index]})
-            for index, sample in sorted(self._samples.items())
+            index: replace(sample, reward=rewards[index]) for index, sample in sorted(self._samples.items())
         }
         return Evaluation(
             rewards,

@@ -13,6 +13,8 @@ import torch
 
 from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Mesh
+from shardes.environments.base import COHORTS_AT_ONCE
+from shardes.es.update import Perturbation
 from shardes.rollout.batching import IDLE_COHORT, MicroBatch, compose
 from shardes.rollout.cohorts import begin_cohort
 from shardes.rollout.encoding import PromptEncoder
@@ -24,14 +26,19 @@ from shardes.rollout.share import WorkShare
 from shardes.rollout.turns import Cohort, EpisodeLimits, TokenAnswer, TokenPrompt
 from shardes.utils.timers import PhaseTimer
 
-# Cohorts that a rank plays at a time: one steps while the other generates.
-NUM_LANES = 2
-
-TakeEpisode = Callable[[int, EpisodeOutcome, bool], None]
-"""Takes in an episode that is over: its index, its outcome, and whether it is of the first cohort of all."""
+TakeEpisode = Callable[[int, EpisodeOutcome], None]
+"""Takes in an episode that is over: its index, and its outcome."""
 
 Generate = Callable[[MicroBatch, PromptBatch], Completions | None]
 """Has the engine answer a micro-batch; returns None if there was too little memory."""
+
+
+def model_name(member: Perturbation | None) -> str:
+    """Return the name by which harnesses ask for a member, or for the centre (None)."""
+    if member is None:
+        return "shardes-centre"
+    mirrored = "-mirrored" if member.sigma < 0 else ""
+    return f"shardes-iteration-{member.iteration}-direction-{member.direction}{mirrored}"
 
 
 class TooLittleMemoryError(Exception):
@@ -80,7 +87,7 @@ class Lanes:
     Args:
         numbers: The rank's cohorts; none on a rank that only takes part in others' forwards.
         begin: Begins a cohort.
-        end: Takes in an episode that is over: its index, its outcome, and the number of its cohort.
+        end: Takes in an episode that is over.
     """
 
     def __init__(
@@ -88,22 +95,22 @@ class Lanes:
         numbers: Iterable[int],
         *,
         begin: Callable[[int], Cohort],
-        end: Callable[[int, EpisodeOutcome, int], None],
+        end: TakeEpisode,
     ) -> None:
         self._numbers, self._begin, self._end = iter(numbers), begin, end
-        self._cohorts: list[Cohort | None] = [None] * NUM_LANES
+        self._cohorts: list[Cohort | None] = [None] * COHORTS_AT_ONCE
         self._has_begun = False
 
     def next_turn(self, lane: int) -> Turn | None:
         """Return what a lane asks next; None if nothing is left for it."""
         if not self._has_begun:
             self._has_begun = True
-            for each in range(NUM_LANES):  # all at once: the second one's environments begin meanwhile
+            for each in range(COHORTS_AT_ONCE):  # all at once: the second one's environments begin meanwhile
                 self._refill(each)
         while (cohort := self._cohorts[lane]) is not None:
             asked = cohort.advance()
             for index, outcome in cohort.outcomes().items():
-                self._end(index, outcome, cohort.number)
+                self._end(index, outcome)
             if asked:
                 return Turn(cohort.number, asked)
             cohort.close()
@@ -204,9 +211,9 @@ class EpisodePlayer:
                 end_ids=self._end_ids,
             )
 
-        def end(index: int, outcome: EpisodeOutcome, number: int) -> None:
+        def end(index: int, outcome: EpisodeOutcome) -> None:
             self._counts.add(outcome)
-            take(index, outcome, number == 0)
+            take(index, outcome)
 
         numbers = range(len(plan.cohorts))[share.place :: share.num_places]
         lanes = Lanes(numbers if share.is_counted else (), begin=begin, end=end)
@@ -214,7 +221,7 @@ class EpisodePlayer:
         try:
             while True:
                 is_over = True
-                for lane in range(NUM_LANES):
+                for lane in range(COHORTS_AT_ONCE):
                     with self._timer("environment"):
                         turn = lanes.next_turn(lane)
                     turn = self._agree(turn)

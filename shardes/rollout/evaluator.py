@@ -6,14 +6,22 @@ from typing import Any
 
 from shardes.config.schema import RolloutConfig
 from shardes.distributed.group import Group, Mesh
+from shardes.environments.base import COHORTS_AT_ONCE
+from shardes.environments.runners import Environments
 from shardes.es.update import Perturbation
 from shardes.rewards.scorer import Scorer
-from shardes.rollout.aggregate import CompletionAccumulator, Evaluation, PartialResult, RewardAccumulator
+from shardes.rollout.aggregate import (
+    BatchAccumulator,
+    CompletionAccumulator,
+    Evaluation,
+    PartialResult,
+    RewardAccumulator,
+)
 from shardes.rollout.batching import LikelihoodBatch, MicroBatch
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Completions, Engine, EngineOutput
 from shardes.rollout.episode_results import EpisodeAccumulator
-from shardes.rollout.episodes import NUM_LANES, EpisodeCounts, EpisodePlayer, TooLittleMemoryError
+from shardes.rollout.episodes import EpisodeCounts, EpisodePlayer, TooLittleMemoryError, model_name
 from shardes.rollout.likelihood import LogLikelihoodAccumulator
 from shardes.rollout.memory import MemoryShortageError, is_shortage
 from shardes.rollout.prompts import PromptBatch, PromptBuilder
@@ -36,7 +44,7 @@ class InFlightBatch:
     """
 
     prompts: PromptBatch
-    accumulators: list[RewardAccumulator]
+    accumulators: Sequence[RewardAccumulator]
     is_finite: list[bool]
     is_short: bool
 
@@ -58,6 +66,7 @@ class Evaluator:
         tokenizer: The model's tokenizer.
         mesh: The ranks.
         scorer: Has answers scored; its task is the one that is trained on.
+        environments: Run the episodes of all tasks; None: no task has any.
         settings: How prompts are answered.
         seed: The key of the random numbers that draw answers.
         max_positions: Tokens of a prompt and its answer that the model was made for; None: any number.
@@ -78,6 +87,7 @@ class Evaluator:
         tokenizer: Any,
         mesh: Mesh,
         scorer: Scorer,
+        environments: Environments | None = None,
         settings: RolloutConfig,
         seed: int,
         max_positions: int | None,
@@ -89,7 +99,7 @@ class Evaluator:
         self.engine = engine
         self._parts = {"tokenizer": tokenizer, "mesh": mesh, "scorer": scorer, "seed": seed, "timer": timer}
         self._parts |= {"max_positions": max_positions, "encoder": encoder, "pad_id": pad_id}
-        self._parts |= {"end_ids": end_ids}
+        self._parts |= {"end_ids": end_ids, "environments": environments}
         # Special tokens that are left out anyway may end an answer, too.
         self._end_ids = frozenset(() if settings.skip_special_tokens else end_ids)
         self._mesh, self._settings, self._timer = mesh, settings, timer
@@ -105,7 +115,7 @@ class Evaluator:
             text=self._text,
         )
         self.episode_counts = EpisodeCounts()
-        self._scorer, self._counted = scorer, (0, 0)
+        self._environments, self._counted = environments, (0, 0)
         self._episodes = EpisodePlayer(
             engine,
             encoder=encoder,
@@ -134,7 +144,7 @@ class Evaluator:
 
     @property
     def micro_batch_size(self) -> int:
-        """Prompts per forward; a number once it is known what ``auto`` is."""
+        """Return the prompts per forward; a number once it is known what ``auto`` is."""
         size = self._settings.micro_batch_size
         assert isinstance(size, int), "what auto is must be found first"
         return size
@@ -151,8 +161,7 @@ class Evaluator:
     def take_episode_counts(self) -> dict[str, Any]:
         """Return what was counted of this rank's episodes since the last call, by name, and begin anew."""
         prefilled = self.engine.num_prefilled_tokens
-        environments = self._scorer.environments
-        kills = 0 if environments is None else environments.num_kills
+        kills = 0 if self._environments is None else self._environments.num_kills
         before, self._counted = self._counted, (prefilled, kills)
         found = vars(self.episode_counts) | {
             "num_prefilled_tokens": prefilled - before[0],
@@ -177,8 +186,9 @@ class Evaluator:
 
     def begin(self, prompts: PromptBatch) -> None:
         """Make members of the current centre loadable, to answer these prompts; a collective of all ranks."""
-        if prompts.episodes is not None:
-            self.engine.expect_cohorts(NUM_LANES, max_context=prompts.episodes.max_context)
+        if (plan := prompts.episodes) is not None:
+            size = max(map(len, plan.cohorts), default=1)
+            self.engine.expect_cohorts(COHORTS_AT_ONCE, size=size, max_context=plan.max_context)
         self.engine.begin(max(map(self.engine.bytes_for, prompts.micro_batches), default=0))
 
     def fits(self, prompts: PromptBatch) -> bool:
@@ -226,7 +236,7 @@ class Evaluator:
             share: This rank's share of the micro-batches.
         """
         self.engine.load(members)
-        return self.answer(prompts, num_members=len(members), share=share, model=_name_of(members[0]))
+        return self.answer(prompts, num_members=len(members), share=share, model=model_name(members[0]))
 
     def answer(
         self,
@@ -234,7 +244,7 @@ class Evaluator:
         *,
         num_members: int,
         share: WorkShare,
-        model: str = "shardes-centre",
+        model: str = model_name(None),
         keeps_samples: bool = False,
     ) -> InFlightBatch:
         """Have what is loaded answer this rank's micro-batches; arguments as in ``start``.
@@ -244,7 +254,9 @@ class Evaluator:
         if prompts.episodes is not None:
             assert num_members == 1, "episodes of members that share forwards are refused"
             return self._play(prompts, share=share, model=model, keeps_samples=keeps_samples)
-        accumulators = [self._accumulator(prompts, keeps_samples=keeps_samples) for _ in range(num_members)]
+        accumulators = [
+            self._batch_accumulator(prompts, keeps_samples=keeps_samples) for _ in range(num_members)
+        ]
         are_finite = [True] * num_members
         batches = prompts.micro_batches
         self.engine.expect(batches[share.place :: share.num_places])
@@ -276,28 +288,29 @@ class Evaluator:
         self, prompts: PromptBatch, *, share: WorkShare, model: str, keeps_samples: bool
     ) -> InFlightBatch:
         """Play this rank's share of episodes with what is loaded."""
-        accumulator = self._accumulator(prompts, keeps_samples=keeps_samples)
-        assert isinstance(accumulator, EpisodeAccumulator)
+        accumulator = EpisodeAccumulator(prompts, keeps_samples=keeps_samples)
+
+        def generate(batch: MicroBatch, prompts: PromptBatch) -> Completions | None:
+            with self._timer("reward"):  # of cohorts that are over, while others go on
+                accumulator.send(is_last=False)
+            with self._timer("rollout"):
+                output = self._forward(batch, prompts)
+            assert output is None or isinstance(output, Completions)
+            return output
+
         try:
             is_finite = self._episodes.play(
                 prompts,
                 share=share,
                 model=model,
-                take=accumulator.take_episode,
-                generate=self._generate,
+                take=accumulator.take,
+                generate=generate,
             )
         except TooLittleMemoryError:
             return InFlightBatch(prompts, [accumulator], [True], is_short=True)
         with self._timer("reward"):
             accumulator.send(is_last=True)
         return InFlightBatch(prompts, [accumulator], [is_finite], is_short=False)
-
-    def _generate(self, batch: MicroBatch, prompts: PromptBatch) -> Completions | None:
-        """Return the answers of a turn; None if there was too little memory."""
-        with self._timer("rollout"):
-            output = self._forward(batch, prompts)
-        assert output is None or isinstance(output, Completions)
-        return output
 
     def collect(
         self,
@@ -340,16 +353,14 @@ class Evaluator:
             )
         return evaluations
 
-    def _accumulator(self, prompts: PromptBatch, *, keeps_samples: bool = False) -> RewardAccumulator:
+    def _accumulator(self, prompts: PromptBatch) -> RewardAccumulator:
         """Return an accumulator that knows nothing yet."""
-        scorer = prompts.scorer
         if prompts.episodes is not None:
-            return EpisodeAccumulator(
-                prompts.rows,
-                samples_per_prompt=prompts.samples_per_prompt,
-                scorer=scorer,
-                keeps_samples=keeps_samples,
-            )
+            return EpisodeAccumulator(prompts, keeps_samples=False)
+        return self._batch_accumulator(prompts, keeps_samples=False)
+
+    def _batch_accumulator(self, prompts: PromptBatch, *, keeps_samples: bool) -> BatchAccumulator:
+        scorer = prompts.scorer
         if prompts.choices is not None:
             num_samples = len(prompts.rows) if keeps_samples else self.micro_batch_size
             return LogLikelihoodAccumulator(
@@ -380,12 +391,6 @@ class Evaluator:
         if tokens and tokens[-1] in self._end_ids:
             tokens = tokens[:-1]
         return self._stop.trim(self._stop.decode(tokens))
-
-
-def _name_of(member: Perturbation) -> str:
-    """Return the name of a member, for harnesses."""
-    mirrored = "-mirrored" if member.sigma < 0 else ""
-    return f"shardes-iteration-{member.iteration}-direction-{member.direction}{mirrored}"
 
 
 def _of_member(output: EngineOutput, index: int, num_members: int) -> EngineOutput:

@@ -18,8 +18,7 @@ from shardes.endpoint.desk import Ask, Desk, Seat
 from shardes.endpoint.errors import ApiError, context_too_long
 from shardes.endpoint.requests import Request
 from shardes.endpoint.responses import Choice, FinishReason, Reply
-from shardes.environments.base import Message
-from shardes.environments.harness_pool import HarnessOutcome
+from shardes.environments.base import HarnessOutcome, Message
 from shardes.errors import UserError
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.episode_results import EpisodeOutcome, Truncation
@@ -63,10 +62,7 @@ class RequestTexts:
             param = "tools"
             self._check_tools(request.tools)
             param = "messages"
-            chats = self._encoder.chats
-            if chats.has_own_tokens:
-                return chats.tokens(prompt, self._chat, request.tools)
-            return self._encoder.rendered_tokens(chats.text(prompt, self._chat, request.tools))
+            return self._encoder.chat_tokens(prompt, self._chat, request.tools)
         except UserError as error:
             raise ApiError(f"{param}: {error}", param=param) from None
 

@@ -29,7 +29,7 @@ class IterationSpec:
 
     @functools.cached_property
     def prompts(self) -> PromptBatch:
-        """All problems of the iteration, prepared."""
+        """Return all problems of the iteration, prepared."""
         return self.evaluator.prepare(self.rows, iteration=self.iteration)
 
     @property

@@ -1,11 +1,10 @@
 """Loading of tasks: the configuration's task sections become tasks with data."""
 
 from pathlib import Path
-from typing import Any
 
 from shardes.config.schema import Config, ProblemSetConfig, TaskConfig
-from shardes.environments.base import EnvironmentSpec, EpisodeSettings
-from shardes.environments.harness import harness_of, is_harness
+from shardes.environments.adapters.registry import HARNESSES
+from shardes.environments.base import EnvironmentSpec, EpisodeSettings, HarnessSpec
 from shardes.errors import UserError
 from shardes.tasks.base import ChatTemplate, PlacedRow, Row, Task, TaskDefinition
 from shardes.tasks.data import read_rows, split_rows
@@ -91,10 +90,21 @@ def _episodes(config: ProblemSetConfig) -> EpisodeSettings | None:
     """Return what the problems of a section are episodes of; None if they are not."""
     if not config.is_episodic:
         return None
+    return EpisodeSettings(
+        program_of(config),
+        max_turns=config.max_turns,
+        episode_return=config.episode_return,
+        system=config.system,
+    )
+
+
+def program_of(config: ProblemSetConfig) -> EnvironmentSpec | HarnessSpec:
+    """Return what plays the episodes of a section."""
     arguments = config.environment_arguments
-    limits: dict[str, Any] = {"max_turns": config.max_turns, "episode_return": config.episode_return}
-    limits |= {"system": config.system}
-    reference = config.harness or config.environment or ""
-    if config.harness is not None or is_harness(reference):
-        return EpisodeSettings(None, harness_of(reference, arguments), **limits)
-    return EpisodeSettings(EnvironmentSpec(reference, arguments, tuple(config.tools)), **limits)
+    if config.harness is not None:
+        return HarnessSpec(config.harness, arguments)
+    reference = config.environment or ""
+    adapter, _, name = reference.partition(":")
+    if adapter in HARNESSES:
+        return HarnessSpec(HARNESSES[adapter], {"name": name, **arguments})
+    return EnvironmentSpec(reference, arguments, tuple(config.tools))

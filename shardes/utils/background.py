@@ -31,7 +31,7 @@ class BackgroundLoop:
 
     @property
     def is_running(self) -> bool:
-        """Whether callbacks still run; False once it is stopped, or the interpreter ends."""
+        """Return whether callbacks still run; False once it is stopped, or the interpreter ends."""
         return self._thread.is_alive()
 
     def call(self, callback: Callable[[], None]) -> None:

@@ -23,6 +23,7 @@ def parsed(task, **sections):
         {"tools": ["t.py:add", "t.py:mul"], "reward": "r.py:f"},
         {"environment": "t.py:Calculator", "rewards": [{"path": "r.py:f", "weight": 0.5}]},
         {"harness": "agent.py:run"},
+        {"environment": "verifiers:gsm8k-v1"},
     ],
 )
 def test_episodes_are_taken(task):
@@ -44,6 +45,11 @@ def test_episodes_are_taken(task):
         ({"tools": ["t.py:add"]}, {}, "tools earn nothing by themselves; give a reward"),
         ({"harness": "a.py:f", "reward": "r.py:f"}, {}, "harness earns by itself; remove"),
         ({"harness": "a.py:f", "tools": ["t.py:g"]}, {}, "harness earns by itself; remove"),
+        ({"harness": "a.py:f", "environment": "g.py:G"}, {}, "harness and environment both play"),
+        ({"harness": "a.py:f", "system": "be"}, {}, "system is for prompts and environments"),
+        ({"harness": "a.py:f", "episode_return": "last"}, {}, "episode_return is for rewards of turns"),
+        ({"environment": "verifiers:x", "reward": "r.py:f"}, {}, "environment verifiers:x earns by itself"),
+        ({"environment": "verifiers:x", "tools": ["t.py:g"]}, {}, "environment verifiers:x earns by itself"),
         ({"environment": "g.py:G", "name": "countdown"}, {}, "name is countdown, but environment"),
         ({"environment": "g.py:G", "metric": "accuracy"}, {}, "metric is accuracy, but environment"),
         ({"reward": "r.py:f", "max_turns": 3}, {}, "max_turns is for episodes of many turns"),

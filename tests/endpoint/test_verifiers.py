@@ -10,7 +10,7 @@ pytest.importorskip("uvicorn")
 from shardes import TrainConfig, Trainer
 from shardes.config.task import TaskConfig
 from shardes.endpoint.requests import SamplingSettings
-from shardes.environments import verifiers_harness
+from shardes.environments.adapters import verifiers
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.turns import EpisodeLimits, TokenAnswer
 from shardes.tasks.base import ChatTemplate
@@ -67,7 +67,7 @@ def test_a_taskset_and_its_harness_are_played_unchanged(tokenizer):
 )
 def test_what_cannot_be_played_is_refused(tokenizer, name, arguments, message):
     with pytest.raises(ValueError, match=message):
-        verifiers_harness.check(name=name, **arguments)
+        verifiers.check(name=name, **arguments)
 
 
 @pytest.mark.slow

@@ -408,7 +408,7 @@ def test_a_whole_episode(factory):
     environment = made.make()
     encoder = PromptEncoder(tokenizer)
     encoder.chats.check_tools(ChatTemplate(), made.tools)
-    conversation = Conversation(encoder, ChatTemplate(), made.tools)
+    conversation = Conversation(encoder, ChatTemplate(), made.tools, end_ids=[tokenizer.eos_token_id])
     conversation.begin(environment.reset(prompt="Count.", secret=5))
     asked = conversation.tokens
     answers = [

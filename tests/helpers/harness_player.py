@@ -2,17 +2,16 @@
 
 from collections import deque
 
-from shardes.environments.harness import harness_of
 from shardes.environments.harness_runner import HarnessRunner
 from shardes.rollout.harness_cohort import HarnessCohort, RequestTexts
+from shardes.tasks.loading import program_of
 
 
 class HarnessPlayer(HarnessRunner):
     """A runner that makes cohorts, too."""
 
     def __init__(self, config, *, sampling, encoder, chat):
-        spec = harness_of(config.harness or config.environment, config.environment_arguments)
-        super().__init__(spec, config, sampling=sampling)
+        super().__init__(program_of(config), config, sampling=sampling, key="task.harness")
         self.texts = RequestTexts(encoder, chat)
 
     def begin(self, number, episodes, *, model, limits):

@@ -31,7 +31,7 @@ def find_connection():
 def request_id():
     """The id of the request that is being answered."""
     frame = sys._getframe()
-    while frame.f_code.co_name != "_serve":
+    while frame.f_code.co_name != "serve_rewards":
         frame = frame.f_back
     return frame.f_locals["number"]
 

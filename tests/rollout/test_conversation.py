@@ -63,6 +63,7 @@ def tokenizer_of(family):
 
 def begun(tokenizer, first="What is 12?", *, tools=None, template=None, **arguments):
     encoder = PromptEncoder(tokenizer, date=DAY)
+    arguments = {"end_ids": [tokenizer.eos_token_id], **arguments}
     conversation = Conversation(encoder, ChatTemplate(template), tools, as_chat=True, **arguments)
     conversation.begin(first)
     return conversation
@@ -284,7 +285,7 @@ def test_an_answer_that_the_environment_has_begun_is_one_message_with_it():
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_text_is_appended_to_as_it_is(legacy):
     tokenizer = sentence_pieces(legacy=legacy)
-    conversation = Conversation(PromptEncoder(tokenizer), ChatTemplate())
+    conversation = Conversation(PromptEncoder(tokenizer), ChatTemplate(), end_ids=[tokenizer.eos_token_id])
     conversation.begin("the film is")
     asked = conversation.tokens
     assert tokenizer.convert_ids_to_tokens(asked) == ["<s>", "▁the", "▁film", "▁is"]
@@ -348,17 +349,23 @@ def test_what_the_template_or_the_model_refuses_fails_the_episode_only():
         begun(tokenizer_of("gemma"), [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
     with pytest.raises(ConversationError, match="half a surrogate pair"):
         begun(tokenizer_of("chatml"), "\ud800")
-    no_text = Conversation(PromptEncoder(AutoTokenizer.from_pretrained(QUICKSTART / "model")), ChatTemplate())
+    no_letters = PromptEncoder(AutoTokenizer.from_pretrained(QUICKSTART / "model"))
+    no_text = Conversation(no_letters, ChatTemplate(), end_ids=[])
     no_text.begin("12=")
     no_text.answer(no_text.tokens[:1], "1")
     with pytest.raises(ConversationError, match=r"^the text '>' has no tokens"):
         no_text.observe(">")
     few = PromptEncoder(tokenizer_of("chatml"), num_tokens=263)
-    conversation = Conversation(few, ChatTemplate())
+    conversation = Conversation(few, ChatTemplate(), end_ids=[])
     conversation.begin("the")
     conversation.answer(plain(few.tokenizer, "is"), "is")
     with pytest.raises(ConversationError, match=r"embeddings for 263 tokens only"):
         conversation.observe("<|im_start|>")
+    own = OwnTokens(tokenizer_object=few.tokenizer.backend_tokenizer, eos_token="<|im_end|>")
+    own.chat_template = few.tokenizer.chat_template
+    conversation = Conversation(PromptEncoder(own, num_tokens=263), ChatTemplate(), as_chat=True, end_ids=[])
+    with pytest.raises(ConversationError, match=r"embeddings for 263 tokens only"):
+        conversation.begin("the")
     # Without a template, no episode could begin.
     with pytest.raises(UserError, match="has no chat template"):
         begun(byte_pieces(special=IM, eos="<|im_end|>"))

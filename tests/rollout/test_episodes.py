@@ -66,7 +66,7 @@ class Harness:
         self.log, self.batches = [], []
         self.tokenizer = sentence_pieces(chat_template=CHAT)
         settings = RolloutConfig(max_new_tokens=6, max_context=max_context, **keys.pop("rollout", {}))
-        episodes = EpisodeSettings(EnvironmentSpec("m:C"), None, max_turns, rule, system=system)
+        episodes = EpisodeSettings(EnvironmentSpec("m:C"), max_turns, rule, system=system)
         task = Task("t", [], [], lambda row: "", keys.pop("rewards", ()), episodes=episodes)
         self.scorer = Scorer(
             task,
@@ -110,14 +110,12 @@ class Harness:
         return Completions([[*each, 2] for each in ids], [True] * len(ids))
 
     def play(self, *, share=ALONE, generate=None):
-        accumulator = EpisodeAccumulator(
-            self.rows, samples_per_prompt=1, scorer=self.scorer, keeps_samples=True
-        )
+        accumulator = EpisodeAccumulator(self.prompts, keeps_samples=True)
         is_finite = self.player.play(
             self.prompts,
             share=share,
             model="m",
-            take=accumulator.take_episode,
+            take=accumulator.take,
             generate=generate or self.generate,
         )
         accumulator.send(is_last=True)
@@ -203,7 +201,6 @@ def test_an_answer_that_had_no_more_room_is_counted():
     game = Harness([[go(), go(), done()]])
     found, _ = game.play(generate=lambda batch, prompts: Completions([[20] * 6], [True]))
     assert found.components["answers_cut"] == [2.0]
-    assert game.play  # the plain model ends its answers
     found, _ = Harness([[go(), done()]]).play()
     assert found.components["answers_cut"] == [0.0]
 
@@ -239,6 +236,26 @@ def test_rewards_judge_the_last_answer_and_are_added():
     found, _ = Harness([[go(), go("xy", 0.5), done(0.25)]], rewards=(component,)).play()
     assert found.rewards == [0.75 + 2.0 * 2.0]
     assert found.components["judge"] == [2.0]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_a_reward_is_called_with_the_last_answers_of_a_cohort_on_any_ranks(num_ranks):
+    calls = []
+
+    def judge(completions, index, **columns):
+        calls.append((list(index), list(completions)))
+        return [float(len(completions))] * len(completions)
+
+    # Within a cohort, later episodes end first.
+    results = [[go(), *[go()] * (1 - index % 2), done()] for index in range(5)]
+    results[3] = [StepResult(failure="never")]
+    earned = {}
+    for place in range(num_ranks):
+        game = Harness(results, size=2, rewards=(Component("judge", judge),))
+        found, _ = game.play(share=WorkShare(place, num_ranks, place, is_counted=True))
+        earned |= {index: value for index, value in enumerate(found.rewards) if value is not None}
+    assert sorted(calls) == [([0, 1], ["0", "1"]), ([2], ["2"]), ([4], ["4"])]
+    assert earned == {0: 2.0, 1: 2.0, 2: 1.0, 4: 1.0}
 
 
 def test_two_cohorts_take_turns_and_the_next_begins_where_one_ends():
@@ -298,6 +315,21 @@ def test_a_system_message_makes_chats_of_texts():
     assert [message["role"] for message in found.samples[0].messages] == [
         *("system", "user", "assistant", "user", "assistant")
     ]
+
+
+def test_what_a_template_opens_is_a_part_of_each_answer():
+    def judge(completions, **columns):
+        return [float(text == "<think>\n0") for text in completions]
+
+    template = CHAT.replace("assistant\n", "assistant\n<think>\n")
+    results = [[go("abc"), go("de"), StepResult()]]
+    game = Harness(results, system="", max_turns=1, max_context=200, rewards=(Component("own", judge),))
+    game.tokenizer.chat_template = template
+    found, _ = game.play()
+    assert ("step", 0, "<think>\n0") in game.log
+    assert found.rewards == [1.0]
+    assert found.samples[0].completion == "<think>\n0"
+    assert found.samples[0].messages[1] == {"role": "assistant", "content": "<think>\n0"}
 
 
 def test_there_must_be_room_for_a_prompt():

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -320,3 +321,15 @@ def test_rewards_see_what_the_template_opened_and_special_tokens_if_asked(tmp_pa
         assert seen[row["n"]] == start + tokenizer.decode(output, skip_special_tokens=skips)
         num_special += any(token in tokenizer.all_special_ids for token in output[:-1])
     assert num_special > 0, "there was something to leave out"
+
+
+def test_processes_of_the_environments_of_all_tasks_are_counted_once(tmp_path):
+    model_dir = tiny_model(tmp_path / "model", tied=False, seed=3)
+    environments = SimpleNamespace(num_kills=3, of=lambda task: None)
+    with open_session(make_config(tmp_path, model=model_dir, run_dir=tmp_path / "run")) as session:
+        task = load_task(session.config.task)
+        evaluator, *_ = make_evaluator(session, task, environments=environments, others={"other": task})
+        kills = [evaluator.take_episode_counts()["num_environment_kills"]]
+        environments.num_kills = 4
+        kills.append(evaluator.take_episode_counts()["num_environment_kills"])
+    assert kills == [3, 1]

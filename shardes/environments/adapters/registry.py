@@ -1,5 +1,11 @@
 """Names of the adapters, and where each is; imports nothing."""
 
+HARNESSES: dict[str, str] = {"verifiers": "shardes.environments.adapters.verifiers:play"}
+"""Adapters that ask the model by themselves, through the endpoint, as ``task.harness`` does.
+
+The name that follows in ``task.environment`` is the function's argument ``name``.
+"""
+
 ADAPTERS: dict[str, str] = {
     "gymnasium": "shardes.environments.adapters.gymnasium:make",
     "openenv": "shardes.environments.adapters.openenv:make",

@@ -96,11 +96,12 @@ class Engine(ABC):
         """Return how many tokens of prompts were computed so far, rather than known; 0: not counted."""
         return 0
 
-    def expect_cohorts(self, count: int, *, max_context: int) -> None:  # noqa: B027
+    def expect_cohorts(self, count: int, *, size: int, max_context: int) -> None:  # noqa: B027
         """Learn how much is asked again; ``bytes_for`` then counts what is kept for it.
 
         Args:
             count: Number of cohorts that this rank has under way at the same time, and that are kept at most.
+            size: Number of episodes of the largest cohort, on any rank.
             max_context: Largest number of tokens of an episode, its last answer included.
         """
 

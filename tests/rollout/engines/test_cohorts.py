@@ -81,6 +81,7 @@ def test_a_turn_computes_its_new_tokens_and_answers_as_from_the_beginning(models
     if makes_graphs and name.startswith("gemma"):
         pytest.skip("never captured")
     decoder = make_decoder(model, make_graph=Remembered if makes_graphs else None)
+    decoder.max_rows = 11
     starts = random_prompts(5, num_prompts=19)
     playing = [dict(enumerate(starts[:11])), dict(enumerate(starts[11:], start=11))]
     held, widths, lengths, num_compared = {}, [], set(), 0
@@ -122,6 +123,20 @@ def test_a_turn_computes_its_new_tokens_and_answers_as_from_the_beginning(models
         assert decoder._graphs.is_usable
         # 11 and 6 rows, once for each of two sizes that the storage grows to.
         assert Remembered.made <= 4
+
+
+@pytest.mark.parametrize("size", [None, 8])
+def test_what_a_rank_has_computed_before_changes_no_shape_of_a_captured_step(models, size):
+    found = []
+    for first in (2, 13):
+        decoder = make_decoder(models["llama"], make_graph=Remembered)
+        decoder.max_rows = size
+        decoder.decode(models["llama"], turn_batch(dict(enumerate(random_prompts(2)[:first])), cohort=0))
+        with Rows(models["llama"]) as shapes:
+            decoder.decode(models["llama"], turn_batch(dict(enumerate(random_prompts(4)[:2])), cohort=1))
+        assert decoder._graphs.is_usable
+        found.append({rows for rows, width in shapes[1:] if width == 1})
+    assert found == [{2}, {2}] if size is None else [{2, 4}, {2, 4}]
 
 
 def test_stop_texts_and_ranks_in_step_keep_the_same(models):
@@ -282,7 +297,7 @@ def test_what_is_kept_counts_and_what_finds_no_memory_is_computed_anew(engine, s
     batch = turn_batch(prompts, cohort=0)
     rows, width = batch.input_ids.shape
     plain = engine.bytes_for(replace(batch, cohort=None))
-    engine.expect_cohorts(3, max_context=60)
+    engine.expect_cohorts(3, size=rows, max_context=60)
     of_one = cache_bytes(
         session.backend.sharded_model.config, rows=rows, length=width + TOKENS, dtype=torch.float32
     )

@@ -44,6 +44,7 @@ class Decoder:
 
     Attributes:
         kept: What is kept of cohorts between turns; to be forgotten when other weights are loaded.
+        max_rows: Episodes of the largest cohort; None: not known.
         max_context: Most tokens of an episode, for which the storage grows at most; None: not known.
         num_prefilled_tokens: Tokens of prompts that were computed so far, without those that take the place
             of padding.
@@ -72,6 +73,7 @@ class Decoder:
         self._graphs: StepGraphs | None = None
         self._has_begun = False
         self.kept = KeptCohorts()
+        self.max_rows: int | None = None
         self.max_context: int | None = None
         self.num_prefilled_tokens = 0
 
@@ -213,12 +215,15 @@ class Decoder:
             return DynamicCache(config=model.config), 0
         rows, width = batch.input_ids.shape
         length = width + self._max_new_tokens
+        room = rows
         if batch.cohort is not None:
+            room = max(rows, self.max_rows or 0)
             # Contexts grow in each turn; the storage in few steps, as its graphs are then captured anew.
             roomy = 1 << (length - 1).bit_length()
             most = roomy if self.max_context is None else self.max_context + self._max_new_tokens
             length = max(length, min(roomy, most))
-        slab.restart(rows=rows, max_length=length)
+        slab.restart(rows=room, max_length=length)
+        slab.look_at(slice(rows), low=0, length=0)
         counts = self.kept.take(batch, slab) if keeps(batch, slab) else []
         if not any(counts) and self._prefix is not None and self._has_prefix(batch):
             slab.take_prefix(self._prefix, [width - length for length in batch.lengths])
@@ -240,9 +245,10 @@ class Decoder:
     def _sizes(self, batch: MicroBatch) -> list[int] | None:
         """Return the numbers of rows that are captured; None: any.
 
-        Each turn of a cohort begins with as many rows as still live, which would all be captured.
+        Each turn of a cohort begins with as many rows as still live, which would all be captured. They follow
+        from the data, and not from the storage, which has room for whatever this rank has computed before.
         """
-        return None if batch.cohort is None or self._slab is None else ladder(self._slab.capacity()[0])
+        return None if batch.cohort is None else ladder(max(len(batch.rows), self.max_rows or 0))
 
     def _graphs_of(
         self, model: nn.Module, device: torch.device, *, any_rank: Callable[[bool], bool] | None

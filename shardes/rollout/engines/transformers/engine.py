@@ -128,9 +128,10 @@ class TransformersEngine(Engine):
         """Return how many tokens of prompts were computed so far."""
         return self._decoder.num_prefilled_tokens
 
-    def expect_cohorts(self, count: int, *, max_context: int) -> None:
+    def expect_cohorts(self, count: int, *, size: int, max_context: int) -> None:
         """Keep no more than so many cohorts, and grow the cache no further than contexts do."""
-        self._decoder.kept.most, self._decoder.max_context = count, max_context
+        self._decoder.kept.most = count
+        self._decoder.max_rows, self._decoder.max_context = size, max_context
 
     def begin(self, num_bytes: int) -> None:
         """Choose the gather mode if that is still to do, and gather what serves all members; a collective."""

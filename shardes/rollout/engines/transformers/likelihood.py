@@ -9,7 +9,7 @@ from shardes.rollout.batching import LikelihoodBatch
 
 @torch.no_grad()
 def log_likelihoods(model: nn.Module, batch: LikelihoodBatch) -> list[torch.Tensor]:
-    """The log-likelihood of every token of each completion, given all tokens before it; one forward.
+    """Return the log-likelihood of every token of each completion, given all tokens before it; one forward.
 
     Padding needs no mask: it stands on the right, where a causal model cannot see it.
 
