@@ -10,10 +10,12 @@ It exists once it is whole. Files are written to a directory of another name and
 rank 0 alone writes the manifest, which is the mark of a complete snapshot, and renames the directory.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +40,8 @@ SNAPSHOT_VERSION = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"iteration-(\d{8,})")
 _READ_BYTES = 1 << 24
+# Room that a snapshot leaves to the journal, which is written at the same time.
+_JOURNAL_BYTES = 1 << 16
 _MANIFEST_BYTES = 1 << 28
 
 
@@ -80,6 +84,7 @@ def write_part(
         SnapshotError: It was cancelled.
     """
     tensors = list(tensors)
+    _check_room(path.parent, sum(shard.num_owned * tensor.element_size() for _, shard, tensor in tensors))
     with path.open("wb") as stream:
         sink = _Hashing(stream)
         write_header(sink, [(name, tensor.dtype, [shard.num_owned]) for name, shard, tensor in tensors])
@@ -99,6 +104,16 @@ def write_part(
             for name, shard, _ in tensors
         },
     }
+
+
+def _check_room(directory: Path, num_bytes: int) -> None:
+    """Refuse a file for which there is no room, before it takes that of the journal, which goes on meanwhile.
+
+    Raises:
+        OSError: There is none.
+    """
+    if shutil.disk_usage(directory).free < num_bytes + _JOURNAL_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def write_manifest(
