@@ -17,8 +17,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from shardes.endpoint.desk import ANY_MODEL, Ask, Desk, Seat
 from shardes.endpoint.errors import ApiError
+from shardes.endpoint.request_queue import ANY_MODEL, Credentials, PendingRequest, RequestQueue
 from shardes.endpoint.requests import Request, SamplingSettings, read_chat, read_completion
 from shardes.endpoint.responses import Reply, body_of, events_of, model_card
 from shardes.utils.closing import Closing
@@ -37,15 +37,15 @@ class EndpointServer(Closing):
     Each episode has a base URL and a key of its own, by which its requests are told from others'.
 
     Args:
-        desk: Takes the requests.
+        queue: Takes the requests.
         sampling: How the run draws tokens.
 
     Attributes:
         port: Port of the loopback interface, which the kernel has chosen.
     """
 
-    def __init__(self, desk: Desk, sampling: SamplingSettings) -> None:
-        self._desk = desk
+    def __init__(self, queue: RequestQueue, sampling: SamplingSettings) -> None:
+        self._queue = queue
         self._sampling = sampling
         self._socket = _bound()
         self.port: int = self._socket.getsockname()[1]
@@ -79,13 +79,13 @@ class EndpointServer(Closing):
         )
         self._thread.start()
 
-    def url_of(self, seat: Seat) -> str:
+    def url_of(self, credentials: Credentials) -> str:
         """Return an episode's base URL, for ``OPENAI_BASE_URL``."""
-        return f"http://{HOST}:{self.port}/{seat.episode}/v1"
+        return f"http://{HOST}:{self.port}/{credentials.episode}/v1"
 
     def close(self) -> None:
         """Refuse all that waits, and end the server."""
-        self._desk.close()
+        self._queue.close()
         self._server.should_exit = True
         self._thread.join()
         self._socket.close()
@@ -97,18 +97,18 @@ class EndpointServer(Closing):
         return await self._answer(http, read_completion)
 
     async def _models(self, http: HttpRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [model_card(self._seat(http).model)]})
+        return JSONResponse({"object": "list", "data": [model_card(self._credentials(http).model)]})
 
     async def _model(self, http: HttpRequest) -> Response:
-        seat = self._seat(http)
-        _check_model(seat, http.path_params["name"])
-        return JSONResponse(model_card(seat.model))
+        credentials = self._credentials(http)
+        _check_model(credentials, http.path_params["name"])
+        return JSONResponse(model_card(credentials.model))
 
     async def _answer(self, http: HttpRequest, read: Callable[[Any, SamplingSettings], Request]) -> Response:
-        seat = self._seat(http)
+        credentials = self._credentials(http)
         body = await _body(http)
         request = read(body, self._sampling)
-        _check_model(seat, request.model)
+        _check_model(credentials, request.model)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Reply | ApiError] = loop.create_future()
 
@@ -116,17 +116,17 @@ class EndpointServer(Closing):
             with contextlib.suppress(RuntimeError):  # the server has ended
                 loop.call_soon_threadsafe(_set, future, reply)
 
-        ask = self._desk.ask(seat.episode, request, body, deliver)
+        ask = self._queue.ask(credentials.episode, request, body, deliver)
         reply = await self._reply(http, ask, future)
         if isinstance(reply, ApiError):
             raise reply
         if request.is_streamed:
-            events = events_of(reply, request, model=seat.model, number=ask.number)
+            events = events_of(reply, request, model=credentials.model, number=ask.number)
             return Response("".join(events), media_type="text/event-stream")
-        return JSONResponse(body_of(reply, request, model=seat.model, number=ask.number))
+        return JSONResponse(body_of(reply, request, model=credentials.model, number=ask.number))
 
     async def _reply(
-        self, http: HttpRequest, ask: Ask, future: "asyncio.Future[Reply | ApiError]"
+        self, http: HttpRequest, ask: PendingRequest, future: "asyncio.Future[Reply | ApiError]"
     ) -> Reply | ApiError:
         """Wait for the answer, or until whoever has asked goes away."""
         gone = asyncio.ensure_future(_gone(http))
@@ -138,21 +138,21 @@ class EndpointServer(Closing):
             raise _gone_away()
         finally:
             gone.cancel()
-            self._desk.withdraw(ask)
+            self._queue.withdraw(ask)
 
-    def _seat(self, http: HttpRequest) -> Seat:
+    def _credentials(self, http: HttpRequest) -> Credentials:
         kind, _, key = http.headers.get("authorization", "").partition(" ")
-        seat = self._desk.seat_of(
+        credentials = self._queue.seat_of(
             http.path_params["episode"], key.strip() if kind.lower() == "bearer" else ""
         )
-        if seat is None:
+        if credentials is None:
             raise ApiError(
                 "Incorrect API key provided, or the episode is over; the key is in OPENAI_API_KEY, and goes "
                 "with the URL in OPENAI_BASE_URL",
                 status=401,
                 code="invalid_api_key",
             )
-        return seat
+        return credentials
 
 
 def _set(future: "asyncio.Future[Reply | ApiError]", reply: Reply | ApiError) -> None:
@@ -191,11 +191,11 @@ def _gone_away() -> ApiError:
     return ApiError("the client has closed the connection", status=499)
 
 
-def _check_model(seat: Seat, name: str) -> None:
-    if name not in (seat.model, ANY_MODEL):
+def _check_model(credentials: Credentials, name: str) -> None:
+    if name not in (credentials.model, ANY_MODEL):
         raise ApiError(
-            f"The model {name!r} does not exist; this episode's is {seat.model!r} (OPENAI_MODEL), which "
-            f"{ANY_MODEL!r} stands for, too",
+            f"The model {name!r} does not exist; this episode's is {credentials.model!r} (OPENAI_MODEL), "
+            f"which {ANY_MODEL!r} stands for, too",
             status=404,
             param="model",
             code="model_not_found",

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from shardes.endpoint.desk import Desk, Seat
+from shardes.endpoint.request_queue import Credentials, RequestQueue
 from shardes.environments.adapters.registry import HARNESSES
 from shardes.environments.base import HarnessOutcome, HarnessSpec
 from shardes.errors import UserError
@@ -32,7 +32,7 @@ class HarnessPool(Closing):
 
     Args:
         spec: The harness.
-        desk: Where episodes have their places.
+        queue: Where episodes have their places.
         key: Key of the configuration that names the harness, for messages.
         timeout_seconds: The limit.
         max_workers: Processes at most.
@@ -49,7 +49,7 @@ class HarnessPool(Closing):
     def __init__(
         self,
         spec: HarnessSpec,
-        desk: Desk,
+        queue: RequestQueue,
         *,
         key: str,
         timeout_seconds: float,
@@ -58,7 +58,7 @@ class HarnessPool(Closing):
         may_isolate: bool = False,
     ) -> None:
         self.num_kills = 0
-        self._desk, self._key = desk, key
+        self._queue, self._key = queue, key
         self._timeout_seconds = timeout_seconds
         given = {"reference": spec.reference, "arguments": dict(spec.arguments)}
         # An adapter's processes are forked from one that has imported its package.
@@ -83,18 +83,18 @@ class HarnessPool(Closing):
             self.close()
             raise
 
-    def begin(self, seat: Seat, row: Row, url: str) -> "Future[HarnessOutcome]":
+    def begin(self, credentials: Credentials, row: Row, url: str) -> "Future[HarnessOutcome]":
         """Begin an episode at its place, whose base URL is ``url``, and return at once."""
         future: Future[HarnessOutcome] = Future()
 
         async def play() -> None:
             try:
-                future.set_result(await self._play(seat, row, url))
+                future.set_result(await self._play(credentials, row, url))
             except asyncio.CancelledError:
                 future.cancel()
                 raise
             except Exception as error:
-                self._desk.end(seat.episode)
+                self._queue.end(credentials.episode)
                 future.set_exception(error)
 
         def start() -> None:
@@ -118,7 +118,7 @@ class HarnessPool(Closing):
         worker = await self._crew.acquire()
         try:
             async with asyncio.timeout(IMPORT_SECONDS):
-                reply = await worker.ask(([0], _batch(None, "", Seat("", "", ""))))
+                reply = await worker.ask(([0], _batch(None, "", Credentials("", "", ""))))
             found = read_reply(reply, [_NAME], 1)
         except (EOFError, OSError, ValueError, TypeError, KeyError) as error:  # TimeoutError, too
             self._crew.discard(worker)
@@ -129,33 +129,35 @@ class HarnessPool(Closing):
         if found.first_failure is not None:
             raise UserError(f"{self._key}: {_reason(found)}")
 
-    async def _play(self, seat: Seat, row: Row, url: str) -> HarnessOutcome:
+    async def _play(self, credentials: Credentials, row: Row, url: str) -> HarnessOutcome:
         num_tries = num_answers = 0
         while True:
             # Once it waits for a process, there is one more: all of a cohort live at the same time.
             self._background.loop.call_soon(self._crew.grow)
             worker = await self._crew.acquire()
-            self._desk.begin(seat.episode)
+            self._queue.begin(credentials.episode)
             try:
-                found, is_lost = await self._ask(worker, seat, row, url)
+                found, is_lost = await self._ask(worker, credentials, row, url)
             except BaseException:
                 self._crew.discard(worker)
                 raise
-            answered = self._desk.num_answers(seat.episode)
+            answered = self._queue.num_answers(credentials.episode)
             num_tries = 1 if answered > num_answers else num_tries + 1
             num_answers = answered
             if not is_lost or num_tries == MAX_TRIES:
                 break
-        seconds = self._desk.end(seat.episode)
+        seconds = self._queue.end(credentials.episode)
         if isinstance(found, str):
             return HarnessOutcome(0.0, found, seconds)
         return HarnessOutcome(found, seconds=seconds)
 
-    async def _ask(self, worker: WorkerProcess, seat: Seat, row: Row, url: str) -> tuple[float | str, bool]:
+    async def _ask(
+        self, worker: WorkerProcess, credentials: Credentials, row: Row, url: str
+    ) -> tuple[float | str, bool]:
         """Return the episode's return, or why there is none; and whether its process was lost."""
-        asking = self._background.loop.create_task(worker.ask(([0], _batch(row, url, seat))))
+        asking = self._background.loop.create_task(worker.ask(([0], _batch(row, url, credentials))))
         try:
-            is_late = await self._is_late(asking, seat)
+            is_late = await self._is_late(asking, credentials)
         finally:
             asking.cancel()
         if is_late:
@@ -187,11 +189,11 @@ class HarnessPool(Closing):
         (value,) = output.components[_NAME]
         return (_reason(output) if value is None else value), False
 
-    async def _is_late(self, asking: "asyncio.Task[Any]", seat: Seat) -> bool:
+    async def _is_late(self, asking: "asyncio.Task[Any]", credentials: Credentials) -> bool:
         """Wait for a reply; return True as soon as the episode has been idle for too long before it."""
         while not asking.done():
             # While it waits for an answer, the earliest that it can be late is the limit from now.
-            left = self._timeout_seconds - (self._desk.idle_seconds(seat.episode) or 0.0)
+            left = self._timeout_seconds - (self._queue.idle_seconds(credentials.episode) or 0.0)
             if left <= 0:
                 return True
             await asyncio.wait({asking}, timeout=left)
@@ -204,12 +206,12 @@ def _reason(output: RewardOutput) -> str:
     return reason.replace(f"reward {_NAME!r}", "harness").replace("the reward", "the harness")
 
 
-def _batch(row: Row | None, url: str, seat: Seat) -> RewardBatch:
+def _batch(row: Row | None, url: str, credentials: Credentials) -> RewardBatch:
     """Return an episode as what a reward is asked; no row: only the harness is looked at."""
     columns: dict[str, list[Any]] = {
         "row": [None if row is None else dict(row)],
         "url": [url],
-        "key": [seat.key],
-        "model": [seat.model],
+        "key": [credentials.key],
+        "model": [credentials.model],
     }
     return RewardBatch([""], [""], [[]], columns)

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from shardes.config.task import TaskConfig
-from shardes.endpoint.desk import Desk, Seat
+from shardes.endpoint.request_queue import Credentials, RequestQueue
 from shardes.endpoint.requests import SamplingSettings
 from shardes.endpoint.server import EndpointServer
 from shardes.environments.base import COHORTS_AT_ONCE, HarnessOutcome, HarnessSpec
@@ -15,7 +15,7 @@ from shardes.utils.closing import Closing
 
 
 class HarnessRunner(Closing):
-    """Runner of episodes that ask by themselves; who plays them takes their requests from the desk.
+    """Runner of episodes that ask by themselves; who plays them takes their requests from the queue.
 
     Args:
         spec: The harness.
@@ -24,7 +24,7 @@ class HarnessRunner(Closing):
         key: Key of the configuration that names the harness, for messages.
 
     Attributes:
-        desk: Where episodes ask, and are answered.
+        queue: Where episodes ask, and are answered.
         num_at_once: Episodes of a cohort at a time: the others begin, in order, as these end. If it is less
             than a cohort has, what is computed together, and so the last bits, depend on it.
         tools: None: harnesses bring their own with each request.
@@ -47,12 +47,12 @@ class HarnessRunner(Closing):
                 f"of its episodes, and {COHORTS_AT_ONCE} are played at a time at least; wanted "
                 f"{COHORTS_AT_ONCE} or more"
             )
-        self.desk = Desk()
-        self._server = EndpointServer(self.desk, sampling)
+        self.queue = RequestQueue()
+        self._server = EndpointServer(self.queue, sampling)
         try:
             self._pool = HarnessPool(
                 spec,
-                self.desk,
+                self.queue,
                 key=key,
                 timeout_seconds=config.reward_timeout_seconds,
                 max_workers=config.reward_workers,
@@ -68,12 +68,12 @@ class HarnessRunner(Closing):
         """Return how many processes of harnesses have ended before their time, so far."""
         return self._pool.num_kills
 
-    def start(self, seat: Seat, row: Mapping[str, Any]) -> "Future[HarnessOutcome]":
+    def start(self, credentials: Credentials, row: Mapping[str, Any]) -> "Future[HarnessOutcome]":
         """Begin an episode at its place, and return at once."""
-        return self._pool.begin(seat, row, self._server.url_of(seat))
+        return self._pool.begin(credentials, row, self._server.url_of(credentials))
 
     def close(self) -> None:
         """End all episodes, their processes, and the endpoint."""
-        self.desk.close()
+        self.queue.close()
         self._pool.close()
         self._server.close()

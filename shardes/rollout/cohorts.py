@@ -47,7 +47,7 @@ def begin_cohort(
             episodes,
             model=model,
             limits=limits,
-            desk=runner.desk,
+            queue=runner.queue,
             texts=RequestTexts(encoder, scorer.task.chat),
             start=runner.start,
             num_at_once=runner.num_at_once,

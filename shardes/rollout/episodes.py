@@ -81,7 +81,7 @@ class Turn:
     prompts: list[TokenPrompt]
 
 
-class Lanes:
+class ActiveCohorts:
     """Cohorts that a rank plays in turn; where one is over, the next takes its place.
 
     Args:
@@ -101,25 +101,25 @@ class Lanes:
         self._cohorts: list[Cohort | None] = [None] * COHORTS_AT_ONCE
         self._has_begun = False
 
-    def next_turn(self, lane: int) -> Turn | None:
-        """Return what a lane asks next; None if nothing is left for it."""
+    def next_turn(self, slot: int) -> Turn | None:
+        """Return what a slot asks next; None if nothing is left for it."""
         if not self._has_begun:
             self._has_begun = True
             for each in range(COHORTS_AT_ONCE):  # all at once: the second one's environments begin meanwhile
                 self._refill(each)
-        while (cohort := self._cohorts[lane]) is not None:
+        while (cohort := self._cohorts[slot]) is not None:
             asked = cohort.advance()
             for index, outcome in cohort.outcomes().items():
                 self._end(index, outcome)
             if asked:
                 return Turn(cohort.number, asked)
             cohort.close()
-            self._refill(lane)
+            self._refill(slot)
         return None
 
-    def answer(self, lane: int, answers: list[TokenAnswer]) -> None:
-        """Give a lane's cohort the answers to what it asked; on a rank that has none, do nothing."""
-        cohort = self._cohorts[lane]
+    def answer(self, slot: int, answers: list[TokenAnswer]) -> None:
+        """Give a slot's cohort the answers to what it asked; on a rank that has none, do nothing."""
+        cohort = self._cohorts[slot]
         if cohort is not None and answers:
             cohort.answer(answers)
 
@@ -129,10 +129,10 @@ class Lanes:
             if cohort is not None:
                 cohort.close()
 
-    def _refill(self, lane: int) -> None:
-        self._cohorts[lane] = None
+    def _refill(self, slot: int) -> None:
+        self._cohorts[slot] = None
         if (number := next(self._numbers, None)) is not None:
-            self._cohorts[lane] = self._begin(number)
+            self._cohorts[slot] = self._begin(number)
 
 
 class EpisodePlayer:
@@ -216,14 +216,14 @@ class EpisodePlayer:
             take(index, outcome)
 
         numbers = range(len(plan.cohorts))[share.place :: share.num_places]
-        lanes = Lanes(numbers if share.is_counted else (), begin=begin, end=end)
+        active = ActiveCohorts(numbers if share.is_counted else (), begin=begin, end=end)
         is_finite = True
         try:
             while True:
                 is_over = True
-                for lane in range(COHORTS_AT_ONCE):
+                for slot in range(COHORTS_AT_ONCE):
                     with self._timer("environment"):
-                        turn = lanes.next_turn(lane)
+                        turn = active.next_turn(slot)
                     turn = self._agree(turn)
                     if turn is None:
                         continue
@@ -234,11 +234,11 @@ class EpisodePlayer:
                         raise TooLittleMemoryError
                     is_finite &= output.is_finite or not turn.prompts
                     by_place = dict(zip(order, output.tokens, strict=True))
-                    lanes.answer(lane, [self._answer(by_place[i], p) for i, p in enumerate(turn.prompts)])
+                    active.answer(slot, [self._answer(by_place[i], p) for i, p in enumerate(turn.prompts)])
                 if is_over:
                     return is_finite
         finally:
-            lanes.close()
+            active.close()
 
     def _agree(self, turn: Turn | None) -> Turn | None:
         """Return what this rank generates now: its own turn, its replica's, or nothing if no rank has any."""

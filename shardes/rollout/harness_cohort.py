@@ -14,8 +14,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from shardes.endpoint.desk import Ask, Desk, Seat
 from shardes.endpoint.errors import ApiError, context_too_long
+from shardes.endpoint.request_queue import Credentials, PendingRequest, RequestQueue
 from shardes.endpoint.requests import Request
 from shardes.endpoint.responses import Choice, FinishReason, Reply
 from shardes.environments.base import HarnessOutcome, Message
@@ -94,7 +94,7 @@ class _Played:
     """One episode on its rank."""
 
     index: int
-    seat: Seat
+    credentials: Credentials
     future: "Future[HarnessOutcome]"
     first: Prompt = ""
     messages: list[Message] = field(default_factory=list)
@@ -126,7 +126,7 @@ class _Played:
 class _Plan:
     """A request, and where its prompts are among those of the turn."""
 
-    ask: Ask
+    ask: PendingRequest
     played: _Played
     num_prompt_tokens: int
     rows: range
@@ -142,7 +142,7 @@ class HarnessCohort:
         episodes: By index, in order, the row of each of its episodes.
         model: Name of the model that they ask.
         limits: Limits of what they may ask.
-        desk: Where they ask.
+        queue: Where they ask.
         texts: Makes tokens of what they ask.
         start: Begins an episode at its place.
         num_at_once: Episodes at a time; the others begin, in order, as these end.
@@ -158,14 +158,14 @@ class HarnessCohort:
         *,
         model: str,
         limits: EpisodeLimits,
-        desk: Desk,
+        queue: RequestQueue,
         texts: RequestTexts,
-        start: Callable[[Seat, Row], "Future[HarnessOutcome]"],
+        start: Callable[[Credentials, Row], "Future[HarnessOutcome]"],
         num_at_once: int,
     ) -> None:
         self.number = number
         self._waiting = deque(episodes.items())
-        self._model, self._limits, self._desk, self._texts = model, limits, desk, texts
+        self._model, self._limits, self._queue, self._texts = model, limits, queue, texts
         self._start, self._num_at_once = start, num_at_once
         self._living: dict[str, _Played] = {}
         self._ended: dict[int, _Played] = {}
@@ -188,7 +188,7 @@ class HarnessCohort:
                 try:
                     self._plan(ask, played)
                 except ApiError as refusal:
-                    self._desk.answer(ask, refusal)
+                    self._queue.answer(ask, refusal)
             if self._prompts:
                 return self._prompts
 
@@ -205,7 +205,7 @@ class HarnessCohort:
             copies = request.num_choices * len(request.prompts) // len(choices)
             reply = Reply(tuple(c for c in choices for _ in range(copies)), plan.num_prompt_tokens)
             self._note(plan, choices, found)
-            self._desk.answer(plan.ask, reply)
+            self._queue.answer(plan.ask, reply)
         self._plans, self._prompts = [], []
 
     def outcomes(self) -> dict[int, EpisodeOutcome]:
@@ -217,20 +217,20 @@ class HarnessCohort:
         """Give up the episodes that are not over."""
         self._waiting.clear()
         for episode in self._living:
-            self._desk.end(episode)
+            self._queue.end(episode)
 
     def _begin_some(self) -> None:
         """Begin episodes, in order, as long as there are places."""
         while self._waiting and len(self._living) < self._num_at_once:
             index, row = self._waiting.popleft()
-            seat = self._desk.admit(self._model)
-            self._living[seat.episode] = _Played(index, seat, self._start(seat, row))
+            credentials = self._queue.admit(self._model)
+            self._living[credentials.episode] = _Played(index, credentials, self._start(credentials, row))
 
-    def _next_asks(self) -> list[Ask]:
+    def _next_asks(self) -> list[PendingRequest]:
         while True:
-            asks = self._desk.wait(list(self._living))
+            asks = self._queue.wait(list(self._living))
             assert asks is not None, "there is no time limit"
-            remaining = set(self._desk.living(list(self._living)))
+            remaining = set(self._queue.living(list(self._living)))
             for episode in [each for each in self._living if each not in remaining]:
                 played = self._living.pop(episode)
                 self._ended[played.index] = played
@@ -238,7 +238,7 @@ class HarnessCohort:
                 return [ask for ask in asks if ask.episode in self._living]
             self._begin_some()  # before anybody is answered: which are asked together must not be chance
 
-    def _plan(self, ask: Ask, played: _Played) -> None:
+    def _plan(self, ask: PendingRequest, played: _Played) -> None:
         """Note the prompts of a request.
 
         Raises:

@@ -268,7 +268,7 @@ def test_a_cohort_that_is_given_up_leaves_nothing_behind(player, tokenizer):
 
     with pytest.raises(KeyboardInterrupt):
         played(player, ROWS, fail, size=4)
-    assert player.desk.living([f"e{i}" for i in range(1000)]) == []
+    assert player.queue.living([f"e{i}" for i in range(1000)]) == []
     assert [each.failure for each in played(player, ROWS[:2], Model(tokenizer))] == [None, None]
 
 

@@ -12,8 +12,8 @@ import pytest
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 
-from shardes.endpoint.desk import Desk  # noqa: E402
 from shardes.endpoint.errors import context_too_long  # noqa: E402
+from shardes.endpoint.request_queue import RequestQueue  # noqa: E402
 from shardes.endpoint.requests import SamplingSettings  # noqa: E402
 from shardes.endpoint.responses import Choice, Reply  # noqa: E402
 from shardes.endpoint.server import EndpointServer  # noqa: E402
@@ -24,42 +24,45 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
 
 
 @pytest.fixture
-def desk():
-    return Desk()
+def queue():
+    return RequestQueue()
 
 
 @pytest.fixture
-def server(desk):
-    with EndpointServer(desk, SamplingSettings(0.0)) as server:
+def server(queue):
+    with EndpointServer(queue, SamplingSettings(0.0)) as server:
         yield server
 
 
 @pytest.fixture
-def seat(desk):
-    return desk.admit(MODEL)
+def credentials(queue):
+    return queue.admit(MODEL)
 
 
 @pytest.fixture
-def client(server, seat):
-    with client_of(server, seat) as client:
+def client(server, credentials):
+    with client_of(server, credentials) as client:
         yield client
 
 
-def client_of(server, seat, **others):
+def client_of(server, credentials, **others):
     return openai.OpenAI(
-        base_url=server.url_of(seat), api_key=others.pop("api_key", seat.key), max_retries=0, **others
+        base_url=server.url_of(credentials),
+        api_key=others.pop("api_key", credentials.key),
+        max_retries=0,
+        **others,
     )
 
 
 @contextlib.contextmanager
-def answering(desk, seats, reply):
+def answering(queue, credentials, reply):
     """Answer in lock-step until nobody lives; ``reply`` makes the answer to a request."""
-    names = [seat.episode for seat in seats]
+    names = [credentials.episode for credentials in credentials]
 
     def serve():
-        while asks := desk.wait(names, 30):
+        while asks := queue.wait(names, 30):
             for ask in asks:
-                desk.answer(ask, reply(ask))
+                queue.answer(ask, reply(ask))
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -67,7 +70,7 @@ def answering(desk, seats, reply):
         yield
     finally:
         for name in names:
-            desk.end(name)
+            queue.end(name)
         thread.join(30)
         assert not thread.is_alive()
 
@@ -76,8 +79,8 @@ def said(text, **others):
     return Reply((Choice(text, others.pop("finish_reason", "stop"), 3, **others),), num_prompt_tokens=5)
 
 
-def test_a_chat_is_answered(desk, seat, client):
-    with answering(desk, [seat], lambda ask: said(ask.request.prompts[0][0]["content"] + "!")):
+def test_a_chat_is_answered(queue, credentials, client):
+    with answering(queue, [credentials], lambda ask: said(ask.request.prompts[0][0]["content"] + "!")):
         answer = client.chat.completions.create(model=MODEL, messages=USER, max_completion_tokens=7)
         second = client.chat.completions.create(model="shardes", messages=USER)
     assert answer.choices[0].message.content == "Hi!"
@@ -91,14 +94,14 @@ def test_a_chat_is_answered(desk, seat, client):
     )
 
 
-def test_texts_are_completed_each_so_often(desk, seat, client):
+def test_texts_are_completed_each_so_often(queue, credentials, client):
     def reply(ask):
         request = ask.request
         assert (request.num_choices, request.seed, request.stop, request.max_tokens) == (2, 5, ("x",), 4)
         texts = [f"{prompt}{i}" for prompt in request.prompts for i in range(request.num_choices)]
         return Reply(tuple(Choice(text, "length", 4) for text in texts), num_prompt_tokens=2)
 
-    with answering(desk, [seat], reply):
+    with answering(queue, [credentials], reply):
         answer = client.completions.create(
             model=MODEL, prompt=["a", "b"], n=2, seed=5, stop="x", max_tokens=4
         )
@@ -108,7 +111,7 @@ def test_texts_are_completed_each_so_often(desk, seat, client):
     assert answer.usage.completion_tokens == 16
 
 
-def test_tools_are_called_and_the_calls_come_back(desk, seat, client):
+def test_tools_are_called_and_the_calls_come_back(queue, credentials, client):
     def reply(ask):
         messages = ask.request.prompts[0]
         if messages[-1]["role"] == "tool":
@@ -117,7 +120,7 @@ def test_tools_are_called_and_the_calls_come_back(desk, seat, client):
         calls = (("add", {"x": "é"}), ("add", {}))
         return said("", finish_reason="tool_calls", tool_calls=calls)
 
-    with answering(desk, [seat], reply):
+    with answering(queue, [credentials], reply):
         message = client.chat.completions.create(model=MODEL, messages=USER, tools=[TOOL]).choices[0].message
         first, second = message.tool_calls
         told = {"role": "tool", "tool_call_id": first.id, "content": "3"}
@@ -129,9 +132,9 @@ def test_tools_are_called_and_the_calls_come_back(desk, seat, client):
     assert last.choices[0].message.content == "done"
 
 
-def test_a_stream_has_each_answer_in_one_piece(desk, seat, client):
+def test_a_stream_has_each_answer_in_one_piece(queue, credentials, client):
     calls = (("add", {"x": 1}),)
-    with answering(desk, [seat], lambda _: said("Hm", finish_reason="tool_calls", tool_calls=calls)):
+    with answering(queue, [credentials], lambda _: said("Hm", finish_reason="tool_calls", tool_calls=calls)):
         chunks = list(
             client.chat.completions.create(
                 model=MODEL, messages=USER, tools=[TOOL], stream=True, stream_options={"include_usage": True}
@@ -145,7 +148,7 @@ def test_a_stream_has_each_answer_in_one_piece(desk, seat, client):
     assert [chunk.choices[0].text for chunk in texts] == ["Hm"]
 
 
-def test_models(server, desk, seat, client):
+def test_models(server, queue, credentials, client):
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve("shardes").id == MODEL
     with pytest.raises(openai.NotFoundError, match=MODEL):
@@ -155,12 +158,12 @@ def test_models(server, desk, seat, client):
     assert unknown.value.body["code"] == "model_not_found"
 
 
-def test_refusals_have_openais_shape(desk, seat, client):
+def test_refusals_have_openais_shape(queue, credentials, client):
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model=MODEL, messages=USER, logprobs=True)
     assert refused.value.body["param"] == "logprobs"
     with (
-        answering(desk, [seat], lambda _: context_too_long(9, 8, param="messages")),
+        answering(queue, [credentials], lambda _: context_too_long(9, 8, param="messages")),
         pytest.raises(openai.BadRequestError) as refused,
     ):
         client.chat.completions.create(model=MODEL, messages=USER)
@@ -169,19 +172,22 @@ def test_refusals_have_openais_shape(desk, seat, client):
         client.embeddings.create(model=MODEL, input="a", encoding_format="float")
 
 
-def test_an_episode_is_reached_by_its_own_key_alone(server, desk, seat):
-    other = desk.admit(MODEL)
-    for asked, key in ((seat, other.key), (seat, "x"), (other, seat.key)):
+def test_an_episode_is_reached_by_its_own_key_alone(server, queue, credentials):
+    other = queue.admit(MODEL)
+    for asked, key in ((credentials, other.key), (credentials, "x"), (other, credentials.key)):
         with client_of(server, asked, api_key=key) as client, pytest.raises(openai.AuthenticationError):
             client.models.list()
-    desk.end(other.episode)
+    queue.end(other.episode)
     with client_of(server, other) as client, pytest.raises(openai.AuthenticationError, match="over"):
         client.models.list()
 
 
-def test_bodies_that_are_no_json_are_refused(server, seat):
+def test_bodies_that_are_no_json_are_refused(server, credentials):
     for body in (b"{", b"[]", b"null"):
-        with client_of(server, seat) as client, pytest.raises(openai.BadRequestError, match="the body"):
+        with (
+            client_of(server, credentials) as client,
+            pytest.raises(openai.BadRequestError, match="the body"),
+        ):
             client.post(
                 "/chat/completions",
                 content=body,
@@ -190,13 +196,13 @@ def test_bodies_that_are_no_json_are_refused(server, seat):
             )
 
 
-def test_eight_episodes_are_answered_in_lock_step(server, desk):
-    seats = [desk.admit(f"shardes-member-{i}") for i in range(8)]
+def test_eight_episodes_are_answered_in_lock_step(server, queue):
+    credentials = [queue.admit(f"shardes-member-{i}") for i in range(8)]
     num_turns = [3, 1, 4, 2, 5, 2, 3, 1]
     turns = []
 
     def play(i):
-        with client_of(server, seats[i]) as client:
+        with client_of(server, credentials[i]) as client:
             said = []
             for turn in range(num_turns[i]):
                 time.sleep(0.01 * ((i * 5 + turn * 3) % 8))  # they come in any order
@@ -204,56 +210,56 @@ def test_eight_episodes_are_answered_in_lock_step(server, desk):
                     model=f"shardes-member-{i}", messages=[{"role": "user", "content": f"{i}.{turn}"}]
                 )
                 said.append(answer.choices[0].message.content)
-            desk.end(seats[i].episode)
+            queue.end(credentials[i].episode)
             return said
 
     with ThreadPoolExecutor(8) as threads:
         playing = [threads.submit(play, i) for i in reversed(range(8))]
-        while asks := desk.wait([seat.episode for seat in seats], 30):
+        while asks := queue.wait([credentials.episode for credentials in credentials], 30):
             turns.append([ask.request.prompts[0][0]["content"] for ask in asks])
             for ask in asks:
-                desk.answer(ask, said(f"to {ask.request.prompts[0][0]['content']}"))
+                queue.answer(ask, said(f"to {ask.request.prompts[0][0]['content']}"))
         found = [future.result() for future in reversed(playing)]
     assert turns == [[f"{i}.{turn}" for i in range(8) if turn < num_turns[i]] for turn in range(5)]
     assert found == [[f"to {i}.{turn}" for turn in range(num_turns[i])] for i in range(8)]
 
 
-def test_who_asks_several_things_at_once_is_answered_together(server, desk, seat):
-    with client_of(server, seat) as client, ThreadPoolExecutor(2) as threads:
+def test_who_asks_several_things_at_once_is_answered_together(server, queue, credentials):
+    with client_of(server, credentials) as client, ThreadPoolExecutor(2) as threads:
 
         def ask(text):
             return client.completions.create(model=MODEL, prompt=text)
 
         first = threads.submit(ask, "a")
-        assert desk.wait([seat.episode], 30)
+        assert queue.wait([credentials.episode], 30)
         second = threads.submit(ask, "b")
-        while len(asks := desk.wait([seat.episode], 30)) < 2:
+        while len(asks := queue.wait([credentials.episode], 30)) < 2:
             time.sleep(0.01)
         assert [ask.request.prompts[0] for ask in asks] == ["a", "b"]
         for ask in asks:
-            desk.answer(ask, said(ask.request.prompts[0]))
+            queue.answer(ask, said(ask.request.prompts[0]))
         assert [future.result().choices[0].text for future in (first, second)] == ["a", "b"]
 
 
-def test_a_client_that_gives_up_is_not_waited_for(server, desk, seat):
-    with client_of(server, seat, timeout=0.3) as client, pytest.raises(openai.APITimeoutError):
+def test_a_client_that_gives_up_is_not_waited_for(server, queue, credentials):
+    with client_of(server, credentials, timeout=0.3) as client, pytest.raises(openai.APITimeoutError):
         client.completions.create(model=MODEL, prompt="a")
     deadline = time.monotonic() + 30
-    while desk.wait([seat.episode], 0) is not None:
+    while queue.wait([credentials.episode], 0) is not None:
         assert time.monotonic() < deadline
-    assert desk.idle_seconds(seat.episode) is not None
+    assert queue.idle_seconds(credentials.episode) is not None
 
 
-def test_the_time_of_waiting_for_an_answer_does_not_count(server, desk, seat):
-    desk.begin(seat.episode)
-    with client_of(server, seat) as client, ThreadPoolExecutor(1) as threads:
+def test_the_time_of_waiting_for_an_answer_does_not_count(server, queue, credentials):
+    queue.begin(credentials.episode)
+    with client_of(server, credentials) as client, ThreadPoolExecutor(1) as threads:
         asking = threads.submit(client.completions.create, model=MODEL, prompt="a")
-        (ask,) = desk.wait([seat.episode], 30)
-        assert desk.idle_seconds(seat.episode) is None
+        (ask,) = queue.wait([credentials.episode], 30)
+        assert queue.idle_seconds(credentials.episode) is None
         time.sleep(0.5)
-        desk.answer(ask, said("b"))
+        queue.answer(ask, said("b"))
         asking.result()
-    assert desk.end(seat.episode) < 0.5
+    assert queue.end(credentials.episode) < 0.5
 
 
 def test_nobody_else_reaches_the_endpoint(server):
@@ -262,39 +268,39 @@ def test_nobody_else_reaches_the_endpoint(server):
         socket.create_connection(("127.0.0.2", server.port), timeout=5)
 
 
-def test_closing_answers_those_who_wait(desk, seat):
-    server = EndpointServer(desk, SamplingSettings(0.0))
-    with client_of(server, seat) as client, ThreadPoolExecutor(1) as threads:
+def test_closing_answers_those_who_wait(queue, credentials):
+    server = EndpointServer(queue, SamplingSettings(0.0))
+    with client_of(server, credentials) as client, ThreadPoolExecutor(1) as threads:
         asking = threads.submit(client.completions.create, model=MODEL, prompt="a")
-        assert desk.wait([seat.episode], 30)
+        assert queue.wait([credentials.episode], 30)
         server.close()
         with pytest.raises(openai.APIStatusError, match="over"):
             asking.result(30)
 
 
-def test_an_episode_that_is_begun_again_gets_the_same_answers(server, desk, seat):
+def test_an_episode_that_is_begun_again_gets_the_same_answers(server, queue, credentials):
     def ask(client, text):
         return client.completions.create(model=MODEL, prompt=text, max_tokens=1).choices[0].text
 
-    with ThreadPoolExecutor(1) as threads, client_of(server, seat) as client:
-        desk.begin(seat.episode)
+    with ThreadPoolExecutor(1) as threads, client_of(server, credentials) as client:
+        queue.begin(credentials.episode)
         asking = threads.submit(ask, client, "a")
-        desk.answer(desk.wait([seat.episode], 30)[0], said("first"))
+        queue.answer(queue.wait([credentials.episode], 30)[0], said("first"))
         asking.result(30)
         asking = threads.submit(ask, client, "b")
-        (lost,) = desk.wait([seat.episode], 30)
-        desk.begin(seat.episode)  # while its second answer is generated
+        (lost,) = queue.wait([credentials.episode], 30)
+        queue.begin(credentials.episode)  # while its second answer is generated
         with pytest.raises(openai.APIStatusError, match="over"):
             asking.result(30)
         assert ask(client, "a") == "first"
         again = threads.submit(ask, client, "b")
-        (waiting,) = desk.wait([seat.episode], 30)
+        (waiting,) = queue.wait([credentials.episode], 30)
         assert (waiting.number, waiting is lost) == (1, False)
-        desk.answer(lost, said("second"))
-        desk.answer(lost, said("never"))
+        queue.answer(lost, said("second"))
+        queue.answer(lost, said("never"))
         assert again.result(30) == "second"
-        desk.begin(seat.episode)
+        queue.begin(credentials.episode)
         with pytest.raises(openai.BadRequestError) as refused:
             ask(client, "c")
     assert refused.value.body["code"] == "replay_diverged"
-    desk.end(seat.episode)
+    queue.end(credentials.episode)

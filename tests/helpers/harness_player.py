@@ -20,7 +20,7 @@ class HarnessPlayer(HarnessRunner):
             episodes,
             model=model,
             limits=limits,
-            desk=self.desk,
+            queue=self.queue,
             texts=self.texts,
             start=self.start,
             num_at_once=self.num_at_once,

@@ -1,4 +1,4 @@
-"""Desk between the programs that ask and the rank that answers, in lock-step."""
+"""Queue of requests between the programs that ask and the rank that answers, in lock-step."""
 
 import hashlib
 import hmac
@@ -25,8 +25,8 @@ _Given = tuple[bytes, Reply | ApiError]
 
 
 @dataclass(frozen=True)
-class Seat:
-    """Place of an episode at the endpoint.
+class Credentials:
+    """Credentials of an episode at the endpoint.
 
     Attributes:
         episode: The episode's name in URLs.
@@ -40,7 +40,7 @@ class Seat:
 
 
 @dataclass(frozen=True, eq=False)
-class Ask:
+class PendingRequest:
     """Request that waits for its answer.
 
     Attributes:
@@ -61,8 +61,8 @@ class Ask:
 
 
 @dataclass
-class _Sitting:
-    """State of an episode at the desk.
+class _EpisodeState:
+    """State of an episode at the endpoint.
 
     Attributes:
         since: When it was last up to the episode to go on; None while it waits.
@@ -71,18 +71,18 @@ class _Sitting:
         replayed: Answers of before it was begun again, until it asks for them again.
     """
 
-    seat: Seat
+    credentials: Credentials
     since: float | None = None
     busy_seconds: float = 0.0
     num_asks: int = 0
     attempt: int = 0
-    waiting: list[Ask] = field(default_factory=list)
+    waiting: list[PendingRequest] = field(default_factory=list)
     given: list[_Given] = field(default_factory=list)
     unclaimed: list[_Given] = field(default_factory=list)
     replayed: list[_Given] = field(default_factory=list)
 
 
-class Desk:
+class RequestQueue:
     """Collects requests until every episode of a cohort waits for an answer or has ended.
 
     Its methods may be called in any thread. An answer that has been given is kept as long as its episode
@@ -91,29 +91,29 @@ class Desk:
 
     def __init__(self) -> None:
         self._change = threading.Condition()
-        self._sittings: dict[str, _Sitting] = {}
+        self._states: dict[str, _EpisodeState] = {}
         self._num_admitted = 0
         self._is_closed = False
 
-    def admit(self, model: str) -> Seat:
+    def admit(self, model: str) -> Credentials:
         """Give a new episode a place; it counts as living from now on."""
         with self._change:
-            seat = Seat(f"e{self._num_admitted}", secrets.token_urlsafe(24), model)
+            credentials = Credentials(f"e{self._num_admitted}", secrets.token_urlsafe(24), model)
             self._num_admitted += 1
-            self._sittings[seat.episode] = _Sitting(seat)
-            return seat
+            self._states[credentials.episode] = _EpisodeState(credentials)
+            return credentials
 
     def begin(self, episode: str) -> None:
         """Say that an episode begins in a process; or begins again, with the answers that it has had."""
         with self._change:
-            sitting = self._sittings.get(episode)
-            if sitting is None:
+            state = self._states.get(episode)
+            if state is None:
                 return
-            sitting.since = time.monotonic()
-            lost = sitting.waiting
-            sitting.replayed = [*sitting.given, *sitting.unclaimed, *sitting.replayed]
-            sitting.given, sitting.unclaimed, sitting.waiting = [], [], []
-            sitting.num_asks, sitting.attempt = 0, sitting.attempt + 1
+            state.since = time.monotonic()
+            lost = state.waiting
+            state.replayed = [*state.given, *state.unclaimed, *state.replayed]
+            state.given, state.unclaimed, state.waiting = [], [], []
+            state.num_asks, state.attempt = 0, state.attempt + 1
             self._change.notify_all()
         for ask in lost:
             ask.deliver(_closed())
@@ -121,31 +121,31 @@ class Desk:
     def end(self, episode: str) -> float:
         """Say that an episode is over; return the seconds in which it did not wait for answers."""
         with self._change:
-            sitting = self._sittings.pop(episode, None)
+            state = self._states.pop(episode, None)
             self._change.notify_all()
-        if sitting is None:
+        if state is None:
             return 0.0
-        for ask in sitting.waiting:
+        for ask in state.waiting:
             ask.deliver(_closed())
-        return sitting.busy_seconds + (0.0 if sitting.since is None else time.monotonic() - sitting.since)
+        return state.busy_seconds + (0.0 if state.since is None else time.monotonic() - state.since)
 
     def close(self) -> None:
         """End all episodes, and refuse whatever is asked from now on."""
         with self._change:
             self._is_closed = True
-            episodes = list(self._sittings)
+            episodes = list(self._states)
         for episode in episodes:
             self.end(episode)
 
-    def seat_of(self, episode: str, key: str) -> Seat | None:
+    def seat_of(self, episode: str, key: str) -> Credentials | None:
         """Return the place of a living episode whose key this is."""
         with self._change:
-            sitting = self._sittings.get(episode)
-        expected = secrets.token_urlsafe(24) if sitting is None else sitting.seat.key
+            state = self._states.get(episode)
+        expected = secrets.token_urlsafe(24) if state is None else state.credentials.key
         is_right = hmac.compare_digest(expected.encode(), key.encode())
-        return sitting.seat if is_right and sitting is not None else None
+        return state.credentials if is_right and state is not None else None
 
-    def ask(self, episode: str, request: Request, body: Any, deliver: Deliver) -> Ask:
+    def ask(self, episode: str, request: Request, body: Any, deliver: Deliver) -> PendingRequest:
         """Hand in a request.
 
         Args:
@@ -159,13 +159,13 @@ class Desk:
         """
         digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).digest()
         with self._change:
-            sitting = self._sittings.get(episode)
-            if sitting is None or self._is_closed:
+            state = self._states.get(episode)
+            if state is None or self._is_closed:
                 raise _closed()
-            ask = Ask(episode, sitting.num_asks, request, deliver, digest, sitting.attempt)
-            sitting.num_asks += 1
-            known = next((i for i, (asked, _) in enumerate(sitting.replayed) if asked == digest), None)
-            if known is None and sitting.replayed:
+            ask = PendingRequest(episode, state.num_asks, request, deliver, digest, state.attempt)
+            state.num_asks += 1
+            known = next((i for i, (asked, _) in enumerate(state.replayed) if asked == digest), None)
+            if known is None and state.replayed:
                 raise ApiError(
                     "the episode was begun again, since its process was killed, and asks something else than "
                     "the first time, so that it cannot get the same answers; make the harness deterministic",
@@ -173,26 +173,28 @@ class Desk:
                     code="replay_diverged",
                 )
             if known is None:
-                if not sitting.waiting and sitting.since is not None:
-                    sitting.busy_seconds += time.monotonic() - sitting.since
-                sitting.since = None
-                sitting.waiting.append(ask)
+                if not state.waiting and state.since is not None:
+                    state.busy_seconds += time.monotonic() - state.since
+                state.since = None
+                state.waiting.append(ask)
                 self._change.notify_all()
                 return ask
-            answered = sitting.replayed.pop(known)
-            sitting.given.append(answered)
-            sitting.since = time.monotonic()
+            answered = state.replayed.pop(known)
+            state.given.append(answered)
+            state.since = time.monotonic()
         deliver(answered[1])
         return ask
 
-    def withdraw(self, ask: Ask) -> None:
+    def withdraw(self, ask: PendingRequest) -> None:
         """Take back a request whose asker has gone away."""
         with self._change:
-            sitting = self._sittings.get(ask.episode)
-            if sitting is not None and ask in sitting.waiting:
-                self._remove(sitting, ask)
+            state = self._states.get(ask.episode)
+            if state is not None and ask in state.waiting:
+                self._remove(state, ask)
 
-    def wait(self, episodes: Sequence[str], timeout_seconds: float | None = None) -> list[Ask] | None:
+    def wait(
+        self, episodes: Sequence[str], timeout_seconds: float | None = None
+    ) -> list[PendingRequest] | None:
         """Wait until each episode waits for an answer, or has ended.
 
         Args:
@@ -205,47 +207,45 @@ class Desk:
         """
 
         def is_complete() -> bool:
-            living = [self._sittings[each] for each in episodes if each in self._sittings]
-            return all(sitting.waiting for sitting in living)
+            living = [self._states[each] for each in episodes if each in self._states]
+            return all(state.waiting for state in living)
 
         with self._change:
             if not self._change.wait_for(is_complete, timeout_seconds):
                 return None
-            return [
-                ask for each in episodes if each in self._sittings for ask in self._sittings[each].waiting
-            ]
+            return [ask for each in episodes if each in self._states for ask in self._states[each].waiting]
 
     def living(self, episodes: Sequence[str]) -> list[str]:
         """Return those episodes that are not over."""
         with self._change:
-            return [episode for episode in episodes if episode in self._sittings]
+            return [episode for episode in episodes if episode in self._states]
 
-    def answer(self, ask: Ask, reply: Reply | ApiError) -> None:
+    def answer(self, ask: PendingRequest, reply: Reply | ApiError) -> None:
         """Answer a request; an episode that was begun again meanwhile gets the answer once it asks again."""
         with self._change:
-            sitting = self._sittings.get(ask.episode)
-            if sitting is None:
+            state = self._states.get(ask.episode)
+            if state is None:
                 return
             answered = (ask.digest, reply)
-            recipient: Ask | None = ask
-            if ask not in sitting.waiting:
-                again = (each for each in sitting.waiting if each.digest == ask.digest)
-                recipient = None if ask.attempt == sitting.attempt else next(again, None)
+            recipient: PendingRequest | None = ask
+            if ask not in state.waiting:
+                again = (each for each in state.waiting if each.digest == ask.digest)
+                recipient = None if ask.attempt == state.attempt else next(again, None)
             if recipient is None:
-                kept = sitting.unclaimed if ask.attempt == sitting.attempt else sitting.replayed
+                kept = state.unclaimed if ask.attempt == state.attempt else state.replayed
                 kept.append(answered)
                 return
-            self._remove(sitting, recipient)
-            sitting.given.append(answered)
+            self._remove(state, recipient)
+            state.given.append(answered)
         recipient.deliver(reply)
 
     def num_answers(self, episode: str) -> int:
         """Return how many answers an episode has had, those before it was begun again included."""
         with self._change:
-            sitting = self._sittings.get(episode)
-            if sitting is None:
+            state = self._states.get(episode)
+            if state is None:
                 return 0
-            return len(sitting.given) + len(sitting.unclaimed) + len(sitting.replayed)
+            return len(state.given) + len(state.unclaimed) + len(state.replayed)
 
     def idle_seconds(self, episode: str) -> float | None:
         """Return how long an episode has neither asked nor ended; None while it waits.
@@ -253,16 +253,16 @@ class Desk:
         Of one that is over this is infinite, as nobody waits for it any more.
         """
         with self._change:
-            sitting = self._sittings.get(episode)
-            if sitting is None:
+            state = self._states.get(episode)
+            if state is None:
                 return math.inf
-            return None if sitting.since is None else time.monotonic() - sitting.since
+            return None if state.since is None else time.monotonic() - state.since
 
     @staticmethod
-    def _remove(sitting: _Sitting, ask: Ask) -> None:
-        sitting.waiting.remove(ask)
-        if not sitting.waiting:
-            sitting.since = time.monotonic()
+    def _remove(state: _EpisodeState, ask: PendingRequest) -> None:
+        state.waiting.remove(ask)
+        if not state.waiting:
+            state.since = time.monotonic()
 
 
 def _closed() -> ApiError:

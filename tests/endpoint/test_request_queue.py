@@ -1,9 +1,9 @@
-"""The desk: what becomes of requests whose process is killed, wherever that is."""
+"""The queue: what becomes of requests whose process is killed, wherever that is."""
 
 import pytest
 
-from shardes.endpoint.desk import Desk
 from shardes.endpoint.errors import ApiError
+from shardes.endpoint.request_queue import RequestQueue
 from shardes.endpoint.requests import Request
 from shardes.endpoint.responses import Choice, Reply
 
@@ -11,17 +11,17 @@ from shardes.endpoint.responses import Choice, Reply
 class Asker:
     """An episode, whose answers are kept in ``got``."""
 
-    def __init__(self, desk):
-        self.desk, self.got = desk, []
-        self.seat = desk.admit("m")
-        desk.begin(self.seat.episode)
+    def __init__(self, queue):
+        self.queue, self.got = queue, []
+        self.credentials = queue.admit("m")
+        queue.begin(self.credentials.episode)
 
     def ask(self, text):
         request = Request("m", (text,), is_chat=False)
-        return self.desk.ask(self.seat.episode, request, {"prompt": text}, self.got.append)
+        return self.queue.ask(self.credentials.episode, request, {"prompt": text}, self.got.append)
 
     def waiting(self):
-        return [ask.request.prompts[0] for ask in self.desk.wait([self.seat.episode], 0) or []]
+        return [ask.request.prompts[0] for ask in self.queue.wait([self.credentials.episode], 0) or []]
 
 
 def reply(text):
@@ -30,41 +30,41 @@ def reply(text):
 
 @pytest.fixture
 def asker():
-    return Asker(Desk())
+    return Asker(RequestQueue())
 
 
 @pytest.mark.parametrize("is_withdrawn", [False, True])
 @pytest.mark.parametrize("moment", ["before it is answered", "before it asks again", "after it asks again"])
 def test_an_answer_is_given_once_whenever_its_process_is_killed(asker, moment, is_withdrawn):
-    desk, episode = asker.desk, asker.seat.episode
-    desk.answer(asker.ask("a"), reply("1"))
+    queue, episode = asker.queue, asker.credentials.episode
+    queue.answer(asker.ask("a"), reply("1"))
     lost = asker.ask("b")
     if is_withdrawn:  # the connection is found closed before the process is found dead
-        desk.withdraw(lost)
+        queue.withdraw(lost)
     if moment == "before it is answered":
-        desk.answer(lost, reply("2"))
-        desk.begin(episode)
+        queue.answer(lost, reply("2"))
+        queue.begin(episode)
     else:
-        desk.begin(episode)
+        queue.begin(episode)
         if moment == "before it asks again":
-            desk.answer(lost, reply("2"))
+            queue.answer(lost, reply("2"))
     asker.got.clear()
     asker.ask("a")
     assert [each.choices[0].text for each in asker.got] == ["1"]
     asker.ask("b")
     if moment == "after it asks again":
         assert asker.waiting() == ["b"]
-        desk.answer(lost, reply("2"))
+        queue.answer(lost, reply("2"))
     assert [each.choices[0].text for each in asker.got] == ["1", "2"]
     assert asker.ask("c").number == 2
     assert asker.waiting() == ["c"]
 
 
 def test_refusals_are_repeated_too(asker):
-    desk = asker.desk
-    desk.answer(asker.ask("a"), ApiError("no", code="x"))
-    desk.answer(asker.ask("b"), reply("1"))
-    desk.begin(asker.seat.episode)
+    queue = asker.queue
+    queue.answer(asker.ask("a"), ApiError("no", code="x"))
+    queue.answer(asker.ask("b"), reply("1"))
+    queue.begin(asker.credentials.episode)
     asker.got.clear()
     asker.ask("a")
     asker.ask("b")
@@ -73,22 +73,22 @@ def test_refusals_are_repeated_too(asker):
 
 
 def test_an_episode_that_asks_something_else_the_second_time_is_refused(asker):
-    asker.desk.answer(asker.ask("a"), reply("1"))
-    asker.desk.begin(asker.seat.episode)
+    asker.queue.answer(asker.ask("a"), reply("1"))
+    asker.queue.begin(asker.credentials.episode)
     with pytest.raises(ApiError) as refused:
         asker.ask("b")
     assert refused.value.code == "replay_diverged"
 
 
 def test_an_episode_that_is_over_is_not_waited_for(asker):
-    other = Asker(asker.desk)
-    episodes = [asker.seat.episode, other.seat.episode]
+    other = Asker(asker.queue)
+    episodes = [asker.credentials.episode, other.credentials.episode]
     asker.ask("a")
-    assert asker.desk.wait(episodes, 0) is None
-    asker.desk.end(other.seat.episode)
-    assert len(asker.desk.wait(episodes, 0)) == 1
-    asker.desk.end(asker.seat.episode)
+    assert asker.queue.wait(episodes, 0) is None
+    asker.queue.end(other.credentials.episode)
+    assert len(asker.queue.wait(episodes, 0)) == 1
+    asker.queue.end(asker.credentials.episode)
     assert asker.got[0].code == "episode_over"
-    assert asker.desk.wait(episodes, 0) == []
+    assert asker.queue.wait(episodes, 0) == []
     with pytest.raises(ApiError, match="over"):
         asker.ask("b")
