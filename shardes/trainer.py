@@ -137,6 +137,7 @@ class TrainingLoop:
             iteration=iteration,
             min_valid_fraction=config.es.min_valid_fraction,
             first_failure=self._rollout.scorer.first_failure,
+            is_episodic=self._rollout.task.episodes is not None,
         )
         shaped = self._strategy.shaped(rewards, results)
         update = self._strategy.update(shaped, iteration=iteration)

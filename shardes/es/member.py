@@ -120,6 +120,7 @@ def check_enough_rewards(
     iteration: int,
     min_valid_fraction: float,
     first_failure: str | None,
+    is_episodic: bool = False,
 ) -> None:
     """End a run in which too few members could be judged to learn from them.
 
@@ -129,6 +130,7 @@ def check_enough_rewards(
         iteration: The iteration, for the message.
         min_valid_fraction: ``es.min_valid_fraction``.
         first_failure: The first failed reward that this rank saw, for the message.
+        is_episodic: Whether problems are episodes, whose rewards need not be ``task.reward``'s.
 
     Raises:
         UserError: Too few could be judged; it says why, and what helps.
@@ -141,9 +143,8 @@ def check_enough_rewards(
     causes = []
     if num_failed := len(rewards) - num_judged - num_nonfinite:
         first = first_failure or "None for every answer, or what another rank warns of"
-        causes.append(
-            f"task: {num_failed} had no answer or episode with a reward; the first failure was {first}"
-        )
+        what = "task: {} had no episode" if is_episodic else "task.reward: {} had no answer"
+        causes.append(f"{what.format(num_failed)} that could be scored; the first failure was {first}")
     if num_nonfinite:
         causes.append(
             f"es.sigma: {num_nonfinite} had logits that are not finite, which a smaller one, or a wider "

@@ -46,6 +46,7 @@ MEANT = {
     "DIR": "configs/quickstart/model",
     "FILE": "small.yaml",
     "other.yaml": "small.yaml",
+    "runs/guess_number": "runs/quickstart",
 }
 
 

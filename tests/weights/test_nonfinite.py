@@ -137,7 +137,10 @@ def test_failed_rewards_and_logits_are_told_apart(configured, spoiled, tmp_path)
         train(configured(task__reward=f"{tmp_path}/reward.py:score"))
     message = str(caught.value)
     assert "0 of the 4 members" in message
-    assert "task: 3 had no answer or episode with a reward; the first failure was ValueError: not" in message
+    assert (
+        "task.reward: 3 had no answer that could be scored; the first failure was ValueError: nothing"
+        in message
+    )
     assert "es.sigma: 1 had logits that are not finite" in message
 
 
