@@ -79,7 +79,7 @@ def shared():
 
 
 def settled_kills(runner):
-    """The number of kills once it has not changed for a while: some processes are ended after their answers."""
+    """The number of kills once it stays as it is: some processes are ended after their answers."""
     found = None
     while found != (found := runner.num_kills):
         time.sleep(0.3)
