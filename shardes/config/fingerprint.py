@@ -74,6 +74,8 @@ def resume_fingerprint(
         kept["rollout.members_per_forward"] = None
     elif rollout.members_per_forward == "auto":
         kept["rollout.members_per_forward"] = 1
+    if config.task.has_harness:  # which episodes are answered together depends on it
+        kept["task.reward_workers"] = config.task.reward_workers
     for key, default in _LATER_KEYS.items():
         if kept[key] == default:
             del kept[key]

@@ -174,7 +174,19 @@ def test_what_episodes_are_binds(changes):
         return fingerprint.resume_fingerprint(parse_config(tree, source="test"), data_sha256="of the rows")
 
     plain, changed = of({}), of(changes)
-    assert {key for key in plain.keys() | changed.keys() if plain.get(key) != changed.get(key)} == {*changes}
+    wanted = {*changes} | ({"task.reward_workers"} if "task.harness" in changes else set())
+    assert {key for key in plain.keys() | changed.keys() if plain.get(key) != changed.get(key)} == wanted
+
+
+def test_the_processes_of_a_harness_bind():
+    def of(workers, **task):
+        tree = with_key("task.name", ...)
+        tree["task"] |= {"reward_workers": workers, **task}
+        return fingerprint.resume_fingerprint(parse_config(tree, source="test"), data_sha256="of the rows")
+
+    assert of(2, harness="agent.py:run") != of(4, harness="agent.py:run")
+    assert of(2, environment="verifiers:sums") != of(4, environment="verifiers:sums")
+    assert of(2, environment="games.py:Game") == of(4, environment="games.py:Game")
 
 
 def test_memory_and_arguments_of_an_engine_are_free(resume_fingerprint):
