@@ -6,6 +6,5 @@ cd "$(dirname "$0")/.."
 
 bash tools/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
-# Files go in their order: by number of tests, those of a few long ones would come last, to one worker alone.
 # A worker that dies ends the run: pytest-xdist 3.8 would start another one, and might then wait for ever.
-exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -m "not exhaustive" "$@"
+exec python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not exhaustive" "$@"
