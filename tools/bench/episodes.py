@@ -71,7 +71,7 @@ def measure(
 
 
 @click.command()
-@click.option("--layers", default=2, show_default=True)
+@click.option("--layers", default=6, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where the results go.")
 def main(layers: int, json_path: Path | None) -> None:
     """Measure a few environments."""
