@@ -5,8 +5,8 @@ works out the same ``Evaluation`` from all of them.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, Self
 
 from shardes.es.member import MemberResult, mean_reward
@@ -238,29 +238,52 @@ class CompletionAccumulator:
 
     def merge(self, parts: Sequence[PartialResult]) -> Evaluation:
         """Put the answers of all ranks in order."""
-        size = len(self._rows) * self._samples_per_prompt
-        rewards: list[float | None] = [None] * size
-        has_failed = [False] * size
-        names = [component.name for component in self._scorer.task.rewards]
-        components: dict[str, list[float | None]] = {name: [None] * size for name in names}
-        lengths = [0] * size
-        for part in parts:
-            for place, index in enumerate(part.indices):
-                lengths[index] = part.lengths[place]
-                rewards[index], has_failed[index] = part.values[place], part.has_failed[place]
-                for name, values in part.components.items():
-                    components[name][index] = values[place]
-        samples = {
-            index: Sample(sample.prompt, sample.completion, sample.token_ids, rewards[index])
-            for index, sample in sorted(self._samples.items())
-        }
-        return Evaluation(
-            rewards,
-            has_failed,
-            components,
-            sum(part.num_tokens for part in parts),
-            samples,
-            is_finite=all(part.is_finite for part in parts),
+        return merged(
+            parts,
+            size=len(self._rows) * self._samples_per_prompt,
+            components=[component.name for component in self._scorer.task.rewards],
+            samples=self._samples,
             samples_per_prompt=self._samples_per_prompt,
-            lengths=lengths,
         )
+
+
+def merged(
+    parts: Sequence[PartialResult],
+    *,
+    size: int,
+    components: Iterable[str],
+    samples: Mapping[int, Sample],
+    samples_per_prompt: int,
+) -> Evaluation:
+    """Put the answers, or the episodes, of all ranks in order.
+
+    Args:
+        parts: What each rank knows.
+        size: Answers in all.
+        components: Names of the reward's parts, and of what else is known of an answer.
+        samples: Samples that this rank has, without their rewards, by answer.
+        samples_per_prompt: Answers to each problem.
+    """
+    rewards: list[float | None] = [None] * size
+    has_failed, lengths = [False] * size, [0] * size
+    columns: dict[str, list[float | None]] = {name: [None] * size for name in components}
+    turn_tokens = [0] * max((len(part.turn_tokens) for part in parts), default=0)
+    for part in parts:
+        for place, index in enumerate(part.indices):
+            rewards[index], has_failed[index] = part.values[place], part.has_failed[place]
+            lengths[index] = part.lengths[place]
+            for name, values in part.components.items():
+                columns[name][index] = values[place]
+        for turn, count in enumerate(part.turn_tokens):
+            turn_tokens[turn] += count
+    return Evaluation(
+        rewards,
+        has_failed,
+        columns,
+        sum(part.num_tokens for part in parts),
+        {index: replace(sample, reward=rewards[index]) for index, sample in sorted(samples.items())},
+        is_finite=all(part.is_finite for part in parts),
+        samples_per_prompt=samples_per_prompt,
+        turn_tokens=turn_tokens,
+        lengths=lengths,
+    )

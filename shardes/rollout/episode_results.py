@@ -7,7 +7,7 @@ from typing import Literal
 from shardes.environments.base import Message
 from shardes.rewards.batch import RewardBatch, RewardOutput
 from shardes.rewards.scorer import PendingRewards
-from shardes.rollout.aggregate import Evaluation, PartialResult, Sample
+from shardes.rollout.aggregate import Evaluation, PartialResult, Sample, merged
 from shardes.rollout.prompts import PromptBatch
 from shardes.tasks.base import Prompt, as_text
 
@@ -166,32 +166,10 @@ class EpisodeAccumulator:
 
     def merge(self, parts: Sequence[PartialResult]) -> Evaluation:
         """Put the episodes of all ranks in order."""
-        size = len(self._rows) * self._samples_per_prompt
-        rewards: list[float | None] = [None] * size
-        has_failed = [False] * size
-        names = sorted({name for part in parts for name in part.components})
-        components: dict[str, list[float | None]] = {name: [None] * size for name in names}
-        lengths = [0] * size
-        turn_tokens: list[int] = [0] * max((len(part.turn_tokens) for part in parts), default=0)
-        for part in parts:
-            for place, index in enumerate(part.indices):
-                rewards[index], has_failed[index] = part.values[place], part.has_failed[place]
-                lengths[index] = part.lengths[place]
-                for name, values in part.components.items():
-                    components[name][index] = values[place]
-            for turn, count in enumerate(part.turn_tokens):
-                turn_tokens[turn] += count
-        samples: dict[int, Sample] = {
-            index: replace(sample, reward=rewards[index]) for index, sample in sorted(self._samples.items())
-        }
-        return Evaluation(
-            rewards,
-            has_failed,
-            components,
-            sum(part.num_tokens for part in parts),
-            samples,
-            is_finite=all(part.is_finite for part in parts),
+        return merged(
+            parts,
+            size=len(self._rows) * self._samples_per_prompt,
+            components=sorted({name for part in parts for name in part.components}),
+            samples=self._samples,
             samples_per_prompt=self._samples_per_prompt,
-            turn_tokens=turn_tokens,
-            lengths=lengths,
         )

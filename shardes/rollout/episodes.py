@@ -148,7 +148,9 @@ class EpisodePlayer:
         pad_id: Token id that fills rows.
         end_ids: Tokens that end an answer.
         timer: Where the time goes; waiting for environments is the phase ``environment``.
-        counts: What is counted.
+
+    Attributes:
+        counts: What was counted of episodes, on this rank.
     """
 
     def __init__(
@@ -163,12 +165,11 @@ class EpisodePlayer:
         pad_id: int,
         end_ids: frozenset[int],
         timer: PhaseTimer,
-        counts: EpisodeCounts,
     ) -> None:
         self._engine, self._encoder, self._mesh = engine, encoder, mesh
         self._settings, self._sampler, self._text = settings, sampler, text
         self._pad_id, self._end_ids = pad_id, end_ids
-        self._timer, self._counts = timer, counts
+        self._timer, self.counts = timer, EpisodeCounts()
 
     def play(
         self,
@@ -212,7 +213,7 @@ class EpisodePlayer:
             )
 
         def end(index: int, outcome: EpisodeOutcome) -> None:
-            self._counts.add(outcome)
+            self.counts.add(outcome)
             take(index, outcome)
 
         numbers = range(len(plan.cohorts))[share.place :: share.num_places]

@@ -21,7 +21,7 @@ from shardes.rollout.batching import LikelihoodBatch, MicroBatch
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Completions, Engine, EngineOutput
 from shardes.rollout.episode_results import EpisodeAccumulator
-from shardes.rollout.episodes import EpisodeCounts, EpisodePlayer, TooLittleMemoryError, model_name
+from shardes.rollout.episodes import EpisodePlayer, TooLittleMemoryError, model_name
 from shardes.rollout.likelihood import LogLikelihoodAccumulator
 from shardes.rollout.memory import MemoryShortageError, is_shortage
 from shardes.rollout.prompts import PromptBatch, PromptBuilder
@@ -77,7 +77,6 @@ class Evaluator:
 
     Attributes:
         engine: Answers.
-        episode_counts: What was counted of episodes, on this rank.
     """
 
     def __init__(
@@ -114,7 +113,6 @@ class Evaluator:
             max_positions=max_positions,
             text=self._text,
         )
-        self.episode_counts = EpisodeCounts()
         self._environments, self._counted = environments, (0, 0)
         self._episodes = EpisodePlayer(
             engine,
@@ -126,7 +124,6 @@ class Evaluator:
             pad_id=pad_id,
             end_ids=frozenset(end_ids),
             timer=timer,
-            counts=self.episode_counts,
         )
 
     def sampled(self) -> "Evaluator":
@@ -163,11 +160,11 @@ class Evaluator:
         prefilled = self.engine.num_prefilled_tokens
         kills = 0 if self._environments is None else self._environments.num_kills
         before, self._counted = self._counted, (prefilled, kills)
-        found = vars(self.episode_counts) | {
+        found = vars(self._episodes.counts) | {
             "num_prefilled_tokens": prefilled - before[0],
             "num_environment_kills": kills - before[1],
         }
-        self.episode_counts.reset()
+        self._episodes.counts.reset()
         return {**found, "environment_seconds": round(found["environment_seconds"], 6)}
 
     def prepare(self, rows: Sequence[Row], *, iteration: int, scorer: Scorer | None = None) -> PromptBatch:

@@ -16,7 +16,7 @@ from shardes.rollout.batching import IDLE_COHORT
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.engines.base import Completions
 from shardes.rollout.episode_results import EpisodeAccumulator
-from shardes.rollout.episodes import EpisodeCounts, EpisodePlayer, TooLittleMemoryError
+from shardes.rollout.episodes import EpisodePlayer, TooLittleMemoryError
 from shardes.rollout.prompts import PromptBuilder
 from shardes.rollout.share import WorkShare
 from shardes.tasks.base import Component, Task
@@ -95,7 +95,6 @@ class Harness:
             text=self.text,
             end_ids=frozenset({2}),
             timer=PhaseTimer(),
-            counts=EpisodeCounts(),
             **common,
         )
         assert not keys
