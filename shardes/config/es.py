@@ -51,6 +51,10 @@ class EsConfig(Section):
     """``linear`` lowers alpha from its value to 0 over the iterations, ``cosine`` along half a cosine."""
     warmup_iterations: int = Field(default=0, ge=0)
     """Number of iterations, from the first on, over which alpha rises to its value."""
+    step_rule: Literal["none", "reliability"] = "none"
+    """Rule by which the measured signal shortens steps. ``reliability``: alpha times the root of the share of
+    the variance of members' rewards that other problems would confirm, estimated over eight iterations. It
+    is at least a tenth."""
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
     """Rule that makes a step of the gradient. ``sgd``: alpha times the gradient, as in the paper.
     ``momentum``: a share of the steps before is added; 4 more bytes a parameter. ``adam``: its moments
@@ -155,6 +159,11 @@ class EsConfig(Section):
             raise ValueError(
                 f"adam_betas are {list(self.adam_betas)}; the second must be larger than the square of the "
                 "first, or steps have no bound"
+            )
+        if self.step_rule != "none" and self.prompts_per_member is not None:
+            raise ValueError(
+                f"step_rule is {self.step_rule}, which compares members on the same problems, but "
+                f"prompts_per_member is {self.prompts_per_member}; remove one of the two"
             )
         if self.decay_towards != "zero" and self.weight_decay == 0:
             raise ValueError("decay_towards is base, but weight_decay is 0; set both, or neither")

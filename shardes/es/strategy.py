@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from shardes.es.member import MemberResult
 from shardes.es.optimizers import Adam, AdamVersion1, Decay, Momentum, Optimizer, PlainStep
 from shardes.es.schedules import between, factor
 from shardes.es.shaping import RewardTable, shape
+from shardes.es.step_rule import WINDOW, reliability, step_factor
 from shardes.es.update import UPDATE_VERSION, Perturbation, Update
 
 
@@ -88,7 +90,22 @@ class Strategy:
         table = reward_table(results) if settings.shaping == "per_prompt" else None
         return shape(rewards, how=settings.shaping, clip=settings.clip_shaped, table=table)
 
-    def update(self, shaped: Sequence[float], *, iteration: int) -> Update:
+    def step_scale(
+        self, stats: Mapping[str, float | None], *, past: Sequence[Mapping[str, Any]]
+    ) -> tuple[float, dict[str, float | None]]:
+        """Return the factor of alpha that ``step_rule`` finds, and what it measured, by name.
+
+        Args:
+            stats: ``reward_stats`` of the iteration's members.
+            past: Records of the updates before, oldest first; at least the last ``WINDOW - 1``, or all.
+        """
+        if self._settings.step_rule == "none":
+            return 1.0, {}
+        last = [record["instruments"].get("reward_snr") for record in past][-(WINDOW - 1) :]
+        found = reliability([*last, stats["reward_snr"]])
+        return step_factor(found), {"reward_reliability": found}
+
+    def update(self, shaped: Sequence[float], *, iteration: int, scale: float = 1.0) -> Update:
         """Compute the update's coefficients: ``alpha / N * Z_n`` for each direction.
 
         The noise of an antithetic pair's second member is the negative of the first's, so the difference of
@@ -98,8 +115,9 @@ class Strategy:
         Args:
             shaped: Shaped rewards of all members, in order.
             iteration: Iteration of the members.
+            scale: Factor of alpha, see ``step_scale``.
         """
-        alpha = self.alpha(iteration)
+        alpha = self.alpha(iteration) * scale
         scale = self._optimizer.gradient_scale(alpha) / len(shaped)
         if self._settings.antithetic:
             shaped = [first - second for first, second in zip(shaped[::2], shaped[1::2], strict=True)]
