@@ -146,8 +146,9 @@ class TrainingLoop:
         )
         shaped = self._strategy.shaped(rewards, results)
         stats = reward_stats(reward_table(results), rewards=rewards, shaped=shaped)
-        scale, measured = self._strategy.step_scale(stats, past=self._past)
-        update = self._strategy.update(shaped, iteration=iteration, scale=scale)
+        factor, measured = self._strategy.alpha_factor(stats, past=self._past)
+        reused = self._strategy.reused(past=self._past)
+        update = self._strategy.update(shaped, iteration=iteration, alpha_factor=factor, reused=reused)
         sigma = self._strategy.sigma(iteration)
         check_consistency(
             self._world,
@@ -156,7 +157,7 @@ class TrainingLoop:
             prompts=spec.prompts.fingerprint(),
             update=update.record(),
         )
-        if self._world.is_main and not any(update.coefficients):
+        if self._world.is_main and not any(shaped):
             logger.warning(
                 "iteration %d: all members earned the same, so there is nothing to learn from them; a larger "
                 "es.sigma, or a reward that tells bad answers apart, would help",
@@ -165,8 +166,11 @@ class TrainingLoop:
         self._check_step(update)
         with self._timer("snapshot"):
             self._snapshots.finish()
-        instruments = {**stats, **measured}
+        instruments = {**stats, **measured, **({} if reused is None else reused.stats())}
         record = {"type": "update", **update.record(), "sigma": sigma, "instruments": instruments}
+        if config.es.member_reuse is not None:
+            judged = zip(rewards, shaped, strict=True)
+            record["shaped"] = [None if reward is None else value for reward, value in judged]
         self._recorder.record(record, durable=True)
         self._past.append(record)
         return update

@@ -31,20 +31,20 @@ def reliability(ratios: Iterable[float | None]) -> float | None:
         ratios: ``reward_snr`` of each iteration; None where it was not defined.
 
     Returns:
-        The estimate, at most 1; negative if members differed by less than chance.
+        The estimate, from 0, where members differed by no more than chance, to 1.
     """
     squares = [float(f"{ratio:.{_DIGITS}g}") ** 2 for ratio in ratios if ratio is not None]
     shares = [square / (1 + square) for square in squares]
-    total = math.fsum(shares)
-    return 2 - len(shares) / total if total > 0 else (None if not shares else -math.inf)
+    if not shares:
+        return None
+    mean = math.fsum(shares) / len(shares)
+    return max(2 - 1 / mean, 0.0) if mean else 0.0
 
 
-def step_factor(reliable_share: float | None) -> float:
+def step_factor(reliable: float | None) -> float:
     """Return what alpha is multiplied by: the root of the reliability, from 0.1 to 1; 1 if it is not known.
 
     The root is the correlation of the shaped rewards Z with those that the same members would have on all
     problems. Of all multiples of Z, it makes the one that is nearest to these in the mean square.
     """
-    if reliable_share is None:
-        return 1.0
-    return max(_LEAST_FACTOR, math.sqrt(max(reliable_share, 0.0)))
+    return 1.0 if reliable is None else max(_LEAST_FACTOR, math.sqrt(reliable))

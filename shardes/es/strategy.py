@@ -9,6 +9,7 @@ import numpy as np
 from shardes.config.schema import EsConfig
 from shardes.es.member import MemberResult
 from shardes.es.optimizers import Adam, AdamVersion1, Decay, Momentum, Optimizer, PlainStep
+from shardes.es.reuse import Reused, reuse
 from shardes.es.schedules import between, factor
 from shardes.es.shaping import RewardTable, shape
 from shardes.es.step_rule import WINDOW, reliability, step_factor
@@ -90,7 +91,7 @@ class Strategy:
         table = reward_table(results) if settings.shaping == "per_prompt" else None
         return shape(rewards, how=settings.shaping, clip=settings.clip_shaped, table=table)
 
-    def step_scale(
+    def alpha_factor(
         self, stats: Mapping[str, float | None], *, past: Sequence[Mapping[str, Any]]
     ) -> tuple[float, dict[str, float | None]]:
         """Return the factor of alpha that ``step_rule`` finds, and what it measured, by name.
@@ -105,7 +106,29 @@ class Strategy:
         found = reliability([*last, stats["reward_snr"]])
         return step_factor(found), {"reward_reliability": found}
 
-    def update(self, shaped: Sequence[float], *, iteration: int, scale: float = 1.0) -> Update:
+    def reused(self, *, past: Sequence[Mapping[str, Any]]) -> Reused | None:
+        """Weigh the last iteration's members for the estimate of now; None if they are not used again.
+
+        Args:
+            past: Records of the updates before, oldest first; at least the last one, if there is any.
+        """
+        share = self._settings.member_reuse
+        if share is None or not past or not any(past[-1]["shaped"]):
+            return None
+        last = past[-1]
+        members = [self.perturbation(n, iteration=last["iteration"]) for n in range(len(last["shaped"]))]
+        # d * c_m / sigma, with the sign of an antithetic pair's second member.
+        logs = [self._num_elements * last["coefficients"][p.direction] / p.sigma for p in members]
+        return reuse(last["shaped"], logs, least_share=share)
+
+    def update(
+        self,
+        shaped: Sequence[float],
+        *,
+        iteration: int,
+        alpha_factor: float = 1.0,
+        reused: Reused | None = None,
+    ) -> Update:
         """Compute the update's coefficients: ``alpha / N * Z_n`` for each direction.
 
         The noise of an antithetic pair's second member is the negative of the first's, so the difference of
@@ -115,20 +138,30 @@ class Strategy:
         Args:
             shaped: Shaped rewards of all members, in order.
             iteration: Iteration of the members.
-            scale: Factor of alpha, see ``step_scale``.
+            alpha_factor: Factor of alpha, see ``alpha_factor``.
+            reused: Members of the iteration before, which count as much as so many members of this one as
+                they are effective; None: none.
         """
-        alpha = self.alpha(iteration) * scale
-        scale = self._optimizer.gradient_scale(alpha) / len(shaped)
-        if self._settings.antithetic:
-            shaped = [first - second for first, second in zip(shaped[::2], shaped[1::2], strict=True)]
-        coefficients = [float(np.float32(scale * value)) for value in shaped]
+        alpha = self.alpha(iteration) * alpha_factor
+        num_effective = 0.0 if reused is None else reused.effective_members
+        scale = self._optimizer.gradient_scale(alpha) / (len(shaped) + num_effective)
+        coefficients = self._by_direction(shaped, scale=scale)
+        reused_values = [] if reused is None else reused.values
+        both = self._clipped(coefficients + self._by_direction(reused_values, scale=scale * num_effective))
         noise_iteration = self._noise_iteration(iteration)
         return Update(
             iteration,
-            self._clipped(coefficients),
+            both[: len(coefficients)],
             alpha,
             None if noise_iteration == iteration else noise_iteration,
+            tuple(both[len(coefficients) :]),
         )
+
+    def _by_direction(self, values: Sequence[float], *, scale: float) -> list[float]:
+        """Return the coefficients of directions, given a value for each member, as float32 values."""
+        if self._settings.antithetic:
+            values = [first - second for first, second in zip(values[::2], values[1::2], strict=True)]
+        return [float(np.float32(scale * value)) for value in values]
 
     def _clipped(self, coefficients: list[float]) -> list[float]:
         """Return the coefficients, scaled down if the update is longer than ``max_update_norm``.
@@ -176,3 +209,8 @@ def decay_of(settings: EsConfig) -> Decay | None:
     if settings.weight_decay == 0:
         return None
     return Decay(settings.weight_decay, is_anchored=settings.decay_towards == "base")
+
+
+def version_of_updates(settings: EsConfig) -> int:
+    """Return the version of docs/updates.md that new runs have: the first with all that they need."""
+    return 2 if settings.member_reuse is None else 3

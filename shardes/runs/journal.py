@@ -249,9 +249,10 @@ def _take(line: bytes, history: History, link: str, *, path: Path) -> str:
         rename_in_header(record)
     elif record["type"] == "update":
         # Each takes time to replay, and was the result of a member.
-        num_members, count = len(history.members.get(record["iteration"], ())), len(record["coefficients"])
-        if count > num_members:
-            raise ValueError(f"it has {count} coefficients, but its iteration {num_members} members")
+        for key, iteration in (("coefficients", record["iteration"]), ("reused", record["iteration"] - 1)):
+            num_members, count = len(history.members.get(iteration, ())), len(record.get(key, ()))
+            if count > num_members:
+                raise ValueError(f"it has {count} {key}, but iteration {iteration} {num_members} members")
     history.add(record)
     return str(checksum)
 

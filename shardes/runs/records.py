@@ -83,6 +83,8 @@ class _Update(_Record):
     alpha: _Float32
     sigma: _Float32
     noise_iteration: _Count | None = None
+    reused: list[_Float32] = []
+    shaped: list[_Number | None] = []
     instruments: dict[str, Any] = {}
 
 
