@@ -1,7 +1,7 @@
 """Reuse of the last iteration's members, weighted by importance: pure functions of the journal.
 
 A member of the last iteration is ``old centre + sigma eps_m``. From the centre of now, ``Delta`` away, it is
-``centre + sigma (eps_m - Delta / sigma)``. The density of members there, over that which it was drawn from, is
+``centre + sigma (eps_m - Delta / sigma)``. The density of members there, over that which it was drawn from:
 
     w_m = exp(eps_m . Delta / sigma - |Delta|^2 / (2 sigma^2)).
 
