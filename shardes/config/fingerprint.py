@@ -43,6 +43,8 @@ _LATER_KEYS = {
     "task.harness": None,
     "task.episode_return": "sum",
     "task.max_turns": 10,
+    "es.step_rule": "none",
+    "es.member_reuse": None,
 }
 
 

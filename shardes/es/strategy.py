@@ -112,14 +112,14 @@ class Strategy:
         Args:
             past: Records of the updates before, oldest first; at least the last one, if there is any.
         """
-        share = self._settings.member_reuse
-        if share is None or not past or not any(past[-1]["shaped"]):
+        share, last = self._settings.member_reuse, past[-1] if past else {}
+        shaped = last.get("shaped", [])
+        if share is None or not any(shaped):
             return None
-        last = past[-1]
-        members = [self.perturbation(n, iteration=last["iteration"]) for n in range(len(last["shaped"]))]
+        members = [self.perturbation(n, iteration=last["iteration"]) for n in range(len(shaped))]
         # d * c_m / sigma, with the sign of an antithetic pair's second member.
         logs = [self._num_elements * last["coefficients"][p.direction] / p.sigma for p in members]
-        return reuse(last["shaped"], logs, least_share=share)
+        return reuse(shaped, logs, least_share=share)
 
     def update(
         self,

@@ -77,6 +77,10 @@ class _Member(_Set):
     version: _Count = 1
 
 
+class _RewardStats(_Record):
+    reward_snr: Annotated[_Number, Field(ge=0)] | None = None
+
+
 class _Update(_Record):
     iteration: _Count
     coefficients: list[_Float32]
@@ -85,7 +89,7 @@ class _Update(_Record):
     noise_iteration: _Count | None = None
     reused: list[_Float32] = []
     shaped: list[_Number | None] = []
-    instruments: dict[str, Any] = {}
+    instruments: _RewardStats = _RewardStats()
 
 
 class _Weights(_Record):
