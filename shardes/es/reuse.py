@@ -78,6 +78,8 @@ def _largest_exponent(logs: Sequence[float], least: float) -> float:
     """Return the largest power of the weights, up to 1, that leaves at least so many effective members."""
     if _effective(_weights(logs, 1.0)) >= least:
         return 1.0
+    if least >= len(logs):
+        return 0.0
     # The effective number falls as the power grows: it is exp(2 K(b) - K(2 b)) with K convex.
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
