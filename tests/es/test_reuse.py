@@ -26,7 +26,7 @@ def test_the_estimate_is_that_of_the_gradient_at_the_centre_of_now():
     # R(x) = b x - x A x / 2, whose smoothed gradient at a point is b - A x: sigma times that is estimated.
     draw, sigma, count = np.random.default_rng(0), 0.3, 20_000
     b, a = np.array([1.0, -2.0, 0.5]), np.diag([3.0, 1.0, 4.0])
-    old, now = np.array([0.2, 0.1, -0.3]), np.array([0.35, 0.0, -0.05])
+    old, now = np.array([0.2, 0.1, -0.3]), np.array([0.3, 0.03, -0.12])
     moved = (now - old) / sigma
     eps = draw.normal(size=(count, 3))
     members = old + sigma * eps
