@@ -249,10 +249,11 @@ def _take(line: bytes, history: History, link: str, *, path: Path) -> str:
         rename_in_header(record)
     elif record["type"] == "update":
         # Each takes time to replay, and was the result of a member.
-        for key, iteration in (("coefficients", record["iteration"]), ("reused", record["iteration"] - 1)):
+        at = record["iteration"]
+        for key, what, iteration in (("coefficients", "its", at), ("reused", "the last", at - 1)):
             num_members, count = len(history.members.get(iteration, ())), len(record.get(key, ()))
             if count > num_members:
-                raise ValueError(f"it has {count} {key}, but iteration {iteration} {num_members} members")
+                raise ValueError(f"it has {count} {key}, but {what} iteration {num_members} members")
         is_paired = history.header is not None and history.header["settings"].get("es.antithetic")
         num_members, count = (
             len(record.get("shaped", ())),

@@ -64,7 +64,11 @@ FORGED = {
         "it has 400000 coefficients",
     ),
     "one coefficient too many": ("update", {"coefficients": [0.5] * 5}, "it has 5 coefficients, but its ite"),
-    "reused members of no iteration": ("update", {"reused": [0.5]}, "it has 1 reused, but iteration -1 0 me"),
+    "reused members of no iteration": (
+        "update",
+        {"reused": [0.5]},
+        "it has 1 reused, but the last iteration 0 me",
+    ),
     "text for a reused coefficient": ("update", {"reused": ["0.5"]}, "reused.0: "),
     "rewards of other members": ("update", {"shaped": [0.5]}, "it has 1 shaped rewards, but coefficients of"),
     "a ratio of text": ("update", {"instruments": {"reward_snr": "1"}}, "instruments.reward_snr: "),
