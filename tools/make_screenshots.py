@@ -8,17 +8,22 @@ that need it are named and left out.
 """
 
 import argparse
+import base64
+import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from websockets.sync.client import connect
 
 _CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 _OPTIONS = (
@@ -57,24 +62,39 @@ def draw_terminal(command: str, text: str, out: Path, *, most_lines: int = 40) -
     figure.savefig(out)
 
 
-def photograph(
-    browser: str, address: str, out: Path, *, height: int, width: int = 1100, patience: int = 0
-) -> None:
+def photograph(browser: str, address: str, out: Path, *, size: tuple[int, int], seconds: float = 0) -> None:
     """Save a page as a browser shows it.
 
     Args:
         browser: Chromium's program.
         address: Of the page.
         out: A .png file.
-        height: Of the window, in pixels.
-        width: Of the window, in pixels.
-        patience: Milliseconds that the page's scripts have.
+        size: Width and height of the window, in pixels.
+        seconds: How long the page's scripts have.
     """
     with tempfile.TemporaryDirectory() as profile:
-        options = [*_OPTIONS, f"--user-data-dir={profile}", f"--window-size={width},{height}"]
-        waiting = [f"--virtual-time-budget={patience}"] if patience else []
-        command = [browser, *options, *waiting, f"--screenshot={out}", address]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        options = [*_OPTIONS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}"]
+        command = [browser, *options, "--remote-debugging-port=0", address]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            try:
+                found = next(filter(None, (re.search(r"127.0.0.1:\d+", line) for line in process.stderr)))
+                threading.Thread(target=process.stderr.read, daemon=True).start()
+                out.write_bytes(_shot_of(found[0], seconds=seconds))
+            finally:
+                process.terminate()
+
+
+def _shot_of(debugger: str, *, seconds: float) -> bytes:
+    """Return a picture of the page that a browser shows, through its protocol for developers."""
+    with urllib.request.urlopen(f"http://{debugger}/json/list") as answer:
+        (page,) = [each for each in json.load(answer) if each["type"] == "page"]
+    with connect(page["webSocketDebuggerUrl"], max_size=None) as connection:
+        time.sleep(1 + seconds)
+        connection.send(json.dumps({"id": 1, "method": "Page.captureScreenshot"}))
+        while "id" not in (answer := json.loads(connection.recv(timeout=60))):
+            pass
+    return base64.b64decode(answer["result"]["data"])
 
 
 def photograph_tensorboard(browser: str, log_dir: Path, out: Path) -> None:
@@ -86,14 +106,8 @@ def photograph_tensorboard(browser: str, log_dir: Path, out: Path) -> None:
             found = next(filter(None, (re.search(r"http://\S+", line) for line in server.stderr)))
             # What else it says must not fill the pipe.
             threading.Thread(target=server.stderr.read, daemon=True).start()
-            photograph(
-                browser,
-                f"{found[0]}?darkMode=false&tagFilter=reward#timeseries",
-                out,
-                height=800,
-                width=1500,
-                patience=20_000,
-            )
+            shown = "darkMode=false&tagFilter=heldout_reward|reward_mean|kl|update_norm$#timeseries"
+            photograph(browser, f"{found[0]}?{shown}", out, size=(1400, 940), seconds=45)
         finally:
             server.terminate()
 
@@ -129,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         assert browser is not None
         with tempfile.TemporaryDirectory() as folder:
             shardes("report", run, "--out", Path(folder) / "report.html")
-            photograph(browser, f"file://{folder}/report.html", out / "report.png", height=2500)
+            photograph(
+                browser, f"file://{folder}/report.html", out / "report.png", size=(1100, 2500), seconds=3
+            )
 
     def tensorboard() -> None:
         assert browser is not None
