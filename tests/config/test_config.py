@@ -366,6 +366,13 @@ def test_members_of_one_forward_answer_the_same_prompts():
         parse_config(tree, source="test")
 
 
+def test_the_step_rule_takes_several_problems():
+    tree = with_key("es.step_rule", "reliability")
+    tree["task"]["batch_size"] = 1
+    with pytest.raises(UserError, match=r"task: batch_size is 1, but es.step_rule: reliability measures"):
+        parse_config(tree, source="test")
+
+
 def test_by_prompt_goes_with_rules_for_prompts():
     tree = with_key("es.shaping", "per_prompt")
     tree["task"]["on_reward_error"] = "worst"
