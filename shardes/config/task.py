@@ -274,11 +274,20 @@ class TaskConfig(ProblemSetConfig):
     namespace; docs/rewards.md); ``none``: it sees all, for a reward that uses ``sudo`` or rootless
     containers."""
 
+    @field_validator("screening", mode="before")
+    @classmethod
+    def _screening_is_keys(cls, value: Any) -> Any:
+        if value is None or isinstance(value, dict | ScreeningConfig):
+            return value
+        raise ValueError(
+            f"got {value!r:.80}; wanted keys such as {{keep_fraction: 0.25}}, or {{}} for defaults"
+        )
+
     @field_validator("objective")
     @classmethod
     def _objective_is_known(cls, value: str) -> str:
-        found = re.fullmatch(r"pass@(\d{1,9})", value, re.ASCII)
-        if value not in ("mean", "max") and not (found and int(found[1]) > 1):
+        is_pass_at_k = value != "pass@1" and re.fullmatch(r"pass@[1-9]\d{0,8}", value, re.ASCII)
+        if value not in ("mean", "max") and not is_pass_at_k:
             raise ValueError(f"got {value!r}; wanted mean, max or pass@K with K of 2 or more, as in pass@4")
         return value
 

@@ -1,6 +1,7 @@
 """Objective: what a member earns by the answers to a problem, and by all of its problems."""
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -73,10 +74,8 @@ def expected_maximum(rewards: Sequence[float], *, k: int) -> float:
     """
     in_order, shares = sorted(rewards), _shares_below(len(rewards), k)
     # A step between neighbours is missed if all that are chosen are below it.
-    missed = (
-        (high - low) * share for low, high, share in zip(in_order, in_order[1:], shares, strict=True) if share
-    )
-    return float(in_order[-1] - math.fsum(missed))
+    steps = zip(itertools.pairwise(in_order), shares, strict=True)
+    return float(in_order[-1] - math.fsum((high - low) * share for (low, high), share in steps))
 
 
 def expected_maximum_over_least(
@@ -98,8 +97,8 @@ def expected_maximum_over_least(
     chosen = min(k, size)
     only_failed = math.comb(num_failures, chosen) / math.comb(size, chosen)
     in_order, shares = sorted(rewards), _shares_below(size, k)[num_failures:]
-    steps = zip(in_order, in_order[1:], shares, strict=True)
-    missed = [(high - low) * share for low, high, share in steps]
+    steps = zip(itertools.pairwise(in_order), shares, strict=True)
+    missed = [(high - low) * share for (low, high), share in steps]
     return in_order[-1] - math.fsum([*missed, in_order[0] * only_failed]), only_failed
 
 

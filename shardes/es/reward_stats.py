@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import numpy as np
 
@@ -44,7 +44,7 @@ def reward_stats(
         "reward_snr": _signal_to_noise(counted),
         "tied_members": _share_tied([reward for reward in rewards if reward is not None]),
         "agreed_prompts": _share_agreed(counted),
-        "informative_prompts": _share_informative(table),
+        "informative_prompts": _share_informative(counted, asked={prompt for row in table for prompt in row}),
         "effective_population": math.fsum(map(abs, shaped)) ** 2 / square if square else None,
     }
 
@@ -77,7 +77,6 @@ def _share_agreed(table: RewardTable) -> float | None:
     return sum(len(set(rewards)) == 1 for rewards in compared) / len(compared) if compared else None
 
 
-def _share_informative(table: RewardTable) -> float | None:
-    asked = {prompt for row in table for prompt in row}
+def _share_informative(table: RewardTable, *, asked: Collection[Hashable]) -> float | None:
     num_informative = sum(len(set(rewards)) > 1 for rewards in rewards_by_prompt(table).values())
     return num_informative / len(asked) if asked else None
