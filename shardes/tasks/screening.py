@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from shardes.config.task import ScreeningConfig
+from shardes.errors import UserError
 from shardes.es.shaping import RewardTable, rewards_by_prompt
 from shardes.noise import Draw, data_order
 from shardes.tasks.base import Task
@@ -95,8 +96,17 @@ class Screening:
         return record
 
     def resume(self, updates: Iterable[Mapping[str, Any]]) -> None:
-        """Take in the journal's records of updates, in order."""
-        for update in updates:
+        """Take in the journal's records of updates, in order.
+
+        Raises:
+            UserError: One of them does not say what was learned.
+        """
+        for iteration, update in enumerate(updates):
+            if update.get("screening") is None:
+                raise UserError(
+                    f"run.dir: the journal's update of iteration {iteration} does not say what task.screening "
+                    "has learned, without which it is not known what to ask; give another run.dir"
+                )
             self._take(update["screening"])
 
     def _take(self, record: Mapping[str, Any]) -> None:

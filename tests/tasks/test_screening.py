@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardes.config.task import ScreeningConfig
+from shardes.errors import UserError
 from shardes.es.objective import judge
 from shardes.noise import Draw, data_order
 from shardes.tasks.screening import AskedProblems, Screening, make_screening
@@ -141,6 +142,8 @@ def test_a_resumed_run_knows_what_the_journal_knows():
     second.resume(records)
     for iteration in range(12, 30):
         assert second.choose(range(9), iteration=iteration) == first.choose(range(9), iteration=iteration)
+    with pytest.raises(UserError, match="update of iteration 1 does not say what task"):
+        second.resume([records[0], {"iteration": 1}])
 
 
 def test_rows_keep_their_numbers_when_others_are_left_out():
