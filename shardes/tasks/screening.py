@@ -104,8 +104,8 @@ class Screening:
         for iteration, update in enumerate(updates):
             if update.get("screening") is None:
                 raise UserError(
-                    f"run.dir: the journal's update of iteration {iteration} does not say what task.screening "
-                    "has learned, without which it is not known what to ask; give another run.dir"
+                    f"run.dir: the journal's update of iteration {iteration} does not say what "
+                    "task.screening has learned, so it is not known what to ask; give another run.dir"
                 )
             self._take(update["screening"])
 
