@@ -4,11 +4,16 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 
+from shardes.config.task import ScreeningConfig
 from shardes.es.objective import expected_maximum
+from shardes.es.shaping import shape
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
+from shardes.tasks.sampler import draw_batch
+from shardes.tasks.screening import Screening
 from shardes.trainer import make_training_loop
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model
@@ -48,12 +53,16 @@ def of_type(journal, kind):
     return [record for record in journal if record["type"] == kind]
 
 
+def places_of(member):
+    """The places, among the iteration's problems, of those that a member answered."""
+    return range(len(member["by_problem"])) if member["problems"] is None else member["problems"]
+
+
 def rewards_by_place(members):
     """What each problem of an iteration earned, by its place among those that were asked."""
     found = {}
     for member in members:
-        problems = member["problems"] or range(len(member["by_problem"]))
-        for place, reward in zip(problems, member["by_problem"], strict=True):
+        for place, reward in zip(places_of(member), member["by_problem"], strict=True):
             found.setdefault(place, []).append(reward)
     return found
 
@@ -79,6 +88,30 @@ def test_fewer_problems_are_asked_where_members_earn_the_same(tmp_path, model):
     assert [line["informative_prompts"] for line in lines[:-1]] == [3 / 11, 0.5, 0.5, 0.5]
     tokens = [line["num_tokens"] for line in lines[:-1]]
     assert max(tokens[1:]) < 0.7 * tokens[0]
+
+
+def test_weights_go_into_members_rewards_and_into_the_update(tmp_path, model):
+    train(tmp_path, model, **ALL_OPTIONS)
+    journal = journal_of(tmp_path / "run")
+    screening = Screening(ScreeningConfig(**ALL_OPTIONS["task__screening"]), seed=0)
+    for iteration, update in enumerate(of_type(journal, "update")):
+        members = [m for m in of_type(journal, "member") if m["iteration"] == iteration]
+        drawn = draw_batch(11, batch_size=9, sampling="random", seed=0, iteration=iteration)
+        weights = screening.choose(drawn, iteration=iteration).weights
+        for member in members:
+            values = member["by_problem"]
+            shares = [1.0 if weights is None else weights[place] for place in places_of(member)]
+            wanted = sum(w * v for w, v in zip(shares, values, strict=True)) / sum(shares)
+            assert member["reward"] == pytest.approx(wanted, rel=1e-12)
+        shaped = shape(
+            [member["reward"] for member in members],
+            how="per_prompt",
+            table=[dict(zip(places_of(m), m["by_problem"], strict=True)) for m in members],
+            weights=None if weights is None else dict(enumerate(weights)),
+        )
+        assert update["coefficients"] == [float(np.float32(0.1 / len(members) * z)) for z in shaped]
+        screening.resume([update])
+    assert sum(update["screening"]["num_left_out"] for update in of_type(journal, "update")) > 3
 
 
 def test_a_run_without_screening_counts_informative_problems_too(tmp_path, model):
