@@ -157,13 +157,19 @@ def test_a_member_earns_the_objective_and_evaluations_report_both(tmp_path, mode
         "task__objective": "pass@2",
         "rollout__temperature": 1.0,
         "rollout__samples_per_prompt": 3,
-        "task__batch_size": 3,
+        "task__batch_size": 1,
+        "log__samples_every": 1,
         "es__iterations": 1,
     }
     train(tmp_path, model, **options)
     journal = journal_of(tmp_path / "run")
     header, evaluation = journal[0], of_type(journal, "evaluation")[0]
     assert header["settings"]["task.objective"] == "pass@2"
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    rewards = [sample["reward"] for sample in samples if sample.get("member") == 0]
+    assert len(rewards) == 3
+    member = of_type(journal, "member")[0]
+    assert member["reward"] == expected_maximum(rewards, k=2) > math.fsum(rewards) / 3
     line = steady_metrics(tmp_path / "run")[0]
     assert line["heldout_reward"] == evaluation["reward"]
     assert line["heldout_objective"] == evaluation["objective"] > evaluation["reward"]
