@@ -107,6 +107,8 @@ class TrainingLoop:
             self._apply(Update.of_record(state.updates[-1]))
         self._centre.resume(state)
         self._known_results = state.results
+        if self._rollout.screening is not None:
+            self._rollout.screening.resume(state.updates)
         self._reporter.catch_up()
         return state.first_iteration
 
@@ -139,7 +141,7 @@ class TrainingLoop:
             first_failure=self._rollout.scorer.first_failure,
             is_episodic=self._rollout.task.episodes is not None,
         )
-        shaped = self._strategy.shaped(rewards, results)
+        shaped = self._strategy.shaped(rewards, results, weights=spec.weights)
         update = self._strategy.update(shaped, iteration=iteration)
         sigma = self._strategy.sigma(iteration)
         check_consistency(
@@ -158,10 +160,14 @@ class TrainingLoop:
         self._check_step(update)
         with self._timer("snapshot"):
             self._snapshots.finish()
+        table, screening = reward_table(results), self._rollout.screening
+        learned = {}
+        if screening is not None and spec.asked is not None:
+            learned = {"screening": screening.learn(spec.asked, table)}
         if self._world.is_main:
-            stats = reward_stats(reward_table(results), rewards=rewards, shaped=shaped)
+            stats = reward_stats(table, rewards=rewards, shaped=shaped)
             record = {"type": "update", **update.record(), "sigma": sigma, "instruments": stats}
-            self._recorder.record(record, durable=True)
+            self._recorder.record(record | learned, durable=True)
         return update
 
     def _check_step(self, update: Update) -> None:

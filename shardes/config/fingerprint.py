@@ -43,6 +43,8 @@ _LATER_KEYS = {
     "task.harness": None,
     "task.episode_return": "sum",
     "task.max_turns": 10,
+    "task.screening": None,
+    "task.objective": "mean",
 }
 
 
