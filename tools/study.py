@@ -190,8 +190,8 @@ def adaptive_sigma() -> Any:
             self.next_scale = self.scale * (1.05 if found is None or found < 1.5 else 1 / 1.05)
             return shaped
 
-        def update(self, shaped: Any, *, iteration: int) -> Any:
-            update = super().update(shaped, iteration=iteration)
+        def update(self, shaped: Any, **place: Any) -> Any:
+            update = super().update(shaped, **place)
             self.scale = min(max(self.next_scale, 0.25), 4.0)
             return update
 

@@ -45,6 +45,8 @@ _LATER_KEYS = {
     "task.max_turns": 10,
     "task.screening": None,
     "task.objective": "mean",
+    "es.step_rule": "none",
+    "es.member_reuse": None,
 }
 
 

@@ -233,3 +233,14 @@ class Config(Section):
                 "answers to one prompt; set task.on_reward_error to exclude or to a number"
             )
         return value
+
+    @field_validator("task")
+    @classmethod
+    def _step_rule_has_problems(cls, value: TaskConfig, info: ValidationInfo) -> TaskConfig:
+        es = info.data.get("es")
+        if es is not None and es.step_rule != "none" and value.batch_size == 1:
+            raise ValueError(
+                f"batch_size is 1, but es.step_rule: {es.step_rule} measures how members' rewards differ from "
+                "problem to problem; give at least 2, or remove es.step_rule"
+            )
+        return value

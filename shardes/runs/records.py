@@ -86,6 +86,10 @@ class _Screening(_Record):
     agreed: list[Annotated[tuple[_Number, list[_Count]], Strict(False)]]
 
 
+class _RewardStats(_Record):
+    reward_snr: Annotated[_Number, Field(ge=0)] | None = None
+
+
 class _Update(_Record):
     iteration: _Count
     coefficients: list[_Float32]
@@ -93,7 +97,9 @@ class _Update(_Record):
     sigma: _Float32
     noise_iteration: _Count | None = None
     screening: _Screening | None = None
-    instruments: dict[str, Any] = {}
+    reused: list[_Float32] = []
+    shaped: list[_Number | None] = []
+    instruments: _RewardStats = _RewardStats()
 
 
 class _Weights(_Record):

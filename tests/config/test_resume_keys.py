@@ -85,6 +85,8 @@ BINDING = [
     ("es.weight_decay", 0.1),
     ("es.decay_towards", "base"),
     ("es.max_update_norm", 1.0),
+    ("es.step_rule", "reliability"),
+    ("es.member_reuse", 0.5),
     ("es.trainable", [".*", "!.*norm.*"]),
     ("task.name", "countdown_short"),
     ("task.batch_size", 4),
@@ -101,6 +103,7 @@ BINDING = [
 LATER = {
     *("rollout.skip_special_tokens", "task.chat_template", "task.template_arguments"),
     *("task.screening", "task.objective"),
+    *("es.step_rule", "es.member_reuse"),
 }
 
 # Keys without which a key would do nothing, and is refused.
