@@ -240,7 +240,7 @@ class Config(Section):
         es = info.data.get("es")
         if es is not None and es.step_rule != "none" and value.batch_size == 1:
             raise ValueError(
-                f"batch_size is 1, but es.step_rule: {es.step_rule} measures how members' rewards differ from "
-                "problem to problem; give at least 2, or remove es.step_rule"
+                f"batch_size is 1, but es.step_rule: {es.step_rule} measures how members' rewards differ "
+                "from problem to problem; give at least 2, or remove es.step_rule"
             )
         return value
