@@ -23,7 +23,7 @@ from shardes.distributed.place import read_place
 from shardes.distributed.stop import Stop, Stopped
 from shardes.environments.runners import Environments, tasks_by_key
 from shardes.errors import UserError
-from shardes.models.files import check_model_directory
+from shardes.models.hub import check_model
 from shardes.rewards.pool import InProcessRewards, RewardProcessPool, make_reward_runner
 from shardes.runs.directory import read_lines
 from shardes.runs.trackers import check_trackers
@@ -198,7 +198,7 @@ class Trainer:
             StorageError: A file of the run cannot be written.
         """
         config, self._stop = self.config, Stop()
-        check_model_directory(config.model.path)
+        check_model(config.model)
         check_trackers(config.log.report_to)
         self._write_data()
         task, heldout_sets = self._load_tasks()

@@ -182,6 +182,22 @@ def engine_of(header: dict[str, Any]) -> dict[str, Any]:
 
 def recorded_setting(run_dir: Path, key: str) -> Any:
     """Return a setting of a journal's header; None if the run has not begun, or its header cannot be read."""
+    return (_recorded_header(run_dir) or {"settings": {}})["settings"].get(key)
+
+
+def recorded_commit(run_dir: Path, hub_id: str | None) -> str | None:
+    """Return the commit of a model of the hub with which a run began; None: it has none of that name."""
+    header = _recorded_header(run_dir)
+    return None if header is None else commit_of(header, hub_id)
+
+
+def commit_of(header: dict[str, Any], hub_id: str | None) -> str | None:
+    """Return the commit that a journal's header has for a model of the hub; None: it is of another."""
+    model = header["config"]["model"]
+    return model.get("revision") if hub_id is not None and model["path"] == hub_id else None
+
+
+def _recorded_header(run_dir: Path) -> dict[str, Any] | None:
     path, history = run_dir / "journal.jsonl", History()
     try:
         line = next(read_whole_lines(path), None)
@@ -189,7 +205,7 @@ def recorded_setting(run_dir: Path, key: str) -> Any:
             _take(line, history, "", path=path)
     except (OSError, UserError, *_DAMAGE):  # whoever opens the run says so
         return None
-    return None if history.header is None else history.header["settings"].get(key)
+    return history.header
 
 
 def read_journal(path: Path) -> tuple[History, str, int, int]:
