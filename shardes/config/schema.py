@@ -34,8 +34,8 @@ class ModelConfig(Section):
     path: Annotated[
         Path,
         NeedsConsent(
-            "fetched over the network, since this machine's cache of the hub does not have it; hf download "
-            "fetches it, too",
+            "fetched over the network, as this machine's cache of the hub does not have it; your own --base "
+            "NAME, model.path=NAME or hf download NAME is consent to that alone",
             lambda path: _hub_id(path) is not None,
         ),
     ]

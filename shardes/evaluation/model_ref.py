@@ -195,8 +195,8 @@ def _locate(model: str, *, name: str) -> _Place:
         return _Place(name, Path(hub_id), is_run=False, revision=revision or None)
     raise UserError(
         f"{name}: neither a model directory (with config.json) nor a run directory (with "
-        "journal.jsonl); give DIR, RUN_DIR, RUN_DIR@K for the weights after K iterations, or RUN_DIR@best; for "
-        "a model of the hub ORGANISATION/MODEL[@REVISION]"
+        "journal.jsonl); give DIR, RUN_DIR, RUN_DIR@K for the weights after K iterations, or RUN_DIR@best; "
+        "for a model of the hub ORGANISATION/MODEL[@REVISION]"
     )
 
 

@@ -129,7 +129,8 @@ def _askable(
     except LimitError as error:
         raise UserError(
             f"{_place(rows[error.index], key)}: the chat template or the tokenizer of "
-            f"{config.model.directory} {error} for this prompt; mend it, or give another template (task.chat_template)"
+            f"{config.model.directory} {error} for this prompt; mend it, or give another template "
+            "(task.chat_template)"
         ) from None
     if rows and not found:
         raise UserError(f"{key}: no row can be asked; the first one: {problems[0]}")

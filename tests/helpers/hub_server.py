@@ -80,7 +80,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send_file(directory / file, file, commit)
         files = sorted(p for p in directory.rglob("*") if p.is_file())
         entries = [
-            {"type": "file", "path": p.relative_to(directory).as_posix(), "size": p.stat().st_size, "oid": _etag(p)}
+            {
+                "type": "file",
+                "path": p.relative_to(directory).as_posix(),
+                "size": p.stat().st_size,
+                "oid": _etag(p),
+            }
             for p in files
         ]
         siblings = [{"rfilename": each["path"]} for each in entries]
