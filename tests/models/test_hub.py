@@ -260,6 +260,7 @@ def test_a_run_is_of_a_commit(hub, run, files, tmp_path, monkeypatch):
     assert (header["config"]["model"]["path"], header["config"]["model"]["revision"]) == (NAME, FIRST)
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["path"] == NAME
     assert f"{NAME}, commit {FIRST}" in call("shardes", "journal", run).stdout
+    fetched(hub)
     # main moves on, and the run stays with what it had; so does one on a machine with another cache.
     hub.add(NAME, files / SECOND, commit=SECOND)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "other-cache"))
