@@ -1,4 +1,4 @@
-"""What a cell of a notebook does to train on several ranks: accelerate starts them. About 20 seconds on a CPU.
+"""What a cell of a notebook does to train on several ranks: accelerate starts them. About 20 s on a CPU.
 
 python examples/from_a_notebook.py [RUN_DIR]
 """

@@ -29,6 +29,7 @@ from shardes.rewards.pool import make_reward_runner
 from shardes.runs.directory import read_run, write_lines
 from shardes.runs.journal import recorded_commit, recorded_setting
 from shardes.runs.trackers import check_trackers
+from shardes.starter import HOW_TO_BEGIN, init
 from shardes.tasks.generating import MAKEABLE, make_problems
 from shardes.tasks.loading import load_tasks
 from shardes.utils.version import VERSION
@@ -63,17 +64,19 @@ def cli() -> None:
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
-@click.option("--config", "config_path", type=_PATH, required=True, help="The run's YAML file.")
+@click.option("--config", "config_path", type=_PATH, help="The run's YAML file; shardes init writes one.")
 @click.option("--dry-run", is_flag=True, help="Evaluate one member on two prompts, print a plan, and end.")
 @TRUST
 @click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False)
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
-def train(config_path: Path, dry_run: bool, is_trusted: bool, overrides: tuple[str, ...]) -> None:
+def train(config_path: Path | None, dry_run: bool, is_trusted: bool, overrides: tuple[str, ...]) -> None:
     """Train, or go on with a run that stopped.
 
     KEY=VALUE changes a key of the file, for example es.sigma=0.002. Start it with deepspeed, torchrun or
     accelerate launch to use several ranks.
     """
+    if config_path is None:
+        raise UserError(HOW_TO_BEGIN)
     # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
     place = read_place()
     with stop_signals(num_ranks=place.world_size) as stop:
@@ -359,7 +362,7 @@ def make_data(
     click.echo(f"{out}: {len(rows)} problems")
 
 
-for _command in (compare, *COMMANDS):
+for _command in (compare, init, *COMMANDS):
     cli.add_command(_command)
 
 

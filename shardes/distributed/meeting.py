@@ -26,8 +26,8 @@ _ATTEMPT = "attempt"
 _LOOK_SECONDS = 0.05
 # Longest that one call may take: who does not answer may be rank 0 of a former attempt.
 _CALL_SECONDS = 5.0
-# Stores that this process hosts. A program that joins one job after another, as Python's interface does, finds
-# the port taken while anything of the first one is left; so it keeps its store, as torchrun does.
+# Stores that this process hosts. A program that joins one job after another, as the Python interface does,
+# would find its port taken while anything of the first one is left; so it keeps its store, as torchrun does.
 _hosted: dict[tuple[str, int], dist.TCPStore] = {}
 # A process that does not even notice that the time is over is ended so much later.
 _GRACE_SECONDS = 2.0
