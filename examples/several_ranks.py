@@ -5,7 +5,8 @@ torchrun --standalone --nproc-per-node 2 examples/several_ranks.py [RUN_DIR]
 accelerate launch --num_processes 2 examples/several_ranks.py [RUN_DIR]
 deepspeed --num_gpus 2 examples/several_ranks.py [RUN_DIR]
 
-Without GPUs, accelerate wants --cpu as well, and deepspeed the variable DS_ACCELERATOR=cpu.
+Without GPUs, accelerate wants --multi_gpu as well, or it starts one process, and deepspeed the variable
+DS_ACCELERATOR=cpu.
 """
 
 import sys

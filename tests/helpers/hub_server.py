@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 
@@ -119,6 +120,19 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _etag(path):
     return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+def use_hub(url, cache, *, set_value=setattr):
+    """Has the client in this process ask another hub, and keep what it fetches in another cache."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    set_value(constants, "ENDPOINT", url)
+    set_value(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    set_value(constants, "HF_HUB_CACHE", str(cache))
+    # It would try again after some seconds.
+    set_value(_http, "time", SimpleNamespace(sleep=lambda _: None))
 
 
 @contextmanager

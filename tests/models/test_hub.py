@@ -15,7 +15,7 @@ from shardes.config.schema import ModelConfig
 from shardes.errors import UserError
 from shardes.models.hub import check_model, fetch, find_commit
 from shardes.runs.journal import read_journal
-from tests.helpers.hub_server import hub_server
+from tests.helpers.hub_server import hub_server, use_hub
 from tests.helpers.inprocess import call
 from tests.helpers.models import tiny_model, tree
 
@@ -37,17 +37,8 @@ def files(tmp_path_factory):
 def hub(files, tmp_path, monkeypatch):
     with hub_server() as hub:
         hub.add(NAME, files / FIRST, commit=FIRST, refs=["main", "v1"])
-        point_to(hub.url, monkeypatch)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        use_hub(hub.url, tmp_path / "cache", set_value=monkeypatch.setattr)
         yield hub
-
-
-def point_to(url, monkeypatch):
-    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    # The client tries again after some seconds.
-    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None))
 
 
 def model(revision=None, name=NAME):
@@ -151,7 +142,8 @@ def offline(hub, monkeypatch):
 
 
 def unreachable(hub, monkeypatch):
-    point_to(f"http://127.0.0.1:{unused_port()}", monkeypatch)
+    url = f"http://127.0.0.1:{unused_port()}"
+    use_hub(url, constants.HF_HUB_CACHE, set_value=monkeypatch.setattr)
 
 
 def in_trouble(hub, monkeypatch):

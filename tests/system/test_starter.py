@@ -26,7 +26,7 @@ def test_what_it_writes_is_planned_tried_and_trained(tmp_path):
     assert sorted(path.name for path in directory.iterdir()) == ["problems.jsonl", "reward.py", "train.yaml"]
     planned = call("shardes", "plan", "--config", config)
     assert planned.returncode == 0, planned.stderr
-    tried = call("train", "--config", config, "--dry-run", "parallel.backend=single")
+    tried = call("train", "--config", config, "--dry-run", *SMALL)
     assert "nothing was trained" in tried.stdout, tried.stderr
     assert not (directory / "run").exists()
     trained = call("train", "--config", config, *SMALL)
@@ -52,9 +52,6 @@ def test_a_built_in_task_has_its_own_reward_and_made_problems(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["problems.jsonl", "train.yaml"]
     config = load_config(tmp_path / "train.yaml", [])
     assert (config.task.name, config.task.reward, config.parallel.backend) == ("countdown", None, "zero3")
-    planned = call("shardes", "plan", "--config", tmp_path / "train.yaml", "rollout.max_new_tokens=4")
-    # The quickstart's model has few positions; what is told of the prompts shows that they were read.
-    assert planned.returncode in (0, 2), planned.stderr
 
 
 def test_own_problems_are_left_where_they_are(tmp_path):
