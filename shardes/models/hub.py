@@ -209,13 +209,18 @@ def _explained(error: Exception, name: str, revision: str | None) -> UserError |
         )
     if isinstance(error, errors.HFValidationError):
         return UserError(f"{no_directory} it is no name on the hub either; wanted: ORGANISATION/MODEL")
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+    # Of the HTTP library, which is not the same one in all versions, come errors of the network alone.
+    is_of_network = type(error).__module__.partition(".")[0].startswith("httpx") or (
+        isinstance(error, errors.HfHubHTTPError) and error.response.status_code >= 500
+    )
+    if is_of_network or isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         if constants.HF_HUB_OFFLINE:
             return UserError(
                 f"{no_directory} HF_HUB_OFFLINE is set, and {there} is not wholly in the cache {cache}; "
                 f"unset it, {elsewhere}"
             )
-        reason = f" ({one_line(error.__cause__)})" if error.__cause__ is not None else ""
+        cause = error if is_of_network else error.__cause__
+        reason = "" if cause is None else f" ({one_line(cause)})"
         return UserError(
             f"{no_directory} {endpoint} cannot be reached{reason}; {there} is not wholly in the cache "
             f"{cache} either. Check the network and HF_ENDPOINT, {elsewhere}"
