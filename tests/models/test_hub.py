@@ -293,15 +293,17 @@ def test_models_are_evaluated_and_compared_by_name(hub, run, files, tmp_path):
     for name in (NAME, f"{NAME}@v1", f"{NAME}@{SECOND}"):
         result = call("shardes", "evaluate", "--model", name, *asked)
         assert result.returncode == 0, result.stderr
-        rewards[name] = json.loads(result.stdout)["sets"]["heldout"]["reward"]
+        rewards[name] = json.dumps(json.loads(result.stdout)["sets"])
     assert rewards[NAME] == rewards[f"{NAME}@{SECOND}"] != rewards[f"{NAME}@v1"]
     report = tmp_path / "report.json"
     options = ("--num-samples", 0, "--json", report)
     result = call("shardes", "compare", f"{NAME}@v1", f"{run}@0", NAME, *options)
     assert result.returncode == 0, result.stderr
-    found = json.loads(report.read_text())
-    kls = [each["kl"] for each in found["models"]] if "kl" in found["models"][0] else None
-    assert len(found["models"]) == 3, kls
+    assert [each["name"] for each in json.loads(report.read_text())["models"]] == [
+        f"{NAME}@v1",
+        f"{run}@0",
+        NAME,
+    ]
 
 
 def test_a_plan_fetches_no_weights(hub, tmp_path, monkeypatch):
