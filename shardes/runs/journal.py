@@ -180,24 +180,8 @@ def engine_of(header: dict[str, Any]) -> dict[str, Any]:
     return engine
 
 
-def recorded_setting(run_dir: Path, key: str) -> Any:
-    """Return a setting of a journal's header; None if the run has not begun, or its header cannot be read."""
-    return (_recorded_header(run_dir) or {"settings": {}})["settings"].get(key)
-
-
-def recorded_commit(run_dir: Path, hub_id: str | None) -> str | None:
-    """Return the commit of a model of the hub with which a run began; None: it has none of that name."""
-    header = _recorded_header(run_dir)
-    return None if header is None else commit_of(header, hub_id)
-
-
-def commit_of(header: dict[str, Any], hub_id: str | None) -> str | None:
-    """Return the commit that a journal's header has for a model of the hub; None: it is of another."""
-    model = header["config"]["model"]
-    return model.get("revision") if hub_id is not None and model["path"] == hub_id else None
-
-
-def _recorded_header(run_dir: Path) -> dict[str, Any] | None:
+def recorded_header(run_dir: Path) -> dict[str, Any] | None:
+    """Return the header of a run's journal; None if the run has not begun, or it cannot be read."""
     path, history = run_dir / "journal.jsonl", History()
     try:
         line = next(read_whole_lines(path), None)
@@ -206,6 +190,24 @@ def _recorded_header(run_dir: Path) -> dict[str, Any] | None:
     except (OSError, UserError, *_DAMAGE):  # whoever opens the run says so
         return None
     return history.header
+
+
+def recorded_setting(run_dir: Path, key: str) -> Any:
+    """Return a setting of a journal's header; None if there is no header that can be read."""
+    header = recorded_header(run_dir)
+    return None if header is None else header["settings"].get(key)
+
+
+def recorded_commit(run_dir: Path, hub_id: str | None) -> str | None:
+    """Return the commit of a model of the hub with which a run began; None: it has none of that name."""
+    header = recorded_header(run_dir)
+    return None if header is None else commit_of(header, hub_id)
+
+
+def commit_of(header: dict[str, Any], hub_id: str | None) -> str | None:
+    """Return the commit that a journal's header has for a model of the hub; None: it is of another."""
+    model = header["config"]["model"]
+    return model.get("revision") if hub_id is not None and model["path"] == hub_id else None
 
 
 def read_journal(path: Path) -> tuple[History, str, int, int]:
