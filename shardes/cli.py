@@ -26,11 +26,11 @@ from shardes.evaluation.command import compare
 from shardes.models.hub import check_model
 from shardes.monitor.commands import BACKEND, BASE, COMMANDS, TRUST
 from shardes.planning.machine import Machine
+from shardes.planning.starter import HOW_TO_BEGIN, init
 from shardes.rewards.pool import make_reward_runner
 from shardes.runs.directory import read_run, write_lines
 from shardes.runs.journal import recorded_commit, recorded_setting
 from shardes.runs.trackers import check_trackers
-from shardes.starter import HOW_TO_BEGIN, init
 from shardes.tasks.generating import MAKEABLE, make_problems
 from shardes.tasks.loading import load_tasks
 from shardes.utils.shipped import copy_quickstart
