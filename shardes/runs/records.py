@@ -21,6 +21,7 @@ class _Record(BaseModel):
 
 class _Model(_Record):
     path: _Text
+    revision: _Text | None = None
 
 
 class _Config(_Record):

@@ -16,6 +16,7 @@ FREE = [
     ("task.reward_memory_bytes", None),
     ("task.reward_isolation", "none"),
     ("model.path", "elsewhere"),
+    ("model.revision", "v1"),
     ("model.trust_remote_code", True),
     ("run.dir", "other"),
     ("run.resume", "never"),
