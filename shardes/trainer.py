@@ -111,6 +111,8 @@ class TrainingLoop:
             self._apply(Update.of_record(state.updates[-1]))
         self._centre.resume(state)
         self._known_results = state.results
+        if self._rollout.screening is not None:
+            self._rollout.screening.resume(state.updates)
         self._past.extend(state.updates)
         self._reporter.catch_up()
         return state.first_iteration
@@ -144,8 +146,9 @@ class TrainingLoop:
             first_failure=self._rollout.scorer.first_failure,
             is_episodic=self._rollout.task.episodes is not None,
         )
-        shaped = self._strategy.shaped(rewards, results)
-        stats = reward_stats(reward_table(results), rewards=rewards, shaped=shaped)
+        table = reward_table(results)
+        shaped = self._strategy.shaped(rewards, results, weights=spec.weights)
+        stats = reward_stats(table, rewards=rewards, shaped=shaped)
         factor, measured = self._strategy.alpha_factor(stats, past=self._past)
         reused = self._strategy.reused(past=self._past)
         update = self._strategy.update(shaped, iteration=iteration, alpha_factor=factor, reused=reused)
@@ -171,6 +174,8 @@ class TrainingLoop:
         if config.es.member_reuse is not None:
             judged = zip(rewards, shaped, strict=True)
             record["shaped"] = [None if reward is None else value for reward, value in judged]
+        if self._rollout.screening is not None and spec.asked is not None:
+            record["screening"] = self._rollout.screening.learn(spec.asked, table)
         self._recorder.record(record, durable=True)
         self._past.append(record)
         return update

@@ -80,16 +80,26 @@ class Strategy:
         turn = member // 2 if self._settings.antithetic else member
         return [(turn * count + place) % num_problems for place in range(count)]
 
-    def shaped(self, rewards: Sequence[float | None], results: Sequence[MemberResult]) -> list[float]:
+    def shaped(
+        self,
+        rewards: Sequence[float | None],
+        results: Sequence[MemberResult],
+        *,
+        weights: Sequence[float] | None = None,
+    ) -> list[float]:
         """Compute the shaped rewards of all members of an iteration, in order.
 
         Args:
             rewards: Rewards by the rule for failed rewards; None for excluded members.
             results: Results of the same members.
+            weights: Weight of each of the iteration's problems; None: all weigh the same.
         """
         settings = self._settings
         table = reward_table(results) if settings.shaping == "per_prompt" else None
-        return shape(rewards, how=settings.shaping, clip=settings.clip_shaped, table=table)
+        of_prompts: Mapping[Hashable, float] | None = None if weights is None else dict(enumerate(weights))
+        return shape(
+            rewards, how=settings.shaping, clip=settings.clip_shaped, table=table, weights=of_prompts
+        )
 
     def alpha_factor(
         self, stats: Mapping[str, float | None], *, past: Sequence[Mapping[str, Any]]

@@ -198,6 +198,18 @@ def recorded_setting(run_dir: Path, key: str) -> Any:
     return None if header is None else header["settings"].get(key)
 
 
+def recorded_commit(run_dir: Path, hub_id: str | None) -> str | None:
+    """Return the commit of a model of the hub with which a run began; None: it has none of that name."""
+    header = recorded_header(run_dir)
+    return None if header is None else commit_of(header, hub_id)
+
+
+def commit_of(header: dict[str, Any], hub_id: str | None) -> str | None:
+    """Return the commit that a journal's header has for a model of the hub; None: it is of another."""
+    model = header["config"]["model"]
+    return model.get("revision") if hub_id is not None and model["path"] == hub_id else None
+
+
 def read_journal(path: Path) -> tuple[History, str, int, int]:
     """Read and check a journal without changing it.
 

@@ -51,6 +51,8 @@ def deep(levels):
     return value
 
 
+SCREENED = {"num_problems": 3, "num_left_out": 0, "informative": [1], "agreed": [[1.0, [0, 2]]]}
+
 FORGED = {
     "text for a coefficient": ("update", {"coefficients": ["0.1"]}, "coefficients.0: "),
     "nothing for a coefficient": ("update", {"coefficients": [None]}, "coefficients.0: "),
@@ -82,6 +84,13 @@ FORGED = {
     "a reward of text": ("member", {"reward": "1"}, "reward: "),
     "tokens of text": ("member", {"num_tokens": "1"}, "num_tokens: "),
     "components that are none": ("member", {"components": [1]}, "components: "),
+    "rows of text": ("update", {"screening": SCREENED | {"informative": ["1"]}}, "screening.informative.0: "),
+    "what all earned of text": (
+        "update",
+        {"screening": SCREENED | {"agreed": [["1", [2]]]}},
+        "screening.agreed.0.0: ",
+    ),
+    "half a line": ("member", {"by_least": [1.0]}, "by_least: "),
     "problems of text": ("member", {"by_problem": "1"}, "by_problem: "),
     "a version of text": ("member", {"version": "2"}, "version: "),
     "a digest that is none": ("weights", {"digest": "no"}, "digest: "),

@@ -43,6 +43,17 @@ BY_PROMPT = {
     "log__instruments_every": 1,
     "eval__every": 0,
 }
+# All that a problem's weight or its place among those that are asked goes through.
+SCREENED = {
+    "task__reward": "tests/helpers/rewards.py:spread_on_some",
+    "task__screening": {"keep_fraction": 0.3, "importance_weights": True},
+    "task__objective": "pass@2",
+    "rollout__temperature": 1.0,
+    "rollout__samples_per_prompt": 3,
+    "es__shaping": "per_prompt",
+    "es__prompts_per_member": 4,
+    "eval__every": 0,
+}
 # What depends on the iterations before, and not on the weights alone.
 AGAIN = {
     "es__member_reuse": 0.5,
@@ -78,19 +89,30 @@ def same(found, wanted):
 def test_options_give_the_same_bytes_and_metrics_however_they_are_sharded(tmp_path, model):
     oracle = [
         tree(tmp_path, model=model, run_dir=tmp_path / f"one{i}", **o)
-        for i, o in enumerate((PAIRS, BY_PROMPT, AGAIN))
+        for i, o in enumerate((PAIRS, BY_PROMPT, SCREENED, AGAIN))
     ]
-    wanted = run_cases(tmp_path, "oracle", oracle, 1)
+    begun = tree(tmp_path, model=model, run_dir=tmp_path / "run4", **SCREENED, es__iterations=2)
+    wanted = run_cases(tmp_path, "oracle", [*oracle, begun], 1)
+    # One rank has died in the second iteration, after the first of its members; two ranks go on.
+    journal = tmp_path / "run4" / "journal.jsonl"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-5]))
+    assert [record["type"] for record in journal_of(tmp_path / "run4")][-2:] == ["weights", "member"]
     cases = [
         (0, {"parallel__backend": "zero3", "rollout__gather": "layer"}),
         (1, {"parallel__backend": "fsdp", "rollout__gather": "iteration"}),
         (1, {"parallel__backend": "zero3", "rollout__gather": "member"}),
         (0, {"parallel__backend": "single", "weights__master_device": "cpu"}),
         (2, {"parallel__backend": "fsdp", "rollout__gather": "iteration"}),
+        (2, {"parallel__backend": "zero3", "rollout__gather": "layer"}),
+        (3, {"parallel__backend": "fsdp", "rollout__gather": "iteration"}),
     ]
     trees = [
         tree(
-            tmp_path, model=model, run_dir=tmp_path / f"run{i}", **(PAIRS, BY_PROMPT, AGAIN)[kind], **changes
+            tmp_path,
+            model=model,
+            run_dir=tmp_path / f"run{i}",
+            **(PAIRS, BY_PROMPT, SCREENED, AGAIN)[kind],
+            **changes,
         )
         for i, (kind, changes) in enumerate(cases)
     ]
@@ -98,6 +120,7 @@ def test_options_give_the_same_bytes_and_metrics_however_they_are_sharded(tmp_pa
     for i, (kind, changes) in enumerate(cases):
         assert found[i] == wanted[kind], changes
         assert steady_metrics(tmp_path / f"run{i}") == steady_metrics(tmp_path / f"one{kind}"), changes
+    assert sum(line.get("num_left_out", 0) for line in steady_metrics(tmp_path / "one2")) > 0
 
 
 @pytest.mark.parametrize("options", [PAIRS, BY_PROMPT, AGAIN], ids=["pairs", "by prompt", "again"])
