@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardes.errors import UserError
-from tools.claims.training import Clock, Place, Trained, current_bytes, due_steps, peak_bytes
+from claims.training import Clock, Place, Trained, current_bytes, due_steps, peak_bytes
 
 if TYPE_CHECKING:
     from shardes.config.schema import Config
@@ -391,7 +391,7 @@ def main(
     **options: Any,
 ) -> None:
     """Train once, and print a line for each checkpoint."""
-    from tools.claims.measuring import measure, one_process
+    from claims.measuring import measure, one_process
 
     config = one_process(config_path, overrides)
     settings = GRPOSettings(**options)

@@ -9,7 +9,7 @@ from typing import Any
 
 from shardes.config.loading import load_config
 from shardes.config.schema import Config
-from tools.claims.training import Place, Trained
+from claims.training import Place, Trained
 
 
 def one_process(path: Path, overrides: Iterable[str]) -> Config:

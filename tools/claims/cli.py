@@ -1,0 +1,68 @@
+"""The commands ``run``, ``table`` and ``grpo``."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from claims import grpo
+from claims.arms import ARMS, ROOT, TASKS
+from claims.lines import Line, make_missing, read_lines
+from claims.runs import current, final_reward, missing, run_one
+
+LINES = ROOT / "benchmarks" / "claims.jsonl"
+PAGE = ROOT / "benchmarks" / "claims.md"
+
+
+def names(known: dict[str, object], text: str | None, *, option: str) -> list[str]:
+    """Return the names that an option lists, separated by semicolons; None: all.
+
+    Raises:
+        UsageError: One is not known.
+    """
+    found = list(known) if text is None else [name.strip() for name in text.split(";")]
+    for name in found:
+        if name not in known:
+            raise click.UsageError(f"{option}: got {name!r}; known: {'; '.join(known)}")
+    return found
+
+
+@click.group(help="Measure the paper's claims against TRL's GRPO.")
+def main() -> None:
+    pass
+
+
+@main.command(context_settings={"show_default": True})
+@click.option("--out", type=click.Path(path_type=Path), default=LINES, help="A line of it is one run.")
+@click.option("--jobs", default=1, help="Runs at a time, one thread each.")
+@click.option("--tasks", help="Only these tasks, separated by semicolons.")
+@click.option("--arms", help="Only these arms, separated by semicolons.")
+@click.option("--seeds", help="Only these seeds, separated by commas, after the sweep.")
+def run(out: Path, jobs: int, tasks: str | None, arms: str | None, seeds: str | None) -> None:
+    """Run everything that has no line in the file yet; where it was stopped, the same command goes on."""
+    os.chdir(ROOT)  # paths in configurations are relative to it
+    wanted_tasks = names({**TASKS}, tasks, option="--tasks")
+    wanted_arms = names({**ARMS}, arms, option="--arms")
+    for task in wanted_tasks:
+        if not (ROOT / TASKS[task].config).exists():
+            raise click.UsageError(f"--tasks: {task} needs {TASKS[task].config}, which is not there")
+    wanted_seeds = None if seeds is None else [int(seed) for seed in seeds.split(",")]
+
+    def left() -> Iterator[tuple[str, str, float, int]]:
+        return missing(current(read_lines(out)), wanted_tasks, wanted_arms, wanted_seeds)
+
+    is_done = make_missing(out, jobs=jobs, missing=left, run_one=run_one, summary=summary)
+    raise SystemExit(not is_done)
+
+
+def summary(line: Line) -> str:
+    """Return a line of the log for a run."""
+    last = line["curve"][-1]
+    measured = sum(point["seconds"] for point in line["curve"])
+    return (
+        f"{final_reward(line):.4f} after {last['num_completions']} answers, {last['core_seconds']:.0f} "
+        f"core-seconds and {measured:.0f} of measuring, peak {line['peak_bytes'] / 2**20:.0f} MiB"
+    )
+
+
+main.add_command(grpo.main, "grpo")
