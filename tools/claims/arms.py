@@ -65,7 +65,7 @@ SMOLLM2 = {"model.path": "models/smollm2-135m-instruct", "model.dtype": "float32
 TASKS = {
     "quickstart": StudyTask(
         "configs/quickstart.yaml",
-        num_completions=81920,
+        num_completions=40960,
         first_steps={"es": 0.005, "grpo": 1e-4},
         grpo={"prompts_per_step": 64},
     ),

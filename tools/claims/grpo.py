@@ -278,7 +278,7 @@ def _trainer_class() -> Any:
     except ImportError as error:
         raise UserError(f"TRL cannot be imported ({error}); install the extra: shardes[study]") from None
 
-    class SamePrompts(GRPOTrainer):  # type: ignore[misc]
+    class SamePrompts(GRPOTrainer):
         """The trainer, asking the tokens that shardes asks."""
 
         judge: Any = None
