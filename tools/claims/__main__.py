@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Not this directory itself, whose modules are those of a package.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from claims.cli import main
 
