@@ -5,13 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+
 from claims import grpo
 from claims.arms import ARMS, ROOT, TASKS
+from claims.figures import Results
 from claims.lines import Line, make_missing, read_lines
 from claims.runs import current, final_reward, missing, run_one
 
 LINES = ROOT / "benchmarks" / "claims.jsonl"
 PAGE = ROOT / "benchmarks" / "claims.md"
+# What is between these lines of the page is made; the rest is written by hand and stays.
+BEGIN, END = "<!-- made by: python tools/claims table -->", "<!-- end of what is made -->"
 
 
 def names(known: dict[str, object], text: str | None, *, option: str) -> list[str]:
@@ -53,6 +57,27 @@ def run(out: Path, jobs: int, tasks: str | None, arms: str | None, seeds: str | 
 
     is_done = make_missing(out, jobs=jobs, missing=left, run_one=run_one, summary=summary)
     raise SystemExit(not is_done)
+
+
+@main.command(context_settings={"show_default": True})
+@click.option("--lines", "path", type=click.Path(path_type=Path, exists=True), default=LINES)
+@click.option("--page", "page_path", type=click.Path(path_type=Path), default=PAGE, help="Markdown file.")
+def table(path: Path, page_path: Path) -> None:
+    """Write tables and pictures of the lines so far into the page."""
+    from claims.pictures import draw
+    from claims.tables import page
+
+    results = Results(current(read_lines(path)))
+    pictures = draw(results, page_path.with_suffix(""))
+    text = page_path.read_text() if page_path.exists() else "# The paper's claims\n"
+    page_path.write_text(replaced(text, page(results, pictures)))
+
+
+def replaced(text: str, made: str) -> str:
+    """Return the text of a page with the part that is made replaced, or added at its end."""
+    before, _, rest = text.partition(BEGIN)
+    after = rest.partition(END)[2] or "\n"
+    return f"{before.rstrip()}\n\n{BEGIN}\n\n{made.strip()}\n\n{END}{after}"
 
 
 def summary(line: Line) -> str:

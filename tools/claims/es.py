@@ -1,5 +1,6 @@
 """Train with shardes, and find the places that are measured."""
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,11 @@ def train_es(config: Config, *, num_evaluations: int) -> Trained:
     Raises:
         UserError: The configuration cannot be used.
     """
-    import shardes.session
-    import shardes.trainer
     from shardes import TrainConfig, Trainer
     from shardes.runs.journal import read_journal
 
+    for name in ("shardes.session", "shardes.trainer", "shardes.rollout.preparing"):
+        importlib.import_module(name)  # which training would do, and which is no part of its time
     imported = current_bytes()
     due = set(due_steps(config.es.iterations, num_evaluations))
     places: list[Place] = []

@@ -1,5 +1,6 @@
 """Numbers that the page shows, computed from lines."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -141,7 +142,7 @@ class Results:
         return base + REACHED * (best - base)
 
     def good_steps(self, task: str, arm: str) -> tuple[int, int]:
-        """Return how many of the step sizes tried reach 90% of the sweep's best gain, and how many there are."""
+        """Return how many step sizes reach 90% of the sweep's best gain, and how many were tried."""
         base, found = self.base_reward(task), self.sweep(task, arm)
         least = base + REACHED * (max(found.values()) - base)
         return sum(reward >= least for reward in found.values()), len(found)
@@ -150,7 +151,7 @@ class Results:
 def interpolated(curve: Sequence[dict[str, Any]], *, key: str, value: float) -> float:
     """Return the reward of a curve at an amount spent; beyond its end, its last reward."""
     known = [point for point in curve if point["reward"] is not None]
-    for before, after in zip(known, known[1:], strict=False):
+    for before, after in itertools.pairwise(known):
         if before[key] <= value <= after[key] and after[key] > before[key]:
             share = (value - before[key]) / (after[key] - before[key])
             return float(before["reward"] + share * (after["reward"] - before["reward"]))

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shardes.errors import UserError
 from claims.training import Clock, Place, Trained, current_bytes, due_steps, peak_bytes
+from shardes.errors import UserError
 
 if TYPE_CHECKING:
     from shardes.config.schema import Config

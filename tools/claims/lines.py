@@ -1,4 +1,4 @@
-"""Lines of a study, one for each run: read, appended to, and made by worker processes until none is missing."""
+"""Lines of a study, one for each run: read, appended to, and made until none is missing."""
 
 import contextlib
 import json

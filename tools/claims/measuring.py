@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from claims.training import Place, Trained
 from shardes.config.loading import load_config
 from shardes.config.schema import Config
-from claims.training import Place, Trained
 
 
 def one_process(path: Path, overrides: Iterable[str]) -> Config:
