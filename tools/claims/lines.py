@@ -40,8 +40,9 @@ def make_missing(
     missing: Callable[[], Iterator[Run]],
     run_one: Callable[..., Line],
     summary: Callable[[Line], str],
+    runs_per_process: int | None = 1,
 ) -> bool:
-    """Run what has no line yet, each run in a process of its own with one thread.
+    """Run what has no line yet, in processes with one thread each.
 
     Args:
         out: File of the lines.
@@ -49,6 +50,8 @@ def make_missing(
         missing: Function that yields the runs that can start now; it is asked again after every run.
         run_one: Function of a module that makes the line of a run, called with its parts.
         summary: Function that describes a line to people.
+        runs_per_process: Number of runs after which a process makes way for a new one; None: any. With 1,
+            the memory that a run has used is what its process has used.
 
     Returns:
         Whether all runs have succeeded.
@@ -56,8 +59,7 @@ def make_missing(
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     failed: set[Any] = set()
-    # A process of its own: what a run has used of time and memory is what its process has used.
-    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=runs_per_process) as pool:
         pending: dict[Any, Run] = {}
         while True:
             for each in missing():
