@@ -304,9 +304,8 @@ def run(out: Path, jobs: int, tasks: tuple[str, ...], arms: tuple[str, ...]) -> 
     def summary(line: dict[str, Any]) -> str:
         return f"{line['heldout_reward']:.4f}, {line['seconds']:.0f} s"
 
-    is_done = make_missing(
-        out, jobs=jobs, missing=left, run_one=run_one, summary=summary, runs_per_process=None
-    )
+    preload = ("claims.preload",)
+    is_done = make_missing(out, jobs=jobs, missing=left, run_one=run_one, summary=summary, preload=preload)
     raise SystemExit(not is_done)
 
 

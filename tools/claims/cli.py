@@ -55,7 +55,9 @@ def run(out: Path, jobs: int, tasks: str | None, arms: str | None, seeds: str | 
     def left() -> Iterator[tuple[str, str, float, int]]:
         return missing(current(read_lines(out)), wanted_tasks, wanted_arms, wanted_seeds)
 
-    is_done = make_missing(out, jobs=jobs, missing=left, run_one=run_one, summary=summary)
+    is_done = make_missing(
+        out, jobs=jobs, missing=left, run_one=run_one, summary=summary, preload=["claims.preload"]
+    )
     raise SystemExit(not is_done)
 
 

@@ -4,7 +4,8 @@ import contextlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,9 +41,9 @@ def make_missing(
     missing: Callable[[], Iterator[Run]],
     run_one: Callable[..., Line],
     summary: Callable[[Line], str],
-    runs_per_process: int | None = 1,
+    preload: Sequence[str] = (),
 ) -> bool:
-    """Run what has no line yet, in processes with one thread each.
+    """Run what has no line yet, each run in a process of its own with one thread.
 
     Args:
         out: File of the lines.
@@ -50,16 +51,18 @@ def make_missing(
         missing: Function that yields the runs that can start now; it is asked again after every run.
         run_one: Function of a module that makes the line of a run, called with its parts.
         summary: Function that describes a line to people.
-        runs_per_process: Number of runs after which a process makes way for a new one; None: any. With 1,
-            the memory that a run has used is what its process has used.
+        preload: Names of modules that are imported once for all runs.
 
     Returns:
         Whether all runs have succeeded.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
+    # The server that forks the processes is a new interpreter: it does not know what was added to the path.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
     failed: set[Any] = set()
-    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=runs_per_process) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
         pending: dict[Any, Run] = {}
         while True:
             for each in missing():
