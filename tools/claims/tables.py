@@ -195,7 +195,7 @@ def _time(results: Results, task: str) -> list[str] | None:
         return None
     found = mean_of([one - two for one, two in zip(of_es, of_grpo, strict=True)])
     return [
-        f"ES earns more in equal time ({least:.0f} core-s)",
+        f"ES earns more in equal time ({least:.0f} core-seconds)",
         task,
         found.text(sign="+"),
         verdict(found.sign),
