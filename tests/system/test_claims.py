@@ -91,6 +91,17 @@ def test_a_sweep_without_an_end_ends():
     assert len([each for each in lines if each["seed"] == TUNING_SEED]) == 4 + MAX_EXTENSIONS
 
 
+def test_an_arm_without_a_sweep_waits_for_that_of_another():
+    from claims.runs import missing
+
+    arm = "grpo, KL penalty 0.1"
+    assert list(missing([], ["conciseness"], [arm])) == []
+    lines = play(peaked_at(1e-5), task="conciseness", arm="grpo")
+    assert list(missing(lines, ["conciseness"], [arm])) == [
+        ("conciseness", arm, 1e-5, seed) for seed in (1, 2)
+    ]
+
+
 def test_lines_of_an_arm_that_has_changed_do_not_count():
     from claims.runs import current
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from claims.arms import ARMS, TASKS, TUNING_SEED
 from claims.lines import Line
-from claims.runs import final_reward, next_of_sweep, swept
+from claims.runs import best_step, final_reward, swept
 
 # Two-sided 95% quantiles of Student's t by the degrees of freedom.
 T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -80,8 +80,8 @@ class Results:
         return dict(sorted(swept(self.lines, task, arm).items()))
 
     def best(self, task: str, arm: str) -> float | None:
-        """Return the best step size; None while the sweep is not over."""
-        return next_of_sweep(self.sweep(task, arm), task, arm)[1]
+        """Return the step size of an arm's reported runs; None while it is not known."""
+        return best_step(self.lines, task, arm)
 
     def runs(self, task: str, arm: str) -> dict[int, Line]:
         """Return the lines of the best step size by seed, without the tuning seed's."""

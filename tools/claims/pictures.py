@@ -7,8 +7,8 @@ from typing import Any
 
 from claims.figures import Results, interpolated
 from claims.lines import Line
+from claims.tables import SPENT
 
-AXES = {"num_completions": "answers", "num_tokens": "tokens", "core_seconds": "core-seconds"}
 NUM_PLACES = 200
 
 
@@ -70,7 +70,7 @@ def _curves(results: Results, task: str, panels: Sequence[Any]) -> None:
     """Draw held-out reward against what was spent: means over seeds, and all runs between the lines."""
     for arm in results.arms(task):
         lines = list(results.runs(task, arm).values())
-        for panel, (key, label) in zip(panels, AXES.items(), strict=True):
+        for panel, (key, label) in zip(panels, SPENT.items(), strict=True):
             places, rewards = _band(lines, key)
             means = [statistics.fmean(values) for values in rewards]
             (drawn,) = panel.plot(places, means, label=arm)
@@ -92,7 +92,8 @@ def _steps(results: Results, task: str, panels: Sequence[Any]) -> None:
     """Draw the reward of the tuning seed against the step size, as a multiple of the best one."""
     for arm in results.arms(task):
         best, found = results.best(task, arm), results.sweep(task, arm)
-        assert best is not None
+        if best is None or not found:
+            continue
         panels[0].plot([size / best for size in found], list(found.values()), marker="o", label=arm)
     panels[0].axhline(results.base_reward(task), color="grey", linewidth=0.8, linestyle=":")
     panels[0].set_xscale("log")

@@ -68,6 +68,12 @@ def next_of_sweep(found: dict[float, float], task: str, arm: str) -> tuple[list[
             return [], best
 
 
+def best_step(lines: Sequence[Line], task: str, arm: str) -> float | None:
+    """Return the step size of an arm's reported runs; None while the sweep that decides it is not over."""
+    tuned = ARMS[arm].step_of or arm
+    return next_of_sweep(swept(lines, task, tuned), task, tuned)[1]
+
+
 def missing(
     lines: Sequence[Line], tasks: Iterable[str], arms: Iterable[str], seeds: Sequence[int] | None = None
 ) -> Iterator[tuple[str, str, float, int]]:
@@ -83,10 +89,14 @@ def missing(
     arms = list(arms)
     for task in tasks:
         for arm in (arm for arm in arms if task in ARMS[arm].tasks):
-            lacking, best = next_of_sweep(swept(lines, task, arm), task, arm)
-            wanted = [(task, arm, size, TUNING_SEED) for size in lacking]
+            best = best_step(lines, task, arm)
             if best is not None:
                 wanted = [(task, arm, best, seed) for seed in seeds or TASKS[task].seeds]
+            elif ARMS[arm].step_of is None:
+                lacking, _ = next_of_sweep(swept(lines, task, arm), task, arm)
+                wanted = [(task, arm, size, TUNING_SEED) for size in lacking]
+            else:
+                continue
             yield from (each for each in wanted if each not in done)
 
 

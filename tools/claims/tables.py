@@ -9,6 +9,7 @@ from claims.figures import Mean, Results, mean_of
 
 # Quantile of the ratio of two variances with four degrees of freedom each: F(4, 4), two-sided 95%.
 VARIANCE_RATIO = 9.6
+SPENT = {"num_completions": "answers", "num_tokens": "tokens", "core_seconds": "core-seconds"}
 _MEBIBYTE = 2**20
 
 
@@ -50,13 +51,16 @@ def rewards(results: Results) -> list[str]:
         arms = results.arms(task)
         if not arms:
             continue
-        least = results.smallest_total(task, arms, key="core_seconds")
+        least = {key: results.smallest_total(task, arms, key=key) for key in ("num_tokens", "core_seconds")}
         rows = []
         for arm in arms:
             best, tried = results.best(task, arm), results.sweep(task, arm)
-            edge = "" if best not in (min(tried), max(tried)) else " (edge)"
+            edge = " (edge)" if tried and best in (min(tried), max(tried)) else ""
             against = results.difference(task, arm, "es") if arm != "es" else None
-            at_time = mean_of(results.reward_at(task, arm, key="core_seconds", value=least))
+            at_equal = [
+                mean_of(results.reward_at(task, arm, key=key, value=value)).text()
+                for key, value in least.items()
+            ]
             final = list(results.final(task, arm).values())
             rows.append(
                 [
@@ -66,13 +70,14 @@ def rewards(results: Results) -> list[str]:
                     f"{statistics.stdev(final):.3f}" if len(final) > 1 else "",
                     against.text(sign="+") if against else "",
                     _mean_text(results.last(task, arm, "sampled_reward")),
-                    at_time.text(),
+                    *at_equal,
                     str(len(final)),
                 ]
             )
         answers = TASKS[task].num_completions
         head = ["arm", "step size", f"after {answers} answers", "spread over seeds", "against es, same seeds"]
-        head += ["drawn at temperature 1", f"after {least:.0f} core-seconds", "seeds"]
+        head += ["drawn at temperature 1", f"after {least['num_tokens']:.0f} tokens"]
+        head += [f"after {least['core_seconds']:.0f} core-seconds", "seeds"]
         base = results.base_reward(task)
         lines += [f"**{task}**; the base model has {base:.3f}.", "", *table(head, rows)]
     return lines
@@ -94,15 +99,15 @@ def costs(results: Results) -> list[str]:
             rows.append(
                 [
                     arm,
-                    *(_until(results, task, arm, target, key) for key in ("num_completions", "core_seconds")),
+                    *(_until(results, task, arm, target, key) for key in SPENT),
                     f"{statistics.fmean(results.last(task, arm, 'num_tokens')):.0f}",
                     f"{statistics.fmean(results.last(task, arm, 'core_seconds')):.1f}",
                     f"{peak / _MEBIBYTE:.0f} MiB",
                     f"{own / _MEBIBYTE:.0f} MiB",
                 ]
             )
-        head = ["arm", f"answers until {target:.3f}", f"core-seconds until {target:.3f}", "tokens"]
-        head += ["core-seconds", "peak memory", "of it after imports"]
+        head = ["arm", *(f"{name} until {target:.3f}" for name in SPENT.values()), "tokens in all"]
+        head += ["core-seconds in all", "peak memory", "of it after imports"]
         lines += [f"**{task}**", "", *table(head, rows)]
     return lines
 
@@ -111,7 +116,7 @@ def steps(results: Results) -> list[str]:
     """Return the rewards of the sweeps."""
     lines = []
     for task in results.tasks():
-        arms = [arm for arm in ARMS if results.best(task, arm) is not None]
+        arms = [arm for arm in ARMS if results.sweep(task, arm) and results.best(task, arm) is not None]
         rows = []
         for arm in arms:
             good, tried = results.good_steps(task, arm)
