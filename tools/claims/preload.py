@@ -5,6 +5,7 @@ It also loads the kernels of plain noise, which numba compiles in the first proc
 
 import contextlib
 import importlib
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ with contextlib.suppress(ImportError):
 
 torch.set_num_threads(1)
 _region = noise.Region(0, 1, 0, 1)
-_key = {"region": _region, "seed": 0, "iteration": 0}
+_key: dict[str, Any] = {"region": _region, "seed": 0, "iteration": 0}
 for _dtype in (torch.float32, torch.bfloat16):
     _master = torch.zeros(1)
     noise.perturb(_master, torch.zeros(1, dtype=_dtype), sigma=1.0, direction=0, **_key)
