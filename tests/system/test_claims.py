@@ -132,7 +132,7 @@ def test_evaluations_are_spread_over_all_steps():
 
 
 def test_answers_of_a_bundle_share_the_mean_of_their_rewards():
-    from claims.grpo import bundled
+    from claims.judging import bundled
 
     # Four prompts with three answers each, in bundles of two prompts.
     rewards = [0.0, 1.0, 2.0, 4.0, 5.0, 6.0, 1.0, 1.0, 1.0, 3.0, 5.0, 7.0]
@@ -157,14 +157,14 @@ def test_divergence_weighs_tokens_and_not_answers():
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(changes, key):
-    from claims.grpo import GRPOSettings
+    from claims.settings import GRPOSettings
 
     with pytest.raises(UserError, match=key):
         GRPOSettings(0.001, **changes).check(1600, num_completions=512)
 
 
 def test_a_backward_pass_divides_an_update():
-    from claims.grpo import GRPOSettings
+    from claims.settings import GRPOSettings
 
     settings = GRPOSettings(0.001, num_generations=8, prompts_per_step=12, micro_batch_size=40)
     assert settings.completions_per_step == 96
@@ -255,8 +255,9 @@ def test_places_of_es_are_measured_as_the_run_itself_does(tmp_path, monkeypatch)
 
 def test_grpo_is_asked_and_rewarded_like_es(tmp_path, monkeypatch):
     from claims.arms import TASKS
-    from claims.grpo import GRPOSettings, make_judge
+    from claims.judging import make_judge
     from claims.measuring import one_process
+    from claims.settings import GRPOSettings
 
     from shardes.rollout.encoding import Question
     from shardes.rollout.preparing import prepare_tasks
@@ -282,8 +283,9 @@ def test_grpo_is_asked_and_rewarded_like_es(tmp_path, monkeypatch):
 
 def test_grpo_trains_and_its_checkpoints_are_models(tmp_path, monkeypatch):
     pytest.importorskip("trl")
-    from claims.grpo import GRPOSettings, train_grpo
+    from claims.grpo import train_grpo
     from claims.measuring import measure, one_process
+    from claims.settings import GRPOSettings
 
     monkeypatch.chdir(ROOT)
     config = one_process(Path("configs/quickstart.yaml"), ["es.seed=3"])

@@ -62,9 +62,9 @@ class Arm:
     evidence: str = "main"
 
 
-# What the two tasks on a real model have alike; a run of it takes a quarter of an hour or more.
+# What the two tasks on a real model have alike. A run of GRPO on them takes most of an hour of a core.
 SMOLLM2: dict[str, Any] = {
-    "num_completions": 5120,
+    "num_completions": 2560,
     "first_steps": {"es": 3.2e-4, "grpo": 1e-6},
     "seeds": (1, 2),
     "grpo": {"prompts_per_step": 8, "micro_batch_size": 16},

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -50,6 +51,8 @@ def run(out: Path, jobs: int, tasks: str | None, arms: str | None, seeds: str | 
     for task in wanted_tasks:
         if not (ROOT / TASKS[task].config).exists():
             raise click.UsageError(f"--tasks: {task} needs {TASKS[task].config}, which is not there")
+    if find_spec("trl") is None and any(ARMS[arm].method == "grpo" for arm in wanted_arms):
+        raise click.UsageError("--arms: those of GRPO need TRL; install the extra: shardes[study]")
     wanted_seeds = None if seeds is None else [int(seed) for seed in seeds.split(",")]
 
     def left() -> Iterator[tuple[str, str, float, int]]:

@@ -135,8 +135,9 @@ def _train(task: str, arm: str, overrides: Sequence[str], *, step: float, out: P
 
         config = es_config(path, overrides, num_completions=asked.num_completions)
         return config, train_es(config, num_evaluations=num_evaluations)
-    from claims.grpo import GRPOSettings, train_grpo
+    from claims.grpo import train_grpo
     from claims.measuring import one_process
+    from claims.settings import GRPOSettings
 
     config = one_process(path, overrides)
     settings = GRPOSettings(learning_rate=step, **{**asked.grpo, **tried.changes})
