@@ -1,11 +1,14 @@
 """The work of an iteration: members, prompts and tokens, read from the data if it is there."""
 
 import heapq
+import math
 from dataclasses import dataclass
+from statistics import fmean
 
 from shardes.config.schema import Config
 from shardes.errors import UserError
 from shardes.rollout.autotune import USUAL_SIZE
+from shardes.rollout.batching import shared_prefix
 from shardes.rollout.encoding import PromptEncoder, Question
 from shardes.tasks.base import Task
 from shardes.tasks.registry import definition_of
@@ -30,6 +33,8 @@ class Workload:
         prompt_tokens: Tokens of the longest prompt; for likelihoods, of prompt and completion.
         answer_tokens: Most tokens that are generated; 0 for likelihoods.
         assumed: Descriptions of those numbers that are guesses.
+        mean_tokens: Tokens of a prompt that are computed for it, on average: without what all prompts begin
+            with, which is computed once for a member. None: as many as the longest has.
     """
 
     num_members: int
@@ -38,6 +43,12 @@ class Workload:
     prompt_tokens: int
     answer_tokens: int
     assumed: tuple[str, ...] = ()
+    mean_tokens: float | None = None
+
+    @property
+    def computed_tokens(self) -> float:
+        """Tokens of a prompt that are computed for it, on average."""
+        return self.prompt_tokens if self.mean_tokens is None else self.mean_tokens
 
 
 def make_workload(
@@ -76,7 +87,7 @@ def make_workload(
         if not per_prompt:
             per_prompt = 1
             assumed.append("one completion to each prompt")
-    num_turns = 1
+    num_turns, mean = 1, None
     if config.task.is_episodic:
         num_turns = config.task.max_turns
         assumed.append(f"all {num_turns} turns of every episode (task.max_turns)")
@@ -85,6 +96,7 @@ def make_workload(
     elif prompt_tokens is None and task is not None and encoder is not None:
         leaves_out = config.task.on_prompt_error == "exclude"
         prompt_tokens = longest_prompt(task, encoder, leaves_out=leaves_out)
+        mean = min(mean_tokens(task, encoder), prompt_tokens)
     if prompt_tokens is None:
         prompt_tokens = ASSUMED_PROMPT_TOKENS
         assumed.append(f"prompts of up to {prompt_tokens} tokens (--prompt-tokens)")
@@ -99,7 +111,26 @@ def make_workload(
         prompt_tokens,
         0 if is_scored else rollout.max_new_tokens,
         tuple(assumed),
+        mean,
     )
+
+
+def mean_tokens(task: Task, encoder: PromptEncoder) -> float:
+    """Return the mean number of tokens that are computed for a prompt, by some rows over all of the data.
+
+    Args:
+        task: Task with its data, whose longest prompts can be asked.
+        encoder: Makes tokens of its prompts.
+    """
+    rows = task.train[:: max(1, len(task.train) // _NUM_TOKENISED)]
+    questions = [Question.of(task, row) for row in rows]
+    problems = encoder.encode_ahead(questions)
+    asked = [each for each, problem in zip(questions, problems, strict=True) if problem is None]
+    encoded = [encoder.encode(question) for question in asked]
+    if not encoded:
+        return math.inf
+    prefix = [] if task.choices is not None else shared_prefix([list(each.prompts[0]) for each in encoded])
+    return fmean(each.num_tokens for each in encoded) - len(prefix)
 
 
 def longest_prompt(task: Task, encoder: PromptEncoder, *, leaves_out: bool = False) -> int:
