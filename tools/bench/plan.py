@@ -1,8 +1,8 @@
 """Compare ``shardes plan`` with what runs take: the memory of each rank, and the time of an iteration.
 
 Every case is a run of two iterations of the task in configs/own_task, with few members, prompts and tokens,
-in one process or under torchrun. It is planned from its files alone, as ``shardes plan --device cpu`` does, at
-the rates that all of its ranks measure at the same time when it is over.
+in one process or under torchrun. It is planned from its files alone, as ``shardes plan --device cpu`` does,
+at the rates that all of its ranks measure at the same time when it is over.
 
     python tools/get_smollm2.py
     python tools/bench/plan.py --json benchmarks/plan-smollm2-cpu.json
@@ -169,7 +169,8 @@ HEADER = (
 
 def formatted(row: Row) -> str:
     """Format a row under ``HEADER``."""
-    place = f"{row['backend']:<15}  {row['gather']:<9}  {row['together']:>15}  {row['ranks']:>5}  {row['dtype']:<8}"
+    place = f"{row['backend']:<15}  {row['gather']:<9}  {row['together']:>15}  {row['ranks']:>5}  "
+    place += f"{row['dtype']:<8}"
     if "failure" in row:
         return f"{place} | {row['failure']}"
     planned, peak = row["planned_bytes"] / 2**20, row["peak_bytes"] / 2**20
