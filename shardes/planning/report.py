@@ -39,7 +39,7 @@ def _head(plan: Plan, files: str) -> list[str]:
         f"{machine.gather_bytes_per_second / 1e9:.3g} GB/s between ranks",
         f"{machine.memory_bytes_per_second / 1e9:.4g} GB/s to the device's memory",
         f"{machine.flops_per_second / 1e12:.3g} TFLOP/s",
-        f"{machine.noise_elements_per_second / 1e9:.3g} billion elements of noise a second",
+        f"noise {machine.noise_elements_per_second / 1e9:.3g} billion/s",
     ]
     lines = {
         "model": model,

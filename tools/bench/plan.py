@@ -181,9 +181,7 @@ def formatted(row: Row) -> str:
 
 
 @click.command(help=__doc__)
-@click.option(
-    "--model", type=click.Path(exists=True, path_type=Path), default=MODEL, help="Directory of the model."
-)
+@click.option("--model", type=click.Path(path_type=Path), default=MODEL, help="Directory of the model.")
 @click.option(
     "--dtype", "dtypes", type=click.Choice(["float32", "bfloat16"]), multiple=True, default=("bfloat16",)
 )
