@@ -20,7 +20,9 @@ class Machine:
         memory_bytes_per_second: Rate at which weights are read.
         flops_per_second: Rate of large matrix products in the model's dtype.
         noise_elements_per_second: Rate at which Gaussian noise is computed and added.
-        kernel_seconds: Least time that an operation takes, however little there is to compute.
+        attention_flops_per_second: Rate of attention, its normalisation included.
+        elementwise_bytes_per_second: Rate at which operations between products read and write.
+        layer_seconds: Least time of a layer, however little there is to compute: of GPUs, 46 kernels.
     """
 
     memory_bytes: int
@@ -31,7 +33,9 @@ class Machine:
     memory_bytes_per_second: float = 2000e9
     flops_per_second: float = 300e12
     noise_elements_per_second: float = 100e9
-    kernel_seconds: float = 3e-6
+    attention_flops_per_second: float = 300e12
+    elementwise_bytes_per_second: float = 2000e9
+    layer_seconds: float = 46 * 3e-6
 
     @property
     def overlaps(self) -> bool:

@@ -21,6 +21,7 @@ from shardes.errors import UserError
 from shardes.es.optimizers import PlainStep
 from shardes.es.strategy import optimizer_of
 from shardes.models.build import parameter_aliases
+from shardes.models.checkpoint import BLOCK_BYTES
 from shardes.planning.machine import Machine
 from shardes.planning.timing import Forward, ForwardTimer, noise_seconds
 from shardes.planning.workload import Workload
@@ -78,10 +79,13 @@ class RankMemory:
 
     def needed(self, gather: str) -> int:
         """Compute the most bytes on the device with a value of ``rollout.gather``."""
-        temporary = max(self.activations, self.update)
-        if gather != "layer":
-            temporary = max(temporary, self.gather_buffers)
-        return self.process + self.held + self.gathers[gather] + self.cache + temporary
+        gathered = self.gathers[gather]
+        if gather == "layer":
+            # Layers are gathered for a forward, and not while weights are updated.
+            temporary = max(gathered + self.activations, self.update)
+        else:
+            temporary = gathered + max(self.activations, self.update, self.gather_buffers)
+        return self.process + self.held + self.cache + temporary
 
 
 @dataclass(frozen=True)
@@ -286,6 +290,8 @@ class Plan:
         if is_measured:
             itemsize += torch.float32.itemsize + 2 * master_itemsize
             sums = min(size, NUM_AT_ONCE[self.machine.device_type]) * BYTES_AT_ONCE
+            if self._spec.needs_same_batch:  # the base model's rows are read whole
+                sums += min(BLOCK_BYTES, 4 * max(self._sizes.values()))
         return size * itemsize + sums
 
     def _gather_bytes(self, footprint: RankFootprint) -> dict[str, int]:

@@ -9,8 +9,6 @@ from transformers import PreTrainedModel
 from shardes.planning.machine import Machine
 from shardes.rollout.memory import cache_bytes
 
-# Operations of a layer that are launched one by one, of a Llama or a Qwen.
-_KERNELS_PER_LAYER = 46
 # Times that an operation between two products reads or writes as many elements as the token has: norms,
 # rotations and sums of the hidden size, the gated activation of the inner size.
 _HIDDEN_PASSES, _INNER_PASSES = 40, 5
@@ -72,14 +70,14 @@ class ForwardTimer:
         kept = cache_bytes(self._model_config, rows=1, length=1, dtype=self._dtype)
         read = (self._body + self._head) * self._dtype.itemsize + forward.rows * forward.context * kept
         flops = 2 * (self._body * num_tokens + self._head * forward.rows * forward.num_logits)
-        flops += 4 * heads * head_size * layers * num_tokens * forward.context
+        attention = 4 * heads * head_size * layers * num_tokens * forward.context
         reading = self._part * read / machine.memory_bytes_per_second
         computing = self._part * flops / machine.flops_per_second
+        computing += self._part * attention / machine.attention_flops_per_second
         passes = _HIDDEN_PASSES * config.hidden_size + _INNER_PASSES * inner * self._part
-        moving = num_tokens * layers * passes * self._dtype.itemsize / machine.memory_bytes_per_second
-        launching = layers * _KERNELS_PER_LAYER * machine.kernel_seconds
+        moving = num_tokens * layers * passes * self._dtype.itemsize / machine.elementwise_bytes_per_second
         products = max(reading, computing) if machine.overlaps else reading + computing
-        return products + moving + launching
+        return products + moving + layers * machine.layer_seconds
 
 
 def noise_seconds(num_elements: float, *, kind: str, rank: int, machine: Machine) -> float:

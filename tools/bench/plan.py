@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 import torch
-from common import ROOT, Row, machine_facts, run_job, show, write_report
+from common import BY_LETTERS, ROOT, Row, machine_facts, run_job, show, write_report
 
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 GATHERS = ("iteration", "member", "layer")
@@ -42,12 +42,6 @@ def peak_bytes() -> int:
     """Return the most bytes that this process has had at once."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def by_letters(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-    """Return rewards that differ between most answers, at no cost."""
-    texts = [answer if isinstance(answer, str) else answer[0]["content"] for answer in completions]
-    return [sum((i + 1) * ord(letter) for i, letter in enumerate(text)) % 97 / 97 for text in texts]
 
 
 def measure(tree: dict[str, Any], out: Path) -> None:
@@ -131,7 +125,7 @@ def tree_of(folder: Path, case: tuple[str, str, int, int], *, facts: dict[str, A
             "data": str(folder / "problems.jsonl"),
             "columns": {"prompt": "receipt"},
             "system": 'Answer with a JSON object {"total": NUMBER} and nothing else.',
-            "reward": f"{__file__}:by_letters",
+            "reward": BY_LETTERS,
             "reward_workers": 0,
         },
     }
@@ -183,12 +177,16 @@ def formatted(row: Row) -> str:
 @click.command(help=__doc__)
 @click.option("--model", type=click.Path(path_type=Path), default=MODEL, help="Directory of the model.")
 @click.option(
-    "--dtype", "dtypes", type=click.Choice(["float32", "bfloat16"]), multiple=True, default=("bfloat16",)
+    "--dtype",
+    "dtypes",
+    type=click.Choice(["float32", "bfloat16"]),
+    multiple=True,
+    default=("bfloat16", "float32"),
 )
 @click.option("--backend", "backends", multiple=True, help="Of the cases; default: all.")
 @click.option("--gather", "gathers", type=click.Choice(GATHERS), multiple=True, default=GATHERS)
 @click.option("--prompts", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--population", type=click.IntRange(min=2), default=4, show_default=True)
+@click.option("--population", type=click.IntRange(min=2), default=2, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--job", type=click.Path(path_type=Path), nargs=2, hidden=True)
@@ -236,8 +234,8 @@ def main(
                 row |= {"failure": found} if isinstance(found, str) else compared(tree, found, ranks=ranks)
                 rows.append(row)
                 click.echo(formatted(row))
-    facts["model"] = model.name
-    write_report(json_path, facts=facts, rows=rows)
+                # After each, for a run of all takes long.
+                write_report(json_path, facts=facts | {"model": model.name}, rows=rows)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ by themselves with the same weights and shapes. Seconds are of the processor, th
 between which the others take their turns.
 
     python tools/bench/rollout.py --config configs/own_task/own_task.yaml --json benchmarks/iteration-cpu.json
-        model.path=models/smollm2-135m-instruct model.dtype=bfloat16 es.population=2 (in one line)
+        model.path=models/smollm2-135m-instruct model.dtype=bfloat16 es.population=2
+        task.reward=tools/bench/common.py:by_letters rollout.micro_batch_size=32 (in one line)
 """
 
 import math
@@ -205,6 +206,7 @@ def compare_on_the_quickstart(micro_batch_size: int) -> Row:
 def compare_iterations(path: Path, overrides: list[str], *, num_turns: int, threads: int) -> Row:
     """Measure iterations of a run, generating alone, and matrix products alone; the sides take turns."""
     from shardes.config.loading import load_config
+    from shardes.rollout.batching import MicroBatch
     from shardes.runs.reporting import Callbacks
     from shardes.session import open_session
     from shardes.tasks.loading import load_task
@@ -224,24 +226,25 @@ def compare_iterations(path: Path, overrides: list[str], *, num_turns: int, thre
             def take_turns(line: dict[str, Any]) -> None:
                 nonlocal begun
                 elapsed, iteration = time.process_time() - begun, line["iteration"]
-                if iteration > 0:  # the first warms up
-                    seconds["iteration"] = min(seconds["iteration"], elapsed)
                 if iteration == config.es.iterations:
                     return
+                if iteration > 0:  # the first warms up
+                    seconds["iteration"] = min(seconds["iteration"], elapsed)
                 evaluator = loop._rollout.evaluator
                 engine, spec = evaluator.engine, loop._rollout.spec(iteration)
                 prompts = spec.prompts
+                batches = [batch for batch in prompts.micro_batches if isinstance(batch, MicroBatch)]
                 engine.begin(0)
                 took, products, num_tokens = 0.0, Products(), 0
                 for member in spec.members:
                     engine.load([spec.perturbation(member)])
                     start = time.process_time()
-                    answers = [engine.generate(batch, prompts=prompts) for batch in prompts.micro_batches]
+                    answers = [engine.generate(batch, prompts=prompts) for batch in batches]
                     took += time.process_time() - start
                     num_tokens += sum(len(row) for answer in answers for row in answer.tokens)
                     engine.load([spec.perturbation(member)])
                     with products:
-                        for batch in prompts.micro_batches:
+                        for batch in batches:
                             engine.generate(batch, prompts=prompts)
                 assert num_tokens == line["num_tokens"], "both sides have the same answers"
                 seconds["generate"] = min(seconds["generate"], took)
