@@ -360,14 +360,18 @@ class Plan:
             num_gathers = {"iteration": 1, "member": num_members}.get(gather, num_forwards)
             received = num_gathers * self.num_parameters * itemsize * share
         seconds = received / machine.gather_bytes_per_second
-        seconds += num_batches * self._batch_seconds(rows, num_sharers=ranks if is_split else 1)
+        timer = ForwardTimer(
+            self.model, machine=machine, dtype=self.dtype, num_sharers=ranks if is_split else 1
+        )
+        seconds += num_batches * self._batch_seconds(timer, rows)
+        if (prefix := load.prefix_tokens) > 0:
+            seconds += num_members * timer.seconds(Forward(together, prefix, prefix / 2))
         seconds += self._noise_seconds(num_members * together, is_whole=is_apart or not self._spec.is_sharded)
         return GatherCost(num_gathers, received, seconds)
 
-    def _batch_seconds(self, rows: int, *, num_sharers: int) -> float:
+    def _batch_seconds(self, timer: ForwardTimer, rows: int) -> float:
         """Estimate the seconds of the forwards of a micro-batch of so many rows."""
         load = self.workload
-        timer = ForwardTimer(self.model, machine=self.machine, dtype=self.dtype, num_sharers=num_sharers)
         if load.answer_tokens == 0:
             return timer.seconds(
                 Forward(rows, load.computed_tokens, load.computed_tokens / 2, load.computed_tokens)

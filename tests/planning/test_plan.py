@@ -342,7 +342,8 @@ def test_what_prompts_share_is_computed_once(tmp_path, model):
     )
     config = make_config(tmp_path, model=model, run_dir=tmp_path / "run", task__data=tmp_path / "few.jsonl")
     plan, _ = plan_run(config, machine=Machine(GIB))
-    assert (plan.workload.prompt_tokens, plan.workload.computed_tokens) == (20, 2)
+    load = plan.workload
+    assert (load.prompt_tokens, load.computed_tokens, load.prefix_tokens) == (20, 2, 18)
 
 
 def test_the_rates_of_a_cpu_are_measured():
