@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -31,6 +32,7 @@ from shardes.runs.journal import recorded_setting
 from shardes.runs.trackers import check_trackers
 from shardes.tasks.generating import MAKEABLE, make_problems
 from shardes.tasks.loading import load_tasks
+from shardes.utils.shipped import copy_quickstart
 from shardes.utils.version import VERSION
 
 # How long a rank that has a message waits for rank 0 to print the same one first.
@@ -365,6 +367,19 @@ def make_data(
     out.parent.mkdir(parents=True, exist_ok=True)
     write_lines(out, rows)
     click.echo(f"{out}: {len(rows)} problems")
+
+
+@cli.command()
+@click.argument("directory", type=_PATH, default=Path())
+def quickstart(directory: Path) -> None:
+    """Copy the quickstart's configuration, model and problems into DIRECTORY, and say how to train there."""
+    files = copy_quickstart(directory)
+    click.echo(f"{directory}: {len(files)} files; to train with them, in one process or on two ranks:")
+    if directory != Path():
+        click.echo(f"    cd {shlex.quote(str(directory))}")
+    click.echo("    shardes train --config configs/quickstart.yaml parallel.backend=single")
+    several = "torchrun --nproc-per-node 2 -m shardes train --config configs/quickstart.yaml"
+    click.echo(f"    {several} parallel.backend=fsdp")
 
 
 for _command in (compare, *COMMANDS):

@@ -180,8 +180,8 @@ def engine_of(header: dict[str, Any]) -> dict[str, Any]:
     return engine
 
 
-def recorded_setting(run_dir: Path, key: str) -> Any:
-    """Return a setting of a journal's header; None if the run has not begun, or its header cannot be read."""
+def recorded_header(run_dir: Path) -> dict[str, Any] | None:
+    """Return the header of a run's journal; None if the run has not begun, or it cannot be read."""
     path, history = run_dir / "journal.jsonl", History()
     try:
         line = next(read_whole_lines(path), None)
@@ -189,7 +189,13 @@ def recorded_setting(run_dir: Path, key: str) -> Any:
             _take(line, history, "", path=path)
     except (OSError, UserError, *_DAMAGE):  # whoever opens the run says so
         return None
-    return None if history.header is None else history.header["settings"].get(key)
+    return history.header
+
+
+def recorded_setting(run_dir: Path, key: str) -> Any:
+    """Return a setting of a journal's header; None if there is no header that can be read."""
+    header = recorded_header(run_dir)
+    return None if header is None else header["settings"].get(key)
 
 
 def read_journal(path: Path) -> tuple[History, str, int, int]:
