@@ -132,7 +132,7 @@ def computed_tokens(task: Task, encoder: PromptEncoder, *, num_rows: int) -> tup
         num_rows: Prompts in a micro-batch.
 
     Returns:
-        The mean number of tokens, with padding but without what all prompts begin with, and the length of that.
+        The mean number of tokens, padded, but without what all prompts begin with; and the length of that.
     """
     rows = task.train[:: max(1, len(task.train) // _NUM_TOKENISED)]
     questions = [Question.of(task, row) for row in rows]
