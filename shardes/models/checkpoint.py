@@ -164,7 +164,7 @@ class TensorReader:
             self._read_range(descriptor, stored, block.source, target)
             return
         has_gaps = (stride - block.length) * width > _GAP_BYTES
-        most_rows = 1 if has_gaps else max(1, BLOCK_BYTES // (stride * width))
+        most_rows = 1 if has_gaps else max(1, min(block.rows, BLOCK_BYTES // (stride * width)))
         buffer = torch.empty((most_rows - 1) * stride + block.length, dtype=stored.dtype)
         for row in range(0, block.rows, most_rows):
             count = min(most_rows, block.rows - row)

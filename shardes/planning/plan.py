@@ -291,7 +291,7 @@ class Plan:
             itemsize += torch.float32.itemsize + 2 * master_itemsize
             sums = min(size, NUM_AT_ONCE[self.machine.device_type]) * BYTES_AT_ONCE
             if self._spec.needs_same_batch:  # the base model's rows are read whole
-                sums += min(BLOCK_BYTES, 4 * max(self._sizes.values()))
+                sums = max(sums, min(BLOCK_BYTES, 4 * max(self._sizes.values())))
         return size * itemsize + sums
 
     def _gather_bytes(self, footprint: RankFootprint) -> dict[str, int]:

@@ -10,7 +10,7 @@ _SUMS = ("step^2", "arrived^2", "step*arrived", "last^2", "step*last", "distance
 # Elements that are summed at a time, on CPUs so few that they stay in a cache; and the bytes of float64 that
 # each takes meanwhile.
 NUM_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 20}
-BYTES_AT_ONCE = 7 * 8
+BYTES_AT_ONCE = 6 * 8
 # Sums over shards differ in their last bits between shardings; metrics do not.
 _DIGITS = 6
 
