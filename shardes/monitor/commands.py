@@ -16,7 +16,11 @@ from shardes.utils.reading import open_regular
 _PATH = click.Path(path_type=Path)
 
 # Options of several commands.
-BASE = click.option("--base", type=_PATH, help="The base model's directory, if it was moved since the run.")
+BASE = click.option(
+    "--base",
+    type=_PATH,
+    help="The base model's directory, if it was moved since the run, or its name on the hub.",
+)
 BACKEND = click.option(
     "--backend",
     type=click.Choice(list(BACKENDS)),
