@@ -77,6 +77,7 @@ def _curves(results: Results, task: str, panels: Sequence[Any]) -> None:
             panel.fill_between(
                 places, list(map(min, rewards)), list(map(max, rewards)), alpha=0.15, color=drawn.get_color()
             )
+            panel.locator_params(axis="x", nbins=5)
             panel.set_xlabel(label)
     panels[0].set_ylabel("held-out reward")
 
