@@ -299,7 +299,7 @@ def test_models_are_evaluated_and_compared_by_name(hub, run, files, tmp_path):
     options = (*asked, "--num-samples", 0, "--json", report)
     result = call("shardes", "compare", f"{NAME}@v1", f"{run}@0", NAME, *options)
     assert result.returncode == 0, result.stderr
-    assert [each["name"] for each in json.loads(report.read_text())["models"]] == [
+    assert [each["model"] for each in json.loads(report.read_text())["models"]] == [
         f"{NAME}@v1",
         f"{run}@0",
         NAME,
