@@ -20,8 +20,8 @@ from shardes.distributed.launch import process_group
 from shardes.distributed.stop import Stop
 from shardes.errors import UserError
 from shardes.es.arithmetic import check_arithmetic
-from shardes.es.strategy import decay_of, optimizer_of
-from shardes.es.update import UPDATE_VERSION, Update
+from shardes.es.strategy import decay_of, optimizer_of, version_of_updates
+from shardes.es.update import Update
 from shardes.models.build import skeleton_of
 from shardes.models.checkpoint import Checkpoint
 from shardes.models.node_fetch import fetch_for_job
@@ -103,7 +103,7 @@ class Session:
                 "on machines like the one that it ran on. Runs that begin now have version %d",
                 version,
                 self.config.es.optimizer,
-                UPDATE_VERSION,
+                version_of_updates(self.config.es),
             )
         self.weights.optimizer = optimizer
 
@@ -228,7 +228,7 @@ def open_session(
         _check_shapes(weights)
         weights.load(checkpoint)
         base_digest = _combined(mesh, backend, master_digest(weights), compare=True)
-        identity = _identity(weights, checkpoint, base_digest)
+        identity = _identity(weights, checkpoint, base_digest, update_version=version_of_updates(config.es))
         logger.info(
             "%s on %d rank(s), %d replica(s), %s, %s; %d of %d parameters are trained",
             parallel.backend,
@@ -283,13 +283,15 @@ def _combined(mesh: Mesh, backend: Backend, digest: int, *, compare: bool) -> st
     return f"{digest:016x}"
 
 
-def _identity(weights: Weights, checkpoint: Checkpoint, base_digest: str) -> dict[str, Any]:
+def _identity(
+    weights: Weights, checkpoint: Checkpoint, base_digest: str, *, update_version: int
+) -> dict[str, Any]:
     table = [[shard.param_id, shard.name, list(shard.shape)] for shard in weights.trained]
     # Few models have any; the digest of the weights is of parameters alone.
     buffers = {"base_buffers_sha256": checkpoint.buffers_sha256()} if checkpoint.buffers else {}
     return buffers | {
         "noise_version": NOISE_VERSION,
-        "update_version": UPDATE_VERSION,
+        "update_version": update_version,
         "shardes_version": VERSION,
         "base_headers_sha256": checkpoint.header_sha256,
         "base_weights_digest": base_digest,

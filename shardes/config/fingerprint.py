@@ -44,6 +44,10 @@ _LATER_KEYS = {
     "task.harness": None,
     "task.episode_return": "sum",
     "task.max_turns": 10,
+    "task.screening": None,
+    "task.objective": "mean",
+    "es.step_rule": "none",
+    "es.member_reuse": None,
 }
 
 

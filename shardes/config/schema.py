@@ -259,11 +259,34 @@ class Config(Section):
 
     @field_validator("task")
     @classmethod
+    def _objective_has_samples(cls, value: TaskConfig, info: ValidationInfo) -> TaskConfig:
+        rollout, needed = info.data.get("rollout"), value.num_samples_needed
+        if rollout is not None and rollout.samples_per_prompt < needed:
+            raise ValueError(
+                f"objective is {value.objective}, which takes {needed} answers to a problem or more, but "
+                f"rollout.samples_per_prompt is {rollout.samples_per_prompt}; set that to {needed} or more "
+                "(and rollout.temperature above 0), or task.objective: mean"
+            )
+        return value
+
+    @field_validator("task")
+    @classmethod
     def _failed_rewards_have_a_prompt(cls, value: TaskConfig, info: ValidationInfo) -> TaskConfig:
         es = info.data.get("es")
         if es is not None and es.shaping == "per_prompt" and value.on_reward_error == "worst":
             raise ValueError(
                 "on_reward_error is worst, which is a rule for members, but es.shaping: per_prompt compares "
                 "answers to one prompt; set task.on_reward_error to exclude or to a number"
+            )
+        return value
+
+    @field_validator("task")
+    @classmethod
+    def _step_rule_has_problems(cls, value: TaskConfig, info: ValidationInfo) -> TaskConfig:
+        es = info.data.get("es")
+        if es is not None and es.step_rule != "none" and value.batch_size == 1:
+            raise ValueError(
+                f"batch_size is 1, but es.step_rule: {es.step_rule} measures how members' rewards differ "
+                "from problem to problem; give at least 2, or remove es.step_rule"
             )
         return value

@@ -158,7 +158,12 @@ class MemberScheduler:
         except MemoryShortageError:
             return None
         return [
-            evaluation.result_of(member, problems=spec.indices_of(member))
+            evaluation.result_of(
+                member,
+                problems=spec.indices_of(member),
+                objective=spec.objective,
+                weights=spec.weights_of(member),
+            )
             for members, evaluations in zip(turn, found, strict=True)
             for member, evaluation in zip(members, evaluations, strict=True)
         ]

@@ -267,9 +267,18 @@ def _take(line: bytes, history: History, link: str, *, path: Path) -> str:
         rename_in_header(record)
     elif record["type"] == "update":
         # Each takes time to replay, and was the result of a member.
-        num_members, count = len(history.members.get(record["iteration"], ())), len(record["coefficients"])
-        if count > num_members:
-            raise ValueError(f"it has {count} coefficients, but its iteration {num_members} members")
+        at = record["iteration"]
+        for key, what, iteration in (("coefficients", "its", at), ("reused", "the last", at - 1)):
+            num_members, count = len(history.members.get(iteration, ())), len(record.get(key, ()))
+            if count > num_members:
+                raise ValueError(f"it has {count} {key}, but {what} iteration {num_members} members")
+        is_paired = history.header is not None and history.header["settings"].get("es.antithetic")
+        num_members, count = (
+            len(record.get("shaped", ())),
+            len(record["coefficients"]) * (2 if is_paired else 1),
+        )
+        if num_members not in (0, count):
+            raise ValueError(f"it has {num_members} shaped rewards, but coefficients of {count} members")
     history.add(record)
     return str(checksum)
 

@@ -349,6 +349,12 @@ def test_many_members_in_a_forward_want_noise_of_low_rank(count):
         ({"optimizer": "adam", "adam_betas": [0.99, 0.9]}, "larger than the square of the first"),
         ({"adam_betas": [0.9]}, "es.adam_betas"),
         ({"alpha": 1.0, "weight_decay": 2}, "give at most 1"),
+        ({"step_rule": "reliability", "prompts_per_member": 3}, "prompts_per_member is 3"),
+        ({"member_reuse": 0.5, "noise_reuse": 2}, "noise_reuse is 2, which has the same directions"),
+        ({"member_reuse": 0.0, "optimizer": "momentum"}, "optimizer is momentum, which repeats"),
+        ({"member_reuse": 1, "optimizer": "adam"}, "optimizer is adam, which repeats"),
+        ({"member_reuse": 1, "sigma_schedule": "cosine", "final_sigma": 1e-4}, "sigma_schedule is cosine"),
+        ({"member_reuse": 1.5}, "es.member_reuse"),
     ],
 )
 def test_an_algorithm_that_would_not_be_what_was_meant_is_refused(es, words):
@@ -359,6 +365,13 @@ def test_members_of_one_forward_answer_the_same_prompts():
     tree = with_key("es.prompts_per_member", 3)
     tree["es"]["noise"], tree["rollout"]["members_per_forward"] = "low_rank", 4
     with pytest.raises(UserError, match=r"es: prompts_per_member is 3"):
+        parse_config(tree, source="test")
+
+
+def test_the_step_rule_takes_several_problems():
+    tree = with_key("es.step_rule", "reliability")
+    tree["task"]["batch_size"] = 1
+    with pytest.raises(UserError, match=r"task: batch_size is 1, but es.step_rule: reliability measures"):
         parse_config(tree, source="test")
 
 
