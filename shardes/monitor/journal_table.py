@@ -30,7 +30,7 @@ def report(history: History) -> Iterator[str]:
     assert header is not None, "an empty journal has nothing to tell"
     settings = header["settings"]
     model = header["config"]["model"]
-    commit = f", commit {model['revision']}" * bool(model.get("revision"))
+    commit = f", commit {model['revision']}" if model.get("revision") else ""
     yield f"base model   {model['path']}{commit}, weights digest {header['base_weights_digest']}"
     yield f"trained      {len(header['parameters'])} parameters of {num_trained(header)} elements"
     yield (

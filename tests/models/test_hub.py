@@ -296,10 +296,10 @@ def test_models_are_evaluated_and_compared_by_name(hub, run, files, tmp_path):
         rewards[name] = json.dumps(json.loads(result.stdout)["sets"])
     assert rewards[NAME] == rewards[f"{NAME}@{SECOND}"] != rewards[f"{NAME}@v1"]
     report = tmp_path / "report.json"
-    options = ("--num-samples", 0, "--json", report)
+    options = (*asked, "--num-samples", 0, "--json", report)
     result = call("shardes", "compare", f"{NAME}@v1", f"{run}@0", NAME, *options)
     assert result.returncode == 0, result.stderr
-    assert [each["name"] for each in json.loads(report.read_text())["models"]] == [
+    assert [each["model"] for each in json.loads(report.read_text())["models"]] == [
         f"{NAME}@v1",
         f"{run}@0",
         NAME,
