@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from shardes.rewards.pool import RewardRunner
 from shardes.rollout.build import Rollout, make_rollout
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.iteration import IterationSpec
+from shardes.rollout.racing import PortionKey, Race
 from shardes.runs.journal import recorded_setting
 from shardes.runs.recorder import RunRecorder
 from shardes.runs.reporting import Callbacks, Reporter
@@ -64,6 +66,7 @@ class TrainingLoop:
         self._recorder, self._snapshots, self._reporter = recorder, snapshots, reporter
         # Members of the first iteration that the journal knows: the job before died in the middle of it.
         self._known_results: dict[int, MemberResult] = {}
+        self._known_portions: dict[PortionKey, dict[str, Any]] = {}
 
     def train(self) -> None:
         """Train; a collective of all ranks.
@@ -82,8 +85,9 @@ class TrainingLoop:
                     self._kl.measure_if_due(iteration)
                     self._centre.evaluate_if_due(iteration)
                     spec = self._rollout.spec(iteration)
-                    results = self._evaluate_members(spec)
-                    update = self._decide_update(spec, results)
+                    race = self._rollout.race(spec)
+                    results = self._evaluate_members(spec, race)
+                    update = self._decide_update(spec, results, race)
                     self._apply(update)
                     self._reporter.end_iteration(iteration, self._rollout.measured())
             self._finish()
@@ -106,13 +110,14 @@ class TrainingLoop:
         if state.is_cut_off:
             self._apply(Update.of_record(state.updates[-1]))
         self._centre.resume(state)
-        self._known_results = state.results
+        self._known_results, self._known_portions = state.results, state.portions
         self._reporter.catch_up()
         return state.first_iteration
 
-    def _evaluate_members(self, spec: IterationSpec) -> list[MemberResult]:
+    def _evaluate_members(self, spec: IterationSpec, race: Race | None) -> list[MemberResult]:
         """Return what every member earned, recording each as soon as it is known."""
         iteration, known, self._known_results = spec.iteration, self._known_results, {}
+        portions, self._known_portions = self._known_portions, {}
         every = self._config.log.samples_every
         shows_samples = every > 0 and iteration % every == 0
         self._reporter.begin_members(len(spec.members), num_known=len(known))
@@ -123,14 +128,31 @@ class TrainingLoop:
             self._recorder.record({"type": "member", "iteration": iteration, **result.record()})
             self._reporter.end_member(result.num_tokens)
 
+        def record_portion(number: int, result: MemberResult) -> None:
+            if shows_samples and number == 0:
+                self._recorder.write_samples(result.samples, iteration=iteration, member=result.member)
+            place = {"iteration": iteration, "round": number, "member": result.member}
+            self._recorder.record({"type": "portion", **place, "part": result.part})
+
+        def record_stopped(result: MemberResult) -> None:
+            result = replace(result, samples=())  # they came with its first portion
+            if (before := known.get(result.member)) is None or before.record() != result.record():
+                record(result)
+
+        if race is not None:
+            return race.run(
+                self._rollout.scheduler, known=portions, on_portion=record_portion, on_result=record_stopped
+            )
         members = [member for member in spec.members if member not in known]
         results = known | self._rollout.scheduler.evaluate_members(members, spec=spec, on_result=record)
         return [results[member] for member in spec.members]
 
-    def _decide_update(self, spec: IterationSpec, results: list[MemberResult]) -> Update:
+    def _decide_update(self, spec: IterationSpec, results: list[MemberResult], race: Race | None) -> Update:
         """Turn rewards into coefficients, and have these on disk before the weights move."""
         config, iteration = self._config, spec.iteration
         rewards = member_rewards(results, on_error=config.task.on_reward_error)
+        if race is not None:
+            rewards = race.rewards
         check_enough_rewards(
             rewards,
             results,
@@ -159,7 +181,9 @@ class TrainingLoop:
         with self._timer("snapshot"):
             self._snapshots.finish()
         if self._world.is_main:
-            stats = reward_stats(reward_table(results), rewards=rewards, shaped=shaped)
+            table = reward_table(results) if race is None else race.table
+            stats = reward_stats(table, rewards=rewards, shaped=shaped)
+            stats |= {} if race is None else race.stats()
             record = {"type": "update", **update.record(), "sigma": sigma, "instruments": stats}
             self._recorder.record(record, durable=True)
         return update

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from shardes.config.es import RacingConfig
 from shardes.config.schema import Config
 from shardes.config.task import ProblemSetConfig, RewardConfig
 
@@ -45,6 +46,7 @@ Names of older versions are still read, with a warning: `es.schedule` (now `es.a
 INNER: dict[type[BaseModel], str] = {
     RewardConfig: "Items of `task.rewards`",
     ProblemSetConfig: "Values of `eval.sets`",
+    RacingConfig: "The value of `es.racing`",
 }
 _WORDS = {
     "number": "number",

@@ -9,6 +9,21 @@ from shardes.config.section import Section
 from shardes.noise.kinds.registry import KindName
 
 
+class RacingConfig(Section):
+    """How the members of an iteration race: some stop before they have answered all problems."""
+
+    rounds: int = Field(default=3, ge=2, lt=2**16)
+    """Number of portions that an iteration's answers are asked in. A portion is made of whole micro-batches,
+    so there must be as many of these (``rollout.micro_batch_size``)."""
+    keep: float = Field(default=0.5, gt=0, lt=1)
+    """Part of the racing members that goes on after each portion, at least two: those whose rewards are
+    farthest from the middle, as many of the best as of the worst. With ``es.antithetic`` it is a part of the
+    pairs: those whose two members differ most."""
+    tolerance: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """How much racing may change an update, as a part of the length that it has when all members answer
+    everything. More members go on where stopping them is expected to change more. null: no limit."""
+
+
 class EsConfig(Section):
     """The algorithm (Qiu et al. 2025, arXiv 2509.24372)."""
 
@@ -32,6 +47,9 @@ class EsConfig(Section):
     prompts_per_member: int | None = Field(default=None, gt=0)
     """Number of the iteration's problems that a member answers; members take turns, the two of an antithetic
     pair answer the same. null: every member answers all."""
+    racing: RacingConfig | None = None
+    """Have members answer the problems in portions, and stop those early that weigh little in the update;
+    what they were not asked is estimated (docs/toolbox.md). null: every member answers everything."""
     sigma: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Scale of the noise on the weights."""
     sigma_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -155,6 +173,17 @@ class EsConfig(Section):
             raise ValueError(
                 f"adam_betas are {list(self.adam_betas)}; the second must be larger than the square of the "
                 "first, or steps have no bound"
+            )
+        if self.racing is not None and self.prompts_per_member is not None:
+            raise ValueError(
+                f"prompts_per_member is {self.prompts_per_member}, but racing compares members on the same "
+                "problems; set prompts_per_member or racing to null"
+            )
+        if self.racing is not None and self.shaping == "per_prompt":
+            raise ValueError(
+                "shaping is per_prompt, which compares the members that answered a prompt, but after a round "
+                "of racing only the best and the worst do; use shaping: zscore or centered_rank, or set "
+                "racing to null"
             )
         if self.decay_towards != "zero" and self.weight_decay == 0:
             raise ValueError("decay_towards is base, but weight_decay is 0; set both, or neither")

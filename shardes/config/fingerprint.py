@@ -43,6 +43,7 @@ _LATER_KEYS = {
     "task.harness": None,
     "task.episode_return": "sum",
     "task.max_turns": 10,
+    "es.racing": None,
 }
 
 

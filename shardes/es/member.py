@@ -24,10 +24,12 @@ class MemberResult:
         least: Smallest reward of an answer; None if none counts.
         components: Mean of each reward component by name, over the answers that it applies to.
         is_finite: Whether its logits were finite; if not, its answers mean nothing.
-        by_problem: Mean reward over its answers to each problem that count; None if none does.
+        by_problem: Mean reward over its answers to each problem that count; None if none does, or if it was
+            not asked, because the member stopped before (``racing.py``).
         problems: Indices of these problems among the iteration's, in order; None: all problems.
         turn_tokens: Tokens generated in each turn of its episodes; empty if problems are answered once.
         samples: A few answers of the first member for people to read; not journaled.
+        part: What the answers of a portion earned one by one, while its member races; not journaled with it.
     """
 
     member: int
@@ -42,6 +44,7 @@ class MemberResult:
     problems: Sequence[int] | None = None
     turn_tokens: Sequence[int] = field(default_factory=list)
     samples: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    part: Mapping[str, Any] | None = None
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
@@ -56,7 +59,7 @@ class MemberResult:
 
     def record(self) -> dict[str, Any]:
         """Return the journal's record of it."""
-        kept = {key: value for key, value in vars(self).items() if key != "samples"}
+        kept = {key: value for key, value in vars(self).items() if key not in ("samples", "part")}
         if not self.turn_tokens:
             del kept["turn_tokens"]
         return {"version": RESULT_VERSION} | kept
