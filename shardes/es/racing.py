@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardes.config.es import RacingConfig
-from shardes.es.shaping import RewardTable
 
 # Fewer members than this, or pairs, do not race on: there is one at each end of the ranking.
 _LEAST_UNITS = 2
@@ -163,13 +162,6 @@ def relative_error(standing: Standing, *, antithetic: bool) -> float | None:
     return math.sqrt(standing.squared_error / length) if length else None
 
 
-def asked_of_all(table: RewardTable) -> RewardTable:
-    """Return the columns of a table of rewards by problem that have a reward of every member that has any."""
-    rows = [row for row in table if any(reward is not None for reward in row.values())]
-    shared = [p for p in (rows[0] if rows else ()) if all(row.get(p) is not None for row in rows)]
-    return [{problem: row[problem] for problem in shared if problem in row} for row in table]
-
-
 def _compared(
     rewards: Sequence[float | None], members: Sequence[int], *, antithetic: bool
 ) -> dict[tuple[int, ...], float]:
@@ -177,9 +169,10 @@ def _compared(
     if not antithetic:
         return {(member,): reward for member in members if (reward := rewards[member]) is not None}
     found: dict[tuple[int, ...], float] = {}
-    for first in {member // 2 * 2 for member in members}.intersection(members):
+    present = set(members)
+    for first in (member for member in members if member % 2 == 0 and member + 1 in present):
         one, other = rewards[first], rewards[first + 1]
-        if first + 1 in members and one is not None and other is not None:
+        if one is not None and other is not None:
             found[first, first + 1] = one - other
     return found
 

@@ -1,7 +1,8 @@
 """Problems as an engine is asked them: rendered, tokenised and cut once, then answered by every member."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Self
 
 import torch
@@ -76,6 +77,19 @@ class PromptBatch:
         if self.episodes is not None:
             return sorted(index for cohort in self.episodes.cohorts for index in cohort)
         return sorted(row for batch in self.micro_batches for row in batch.rows)
+
+    def problems_of(self, indices: Collection[int]) -> list[int]:
+        """Return the problems all of whose answers (for likelihoods: pairs) are among some."""
+        count = self.samples_per_prompt
+        bounds: Sequence[int] = range(0, len(self.rows) * count + 1, count)
+        if self.choices is not None:
+            bounds = self.choices.first_pairs
+        known = frozenset(indices)
+        return [
+            problem
+            for problem, (low, high) in enumerate(pairwise(bounds))
+            if known.issuperset(range(low, high))
+        ]
 
     def portion(self, places: Sequence[int]) -> Self:
         """Return a batch that asks some of the micro-batches, or cohorts, alone.

@@ -12,7 +12,7 @@ from typing import Any
 from shardes.config.es import RacingConfig
 from shardes.errors import UserError
 from shardes.es.member import MemberResult, member_rewards
-from shardes.es.racing import Round, Standing, advance, asked_of_all, begin, relative_error
+from shardes.es.racing import Round, Standing, advance, begin, relative_error
 from shardes.es.shaping import RewardTable
 from shardes.es.strategy import reward_table
 from shardes.rollout.aggregate import Evaluation, PartialResult, joined
@@ -78,7 +78,7 @@ class Race:
         self._standing = begin(len(spec.members))
         self._parts: dict[int, list[PartialResult]] = {member: [] for member in spec.members}
         self._results: dict[int, MemberResult] = {}
-        self._num_answers = 0
+        self._num_answers, self._asked_of_all = 0, set[int]()
 
     @property
     def rewards(self) -> list[float | None]:
@@ -88,7 +88,9 @@ class Race:
     @property
     def table(self) -> RewardTable:
         """Return the rewards of each member for the problems that all were asked."""
-        return asked_of_all(reward_table(list(self._results.values())))
+        problems = self._spec.prompts.problems_of(self._asked_of_all)
+        table = reward_table(list(self._results.values()))
+        return [{problem: row[problem] for problem in problems if problem in row} for row in table]
 
     def stats(self) -> dict[str, float | None]:
         """Return what racing saved, and what it is expected to have changed, by the names of the metrics."""
@@ -149,6 +151,8 @@ class Race:
     ) -> None:
         """Have members answer a portion, and add what they earned to what they had."""
         spec, indices = self._spec, asked.indices()
+        if len(racing) == len(spec.members):
+            self._asked_of_all.update(indices)
         portion = PortionSpec(spec.iteration, spec.rows, spec.evaluator, spec.strategy, spec, racing, asked)
         have = {m: part for m in racing if (part := known.get((number, m))) and _answers(part, asked)}
         missing = [member for member in racing if member not in have]
