@@ -1,7 +1,8 @@
 """The schema of the section ``es``, the algorithm. docs/toolbox.md says what each key is for."""
 
+import math
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -22,6 +23,10 @@ class RacingConfig(Section):
     tolerance: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """How much racing may change an update, as a part of the length that it has when all members answer
     everything. More members go on where stopping them is expected to change more. null: no limit."""
+
+    def num_kept(self, count: int) -> int:
+        """Return how many of so many members, or pairs, go on: at least one at each end of the ranking."""
+        return min(count, max(2, math.ceil(self.keep * count - 1e-9)))
 
 
 class EsConfig(Section):
@@ -117,6 +122,13 @@ class EsConfig(Section):
             )
         return value
 
+    @field_validator("racing", mode="before")
+    @classmethod
+    def _racing_has_keys(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, dict | RacingConfig):
+            raise ValueError(f"got {value!r}; give its keys, as in {{rounds: 3, keep: 0.5}}, or null")
+        return value
+
     @field_validator("trainable")
     @classmethod
     def _trainable_are_patterns(cls, value: list[str]) -> list[str]:
@@ -173,6 +185,14 @@ class EsConfig(Section):
             raise ValueError(
                 f"adam_betas are {list(self.adam_betas)}; the second must be larger than the square of the "
                 "first, or steps have no bound"
+            )
+        sizes = self.population.values() if isinstance(self.population, dict) else [self.population]
+        units = [size // 2 if self.antithetic else size for size in sizes]
+        if self.racing is not None and all(self.racing.num_kept(count) == count for count in units):
+            raise ValueError(
+                f"racing.keep is {self.racing.keep}, which keeps all of {max(units)} "
+                f"{'pairs' if self.antithetic else 'members'}, so nobody would ever stop; give less, or a "
+                "larger population"
             )
         if self.racing is not None and self.prompts_per_member is not None:
             raise ValueError(

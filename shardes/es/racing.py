@@ -13,9 +13,6 @@ from dataclasses import dataclass
 
 from shardes.config.es import RacingConfig
 
-# Fewer members than this, or pairs, do not race on: there is one at each end of the ranking.
-_LEAST_UNITS = 2
-
 
 @dataclass(frozen=True)
 class Standing:
@@ -79,8 +76,10 @@ def advance(standing: Standing, found: Round, *, settings: RacingConfig, antithe
     error, most = standing.squared_error, None
     of_one = _error_of_one(found, antithetic=antithetic)
     if settings.tolerance is not None:
-        most = _affordable(rewards, error, of_one, tolerance=settings.tolerance, antithetic=antithetic)
-    going = going_on(rewards, racing, keep=settings.keep, antithetic=antithetic, most_stopping=most)
+        num_units = len(_compared(rewards, racing, antithetic=antithetic))
+        length = _squared_length(rewards, antithetic=antithetic)
+        most = _affordable(length, error, of_one, num_units=num_units, tolerance=settings.tolerance)
+    going = going_on(rewards, racing, settings=settings, antithetic=antithetic, most_stopping=most)
     num_stopping = (len(racing) - len(going)) // (2 if antithetic else 1)
     if num_stopping:
         error = None if error is None or of_one is None else error + num_stopping * of_one
@@ -116,7 +115,7 @@ def going_on(
     rewards: Sequence[float | None],
     racing: Sequence[int],
     *,
-    keep: float,
+    settings: RacingConfig,
     antithetic: bool,
     most_stopping: int | None = None,
 ) -> list[int]:
@@ -125,7 +124,7 @@ def going_on(
     Args:
         rewards: Reward of each member so far; None if it has none.
         racing: Members that could go on.
-        keep: Part of those with a contrast that go on, at least two.
+        settings: Section ``es.racing``.
         antithetic: Whether the two members of a pair go on, or stop, together.
         most_stopping: Largest number of members (or pairs) that stop; None: no limit.
 
@@ -133,8 +132,7 @@ def going_on(
         Members that go on, ascending.
     """
     compared = _compared(rewards, racing, antithetic=antithetic)
-    wanted = max(_LEAST_UNITS, math.ceil(keep * len(compared) - 1e-9))
-    num_stopping = max(0, len(compared) - wanted)
+    num_stopping = len(compared) - settings.num_kept(len(compared))
     if most_stopping is not None:
         num_stopping = min(num_stopping, most_stopping)
     num_going = len(compared) - num_stopping
@@ -188,21 +186,24 @@ def _squared_length(rewards: Sequence[float | None], *, antithetic: bool) -> flo
 
 
 def _affordable(
-    rewards: Sequence[float | None],
-    error: float | None,
-    of_one: float | None,
-    *,
-    tolerance: float,
-    antithetic: bool,
-) -> int | None:
-    """Return how many members, or pairs, may stop; None: any number."""
-    length = _squared_length(rewards, antithetic=antithetic)
-    if error is None or of_one is None or length is None:
+    length: float | None, error: float | None, of_one: float | None, *, num_units: int, tolerance: float
+) -> int:
+    """Return how many of those that race may stop.
+
+    Args:
+        length: Sum of the squared contrasts so far, None if not known.
+        error: Expected squared change of those that have stopped.
+        of_one: The same of each that stops now. By as much, luck makes the contrasts longer than they will be
+            when all is answered.
+        num_units: Number of members, or pairs, that race and can be compared.
+        tolerance: ``es.racing.tolerance``.
+    """
+    if length is None or error is None or of_one is None:
         return 0
-    left = tolerance**2 * length - error
-    if of_one == 0:
-        return None if left >= 0 else 0
-    return max(0, math.floor(min(left / of_one, float(len(rewards)))))
+    left = tolerance**2 * (length - error - num_units * of_one) - error
+    if left < 0 or of_one == 0:
+        return 0 if left < 0 else num_units
+    return math.floor(min(left / of_one, float(num_units)))
 
 
 def _error_of_one(found: Round, *, antithetic: bool) -> float | None:

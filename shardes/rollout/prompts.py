@@ -84,12 +84,8 @@ class PromptBatch:
         bounds: Sequence[int] = range(0, len(self.rows) * count + 1, count)
         if self.choices is not None:
             bounds = self.choices.first_pairs
-        known = frozenset(indices)
-        return [
-            problem
-            for problem, (low, high) in enumerate(pairwise(bounds))
-            if known.issuperset(range(low, high))
-        ]
+        known, ranges = frozenset(indices), [range(low, high) for low, high in pairwise(bounds)]
+        return [problem for problem, own in enumerate(ranges) if known.issuperset(own)]
 
     def portion(self, places: Sequence[int]) -> Self:
         """Return a batch that asks some of the micro-batches, or cohorts, alone.

@@ -5,7 +5,7 @@ for it is what it would have computed without racing, and one that is asked ever
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -27,19 +27,19 @@ OnPortion = Callable[[int, MemberResult], None]
 """Called with the number of a round, and what a member's answers of its portion earned (``part``)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PortionSpec(IterationSpec):
     """What a portion asks of the members that race on.
 
     Attributes:
         whole: What the iteration asks.
         racing: The members, ascending.
-        asked: The micro-batches of the portion.
+        portion: The micro-batches that they are asked.
     """
 
     whole: IterationSpec
     racing: Sequence[int]
-    asked: PromptBatch
+    portion: PromptBatch
 
     @cached_property
     def prompts(self) -> PromptBatch:
@@ -53,7 +53,7 @@ class PortionSpec(IterationSpec):
 
     def prompts_of(self, member: int) -> PromptBatch:
         """Return the portion, which is the same for all members."""
-        return self.asked
+        return self.portion
 
     def result_of(self, member: int, evaluation: Evaluation) -> MemberResult:
         """Return the result of a member for the portion, with what each answer earned."""
@@ -153,7 +153,8 @@ class Race:
         spec, indices = self._spec, asked.indices()
         if len(racing) == len(spec.members):
             self._asked_of_all.update(indices)
-        portion = PortionSpec(spec.iteration, spec.rows, spec.evaluator, spec.strategy, spec, racing, asked)
+        kept = {each.name: getattr(spec, each.name) for each in fields(spec)}
+        portion = PortionSpec(**kept, whole=spec, racing=racing, portion=asked)
         have = {m: part for m in racing if (part := known.get((number, m))) and _answers(part, asked)}
         missing = [member for member in racing if member not in have]
         found = scheduler.evaluate_members(missing, spec=portion, on_result=partial(on_portion, number))

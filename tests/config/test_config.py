@@ -360,6 +360,22 @@ def test_members_of_one_forward_answer_the_same_prompts():
         parse_config(tree, source="test")
 
 
+@pytest.mark.parametrize(
+    ("es", "words"),
+    [
+        ({"racing": True}, "es.racing: got True; give its keys, as in {rounds: 3, keep: 0.5}, or null"),
+        ({"racing": {"rounds": 1}}, "es.racing.rounds: got 1; input should be greater than or equal to 2"),
+        ({"racing": {"keeps": 1}}, "es.racing.keeps: unknown key; did you mean 'es.racing.keep'?"),
+        ({"racing": {"keep": 0.9}, "population": 9}, "racing.keep is 0.9, which keeps all of 9 members"),
+        ({"racing": {}, "population": 4, "antithetic": True}, "keeps all of 2 pairs, so nobody would"),
+        ({"racing": {}, "prompts_per_member": 3}, "prompts_per_member is 3, but racing compares"),
+        ({"racing": {}, "shaping": "per_prompt"}, "shaping is per_prompt, which compares the members"),
+    ],
+)
+def test_a_race_that_would_not_be_what_was_meant_is_refused(es, words):
+    assert words in refusal("es", {"iterations": 2} | es)
+
+
 def test_by_prompt_goes_with_rules_for_prompts():
     tree = with_key("es.shaping", "per_prompt")
     tree["task"]["on_reward_error"] = "worst"

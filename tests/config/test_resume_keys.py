@@ -74,6 +74,7 @@ BINDING = [
     ("es.noise_reuse", 2),
     ("es.population", {0: 8, 10: 16}),
     ("es.prompts_per_member", 3),
+    ("es.racing", {"rounds": 4}),
     ("es.sigma_schedule", "linear"),
     ("es.final_sigma", 1e-4),
     ("es.shaping", "centered_rank"),
@@ -96,7 +97,7 @@ BINDING = [
     ("task.template_arguments", {"enable_thinking": False}),
 ]
 # Of these, journals of older versions have none, so they are absent where they mean what those did.
-LATER = {"rollout.skip_special_tokens", "task.chat_template", "task.template_arguments"}
+LATER = {"rollout.skip_special_tokens", "task.chat_template", "task.template_arguments", "es.racing"}
 
 # Keys without which a key would do nothing, and is refused.
 NEEDED = {

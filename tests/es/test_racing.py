@@ -18,6 +18,8 @@ from shardes.es.racing import (
     residual_variance,
 )
 
+HALF = RacingConfig(keep=0.5)
+
 
 def wanted_to_go_on(rewards, racing, *, keep, antithetic):
     """Tries every set of members that may stop, and returns all but the one nearest the middle."""
@@ -40,21 +42,21 @@ def wanted_to_go_on(rewards, racing, *, keep, antithetic):
 @pytest.mark.parametrize("antithetic", [False, True])
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.75, 0.99])
 def test_those_farthest_from_the_middle_go_on(antithetic, keep):
-    draws = random.Random(int(keep * 100))
+    draws, settings = random.Random(int(keep * 100)), RacingConfig(keep=keep)
     for _ in range(30):
         rewards = [draws.gauss(0, 1) if draws.random() > 0.15 else None for _ in range(12)]
         units = [m for m in range(0, 12, 2) if draws.random() > 0.2]
         racing = sorted(m + i for m in units for i in (0, 1))
-        found = going_on(rewards, racing, keep=keep, antithetic=antithetic)
+        found = going_on(rewards, racing, settings=settings, antithetic=antithetic)
         assert found == wanted_to_go_on(rewards, racing, keep=keep, antithetic=antithetic)
-        limited = going_on(rewards, racing, keep=keep, antithetic=antithetic, most_stopping=1)
+        limited = going_on(rewards, racing, settings=settings, antithetic=antithetic, most_stopping=1)
         assert set(found) <= set(limited)
         assert len(racing) - len(limited) == min(len(racing) - len(found), 2 if antithetic else 1)
 
 
 def test_ties_are_broken_by_the_number_of_the_member():
-    assert going_on([0.5] * 7, range(7), keep=0.5, antithetic=False) == [0, 1, 5, 6]
-    assert going_on([0.5] * 8, range(8), keep=0.5, antithetic=True) == [0, 1, 2, 3]
+    assert going_on([0.5] * 7, range(7), settings=HALF, antithetic=False) == [0, 1, 5, 6]
+    assert going_on([0.5] * 8, range(8), settings=HALF, antithetic=True) == [0, 1, 2, 3]
 
 
 def test_a_reward_that_is_not_known_is_read_off_the_line_of_those_that_are():
@@ -85,7 +87,7 @@ def test_estimates_are_not_biased_by_who_went_on():
         signal = draws.normal(size=16)
         answers = signal[:, None] + draws.normal(size=(16, 8)) + np.r_[np.full(4, 3.0), np.zeros(4)]
         first, true = answers[:, :4].mean(1), answers.mean(1)
-        going = going_on(list(first), range(16), keep=0.5, antithetic=False)
+        going = going_on(list(first), range(16), settings=HALF, antithetic=False)
         found = estimated(list(first), {m: true[m] for m in going}, share=0.5)
         stopped = sorted(set(range(16)) - set(going))
         shifts.append(np.mean([found[m] - true[m] for m in stopped]))
@@ -158,34 +160,40 @@ def test_what_racing_is_said_to_change_is_about_what_it_changes(antithetic):
         answers = draws.normal(size=(32, 1)) + 2 * draws.normal(size=(32, 24)) + draws.normal(size=(1, 24))
         (_, last) = run(answers, rounds=2, keep=0.5, antithetic=antithetic)
         told.append(relative_error(last, antithetic=antithetic))
-        found, full = np.array(last.rewards), answers.mean(1)
-        if antithetic:
-            found, full = found[::2] - found[1::2], full[::2] - full[1::2]
-        found, full = found - found.mean() * (not antithetic), full - full.mean() * (not antithetic)
-        true.append(np.sqrt(((found - full) ** 2).sum() / (full**2).sum()))
+        change, length = squared(last.rewards, answers.mean(1), antithetic=antithetic)
+        true.append(np.sqrt(change / length))
     # It is told for the mean of what was answered; the line does a little better than that.
     assert 0.75 < np.mean(true) / np.mean(told) < 1.05
 
 
 @pytest.mark.parametrize("antithetic", [False, True])
-def test_a_tolerance_holds_back_just_as_many_as_it_must(antithetic):
-    answers = np.random.default_rng(6).normal(size=(16, 1)) + 2 * np.random.default_rng(7).normal(
-        size=(16, 24)
-    )
-    free = run(answers, rounds=2, keep=0.25, antithetic=antithetic)
-    counts = []
-    for tolerance in (1e-6, 0.1, 0.2, 0.3, 10.0):
-        found = run(answers, rounds=2, keep=0.25, tolerance=tolerance, antithetic=antithetic)
-        counts.append(16 - len(found[0].racing))
-        bound = relative_error(found[0], antithetic=antithetic)
-        assert bound <= tolerance
-        if len(found[0].racing) > len(free[0].racing):
-            unit = 2 if antithetic else 1
-            assert bound * math.sqrt((counts[-1] + unit) / max(counts[-1], 1)) > tolerance or not counts[-1]
-    assert counts == sorted(counts)
-    assert counts[0] == 0
-    assert counts[-1] == 16 - len(free[0].racing)
-    assert len(set(counts)) > 2, "one of the tolerances is in between"
+def test_a_tolerance_holds_back_those_whose_answers_would_change_more(antithetic):
+    draws, keys = np.random.default_rng(6), {"rounds": 3, "keep": 0.25, "antithetic": antithetic}
+    populations = [draws.normal(size=(16, 1)) + 2 * draws.normal(size=(16, 24)) for _ in range(40)]
+    free = [len(run(answers, **keys)[-1].racing) for answers in populations]
+    held = {}
+    for tolerance in (1e-6, 0.2, 0.35, 100.0):
+        lasts = [run(answers, **keys, tolerance=tolerance)[-1] for answers in populations]
+        held[tolerance] = np.mean([len(last.racing) for last in lasts])
+        true = [
+            squared(last.rewards, answers.mean(1), antithetic=antithetic)
+            for last, answers in zip(lasts, populations, strict=True)
+        ]
+        changed = math.sqrt(np.mean([change for change, _ in true]) / np.mean([length for _, length in true]))
+        if tolerance < 1:
+            assert tolerance * 0.6 < changed < tolerance or held[tolerance] == 16
+    assert held[1e-6] == 16 > held[0.2] > held[0.35] > held[100.0]
+    assert held[100.0] == pytest.approx(np.mean(free), abs=0.2)
+
+
+def squared(rewards, full, *, antithetic):
+    """The squared change of the contrasts, and their squared length with all answers."""
+    found, full = np.array(rewards), np.array(full)
+    if antithetic:
+        found, full = found[::2] - found[1::2], full[::2] - full[1::2]
+    else:
+        found, full = found - found.mean(), full - full.mean()
+    return ((found - full) ** 2).sum(), (full**2).sum()
 
 
 def test_who_cannot_be_compared_goes_on_and_who_is_broken_stops():

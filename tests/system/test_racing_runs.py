@@ -50,7 +50,7 @@ KINDS = {
     },
     "episodes": EPISODES,
 }
-NOBODY_STOPS = {"rounds": 2, "keep": 0.99}
+NOBODY_STOPS = {"rounds": 2, "tolerance": 1e-12}
 SOME_STOP = {"rounds": 3, "keep": 0.4}
 
 
@@ -62,17 +62,15 @@ def model(tmp_path_factory):
 def train(root, model, *, name, **changes):
     """Trains in this process; returns all weights."""
     if changes.get("task__name") == "multiple_choice":
-        rows = [
-            {"prompt": f"{i}" + "+7" * (i % 4), "choices": ["2", "31", "4"], "label": 1} for i in range(11)
-        ]
+        common = {"choices": ["2", "31", "4"], "label": 1}
+        rows = [{"prompt": f"{i}" + "+7" * (i % 4), **common} for i in range(11)]
         (root / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         changes |= {"task__data": root / "choices.jsonl", "task__heldout_data": root / "choices.jsonl"}
     config = parse_config(tree(root, model=model, run_dir=root / name, **COMMON | changes), source="test")
     with open_session(config) as session:
         make_training_loop(session, load_task(config.task)).train()
-        return torch.cat(
-            [gather_centre(session.weights, s).flatten().clone() for s in session.backend.shards]
-        )
+        shards = session.backend.shards
+        return torch.cat([gather_centre(session.weights, shard).flatten().clone() for shard in shards])
 
 
 def records_of(run_dir, *kinds):
@@ -138,8 +136,7 @@ def test_what_was_recorded_of_other_answers_is_asked_again(tmp_path, model):
 
 
 def test_rounds_without_a_micro_batch_are_refused_before_anything_is_written(tmp_path, model):
-    with pytest.raises(
-        UserError, match=r"es\.racing\.rounds: got 4, .* the 9 answers .* are 3 micro-batches.*most 2"
-    ):
+    words = r"es\.racing\.rounds: got 4, .* the 9 answers .* are 3 micro-batches.*at most 2"
+    with pytest.raises(UserError, match=words):
         train(tmp_path, model, name="run", es__racing={"rounds": 4})
     assert not (tmp_path / "run").exists()

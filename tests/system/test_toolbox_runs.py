@@ -43,6 +43,13 @@ BY_PROMPT = {
     "log__instruments_every": 1,
     "eval__every": 0,
 }
+RACING = {
+    "es__racing": {"rounds": 3, "keep": 0.4},
+    "es__population": 6,
+    "rollout__micro_batch_size": 3,
+    "rollout__temperature": 0.7,
+    "eval__every": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +68,15 @@ def train(root, model, *, name="run", **changes):
         }
 
 
+def portions_of(run_dir):
+    """What each member earned by each portion; when that was known depends on the clock."""
+    return {
+        (record["iteration"], record["round"], record["member"]): record["part"]
+        for record in journal_of(run_dir)
+        if record["type"] == "portion"
+    }
+
+
 def same(found, wanted):
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
@@ -69,23 +85,29 @@ def same(found, wanted):
 def test_options_give_the_same_bytes_and_metrics_however_they_are_sharded(tmp_path, model):
     oracle = [
         tree(tmp_path, model=model, run_dir=tmp_path / f"one{i}", **o)
-        for i, o in enumerate((PAIRS, BY_PROMPT))
+        for i, o in enumerate((PAIRS, BY_PROMPT, RACING))
     ]
     wanted = run_cases(tmp_path, "oracle", oracle, 1)
+    assert steady_metrics(tmp_path / "one2")[0]["num_answers_saved"] > 0
     cases = [
         (0, {"parallel__backend": "zero3", "rollout__gather": "layer"}),
         (1, {"parallel__backend": "fsdp", "rollout__gather": "iteration"}),
         (1, {"parallel__backend": "zero3", "rollout__gather": "member"}),
         (0, {"parallel__backend": "single", "weights__master_device": "cpu"}),
+        (2, {"parallel__backend": "zero3", "rollout__gather": "layer"}),
+        (2, {"parallel__backend": "fsdp", "rollout__gather": "iteration"}),
     ]
     trees = [
-        tree(tmp_path, model=model, run_dir=tmp_path / f"run{i}", **(PAIRS, BY_PROMPT)[kind], **changes)
+        tree(
+            tmp_path, model=model, run_dir=tmp_path / f"run{i}", **(PAIRS, BY_PROMPT, RACING)[kind], **changes
+        )
         for i, (kind, changes) in enumerate(cases)
     ]
     found = run_cases(tmp_path, "cases", trees, 2)
     for i, (kind, changes) in enumerate(cases):
         assert found[i] == wanted[kind], changes
         assert steady_metrics(tmp_path / f"run{i}") == steady_metrics(tmp_path / f"one{kind}"), changes
+        assert portions_of(tmp_path / f"run{i}") == portions_of(tmp_path / f"one{kind}"), changes
 
 
 @pytest.mark.parametrize("options", [PAIRS, BY_PROMPT], ids=["pairs", "by prompt"])
