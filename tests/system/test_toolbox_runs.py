@@ -50,6 +50,8 @@ RACING = {
     "rollout__temperature": 0.7,
     "eval__every": 0,
 }
+RACING_TOGETHER = RACING | {"es__noise": "low_rank", "rollout__members_per_forward": 2}
+OPTIONS = (PAIRS, BY_PROMPT, RACING, RACING_TOGETHER)
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +85,7 @@ def same(found, wanted):
 
 @pytest.mark.slow
 def test_options_give_the_same_bytes_and_metrics_however_they_are_sharded(tmp_path, model):
-    oracle = [
-        tree(tmp_path, model=model, run_dir=tmp_path / f"one{i}", **o)
-        for i, o in enumerate((PAIRS, BY_PROMPT, RACING))
-    ]
+    oracle = [tree(tmp_path, model=model, run_dir=tmp_path / f"one{i}", **o) for i, o in enumerate(OPTIONS)]
     wanted = run_cases(tmp_path, "oracle", oracle, 1)
     assert steady_metrics(tmp_path / "one2")[0]["num_answers_saved"] > 0
     cases = [
@@ -96,11 +95,10 @@ def test_options_give_the_same_bytes_and_metrics_however_they_are_sharded(tmp_pa
         (0, {"parallel__backend": "single", "weights__master_device": "cpu"}),
         (2, {"parallel__backend": "zero3", "rollout__gather": "layer"}),
         (2, {"parallel__backend": "fsdp", "rollout__gather": "iteration"}),
+        (3, {"parallel__backend": "zero3", "rollout__gather": "layer"}),
     ]
     trees = [
-        tree(
-            tmp_path, model=model, run_dir=tmp_path / f"run{i}", **(PAIRS, BY_PROMPT, RACING)[kind], **changes
-        )
+        tree(tmp_path, model=model, run_dir=tmp_path / f"run{i}", **OPTIONS[kind], **changes)
         for i, (kind, changes) in enumerate(cases)
     ]
     found = run_cases(tmp_path, "cases", trees, 2)
