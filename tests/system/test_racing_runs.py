@@ -1,13 +1,17 @@
 """Whole runs whose members race: nobody stops, some do, and the job is killed in between."""
 
 import json
+import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
+from shardes.config.es import RacingConfig
 from shardes.config.loading import parse_config
 from shardes.errors import UserError
+from shardes.es.racing import estimated, going_on
 from shardes.session import open_session
 from shardes.tasks.loading import load_task
 from shardes.trainer import make_training_loop
@@ -115,6 +119,35 @@ def test_a_race_goes_on_wherever_it_was_cut_with_the_same_bytes(tmp_path, model,
         assert steady_metrics(run_dir) == steady_metrics(whole)
         again = {json.dumps(record) for record in records_of(run_dir, *kinds) if "config" not in record}
         assert again == {json.dumps(record) for record in records_of(whole, *kinds) if "config" not in record}
+
+
+def test_an_update_is_of_what_members_are_estimated_to_earn(tmp_path, model):
+    """Worked out again from the answers in the journal."""
+    train(tmp_path, model, name="run", es__racing=SOME_STOP, es__iterations=1)
+    answers = {
+        (r["round"], r["member"]): r["part"]["values"] for r in records_of(tmp_path / "run", "portion")
+    }
+    racing, rewards, earned = list(range(6)), [None] * 6, {m: [] for m in range(6)}
+    for number in range(3):
+        assert racing == sorted(member for at, member in answers if at == number)
+        for member in racing:
+            earned[member] += answers[number, member]
+        known = {member: math.fsum(earned[member]) / len(earned[member]) for member in racing}
+        rewards = estimated(rewards, known, share=number / (number + 1))
+        if number < 2:
+            racing = going_on(rewards, racing, settings=RacingConfig(**SOME_STOP), antithetic=False)
+    assert [len(values) for values in earned.values()].count(9) == 2
+    (update,) = records_of(tmp_path / "run", "update")
+    wanted = [0.1 / 6 * (reward - np.mean(rewards)) / np.std(rewards) for reward in rewards]
+    assert update["coefficients"] == pytest.approx(wanted, rel=1e-5)
+    (line, _) = steady_metrics(tmp_path / "run")
+    assert line["num_answers"] == sum(map(len, earned.values())) == 6 * 3 + 3 * 3 + 2 * 3
+    assert line["num_answers_saved"] == 6 * 9 - line["num_answers"]
+    assert line["racing_error"] > 0
+    by_member = {record["member"]: record for record in records_of(tmp_path / "run", "member")}
+    for member, values in earned.items():
+        assert by_member[member]["reward"] == math.fsum(values) / len(values)
+        assert sum(value is not None for value in by_member[member]["by_problem"]) == len(values)
 
 
 def test_what_was_recorded_of_other_answers_is_asked_again(tmp_path, model):
