@@ -1,6 +1,7 @@
 """The training loop: Algorithm 1 of Qiu et al. 2025 (arXiv 2509.24372), over shards."""
 
 import logging
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ from shardes.environments.runners import Environments
 from shardes.errors import UserError
 from shardes.es.member import MemberResult, check_enough_rewards, member_rewards
 from shardes.es.reward_stats import reward_stats
+from shardes.es.step_rule import WINDOW
 from shardes.es.strategy import reward_table
 from shardes.es.update import Update
 from shardes.evaluation.centre import CentreEvaluator
@@ -67,6 +69,8 @@ class TrainingLoop:
         # Members of the first iteration that the journal knows: the job before died in the middle of it.
         self._known_results: dict[int, MemberResult] = {}
         self._known_portions: dict[PortionKey, dict[str, Any]] = {}
+        # Records of the last updates, the same on every rank: what a step may depend on besides its rewards.
+        self._past: deque[Mapping[str, Any]] = deque(maxlen=WINDOW)
 
     def train(self) -> None:
         """Train; a collective of all ranks.
@@ -111,6 +115,9 @@ class TrainingLoop:
             self._apply(Update.of_record(state.updates[-1]))
         self._centre.resume(state)
         self._known_results, self._known_portions = state.results, state.portions
+        if self._rollout.screening is not None:
+            self._rollout.screening.resume(state.updates)
+        self._past.extend(state.updates)
         self._reporter.catch_up()
         return state.first_iteration
 
@@ -161,8 +168,12 @@ class TrainingLoop:
             first_failure=self._rollout.scorer.first_failure,
             is_episodic=self._rollout.task.episodes is not None,
         )
-        shaped = self._strategy.shaped(rewards, results)
-        update = self._strategy.update(shaped, iteration=iteration)
+        table = reward_table(results) if race is None else race.table
+        shaped = self._strategy.shaped(rewards, results, weights=spec.weights)
+        stats = reward_stats(table, rewards=rewards, shaped=shaped)
+        factor, measured = self._strategy.alpha_factor(stats, past=self._past)
+        reused = self._strategy.reused(past=self._past)
+        update = self._strategy.update(shaped, iteration=iteration, alpha_factor=factor, reused=reused)
         sigma = self._strategy.sigma(iteration)
         check_consistency(
             self._world,
@@ -171,7 +182,7 @@ class TrainingLoop:
             prompts=spec.prompts.fingerprint(),
             update=update.record(),
         )
-        if self._world.is_main and not any(update.coefficients):
+        if self._world.is_main and not any(shaped):
             logger.warning(
                 "iteration %d: all members earned the same, so there is nothing to learn from them; a larger "
                 "es.sigma, or a reward that tells bad answers apart, would help",
@@ -180,12 +191,16 @@ class TrainingLoop:
         self._check_step(update)
         with self._timer("snapshot"):
             self._snapshots.finish()
-        if self._world.is_main:
-            table = reward_table(results) if race is None else race.table
-            stats = reward_stats(table, rewards=rewards, shaped=shaped)
-            stats |= {} if race is None else race.stats()
-            record = {"type": "update", **update.record(), "sigma": sigma, "instruments": stats}
-            self._recorder.record(record, durable=True)
+        stats |= {} if race is None else race.stats()
+        instruments = {**stats, **measured, **({} if reused is None else reused.stats())}
+        record = {"type": "update", **update.record(), "sigma": sigma, "instruments": instruments}
+        if config.es.member_reuse is not None:
+            judged = zip(rewards, shaped, strict=True)
+            record["shaped"] = [None if reward is None else value for reward, value in judged]
+        if self._rollout.screening is not None and spec.asked is not None:
+            record["screening"] = self._rollout.screening.learn(spec.asked, table)
+        self._recorder.record(record, durable=True)
+        self._past.append(record)
         return update
 
     def _check_step(self, update: Update) -> None:

@@ -184,14 +184,14 @@ def adaptive_sigma() -> Any:
         def alpha(self, iteration: int) -> float:
             return super().alpha(iteration) * self.scale
 
-        def shaped(self, rewards: Any, results: Any) -> list[float]:
-            shaped = super().shaped(rewards, results)
+        def shaped(self, rewards: Any, results: Any, **rest: Any) -> list[float]:
+            shaped = super().shaped(rewards, results, **rest)
             found = reward_stats(reward_table(results), rewards=rewards, shaped=shaped)["reward_snr"]
             self.next_scale = self.scale * (1.05 if found is None or found < 1.5 else 1 / 1.05)
             return shaped
 
-        def update(self, shaped: Any, *, iteration: int) -> Any:
-            update = super().update(shaped, iteration=iteration)
+        def update(self, shaped: Any, **place: Any) -> Any:
+            update = super().update(shaped, **place)
             self.scale = min(max(self.next_scale, 0.25), 4.0)
             return update
 

@@ -49,6 +49,11 @@ class EsConfig(Section):
     """Columns of the factors of ``noise: low_rank``. The element's variance is 1 for every rank."""
     noise_reuse: int = Field(default=1, gt=0)
     """Number of iterations for which directions stay the same before new ones are drawn."""
+    member_reuse: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    """Use the last iteration's members again, weighted by how likely they are around the centre of now. The
+    number is the least effective number of them, as a share of all: weights that leave fewer are flattened
+    until they leave so many. 0: the density ratios as they are; 1: equal weights. null: members are used
+    once."""
     prompts_per_member: int | None = Field(default=None, gt=0)
     """Number of the iteration's problems that a member answers; members take turns, the two of an antithetic
     pair answer the same. null: every member answers all."""
@@ -74,6 +79,10 @@ class EsConfig(Section):
     """``linear`` lowers alpha from its value to 0 over the iterations, ``cosine`` along half a cosine."""
     warmup_iterations: int = Field(default=0, ge=0)
     """Number of iterations, from the first on, over which alpha rises to its value."""
+    step_rule: Literal["none", "reliability"] = "none"
+    """Rule by which the measured signal shortens steps. ``reliability``: alpha times the root of the share of
+    the variance of members' rewards that other problems would confirm, estimated over eight iterations. It
+    is at least a tenth."""
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
     """Rule that makes a step of the gradient. ``sgd``: alpha times the gradient, as in the paper.
     ``momentum``: a share of the steps before is added; 4 more bytes a parameter. ``adam``: its moments
@@ -204,6 +213,27 @@ class EsConfig(Section):
                 "shaping is per_prompt, which compares the members that answered a prompt, but after a round "
                 "of racing only the best and the worst do; use shaping: zscore or centered_rank, or set "
                 "racing to null"
+            )
+        if self.member_reuse is not None:
+            for key, found, why in (
+                ("noise_reuse", self.noise_reuse, "has the same directions twice already"),
+                ("optimizer", self.optimizer, "repeats all iterations' members already"),
+                ("sigma_schedule", self.sigma_schedule, "makes the densities of two iterations incomparable"),
+            ):
+                if found != type(self).model_fields[key].default:
+                    raise ValueError(
+                        f"member_reuse is {self.member_reuse}, but {key} is {found}, which {why}; remove one "
+                        "of the two"
+                    )
+        if self.racing is not None and self.step_rule != "none":
+            raise ValueError(
+                f"step_rule is {self.step_rule}, which measures members on problems that all of them answer, "
+                "but racing stops some; remove one of the two"
+            )
+        if self.step_rule != "none" and self.prompts_per_member is not None:
+            raise ValueError(
+                f"step_rule is {self.step_rule}, which compares members on the same problems, but "
+                f"prompts_per_member is {self.prompts_per_member}; remove one of the two"
             )
         if self.decay_towards != "zero" and self.weight_decay == 0:
             raise ValueError("decay_towards is base, but weight_decay is 0; set both, or neither")

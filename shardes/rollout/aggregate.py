@@ -12,6 +12,7 @@ from itertools import zip_longest
 from typing import Any, Protocol, Self, TypeVar
 
 from shardes.es.member import MemberResult, mean_reward
+from shardes.es.objective import MEAN, Judgement, Objective, judge
 from shardes.rewards.batch import RewardBatch
 from shardes.rewards.scorer import PendingRewards, Scorer
 from shardes.rollout.engines.base import Completions, EngineOutput
@@ -105,37 +106,45 @@ class Evaluation:
         """Return how many rewards failed."""
         return sum(self.has_failed)
 
-    def result_of(self, member: int, *, problems: Sequence[int] | None = None) -> MemberResult:
+    def result_of(
+        self,
+        member: int,
+        *,
+        problems: Sequence[int] | None = None,
+        objective: Objective = MEAN,
+        weights: Sequence[float] | None = None,
+    ) -> MemberResult:
         """Return the journal's record of a member that answered so.
 
         Args:
             member: Its index in the population.
             problems: Indices of the iteration's problems that it answered; None: all.
+            objective: What the answers to a problem earn together.
+            weights: Weight of each problem that it answered; None: all weigh the same.
         """
         counted = [reward for reward in self.rewards if reward is not None and self.is_finite]
+        judged = Judgement(None)
+        if self.is_finite:
+            count = self.samples_per_prompt
+            rules: dict[str, Any] = {"objective": objective, "weights": weights}
+            judged = judge(self.rewards, self.has_failed, samples_per_prompt=count, **rules)
         return MemberResult(
             member,
-            reward=mean_reward(counted),
+            reward=judged.reward,
             num_failures=self.num_failures,
             num_tokens=self.num_tokens,
             num_scored=len(counted),
             least=min(counted, default=None),
             components=self.component_means(),
             is_finite=self.is_finite,
-            by_problem=self._by_problem() if self.is_finite else [],
+            by_problem=judged.by_problem,
             problems=problems if self.is_finite else [],
             turn_tokens=list(self.turn_tokens),
+            by_least=judged.by_least,
             samples=[vars(sample) for sample in list(self.samples.values())[:NUM_SAMPLES]]
             if member == 0
             else [],
         )
-
-    def _by_problem(self) -> list[float | None]:
-        """Return the mean reward for each problem, over the answers that count."""
-        count = self.samples_per_prompt
-        return [
-            mean_reward(self.rewards[first : first + count]) for first in range(0, len(self.rewards), count)
-        ]
 
     def component_means(self) -> dict[str, float | None]:
         """Return the mean of each component over the answers that it applies to."""

@@ -187,8 +187,8 @@ def engine_of(header: dict[str, Any]) -> dict[str, Any]:
     return engine
 
 
-def recorded_setting(run_dir: Path, key: str) -> Any:
-    """Return a setting of a journal's header; None if the run has not begun, or its header cannot be read."""
+def recorded_header(run_dir: Path) -> dict[str, Any] | None:
+    """Return the header of a run's journal; None if the run has not begun, or it cannot be read."""
     path, history = run_dir / "journal.jsonl", History()
     try:
         line = next(read_whole_lines(path), None)
@@ -196,7 +196,25 @@ def recorded_setting(run_dir: Path, key: str) -> Any:
             _take(line, history, "", path=path)
     except (OSError, UserError, *_DAMAGE):  # whoever opens the run says so
         return None
-    return None if history.header is None else history.header["settings"].get(key)
+    return history.header
+
+
+def recorded_setting(run_dir: Path, key: str) -> Any:
+    """Return a setting of a journal's header; None if there is no header that can be read."""
+    header = recorded_header(run_dir)
+    return None if header is None else header["settings"].get(key)
+
+
+def recorded_commit(run_dir: Path, hub_id: str | None) -> str | None:
+    """Return the commit of a model of the hub with which a run began; None: it has none of that name."""
+    header = recorded_header(run_dir)
+    return None if header is None else commit_of(header, hub_id)
+
+
+def commit_of(header: dict[str, Any], hub_id: str | None) -> str | None:
+    """Return the commit that a journal's header has for a model of the hub; None: it is of another."""
+    model = header["config"]["model"]
+    return model.get("revision") if hub_id is not None and model["path"] == hub_id else None
 
 
 def read_journal(path: Path) -> tuple[History, str, int, int]:
@@ -256,9 +274,18 @@ def _take(line: bytes, history: History, link: str, *, path: Path) -> str:
         rename_in_header(record)
     elif record["type"] == "update":
         # Each takes time to replay, and was the result of a member.
-        num_members, count = len(history.members.get(record["iteration"], ())), len(record["coefficients"])
-        if count > num_members:
-            raise ValueError(f"it has {count} coefficients, but its iteration {num_members} members")
+        at = record["iteration"]
+        for key, what, iteration in (("coefficients", "its", at), ("reused", "the last", at - 1)):
+            num_members, count = len(history.members.get(iteration, ())), len(record.get(key, ()))
+            if count > num_members:
+                raise ValueError(f"it has {count} {key}, but {what} iteration {num_members} members")
+        is_paired = history.header is not None and history.header["settings"].get("es.antithetic")
+        num_members, count = (
+            len(record.get("shaped", ())),
+            len(record["coefficients"]) * (2 if is_paired else 1),
+        )
+        if num_members not in (0, count):
+            raise ValueError(f"it has {num_members} shaped rewards, but coefficients of {count} members")
     history.add(record)
     return str(checksum)
 

@@ -21,6 +21,7 @@ class _Record(BaseModel):
 
 class _Model(_Record):
     path: _Text
+    revision: _Text | None = None
 
 
 class _Config(_Record):
@@ -54,6 +55,7 @@ class _Header(_Record):
 
 class _Set(_Record):
     reward: _Number | None = None
+    objective: _Number | None = None
     num_failures: _Count = 0
     components: dict[str, _Number | None] = {}
 
@@ -74,6 +76,7 @@ class _Member(_Set):
     is_finite: bool = True
     by_problem: list[_Number | None] = []
     problems: list[_Count] | None = None
+    by_least: Annotated[list[_Number], Field(min_length=2, max_length=2)] | None = None
     version: _Count = 1
 
 
@@ -107,13 +110,27 @@ class _Portion(_Record):
     part: _Part
 
 
+class _Screening(_Record):
+    num_problems: _Count
+    num_left_out: _Count
+    informative: list[_Count]
+    agreed: list[Annotated[tuple[_Number, list[_Count]], Strict(False)]]
+
+
+class _RewardStats(_Record):
+    reward_snr: Annotated[_Number, Field(ge=0)] | None = None
+
+
 class _Update(_Record):
     iteration: _Count
     coefficients: list[_Float32]
     alpha: _Float32
     sigma: _Float32
     noise_iteration: _Count | None = None
-    instruments: dict[str, Any] = {}
+    screening: _Screening | None = None
+    reused: list[_Float32] = []
+    shaped: list[_Number | None] = []
+    instruments: _RewardStats = _RewardStats()
 
 
 class _Weights(_Record):

@@ -132,7 +132,7 @@ def restore_weights(
             if sets_damaged_aside:
                 _set_aside(snapshot_path(run_dir, iteration))
     if not (first or is_base):
-        session.weights.load(Checkpoint(session.config.model.path))
+        session.weights.load(Checkpoint(session.config.model.directory))
     if updates:
         origin = f"the snapshot of iteration {first}" if first else "the base model"
         logger.info("replaying %d iterations over %s", len(updates) - first, origin)

@@ -16,6 +16,7 @@ FREE = [
     ("task.reward_memory_bytes", None),
     ("task.reward_isolation", "none"),
     ("model.path", "elsewhere"),
+    ("model.revision", "v1"),
     ("model.trust_remote_code", True),
     ("run.dir", "other"),
     ("run.resume", "never"),
@@ -86,6 +87,8 @@ BINDING = [
     ("es.weight_decay", 0.1),
     ("es.decay_towards", "base"),
     ("es.max_update_norm", 1.0),
+    ("es.step_rule", "reliability"),
+    ("es.member_reuse", 0.5),
     ("es.trainable", [".*", "!.*norm.*"]),
     ("task.name", "countdown_short"),
     ("task.batch_size", 4),
@@ -95,9 +98,15 @@ BINDING = [
     ("task.on_reward_error", 0.0),
     ("task.chat_template", "tool_use"),
     ("task.template_arguments", {"enable_thinking": False}),
+    ("task.screening", {}),
+    ("task.objective", "max"),
 ]
 # Of these, journals of older versions have none, so they are absent where they mean what those did.
-LATER = {"rollout.skip_special_tokens", "task.chat_template", "task.template_arguments", "es.racing"}
+LATER = {
+    *("rollout.skip_special_tokens", "task.chat_template", "task.template_arguments"),
+    *("task.screening", "task.objective"),
+    *("es.step_rule", "es.member_reuse", "es.racing"),
+}
 
 # Keys without which a key would do nothing, and is refused.
 NEEDED = {
@@ -115,6 +124,8 @@ def resume_fingerprint():
     def of(key="es.iterations", value=7, *, data_sha256="of the rows", needed_for=None):
         tree = with_key(key, value)
         tree["rollout"].setdefault("temperature", 0.5)  # what is drawn depends on more keys
+        if needed_for == "task.objective":
+            tree["rollout"]["samples_per_prompt"] = 2
         tree["es"] = NEEDED.get(needed_for, {}) | tree["es"]
         tree["es"].setdefault("noise", "low_rank")  # so does this
         return fingerprint.resume_fingerprint(parse_config(tree, source="test"), data_sha256=data_sha256)

@@ -52,6 +52,8 @@ def deep(levels):
     return value
 
 
+SCREENED = {"num_problems": 3, "num_left_out": 0, "informative": [1], "agreed": [[1.0, [0, 2]]]}
+
 FORGED = {
     "text for a coefficient": ("update", {"coefficients": ["0.1"]}, "coefficients.0: "),
     "nothing for a coefficient": ("update", {"coefficients": [None]}, "coefficients.0: "),
@@ -65,6 +67,14 @@ FORGED = {
         "it has 400000 coefficients",
     ),
     "one coefficient too many": ("update", {"coefficients": [0.5] * 5}, "it has 5 coefficients, but its ite"),
+    "reused members of no iteration": (
+        "update",
+        {"reused": [0.5]},
+        "it has 1 reused, but the last iteration 0 me",
+    ),
+    "text for a reused coefficient": ("update", {"reused": ["0.5"]}, "reused.0: "),
+    "rewards of other members": ("update", {"shaped": [0.5]}, "it has 1 shaped rewards, but coefficients of"),
+    "a ratio of text": ("update", {"instruments": {"reward_snr": "1"}}, "instruments.reward_snr: "),
     "no step": ("update", {"alpha": None}, "alpha: "),
     "no sigma": ("update", {"sigma": "x"}, "sigma: "),
     "a noise of no iteration": ("update", {"noise_iteration": -1}, "noise_iteration: "),
@@ -75,6 +85,13 @@ FORGED = {
     "a reward of text": ("member", {"reward": "1"}, "reward: "),
     "tokens of text": ("member", {"num_tokens": "1"}, "num_tokens: "),
     "components that are none": ("member", {"components": [1]}, "components: "),
+    "rows of text": ("update", {"screening": SCREENED | {"informative": ["1"]}}, "screening.informative.0: "),
+    "what all earned of text": (
+        "update",
+        {"screening": SCREENED | {"agreed": [["1", [2]]]}},
+        "screening.agreed.0.0: ",
+    ),
+    "half a line": ("member", {"by_least": [1.0]}, "by_least: "),
     "problems of text": ("member", {"by_problem": "1"}, "by_problem: "),
     "a version of text": ("member", {"version": "2"}, "version: "),
     "a digest that is none": ("weights", {"digest": "no"}, "digest: "),
