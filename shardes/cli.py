@@ -197,7 +197,8 @@ _POSITIVE = click.IntRange(min=1)
 
 def _rate(name: str, default: float, help_text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return the option of a rate of the machine."""
-    return click.option(name, type=click.FloatRange(min=0, min_open=True), default=default, help=help_text)
+    help_text += f" Default: {default:g}, on CPUs what is measured here."
+    return click.option(name, type=click.FloatRange(min=0, min_open=True), help=help_text)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "show_default": True})
@@ -205,8 +206,19 @@ def _rate(name: str, default: float, help_text: str) -> Callable[[Callable[..., 
 @click.option(
     "--world-size", type=_POSITIVE, help="Number of ranks; default: the fewest that hold the model."
 )
-@click.option("--device-memory", type=_Size(), default="80GiB", help="Of each rank's device.")
-@click.option("--reserve", type=_Size(), default="2GiB", help="What of it is left to the driver and others.")
+@click.option(
+    "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", help="Kind of each rank's device."
+)
+@click.option(
+    "--device-memory",
+    type=_Size(),
+    help="Of each rank's device. Default: 80GiB, on CPUs what is free here.",
+)
+@click.option(
+    "--reserve",
+    type=_Size(),
+    help="What of it is left to the driver and others. Default: 2GiB, on CPUs nothing.",
+)
 @click.option(
     "--model-config",
     type=click.Path(exists=True, path_type=Path),
@@ -224,14 +236,15 @@ def _rate(name: str, default: float, help_text: str) -> Callable[[Callable[..., 
 def plan(
     config_path: Path,
     world_size: int | None,
-    device_memory: int,
-    reserve: int,
+    device: str,
+    device_memory: int | None,
+    reserve: int | None,
     model_config: Path | None,
     num_prompts: int | None,
     prompt_tokens: int | None,
-    gather_bandwidth: float,
-    memory_bandwidth: float,
-    compute: float,
+    gather_bandwidth: float | None,
+    memory_bandwidth: float | None,
+    compute: float | None,
     is_trusted: bool,
     overrides: tuple[str, ...],
 ) -> None:
@@ -241,15 +254,18 @@ def plan(
     The exit status is 1 if it does not fit.
     """
     config = load_trusted(config_path, list(overrides), is_trusted=is_trusted)
+    from shardes.planning.rates import machine_of
     from shardes.planning.report import report
     from shardes.planning.sources import plan_run
 
-    machine = Machine(
+    machine = machine_of(
+        config,
+        device_type=device,
         memory_bytes=device_memory,
         reserved_bytes=reserve,
-        gather_bytes_per_second=gather_bandwidth * 1e9,
-        memory_bytes_per_second=memory_bandwidth * 1e9,
-        flops_per_second=compute * 1e12,
+        gather_bytes_per_second=gather_bandwidth and gather_bandwidth * 1e9,
+        memory_bytes_per_second=memory_bandwidth and memory_bandwidth * 1e9,
+        flops_per_second=compute and compute * 1e12,
     )
     planned, files = plan_run(
         config,

@@ -29,7 +29,7 @@ from shardes.utils.messages import listed
 _READ_BYTES = 1 << 28
 # Rows are read with what is between them, in blocks of so many bytes at most, which processors have room for,
 # if what is between two of them is no more than the second number: that takes less time than another call.
-_BLOCK_BYTES = 1 << 22
+BLOCK_BYTES = 1 << 22
 _GAP_BYTES = 1 << 17
 
 
@@ -164,7 +164,7 @@ class TensorReader:
             self._read_range(descriptor, stored, block.source, target)
             return
         has_gaps = (stride - block.length) * width > _GAP_BYTES
-        most_rows = 1 if has_gaps else max(1, _BLOCK_BYTES // (stride * width))
+        most_rows = 1 if has_gaps else max(1, min(block.rows, BLOCK_BYTES // (stride * width)))
         buffer = torch.empty((most_rows - 1) * stride + block.length, dtype=stored.dtype)
         for row in range(0, block.rows, most_rows):
             count = min(most_rows, block.rows - row)
