@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from shardes.rewards.pool import RewardRunner
 from shardes.rollout.build import Rollout, make_rollout
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.iteration import IterationSpec
+from shardes.rollout.racing import PortionKey, Race
 from shardes.runs.journal import recorded_setting
 from shardes.runs.recorder import RunRecorder
 from shardes.runs.reporting import Callbacks, Reporter
@@ -66,6 +68,7 @@ class TrainingLoop:
         self._recorder, self._snapshots, self._reporter = recorder, snapshots, reporter
         # Members of the first iteration that the journal knows: the job before died in the middle of it.
         self._known_results: dict[int, MemberResult] = {}
+        self._known_portions: dict[PortionKey, dict[str, Any]] = {}
         # Records of the last updates, the same on every rank: what a step may depend on besides its rewards.
         self._past: deque[Mapping[str, Any]] = deque(maxlen=WINDOW)
 
@@ -86,8 +89,9 @@ class TrainingLoop:
                     self._kl.measure_if_due(iteration)
                     self._centre.evaluate_if_due(iteration)
                     spec = self._rollout.spec(iteration)
-                    results = self._evaluate_members(spec)
-                    update = self._decide_update(spec, results)
+                    race = self._rollout.race(spec)
+                    results = self._evaluate_members(spec, race)
+                    update = self._decide_update(spec, results, race)
                     self._apply(update)
                     self._reporter.end_iteration(iteration, self._rollout.measured())
             self._finish()
@@ -110,16 +114,17 @@ class TrainingLoop:
         if state.is_cut_off:
             self._apply(Update.of_record(state.updates[-1]))
         self._centre.resume(state)
-        self._known_results = state.results
+        self._known_results, self._known_portions = state.results, state.portions
         if self._rollout.screening is not None:
             self._rollout.screening.resume(state.updates)
         self._past.extend(state.updates)
         self._reporter.catch_up()
         return state.first_iteration
 
-    def _evaluate_members(self, spec: IterationSpec) -> list[MemberResult]:
+    def _evaluate_members(self, spec: IterationSpec, race: Race | None) -> list[MemberResult]:
         """Return what every member earned, recording each as soon as it is known."""
         iteration, known, self._known_results = spec.iteration, self._known_results, {}
+        portions, self._known_portions = self._known_portions, {}
         every = self._config.log.samples_every
         shows_samples = every > 0 and iteration % every == 0
         self._reporter.begin_members(len(spec.members), num_known=len(known))
@@ -130,14 +135,31 @@ class TrainingLoop:
             self._recorder.record({"type": "member", "iteration": iteration, **result.record()})
             self._reporter.end_member(result.num_tokens)
 
+        def record_portion(number: int, result: MemberResult) -> None:
+            if shows_samples and number == 0:
+                self._recorder.write_samples(result.samples, iteration=iteration, member=result.member)
+            place = {"iteration": iteration, "round": number, "member": result.member}
+            self._recorder.record({"type": "portion", **place, "part": result.part})
+
+        def record_stopped(result: MemberResult) -> None:
+            result = replace(result, samples=())  # they came with its first portion
+            if (before := known.get(result.member)) is None or before.record() != result.record():
+                record(result)
+
+        if race is not None:
+            return race.run(
+                self._rollout.scheduler, known=portions, on_portion=record_portion, on_result=record_stopped
+            )
         members = [member for member in spec.members if member not in known]
         results = known | self._rollout.scheduler.evaluate_members(members, spec=spec, on_result=record)
         return [results[member] for member in spec.members]
 
-    def _decide_update(self, spec: IterationSpec, results: list[MemberResult]) -> Update:
+    def _decide_update(self, spec: IterationSpec, results: list[MemberResult], race: Race | None) -> Update:
         """Turn rewards into coefficients, and have these on disk before the weights move."""
         config, iteration = self._config, spec.iteration
         rewards = member_rewards(results, on_error=config.task.on_reward_error)
+        if race is not None:
+            rewards = race.rewards
         check_enough_rewards(
             rewards,
             results,
@@ -146,7 +168,7 @@ class TrainingLoop:
             first_failure=self._rollout.scorer.first_failure,
             is_episodic=self._rollout.task.episodes is not None,
         )
-        table = reward_table(results)
+        table = reward_table(results) if race is None else race.table
         shaped = self._strategy.shaped(rewards, results, weights=spec.weights)
         stats = reward_stats(table, rewards=rewards, shaped=shaped)
         factor, measured = self._strategy.alpha_factor(stats, past=self._past)
@@ -169,6 +191,7 @@ class TrainingLoop:
         self._check_step(update)
         with self._timer("snapshot"):
             self._snapshots.finish()
+        stats |= {} if race is None else race.stats()
         instruments = {**stats, **measured, **({} if reused is None else reused.stats())}
         record = {"type": "update", **update.record(), "sigma": sigma, "instruments": instruments}
         if config.es.member_reuse is not None:

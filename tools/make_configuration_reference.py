@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from shardes.config.es import RacingConfig
 from shardes.config.schema import Config
 from shardes.config.task import ProblemSetConfig, RewardConfig, ScreeningConfig
 
@@ -46,6 +47,7 @@ INNER: dict[type[BaseModel], str] = {
     RewardConfig: "Items of `task.rewards`",
     ScreeningConfig: "Keys of `task.screening`",
     ProblemSetConfig: "Values of `eval.sets`",
+    RacingConfig: "The value of `es.racing`",
 }
 _WORDS = {
     "number": "number",

@@ -44,6 +44,7 @@ _LATER_KEYS = {
     "task.harness": None,
     "task.episode_return": "sum",
     "task.max_turns": 10,
+    "es.racing": None,
     "task.screening": None,
     "task.objective": "mean",
     "es.step_rule": "none",

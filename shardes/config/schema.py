@@ -282,6 +282,24 @@ class Config(Section):
 
     @field_validator("task")
     @classmethod
+    def _problems_of_a_race_are_whole(cls, value: TaskConfig, info: ValidationInfo) -> TaskConfig:
+        es = info.data.get("es")
+        if es is None or es.racing is None:
+            return value
+        if value.screening is not None:
+            raise ValueError(
+                "screening learns from what all members earned on a problem, but es.racing stops some of "
+                "them before; remove one of the two"
+            )
+        if value.objective != "mean":
+            raise ValueError(
+                f"objective is {value.objective}, which takes all answers to a problem, but es.racing may "
+                "stop a member between them; set task.objective: mean, or es.racing: null"
+            )
+        return value
+
+    @field_validator("task")
+    @classmethod
     def _step_rule_has_problems(cls, value: TaskConfig, info: ValidationInfo) -> TaskConfig:
         es = info.data.get("es")
         if es is not None and es.step_rule != "none" and value.batch_size == 1:

@@ -25,12 +25,14 @@ class MemberResult:
         least: Smallest reward of an answer; None if none counts.
         components: Mean of each reward component by name, over the answers that it applies to.
         is_finite: Whether its logits were finite; if not, its answers mean nothing.
-        by_problem: The same over its answers to each problem; None if none counts.
+        by_problem: The same over its answers to each problem; None if none counts, or if none was
+            asked, because the member stopped before (``racing.py``).
         problems: Indices of these problems among the iteration's, in order; None: all problems.
         turn_tokens: Tokens generated in each turn of its episodes; empty if problems are answered once.
         by_least: a and b, if its reward with failed answers at a least reward L is ``a + b * L``; empty if
             that follows from the mean and the counts.
         samples: A few answers of the first member for people to read; not journaled.
+        part: What the answers of a portion earned one by one, while its member races; not journaled with it.
     """
 
     member: int
@@ -46,6 +48,7 @@ class MemberResult:
     turn_tokens: Sequence[int] = field(default_factory=list)
     by_least: Sequence[float] = field(default_factory=list)
     samples: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    part: Mapping[str, Any] | None = None
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
@@ -60,7 +63,7 @@ class MemberResult:
 
     def record(self) -> dict[str, Any]:
         """Return the journal's record of it."""
-        kept = {key: value for key, value in vars(self).items() if key != "samples"}
+        kept = {key: value for key, value in vars(self).items() if key not in ("samples", "part")}
         for key in ("turn_tokens", "by_least"):
             if not kept[key]:
                 del kept[key]

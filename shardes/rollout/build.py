@@ -21,6 +21,7 @@ from shardes.rollout.evaluator import Evaluator
 from shardes.rollout.gather_modes import BATCHED_GATHERS
 from shardes.rollout.iteration import IterationSpec
 from shardes.rollout.preparing import make_encoder
+from shardes.rollout.racing import Race, check_portions
 from shardes.rollout.scheduler import MemberScheduler
 from shardes.session import Session
 from shardes.tasks.base import Row, Task, all_rewards
@@ -65,6 +66,14 @@ class Rollout:
         asked = None if self.screening is None else self.screening.choose(drawn, iteration=iteration)
         rows = [self.task.train[index] for index in (drawn if asked is None else asked.rows)]
         return IterationSpec(iteration, rows, self.evaluator, self.strategy, self.objective, asked)
+
+    def race(self, spec: IterationSpec) -> Race | None:
+        """Return the race of an iteration's members; None if all of them answer everything."""
+        es = self.config.es
+        if es.racing is None:
+            return None
+        on_error = self.config.task.on_reward_error
+        return Race(spec, es.racing, antithetic=es.antithetic, on_error=on_error)
 
     def measured(self) -> dict[str, Any]:
         """Return what was measured on this rank since the last call, by the names of metrics.jsonl."""
@@ -162,7 +171,8 @@ def make_rollout(
         encoder: Has the tokens of their prompts; None: a new one, which makes them when they are asked.
 
     Raises:
-        UserError: Members that share forwards would compute other logits than by themselves.
+        UserError: Members that share forwards would compute other logits than by themselves, or there are
+            fewer micro-batches than rounds of racing.
     """
     config = session.config
     encoder = encoder or make_encoder(config, date=recorded("task.date"))
@@ -180,6 +190,9 @@ def make_rollout(
         population=strategy.num_members(0),
         mesh=session.mesh,
     )
+    if config.es.racing is not None:
+        first = evaluator.prepare(_first_rows(config, task), iteration=0)
+        check_portions(first, config.es.racing, micro_batch_size=evaluator.micro_batch_size)
     scheduler = make_scheduler(session, evaluator)
     samples = config.rollout.samples_per_prompt
     objective = make_objective(config.task.objective, samples_per_prompt=samples)

@@ -4,9 +4,11 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shardes.es.member import MemberResult
 from shardes.es.objective import MEAN, Objective
 from shardes.es.strategy import Strategy
 from shardes.es.update import Perturbation
+from shardes.rollout.aggregate import Evaluation
 from shardes.rollout.evaluator import Evaluator
 from shardes.rollout.prompts import PromptBatch
 from shardes.tasks.base import Row
@@ -39,8 +41,8 @@ class IterationSpec:
         return self.evaluator.prepare(self.rows, iteration=self.iteration)
 
     @property
-    def members(self) -> range:
-        """Return the indices of the iteration's members."""
+    def members(self) -> Sequence[int]:
+        """Return the indices of the iteration's members, ascending."""
         return range(self.strategy.num_members(self.iteration))
 
     def perturbation(self, member: int) -> Perturbation:
@@ -67,3 +69,12 @@ class IterationSpec:
         if indices is None:
             return self.prompts
         return self.evaluator.prepare([self.rows[index] for index in indices], iteration=self.iteration)
+
+    def result_of(self, member: int, evaluation: Evaluation) -> MemberResult:
+        """Return the result of a member whose answers earned this."""
+        return evaluation.result_of(
+            member,
+            problems=self.indices_of(member),
+            objective=self.objective,
+            weights=self.weights_of(member),
+        )

@@ -142,7 +142,9 @@ class RunDirectory(Closing):
         """Return whether the journal has the evaluation or the member that gave an answer."""
         iteration = sample["iteration"]
         if "member" in sample:
-            return sample["member"] in self.history.members.get(iteration, {})
+            history, member = self.history, sample["member"]
+            is_racing = iteration == len(history.updates) and (0, member) in history.portions
+            return is_racing or member in history.members.get(iteration, {})
         return iteration in self.history.evaluations
 
     def record(self, record: dict[str, Any], *, durable: bool = False) -> None:

@@ -5,6 +5,8 @@ changed, lost or moved is found. The records:
 
 - ``header``: configuration, base model, noise version, parameter table and engine of the run.
 - ``engine``: the engine from here on, where a job has gone on with another one.
+- ``portion``: what a member's answers to a portion of the problems earned, where members race; written as
+  soon as it is known.
 - ``member``: one member's reward, written as soon as it is known.
 - ``probe``: the base model's answers to some prompts, to measure the divergence from it.
 - ``kl``: the divergence of the centre from the base model.
@@ -42,6 +44,7 @@ class History:
         header: The first record; None for an empty journal.
         updates: One record per finished iteration, in order.
         members: Records by iteration and member.
+        portions: Records of the iteration that is not decided yet, by round and member.
         evaluations: Records by iteration.
         digests: Digests of the weights, by the number of updates that they had had.
         instruments: Measures of the update that led to these weights, by the same number.
@@ -54,6 +57,7 @@ class History:
     header: dict[str, Any] | None = None
     updates: list[dict[str, Any]] = field(default_factory=list)
     members: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    portions: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     digests: dict[int, str] = field(default_factory=dict)
     instruments: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -119,10 +123,13 @@ class History:
             self.engines.append(record)
         elif kind == "member" and record["iteration"] == len(self.updates):
             self.members.setdefault(record["iteration"], {})[record["member"]] = record
+        elif kind == "portion" and record["iteration"] == len(self.updates):
+            self.portions[record["round"], record["member"]] = record
         elif kind == "evaluation" and record["iteration"] == len(self.updates):
             self.evaluations[record["iteration"]] = record
         elif kind == "update" and record["iteration"] == len(self.updates):
             self.updates.append(record)
+            self.portions = {}
             # The update has what became of them, and the runs of millions of answers are long.
             for member in self.members.get(record["iteration"], {}).values():
                 member.pop("by_problem", None)

@@ -4,9 +4,9 @@ A checksum shows that a line is whole, not that it means something. What these m
 that replays, shows or resumes a run; keys that they do not name are left as they are.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -80,6 +80,36 @@ class _Member(_Set):
     version: _Count = 1
 
 
+class _Part(_Record):
+    indices: list[_Count]
+    values: list[_Number | None]
+    has_failed: list[bool]
+    components: dict[str, list[_Number | None]]
+    num_tokens: _Count
+    is_finite: bool
+    is_short: bool
+    turn_tokens: list[_Count]
+    lengths: list[_Count]
+
+    @model_validator(mode="after")
+    def _columns_are_of_one_length(self) -> Self:
+        count = len(self.indices)
+        lengths = {"values": len(self.values)}
+        lengths |= {name: len(column) for name, column in self.components.items()}
+        lengths |= {"has_failed": len(self.has_failed) or count, "lengths": len(self.lengths) or count}
+        for name, length in lengths.items():
+            if length != count:
+                raise ValueError(f"{name:.80} has {length} items, but there are {count} indices")
+        return self
+
+
+class _Portion(_Record):
+    iteration: _Count
+    round: _Count
+    member: _Count
+    part: _Part
+
+
 class _Screening(_Record):
     num_problems: _Count
     num_left_out: _Count
@@ -124,6 +154,7 @@ _FORMS: dict[str, type[_Record]] = {
     "engine": _EngineChange,
     "evaluation": _Evaluation,
     "member": _Member,
+    "portion": _Portion,
     "update": _Update,
     "weights": _Weights,
     "probe": _Probe,

@@ -368,6 +368,32 @@ def test_members_of_one_forward_answer_the_same_prompts():
         parse_config(tree, source="test")
 
 
+@pytest.mark.parametrize(
+    ("es", "words"),
+    [
+        ({"racing": True}, "es.racing: got True; give its keys, as in {rounds: 3, keep: 0.5}, or null"),
+        ({"racing": {"rounds": 1}}, "es.racing.rounds: got 1; input should be greater than or equal to 2"),
+        ({"racing": {"keeps": 1}}, "es.racing.keeps: unknown key; did you mean 'es.racing.keep'?"),
+        ({"racing": {"keep": 0.9}, "population": 9}, "racing.keep is 0.9, which keeps all of 9 members"),
+        ({"racing": {}, "population": 4, "antithetic": True}, "keeps all of 2 pairs, so nobody would"),
+        ({"racing": {}, "prompts_per_member": 3}, "prompts_per_member is 3, but racing compares"),
+        ({"racing": {}, "step_rule": "reliability"}, "step_rule is reliability, which measures members"),
+        ({"racing": {}, "shaping": "per_prompt"}, "shaping is per_prompt, which compares the members"),
+    ],
+)
+def test_a_race_that_would_not_be_what_was_meant_is_refused(es, words):
+    assert words in refusal("es", {"iterations": 2} | es)
+
+
+@pytest.mark.parametrize(("key", "value"), [("screening", {}), ("objective", "max")])
+def test_a_race_takes_whole_problems_of_all_members(key, value):
+    tree = with_key("es.racing", {})
+    tree["task"][key] = value
+    tree["rollout"] |= {"samples_per_prompt": 2, "temperature": 1.0}
+    with pytest.raises(UserError, match=rf"task: {key}.*es\.racing"):
+        parse_config(tree, source="test")
+
+
 def test_the_step_rule_takes_several_problems():
     tree = with_key("es.step_rule", "reliability")
     tree["task"]["batch_size"] = 1

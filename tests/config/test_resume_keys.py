@@ -75,6 +75,7 @@ BINDING = [
     ("es.noise_reuse", 2),
     ("es.population", {0: 8, 10: 16}),
     ("es.prompts_per_member", 3),
+    ("es.racing", {"rounds": 4}),
     ("es.sigma_schedule", "linear"),
     ("es.final_sigma", 1e-4),
     ("es.shaping", "centered_rank"),
@@ -104,7 +105,7 @@ BINDING = [
 LATER = {
     *("rollout.skip_special_tokens", "task.chat_template", "task.template_arguments"),
     *("task.screening", "task.objective"),
-    *("es.step_rule", "es.member_reuse"),
+    *("es.step_rule", "es.member_reuse", "es.racing"),
 }
 
 # Keys without which a key would do nothing, and is refused.

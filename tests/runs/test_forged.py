@@ -11,6 +11,7 @@ from shardes.config.loading import load_run_config
 from shardes.errors import UserError
 from shardes.runs.directory import RunDirectory
 from shardes.runs.journal import read_journal
+from shardes.runs.records import check_form
 from shardes.runs.snapshot import Snapshot, SnapshotError, _checksum, find_snapshots, snapshot_path
 from shardes.utils.reading import parse_json, read_regular
 from tests.helpers.inprocess import call
@@ -121,6 +122,35 @@ def test_a_forged_journal_is_refused_by_line_and_key(run_dir, name):
             "its lists and objects are ", ""
         )
         assert len(result.stderr) < 1000
+
+
+PART = {
+    **{"indices": [0, 1], "values": [0.5, None], "has_failed": [False, True], "lengths": [3, 4]},
+    **{"components": {"a": [1.0, None]}, "num_tokens": 7, "turn_tokens": []},
+    **{"is_finite": True, "is_short": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, None),
+        ({"has_failed": [], "lengths": [], "components": {}}, None),  # of likelihoods
+        ({"values": ["1", None]}, "part.values.0: "),
+        ({"values": [0.5]}, "values has 1 items, but there are 2 indices"),
+        ({"has_failed": [False]}, "has_failed has 1 items"),
+        ({"components": {"a": []}}, "a has 0 items"),
+        ({"indices": [-1, 0]}, "part.indices.0: "),
+        ({"num_tokens": None}, "part.num_tokens: "),
+    ],
+)
+def test_a_forged_portion_is_refused_by_key(change, words):
+    record = {"type": "portion", "iteration": 0, "round": 0, "member": 1, "part": PART | change}
+    if words is None:
+        check_form(record)
+    else:
+        with pytest.raises(ValueError, match=words):
+            check_form(record)
 
 
 @pytest.mark.parametrize(

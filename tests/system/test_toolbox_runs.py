@@ -43,6 +43,14 @@ BY_PROMPT = {
     "log__instruments_every": 1,
     "eval__every": 0,
 }
+RACING = {
+    "es__racing": {"rounds": 3, "keep": 0.4},
+    "es__population": 6,
+    "rollout__micro_batch_size": 3,
+    "rollout__temperature": 0.7,
+    "eval__every": 0,
+}
+RACING_TOGETHER = RACING | {"es__noise": "low_rank", "rollout__members_per_forward": 2}
 # All that a problem's weight or its place among those that are asked goes through.
 SCREENED = {
     "task__reward": "tests/helpers/rewards.py:spread_on_some",
@@ -63,6 +71,7 @@ AGAIN = {
     "log__instruments_every": 1,
     "eval__every": 0,
 }
+OPTIONS = (PAIRS, BY_PROMPT, SCREENED, AGAIN, RACING, RACING_TOGETHER)
 
 
 @pytest.fixture(scope="module")
@@ -81,22 +90,29 @@ def train(root, model, *, name="run", **changes):
         }
 
 
+def portions_of(run_dir):
+    """What each member earned by each portion; when that was known depends on the clock."""
+    return {
+        (record["iteration"], record["round"], record["member"]): record["part"]
+        for record in journal_of(run_dir)
+        if record["type"] == "portion"
+    }
+
+
 def same(found, wanted):
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.slow
 def test_options_give_the_same_bytes_and_metrics_however_they_are_sharded(tmp_path, model):
-    oracle = [
-        tree(tmp_path, model=model, run_dir=tmp_path / f"one{i}", **o)
-        for i, o in enumerate((PAIRS, BY_PROMPT, SCREENED, AGAIN))
-    ]
+    oracle = [tree(tmp_path, model=model, run_dir=tmp_path / f"one{i}", **o) for i, o in enumerate(OPTIONS)]
     begun = tree(tmp_path, model=model, run_dir=tmp_path / "run4", **SCREENED, es__iterations=2)
     wanted = run_cases(tmp_path, "oracle", [*oracle, begun], 1)
     # One rank has died in the second iteration, after the first of its members; two ranks go on.
     journal = tmp_path / "run4" / "journal.jsonl"
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-5]))
     assert [record["type"] for record in journal_of(tmp_path / "run4")][-2:] == ["weights", "member"]
+    assert steady_metrics(tmp_path / "one4")[0]["num_answers_saved"] > 0
     cases = [
         (0, {"parallel__backend": "zero3", "rollout__gather": "layer"}),
         (1, {"parallel__backend": "fsdp", "rollout__gather": "iteration"}),
@@ -105,13 +121,16 @@ def test_options_give_the_same_bytes_and_metrics_however_they_are_sharded(tmp_pa
         (2, {"parallel__backend": "fsdp", "rollout__gather": "iteration"}),
         (2, {"parallel__backend": "zero3", "rollout__gather": "layer"}),
         (3, {"parallel__backend": "fsdp", "rollout__gather": "iteration"}),
+        (4, {"parallel__backend": "zero3", "rollout__gather": "layer"}),
+        (4, {"parallel__backend": "fsdp", "rollout__gather": "iteration"}),
+        (5, {"parallel__backend": "zero3", "rollout__gather": "layer"}),
     ]
     trees = [
         tree(
             tmp_path,
             model=model,
             run_dir=tmp_path / f"run{i}",
-            **(PAIRS, BY_PROMPT, SCREENED, AGAIN)[kind],
+            **OPTIONS[kind],
             **changes,
         )
         for i, (kind, changes) in enumerate(cases)
@@ -120,6 +139,7 @@ def test_options_give_the_same_bytes_and_metrics_however_they_are_sharded(tmp_pa
     for i, (kind, changes) in enumerate(cases):
         assert found[i] == wanted[kind], changes
         assert steady_metrics(tmp_path / f"run{i}") == steady_metrics(tmp_path / f"one{kind}"), changes
+        assert portions_of(tmp_path / f"run{i}") == portions_of(tmp_path / f"one{kind}"), changes
     assert sum(line.get("num_left_out", 0) for line in steady_metrics(tmp_path / "one2")) > 0
 
 
