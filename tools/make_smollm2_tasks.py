@@ -19,7 +19,10 @@ SEED = 0
 NUM_TRAIN, NUM_HELDOUT = 192, 128
 
 SHOPS = (
-    ("Mill Cafe", "Corner Shop", "Green Market", "The Bread Box", "Hill Books", "Station Kiosk", "Lake Store"),
+    (
+        *("Mill Cafe", "Corner Shop", "Green Market", "The Bread Box"),
+        *("Hill Books", "Station Kiosk", "Lake Store"),
+    ),
     ("Old Bakery", "Park Grocery", "River Stationers", "The Tea Room"),
 )
 ITEMS = (
@@ -87,8 +90,9 @@ TICKETS = {
 TICKET_ITEMS = ("a lamp", "two chairs", "the blue coat", "a kettle", "my new phone", "the desk", "a bicycle")
 
 CAPITALS = (
-    "France:Paris Italy:Rome Spain:Madrid Germany:Berlin Poland:Warsaw Austria:Vienna Greece:Athens Norway:Oslo "
-    "Sweden:Stockholm Finland:Helsinki Denmark:Copenhagen Portugal:Lisbon Ireland:Dublin Hungary:Budapest "
+    "France:Paris Italy:Rome Spain:Madrid Germany:Berlin Poland:Warsaw Austria:Vienna Greece:Athens "
+    "Norway:Oslo Sweden:Stockholm Finland:Helsinki Denmark:Copenhagen Portugal:Lisbon "
+    "Ireland:Dublin Hungary:Budapest "
     "Japan:Tokyo China:Beijing India:Delhi Egypt:Cairo Kenya:Nairobi Canada:Ottawa Cuba:Havana Peru:Lima "
     "Chile:Santiago Turkey:Ankara Russia:Moscow Ukraine:Kyiv Romania:Bucharest Bulgaria:Sofia"
 )
@@ -98,9 +102,12 @@ SYMBOLS = (
 )
 OPPOSITES = (
     "hot:cold big:small fast:slow old:young wet:dry high:low open:shut early:late hard:soft full:empty "
-    "light:dark loud:quiet rich:poor strong:weak thick:thin clean:dirty left:right up:down near:far sweet:sour"
+    "light:dark loud:quiet rich:poor strong:weak thick:thin clean:dirty left:right up:down near:far "
+    "sweet:sour"
 )
-PLURALS = "child:children mouse:mice foot:feet tooth:teeth goose:geese man:men leaf:leaves knife:knives ox:oxen"
+PLURALS = (
+    "child:children mouse:mice foot:feet tooth:teeth goose:geese man:men leaf:leaves knife:knives ox:oxen"
+)
 QUESTIONS = {
     "What is the capital of {}?": CAPITALS,
     "What is the chemical symbol of {}?": SYMBOLS,
@@ -114,8 +121,11 @@ def receipt(random: Random, shops: Sequence[str], items: Sequence[str]) -> dict[
     bought = [(random.choice((1, 1, 2, 3)), item) for item in random.sample(items, random.choice((2, 3)))]
     prices = [random.randrange(16, 120) * 5 for _ in bought]
     total = sum(count * price for (count, _), price in zip(bought, prices, strict=True))
-    lines = [f"{count} x {item} at {cents(price)}" for (count, item), price in zip(bought, prices, strict=True)]
-    text = f"{random.choice(shops)}. {', '.join(lines)}. Total {cents(total)}, paid {random.choice(PAYMENTS)}."
+    lines = ", ".join(
+        f"{count} x {item} at {cents(price)}" for (count, item), price in zip(bought, prices, strict=True)
+    )
+    shop, payment = random.choice(shops), random.choice(PAYMENTS)
+    text = f"{shop}. {lines}. Total {cents(total)}, paid {payment}."
     return {"receipt": text, "total": total / 100}
 
 

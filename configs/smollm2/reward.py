@@ -42,7 +42,7 @@ def countdown(
     target: Sequence[int],
     **columns: Any,
 ) -> list[float]:
-    """Return 1 for an expression of exactly the numbers that equals the target, 0.1 for another of the numbers.
+    """Return 1 for an expression of the numbers that equals the target, 0.1 for another of the numbers.
 
     Args:
         prompts: The texts that were asked.
