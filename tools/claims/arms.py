@@ -50,6 +50,7 @@ class Arm:
         changes: Keys of shardes's configuration for ES, options of GRPO for GRPO.
         tasks: Names of the tasks on which it runs.
         scale: Factor of all its step sizes.
+        answers: Answers that an iteration generates, as a share of those of all members to all problems.
         step_of: Name of the arm whose best step size it has; None: it has a sweep of its own.
         evidence: Part of the page that it belongs to: ``main``, ``delay``, ``hacking`` or ``options``.
     """
@@ -58,6 +59,7 @@ class Arm:
     changes: dict[str, Any] = field(default_factory=dict)
     tasks: tuple[str, ...] = ("quickstart", "addition", "receipts", "conciseness")
     scale: float = 1.0
+    answers: float = 1.0
     step_of: str | None = None
     evidence: str = "main"
 
@@ -101,6 +103,7 @@ TASKS = {
 }
 
 TOYS = ("quickstart", "addition")
+OPTIONS = (*TOYS, "receipts")
 ARMS = {
     "es": Arm("es"),
     "grpo": Arm("grpo"),
@@ -116,6 +119,21 @@ ARMS = {
         )
         for beta in (0.01, 0.1)
     },
+    # Options of the algorithm, at equal tokens: where an iteration asks less, there are more of them.
+    "es, 4 subspaces": Arm("es", {"es.subspaces": 4}, tasks=OPTIONS, evidence="options"),
+    "es, 16 subspaces": Arm("es", {"es.subspaces": 16}, tasks=OPTIONS, evidence="options"),
+    "es, screening": Arm("es", {"task.screening": {}}, tasks=OPTIONS, answers=0.75, evidence="options"),
+    # All members answer the first quarter of the problems, half of them the second, and so on.
+    "es, racing": Arm(
+        "es",
+        {"es.racing": {"rounds": 4, "keep": 0.5}, "rollout.micro_batch_size": 16},
+        tasks=TOYS,
+        answers=0.46875,
+        evidence="options",
+    ),
+    "es, reuse of members": Arm("es", {"es.member_reuse": 0.5}, tasks=OPTIONS, evidence="options"),
+    "es, step rule": Arm("es", {"es.step_rule": "reliability"}, tasks=OPTIONS, evidence="options"),
+    "es, low rank": Arm("es", {"es.noise": "low_rank"}, tasks=OPTIONS, evidence="options"),
 }
 
 
@@ -141,4 +159,5 @@ def definition(task: str, arm: str) -> dict[str, Any]:
         "overrides": asked.overrides,
         "options": options,
         "num_completions": asked.num_completions,
+        **({} if tried.answers == 1 else {"answers": tried.answers}),
     }

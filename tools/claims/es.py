@@ -27,21 +27,24 @@ def completions_per_member(config: Config) -> int:
     return (config.es.prompts_per_member or batch) * config.rollout.samples_per_prompt
 
 
-def es_config(path: Path, overrides: Sequence[str], *, num_completions: int) -> Config:
+def es_config(path: Path, overrides: Sequence[str], *, num_completions: int, answers: float = 1.0) -> Config:
     """Read a configuration, with as many iterations as generate a number of answers.
 
     Args:
         path: YAML file.
         overrides: Changes of keys, as ``KEY=VALUE``.
         num_completions: Answers, rounded down to whole iterations.
+        answers: Answers that an iteration generates, as a share of those of all members to all problems.
 
     Raises:
         UserError: A key or value is wrong, or an iteration alone takes more.
     """
-    each = completions_per_iteration(one_process(path, overrides))
+    each = completions_per_iteration(one_process(path, overrides)) * answers
     if each > num_completions:
-        raise UserError(f"{num_completions} answers are wanted, but an iteration alone has {each}; give more")
-    return one_process(path, [*overrides, f"es.iterations={num_completions // each}"])
+        raise UserError(
+            f"{num_completions} answers are wanted, but an iteration alone has {each:g}; give more"
+        )
+    return one_process(path, [*overrides, f"es.iterations={int(num_completions / each)}"])
 
 
 def train_es(config: Config, *, num_evaluations: int) -> Trained:
@@ -63,12 +66,14 @@ def train_es(config: Config, *, num_evaluations: int) -> Trained:
     due = set(due_steps(config.es.iterations, num_evaluations))
     places: list[Place] = []
     counts = {"completions": 0, "tokens": 0}
-    of_member = completions_per_member(config)
+    of_member, samples = completions_per_member(config), config.rollout.samples_per_prompt
 
     def count(line: dict[str, Any]) -> None:
         if "num_members" not in line:
             return  # of the final weights
-        counts["completions"] += line["num_members"] * of_member
+        # Members that stop early, or problems that are left out, are answered less.
+        all_answers = line["num_members"] * line.get("num_problems", of_member / samples) * samples
+        counts["completions"] += round(line.get("num_answers", all_answers))
         counts["tokens"] += line["num_tokens"]
         step = line["iteration"] + 1
         if step in due:

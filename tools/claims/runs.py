@@ -133,7 +133,7 @@ def _train(task: str, arm: str, overrides: Sequence[str], *, step: float, out: P
     if tried.method == "es":
         from claims.es import es_config, train_es
 
-        config = es_config(path, overrides, num_completions=asked.num_completions)
+        config = es_config(path, overrides, num_completions=asked.num_completions, answers=tried.answers)
         return config, train_es(config, num_evaluations=num_evaluations)
     from claims.grpo import train_grpo
     from claims.measuring import one_process
