@@ -92,13 +92,14 @@ def test_a_sweep_without_an_end_ends():
 
 
 def test_an_arm_without_a_sweep_waits_for_that_of_another():
+    from claims.arms import step_size
     from claims.runs import missing
 
-    arm = "grpo, KL penalty 0.1"
+    arm, best = "grpo, KL penalty 0.1", step_size("conciseness", "grpo", 1)
     assert list(missing([], ["conciseness"], [arm])) == []
-    lines = play(peaked_at(1e-5), task="conciseness", arm="grpo")
+    lines = play(peaked_at(best), task="conciseness", arm="grpo")
     assert list(missing(lines, ["conciseness"], [arm])) == [
-        ("conciseness", arm, 1e-5, seed) for seed in (1, 2)
+        ("conciseness", arm, best, seed) for seed in (1, 2)
     ]
 
 
