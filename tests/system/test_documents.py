@@ -39,7 +39,9 @@ SHELL_NOT_RUN = {
     "python examples/": "the same",
     "accelerate launch": "the same",
     "lm_eval run": "fetches benchmarks; test_lm_eval.py runs it on local files",
-    "python launch/train.py": "trains for minutes",
+    "python -m venv": "sets up an environment, as CI does with tools/setup.sh",
+    "pip install -e": "the same",
+    "python tools/get_smollm2.py": "fetches 98 MB; test_real_model.py uses what it makes, if that is there",
 }
 # What stands for something of the reader's in a command, and what the small run has.
 MEANT = {
@@ -51,6 +53,12 @@ MEANT = {
     "FILE": "small.yaml",
     "other.yaml": "small.yaml",
     "runs/guess_number": "runs/quickstart",
+    "runs/smollm2-receipts": "runs/quickstart",
+    "models/smollm2-135m-instruct": "configs/quickstart/model",
+    "my-run/train.yaml": "small.yaml",
+    "my-run/run": "runs/quickstart",
+    "my-run/run@best": "runs/quickstart@best",
+    "my-run/model": "exported",
 }
 
 
@@ -71,7 +79,7 @@ def is_listed(words):
 def test_every_block_has_a_language_that_is_known():
     for page in PAGES:
         assert {language for language, _ in _BLOCK.findall(page.read_text())} <= {
-            *("", "bash", "python", "yaml", "json"),
+            *("", "bash", "bibtex", "python", "yaml", "json"),
         }, page
 
 
