@@ -93,7 +93,7 @@ def test_triton_missing_is_a_message_with_a_remedy(monkeypatch):
 
 
 def test_an_update_copies_its_coefficients_once_for_all_parameters(kernels):
-    kernels.gpu._table.cache_clear()
+    kernels.gpu.copy_table.cache_clear()
     for param_id in range(3):
         region = Region(param_id, SIZE, 0, 10)
         check_accumulate(kernels, torch.zeros(10), region=region, **UPDATE, **ADDRESS)
