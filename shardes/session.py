@@ -35,6 +35,9 @@ from shardes.weights.master_digest import master_digest
 
 logger = logging.getLogger(__name__)
 
+# Blocks of elements that a part of the parameters should have (``es.subspaces``).
+_BLOCKS_OF_PART = 4
+
 
 @dataclass(frozen=True)
 class Session:
@@ -180,7 +183,7 @@ def open_session(
         weights = Weights(
             backend,
             seed=config.es.seed,
-            kind=make_kind(config.es.noise, rank=config.es.rank),
+            kind=make_kind(config.es.noise, rank=config.es.rank, num_parts=config.es.subspaces),
             dtype=torch.float32 if config.weights.master == "float32" else backend.dtype,
             trainable=config.es.trainable,
             optimizer=optimizer_of(config.es),
@@ -212,10 +215,10 @@ def open_session(
 
 
 def _check_shapes(weights: Weights) -> None:
-    """Check that the noise has a rule for the shape of each trained parameter.
+    """Check that the noise has a rule for the shape of each trained parameter, and blocks for its parts.
 
     Raises:
-        UserError: It has none for one of them.
+        UserError: It has no rule for one of them, or too few blocks.
     """
     for shard in weights.trained:
         try:
@@ -225,6 +228,16 @@ def _check_shapes(weights: Weights) -> None:
                 f"es.noise: {shard.name}: {error}; freeze it (es.trainable: ['.*', '!{shard.name}']), or "
                 "use another es.noise"
             ) from None
+    parts = weights.kind.parts
+    if parts is None:
+        return
+    num_blocks = sum(-(-shard.num_elements // parts.block) for shard in weights.trained)
+    if num_blocks < _BLOCKS_OF_PART * parts.num:
+        raise UserError(
+            f"es.subspaces: got {parts.num}, but the trained parameters have only {num_blocks} blocks of "
+            f"{parts.block} elements, and a part needs {_BLOCKS_OF_PART} or it may have none; give at most "
+            f"{max(num_blocks // _BLOCKS_OF_PART, 1)}"
+        )
 
 
 def _combined(mesh: Mesh, backend: Backend, digest: int, *, compare: bool) -> str:
