@@ -45,6 +45,12 @@ def perturbed(source, target_dtype, *, region, sigma, kind=GAUSSIAN, before=None
     return torch.where(is_covered, moved, centre if before is None else before)
 
 
+def restored(source, before, *, region, kind=GAUSSIAN, **address):
+    """The target, whose dtype ``before`` has, after the centre was put back where the noise changes it."""
+    is_covered = torch.from_numpy(covered(region, kind=kind, **address))
+    return torch.where(is_covered, source.to(before.dtype), before)
+
+
 def accumulated(master, *, region, coefficients, directions, kind=GAUSSIAN, seed, iteration):
     total = np.zeros(region.num_elements, np.float32)
     for direction, coefficient in zip(directions, coefficients, strict=True):

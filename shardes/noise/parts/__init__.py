@@ -66,9 +66,12 @@ class Parts:
         return part == self.of_direction(direction)
 
     def groups(self, start: int, end: int) -> tuple[int, int]:
-        """Return the number of the first group that elements [start, end) touch, and how many they touch."""
+        """Return the number of the first group that elements [start, end) touch, and how many they touch.
+
+        The group behind them counts, for ``per_row`` may.
+        """
         first = start // self.group
-        return first, max(-(-end // self.group) - first, 0)
+        return first, max(-(-end // self.group) - first, 0) + 1
 
     def per_row(self, region: Region, size: int) -> int:
         """Return how many runs of ``size`` elements, from a multiple of it on, a row of a region may touch."""

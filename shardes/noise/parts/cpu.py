@@ -41,6 +41,7 @@ from shardes.noise.cpu_math import (
 )
 from shardes.noise.definition import BLOCK, Floats, Ints, NoiseKey, Stream, seed_key
 from shardes.noise.parts import Parts
+from shardes.noise.parts.prefetch import prefetch
 from shardes.noise.region import Region
 from shardes.utils.compiling import compile_kernel
 from shardes.utils.threads import split_over_threads
@@ -93,7 +94,15 @@ def perturb_kernel(fill: Fill, block: int, source_format: int, target_format: in
             if begin >= end:
                 continue
             offset = row * length + block_start - row_start
+            next_row = (step + 1) // per_row
+            next_start = start + next_row * stride
+            ahead = next_row * length - next_start
+            if step + 1 < last:
+                ahead += _block_of_part(next_start, step + 1 - next_row * per_row, shifts, part, block)
             for low in range(begin // size * size, end, size):
+                for line in range(low, low + size, 16):
+                    prefetch(source, ahead + line)
+                    prefetch(target, ahead + line)
                 first_call = u64((block_start + low) // per_call)
                 fill_block(eps, first_call, sigma, u32(c1 | u32(first_call >> u64(32))), c2, c3, k0, k1)
                 inner, outer = max(begin - low, 0), min(end - low, size)
@@ -108,12 +117,12 @@ def perturb_kernel(fill: Fill, block: int, source_format: int, target_format: in
 
 
 @functools.cache
-def _restore_kernel(block: int, source_format: int, target_format: int) -> Callable[..., None]:
-    """Compile the kernel for a size of blocks and a pair of formats at its first call."""
+def _restore_kernel(source_format: int, target_format: int) -> Callable[..., None]:
+    """Compile the kernel for a pair of formats at its first call; numba keeps it on disk."""
     sources = _SOURCES
 
     @compile_kernel
-    def restore(first, last, geometry, source, target, shifts, part):
+    def restore(first, last, geometry, source, target, shifts, part, block):
         _ = sources
         per_row, start, stride, length = geometry
         for step in range(first, last):
@@ -124,6 +133,14 @@ def _restore_kernel(block: int, source_format: int, target_format: int) -> Calla
             if begin >= end:
                 continue
             offset = row * length + block_start - row_start
+            next_row = (step + 1) // per_row
+            next_start = start + next_row * stride
+            ahead = next_row * length - next_start
+            if step + 1 < last:
+                ahead += _block_of_part(next_start, step + 1 - next_row * per_row, shifts, part, block)
+            for line in range(0, block, 16):
+                prefetch(source, ahead + line)
+                prefetch(target, ahead + line)
             here, there = source[begin + offset : end + offset], target[begin + offset : end + offset]
             for j in range(here.size):
                 there[j] = store(load(here[j], source_format), target_format)
@@ -201,9 +218,9 @@ def restore(
     source: Tensor, target: Tensor, region: Region, *, parts: Parts, key: NoiseKey, direction: int
 ) -> None:
     """Restore the elements of a direction's part as ``shardes.noise.restore`` does."""
-    kernel = _restore_kernel(parts.block, FORMATS[source.dtype], FORMATS[target.dtype])
+    kernel = _restore_kernel(FORMATS[source.dtype], FORMATS[target.dtype])
     place = _shifts(parts, region, key), (parts.of_direction(direction), parts.num)
-    _over_rows(kernel, region, parts.group, parts, stored(source), stored(target), *place)
+    _over_rows(kernel, region, parts.group, parts, stored(source), stored(target), *place, parts.block)
 
 
 def accumulate(

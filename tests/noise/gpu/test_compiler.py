@@ -97,7 +97,7 @@ def test_an_update_copies_its_coefficients_once_for_all_parameters(kernels):
     for param_id in range(3):
         region = Region(param_id, SIZE, 0, 10)
         check_accumulate(kernels, torch.zeros(10), region=region, **UPDATE, **ADDRESS)
-    assert kernels.gpu._table.cache_info().misses == 1
+    assert kernels.gpu.copy_table.cache_info().misses == 1
     check_accumulate(kernels, torch.zeros(10), region=region, **ADDRESS, directions=[0], coefficients=[-0.0])
     check_accumulate(kernels, torch.zeros(10), region=region, **ADDRESS, directions=[0], coefficients=[0.0])
-    assert kernels.gpu._table.cache_info().misses == 3
+    assert kernels.gpu.copy_table.cache_info().misses == 3
