@@ -228,14 +228,14 @@ def _check_shapes(weights: Weights) -> None:
                 f"es.noise: {shard.name}: {error}; freeze it (es.trainable: ['.*', '!{shard.name}']), or "
                 "use another es.noise"
             ) from None
-    parts = weights.kind.parts
-    if parts is None:
-        return
-    num_blocks = sum(-(-shard.num_elements // parts.block) for shard in weights.trained)
-    if num_blocks < _BLOCKS_OF_PART * parts.num:
+    num_parts, num_blocks = weights.kind.num_parts, 0
+    for shard in weights.trained:
+        parts = weights.kind.parts_of(shard.num_elements)
+        num_blocks += 0 if parts is None else -(-shard.num_elements // parts.block)
+    if num_parts > 1 and num_blocks < _BLOCKS_OF_PART * num_parts:
         raise UserError(
-            f"es.subspaces: got {parts.num}, but the trained parameters have only {num_blocks} blocks of "
-            f"{parts.block} elements, and a part needs {_BLOCKS_OF_PART} or it may have none; give at most "
+            f"es.subspaces: got {num_parts}, but the trained parameters have only {num_blocks} blocks of elements, "
+            f"and a part needs {_BLOCKS_OF_PART} or it may have none; give at most "
             f"{max(num_blocks // _BLOCKS_OF_PART, 1)}"
         )
 

@@ -51,6 +51,7 @@ class Fill:
         size: Elements of a block, which is LANES calls.
         calls: Calls of a program.
         always_masked: Whether programs without a border are not worth code of their own.
+        part_chunk: Elements of a program where the noise covers a part of the parameters.
     """
 
     perturb_calls: Any
@@ -58,6 +59,7 @@ class Fill:
     size: int
     calls: int
     always_masked: bool
+    part_chunk: int
 
 
 def kernel(function: Callable[..., None]) -> Any:

@@ -125,7 +125,7 @@ class MemberScheduler:
         """Part members into turns: as many loads at a time as the ranks of a group take."""
         engine = self._evaluator.engine
         size, num_loads = engine.members_per_forward, engine.num_loads
-        first_members = sorted({member // size * size for member in members})
+        first_members = spec.strategy.in_order({member // size * size for member in members})
         loads = [spec.members[first : first + size] for first in first_members]
         return [loads[first : first + num_loads] for first in range(0, len(loads), num_loads)]
 

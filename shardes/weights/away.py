@@ -7,6 +7,7 @@ import torch
 from shardes import noise
 from shardes.es.update import Perturbation
 from shardes.noise import NoiseKind, Region
+from shardes.noise.parts import part_of_direction
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,16 @@ class Away:
         """
         is_known, old = self._version == version, self._member
         self.forget()
-        if self._kind.parts is None:
+        if self._kind.num_parts == 1:
             return Change(self._seed, self._kind, perturbation)
         if not is_known:
             return Change(self._seed, self._kind, perturbation, restores_all=True)
-        is_same = old is not None and old.iteration == perturbation.iteration
-        if is_same and old is not None and self._kind.covers_the_same(old.direction, perturbation.direction):
+        if old is not None and self._part(old) == self._part(perturbation):
             old = None  # the same elements are written again
         return Change(self._seed, self._kind, perturbation, restored=old)
+
+    def _part(self, member: Perturbation) -> tuple[int, int]:
+        return member.iteration, part_of_direction(member.direction, self._kind.num_parts)
 
     def is_at(self, member: Perturbation | None, *, version: int) -> None:
         """Keep that the working tensors are a member, or the centre, of this version of the master."""

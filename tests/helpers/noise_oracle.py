@@ -33,7 +33,7 @@ def noise_at(region, *, kind=GAUSSIAN, **address):
 
 def covered(region, *, kind=GAUSSIAN, **address):
     """Whether a direction's noise changes a region's elements."""
-    return _over_rows(kind.covers, region, **address)
+    return _over_rows(kind.covers, region, param_size=region.param_size, **address)
 
 
 def perturbed(source, target_dtype, *, region, sigma, kind=GAUSSIAN, before=None, **address):

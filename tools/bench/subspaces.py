@@ -2,7 +2,7 @@
 
 A shard of about 20 million elements, with the parameters of a Llama, goes through a whole iteration: the first
 member, which restores everything that the last update has changed, the other members, each of which restores the
-last one's part and perturbs its own, and the update. All numbers of parts take turns.
+last one's part if its own is another, and perturbs its own, and the update. All numbers of parts take turns.
 
 Seconds are the processor's time of one thread, so that other programs on the machine count as little as possible;
 the best turn is the one least disturbed. "Times K" is the time with one part over the time with K, over K: 1 would be
@@ -27,6 +27,7 @@ from shardes.backends.shard import Shard, ShardSpan
 from shardes.es.update import Perturbation, Update
 from shardes.noise import NOISE_VERSION
 from shardes.noise.kinds.registry import KindName, make_kind
+from shardes.noise.parts import part_of_direction
 from shardes.weights.gathered import GatheredWeights
 from shardes.weights.master import Weights
 
@@ -96,11 +97,14 @@ def make_side(
     whole = GatheredWeights(backend, weights) if where == "gathered" else None
     perturb = weights.perturb if whole is None else whole.perturb
 
+    # Those of a part in a row, as the scheduler has them.
+    order = sorted(range(members), key=lambda member: (part_of_direction(member, num_parts), member))
+
     def iteration(number: int) -> dict[str, float]:
         if whole is not None:
             whole.refresh()  # the same for every number of parts, so it is not measured
         times = [time.thread_time()]
-        for member in range(members):
+        for member in order:
             perturb(Perturbation(number, member, SIGMA))
             times.append(time.thread_time())
         weights.update(Update(number, [COEFFICIENT] * members))
@@ -122,7 +126,9 @@ HEADER = "where    noise       dtype     parts | first ms  member ms  update ms 
 @click.option("--members", type=click.IntRange(min=2), default=30, show_default=True)
 @click.option("--turns", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--parts", type=click.IntRange(min=2), multiple=True, help="Repeatable.  [default: 4 and 16]")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures.")
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures."
+)
 def main(*, members: int, turns: int, parts: tuple[int, ...], json_path: Path | None) -> None:
     """Measure members and update for several numbers of parts."""
     torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shardes.noise.definition import Floats, Ints, NoiseKey, Stream
-from shardes.noise.parts import MAX_PARTS, Parts
+from shardes.noise.parts import MAX_PARTS, Parts, scale_of
 from shardes.noise.region import Region
 
 
@@ -34,16 +34,17 @@ class NoiseKind(ABC):
 
     Attributes:
         name: Value of ``es.noise``.
+        num_parts: Number of parts of the parameters, of which a direction's noise covers one.
     """
 
     name: ClassVar[str]
+    num_parts: int = 1
 
     def __str__(self) -> str:
         return self.name
 
-    @property
-    def parts(self) -> Parts | None:
-        """Parts of the parameters, of which a direction's noise covers one; None: it covers all."""
+    def parts_of(self, param_size: int) -> Parts | None:
+        """Return the parts of a parameter, of which a direction's noise covers one; None: it covers all."""
         return None
 
     @property
@@ -86,34 +87,33 @@ class NoiseKind(ABC):
 
     @property
     def part_scale(self) -> np.float32:
-        """Factor of sigma and of coefficients, float32: 1, or the root of the number of parts."""
-        return np.float32(1) if self.parts is None else self.parts.scale
+        """Factor of sigma and of coefficients, float32: the root of the number of parts."""
+        return scale_of(self.num_parts)
 
-    def covers(self, *, start: int, length: int, **address: Any) -> NDArray[np.bool_]:
+    def covers(self, *, start: int, length: int, param_size: int, **address: Any) -> NDArray[np.bool_]:
         """Return in NumPy for consecutive elements whether the noise changes them: bool of shape [length].
 
         Args:
             start: Row-major index of the first element in the whole parameter.
             length: Number of elements.
+            param_size: Number of elements of the whole parameter.
             **address: seed, iteration, direction and param_id, as for ``gaussian.normals``.
         """
-        if self.parts is None:
+        parts = self.parts_of(param_size)
+        if parts is None:
             return np.ones(length, np.bool_)
-        return self.parts.covers(start=start, length=length, **address)
-
-    def covers_the_same(self, direction: int, other: int) -> bool:
-        """Return whether two directions of an iteration change the same elements."""
-        return self.parts is None or self.parts.of_direction(direction) == self.parts.of_direction(other)
+        return parts.covers(start=start, length=length, **address)
 
     def restore(
         self, source: Tensor, target: Tensor, region: Region, *, key: NoiseKey, direction: int
     ) -> None:
         """Write the centre to what ``perturb`` writes to; ``shardes.noise.restore`` checks before."""
-        if self.parts is None:
+        parts = self.parts_of(region.param_size)
+        if parts is None:
             target.copy_(source)
             return
         shared = kernels("shardes.noise.parts", source.device)
-        shared.restore(source, target, region, parts=self.parts, key=key, direction=direction)
+        shared.restore(source, target, region, parts=parts, key=key, direction=direction)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class ElementwiseNoise(NoiseKind):
     Attributes:
         stream: Counters that the noise draws from.
         largest_eps: Upper bound of the magnitude of eps.
-        part_block: Elements of a block of a part, a multiple of what the fills compute at a time.
+        part_block: Elements of a block of a part in small parameters, a multiple of what fills compute at a time.
         num_parts: Number of parts, see ``EsConfig.subspaces``.
 
     Raises:
@@ -142,10 +142,11 @@ class ElementwiseNoise(NoiseKind):
         if not 1 <= self.num_parts < MAX_PARTS:
             raise ValueError(f"got {self.num_parts} parts; wanted 1 to {MAX_PARTS - 1}")
 
-    @property
-    def parts(self) -> Parts | None:
-        """Parts of the parameters, of which a direction's noise covers one; None: it covers all."""
-        return None if self.num_parts == 1 else Parts(self.num_parts, self.part_block)
+    def parts_of(self, param_size: int) -> Parts | None:
+        """Return the parts of a parameter, of which a direction's noise covers one; None: it covers all."""
+        if self.num_parts == 1:
+            return None
+        return Parts.of_size(self.num_parts, self.part_block, param_size=param_size)
 
     @property
     def largest(self) -> float:
@@ -161,13 +162,15 @@ class ElementwiseNoise(NoiseKind):
     ) -> None:
         """Write ``round(centre + sigma * eps)`` to ``target``, to the elements of the direction's part."""
         fill, word = self.fill(source.device), direction << 8 | self.stream
-        if self.parts is None:
+        parts = self.parts_of(region.param_size)
+        if parts is None:
             shared = kernels("shardes.noise", source.device)
             shared.perturb(source, target, region, fill=fill, sigma=sigma, word2=word, key=key)
             return
         shared = kernels("shardes.noise.parts", source.device)
-        numbers: dict[str, Any] = {"sigma": sigma, "word2": word, "key": key, "direction": direction}
-        shared.perturb(source, target, region, fill=fill, parts=self.parts, **numbers)
+        scaled = float(np.float32(sigma) * self.part_scale)
+        numbers: dict[str, Any] = {"sigma": scaled, "word2": word, "key": key, "direction": direction}
+        shared.perturb(source, target, region, fill=fill, parts=parts, **numbers)
 
     def accumulate(
         self, master: Tensor, region: Region, *, key: NoiseKey, coefficients: Floats, directions: Ints
@@ -175,8 +178,9 @@ class ElementwiseNoise(NoiseKind):
         """Add a weighted sum of eps to ``master``."""
         fill, words = self.fill(master.device), [direction << 8 | self.stream for direction in directions]
         terms: dict[str, Any] = {"coefficients": coefficients, "words2": words, "key": key}
-        if self.parts is None:
+        parts = self.parts_of(region.param_size)
+        if parts is None:
             kernels("shardes.noise", master.device).accumulate(master, region, fill=fill, **terms)
             return
         shared = kernels("shardes.noise.parts", master.device)
-        shared.accumulate(master, region, fill=fill, parts=self.parts, directions=directions, **terms)
+        shared.accumulate(master, region, fill=fill, parts=parts, directions=directions, **terms)

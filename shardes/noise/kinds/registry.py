@@ -18,5 +18,7 @@ def make_kind(name: KindName, *, rank: int = 1, num_parts: int = 1) -> "NoiseKin
         rank: Columns of the factors of low-rank noise; other kinds ignore it.
         num_parts: Parts of the parameters, of which a direction's noise covers one; not for low-rank noise.
     """
-    kind: NoiseKind = importlib.import_module(f"shardes.noise.kinds.{name}").make(rank=rank, num_parts=num_parts)
+    kind: NoiseKind = importlib.import_module(f"shardes.noise.kinds.{name}").make(
+        rank=rank, num_parts=num_parts
+    )
     return kind

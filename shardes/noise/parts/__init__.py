@@ -5,7 +5,7 @@ docs/noise.md states the same in words. The modules ``cpu`` and ``gpu`` have the
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +15,24 @@ from shardes.noise.region import Region
 
 # Numbers of parts are below this.
 MAX_PARTS = 2**16
+# Parameters from this size on have larger blocks: memory that is skipped is read in vain, and pages are looked up
+# for a few elements.
+LARGE_PARAMETER, LARGE_BLOCK = 2**20, 8192
+
+
+def scale_of(num_parts: int) -> np.float32:
+    """Return the factor of the noise in a part: the root of the number of parts, as float32."""
+    return np.float32(math.sqrt(num_parts))
+
+
+def part_of_direction(direction: int, num_parts: int) -> int:
+    """Return the part that a direction's noise covers."""
+    return direction % num_parts
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Division of every parameter into parts of equal size, drawn anew in each iteration.
+    """Division of a parameter into parts of equal size, drawn anew in each iteration.
 
     Attributes:
         num: Number of parts.
@@ -29,23 +42,21 @@ class Parts:
     num: int
     block: int
 
+    @classmethod
+    def of_size(cls, num: int, block: int, *, param_size: int) -> Self:
+        """Return the division of a parameter of some size.
+
+        Args:
+            num: Number of parts.
+            block: Elements of a block of small parameters, which divides ``LARGE_BLOCK``.
+            param_size: Number of elements of the whole parameter.
+        """
+        return cls(num, block if param_size < LARGE_PARAMETER else LARGE_BLOCK)
+
     @property
     def group(self) -> int:
         """Elements of a group of blocks, of which each part has one."""
         return self.num * self.block
-
-    @property
-    def scale(self) -> np.float32:
-        """Factor of the noise in a part: the root of the number of parts."""
-        return np.float32(math.sqrt(self.num))
-
-    def scaled(self, value: float) -> np.float32:
-        """Return a sigma or a coefficient, as float32, times ``scale``."""
-        return np.float32(value) * self.scale
-
-    def of_direction(self, direction: int) -> int:
-        """Return the part that a direction's noise covers."""
-        return direction % self.num
 
     def covers(self, *, start: int, length: int, direction: int, **address: Any) -> NDArray[np.bool_]:
         """Return for consecutive elements whether a direction's noise covers them.
@@ -63,7 +74,7 @@ class Parts:
         first, count = self.groups(start, start + length)
         shifts = part_shifts(first=first, count=count, num_parts=self.num, **address)
         part = (block % self.num + shifts[block // self.num - first]) % self.num
-        return part == self.of_direction(direction)
+        return part == part_of_direction(direction, self.num)
 
     def groups(self, start: int, end: int) -> tuple[int, int]:
         """Return the number of the first group that elements [start, end) touch, and how many they touch.
@@ -93,8 +104,8 @@ class Parts:
             The place of each part's first term, and the number of terms, int64 of shape [num + 1]; the scaled
             coefficients, float32, and the words, uint32, both of shape [terms].
         """
-        part = np.asarray(directions, np.int64) % self.num
+        part = np.array([part_of_direction(direction, self.num) for direction in directions], np.int64)
         order = np.argsort(part, kind="stable")
         bounds = np.searchsorted(part[order], np.arange(self.num + 1))
-        scaled = np.asarray(coefficients, np.float32) * self.scale
+        scaled = np.asarray(coefficients, np.float32) * scale_of(self.num)
         return bounds, scaled[order], np.asarray(words, np.uint32)[order]

@@ -40,13 +40,14 @@ from shardes.noise.cpu_math import (
     u64,
 )
 from shardes.noise.definition import BLOCK, Floats, Ints, NoiseKey, Stream, seed_key
-from shardes.noise.parts import Parts
-from shardes.noise.parts.prefetch import prefetch
+from shardes.noise.parts import Parts, part_of_direction
+from shardes.noise.parts import prefetch as prefetching
+from shardes.noise.parts.prefetch import LINE, prefetch
 from shardes.noise.region import Region
 from shardes.utils.compiling import compile_kernel
 from shardes.utils.threads import split_over_threads
 
-_SOURCES = checksum(__file__, definition_of_parts.__file__)
+_SOURCES = checksum(__file__, definition_of_parts.__file__, prefetching.__file__)
 
 
 @functools.cache
@@ -78,11 +79,11 @@ def _block_of_part(row_start, place, shifts, part, block):
 
 
 @functools.cache
-def perturb_kernel(fill: Fill, block: int, source_format: int, target_format: int) -> Callable[..., None]:
+def perturb_kernel(fill: Fill, source_format: int, target_format: int) -> Callable[..., None]:
     """Compile the kernel for a kind and a pair of formats at its first call; numba keeps it on disk."""
     size, per_call, sources = fill.fill_size, fill.elements_per_call, _SOURCES ^ fill.sources
 
-    def perturb(first, last, geometry, source, target, shifts, part, sigma, words, key):
+    def perturb(first, last, geometry, source, target, shifts, part, block, sigma, words, key):
         _ = sources
         eps = np.empty(size, np.float32)
         (per_row, start, stride, length), (c1, c2, c3), (k0, k1) = geometry, words, key
@@ -94,13 +95,14 @@ def perturb_kernel(fill: Fill, block: int, source_format: int, target_format: in
             if begin >= end:
                 continue
             offset = row * length + block_start - row_start
+            # The next block's memory, which the processor does not foresee, comes while this one's noise is made.
             next_row = (step + 1) // per_row
             next_start = start + next_row * stride
             ahead = next_row * length - next_start
             if step + 1 < last:
                 ahead += _block_of_part(next_start, step + 1 - next_row * per_row, shifts, part, block)
             for low in range(begin // size * size, end, size):
-                for line in range(low, low + size, 16):
+                for line in range(low, low + size, LINE):
                     prefetch(source, ahead + line)
                     prefetch(target, ahead + line)
                 first_call = u64((block_start + low) // per_call)
@@ -133,14 +135,6 @@ def _restore_kernel(source_format: int, target_format: int) -> Callable[..., Non
             if begin >= end:
                 continue
             offset = row * length + block_start - row_start
-            next_row = (step + 1) // per_row
-            next_start = start + next_row * stride
-            ahead = next_row * length - next_start
-            if step + 1 < last:
-                ahead += _block_of_part(next_start, step + 1 - next_row * per_row, shifts, part, block)
-            for line in range(0, block, 16):
-                prefetch(source, ahead + line)
-                prefetch(target, ahead + line)
             here, there = source[begin + offset : end + offset], target[begin + offset : end + offset]
             for j in range(here.size):
                 there[j] = store(load(here[j], source_format), target_format)
@@ -149,11 +143,11 @@ def _restore_kernel(source_format: int, target_format: int) -> Callable[..., Non
 
 
 @functools.cache
-def accumulate_kernel(fill: Fill, block: int, master_format: int) -> Callable[..., None]:
+def accumulate_kernel(fill: Fill, master_format: int) -> Callable[..., None]:
     """Compile the kernel for a kind and a format at its first call; numba keeps it on disk."""
     size, per_call, sources = fill.add_size, fill.elements_per_call, _SOURCES ^ fill.sources
 
-    def accumulate(first, last, geometry, master, shifts, num_parts, terms, words, key):
+    def accumulate(first, last, geometry, master, shifts, num_parts, block, terms, words, key):
         _ = sources
         total, bits = np.empty(size, np.float32), np.empty(size, np.uint32)
         (per_row, start, stride, length), (c1, c3), (k0, k1) = geometry, words, key
@@ -173,9 +167,7 @@ def accumulate_kernel(fill: Fill, block: int, master_format: int) -> Callable[..
             for low in range(begin // size * size, end, size):
                 first_call = u64((block_start + low) // per_call)
                 total[:] = f32(0)
-                add_block(
-                    total, first_call, scales, u32(c1 | u32(first_call >> u64(32))), words2, c3, k0, k1
-                )
+                add_block(total, first_call, scales, u32(c1 | u32(first_call >> u64(32))), words2, c3, k0, k1)
                 inner, outer = max(begin - low, 0), min(end - low, size)
                 here, owned = master[offset + low + inner : offset + low + outer], total[inner:outer]
                 if master_format == FLOAT32:
@@ -206,11 +198,20 @@ def perturb(
     direction: int,
 ) -> None:
     """Perturb the elements of a direction's part as ``shardes.noise.perturb`` does."""
-    kernel = perturb_kernel(fill, parts.block, FORMATS[source.dtype], FORMATS[target.dtype])
+    kernel = perturb_kernel(fill, FORMATS[source.dtype], FORMATS[target.dtype])
     words = words_of((region.param_id << 8, word2, key.iteration)), words_of(seed_key(key.seed))
-    place = _shifts(parts, region, key), (parts.of_direction(direction), parts.num)
+    place = _shifts(parts, region, key), (part_of_direction(direction, parts.num), parts.num)
     _over_rows(
-        kernel, region, parts.group, parts, stored(source), stored(target), *place, parts.scaled(sigma), *words
+        kernel,
+        region,
+        parts.group,
+        parts,
+        stored(source),
+        stored(target),
+        *place,
+        parts.block,
+        f32(sigma),
+        *words,
     )
 
 
@@ -219,7 +220,7 @@ def restore(
 ) -> None:
     """Restore the elements of a direction's part as ``shardes.noise.restore`` does."""
     kernel = _restore_kernel(FORMATS[source.dtype], FORMATS[target.dtype])
-    place = _shifts(parts, region, key), (parts.of_direction(direction), parts.num)
+    place = _shifts(parts, region, key), (part_of_direction(direction, parts.num), parts.num)
     _over_rows(kernel, region, parts.group, parts, stored(source), stored(target), *place, parts.block)
 
 
@@ -235,14 +236,17 @@ def accumulate(
     directions: Ints,
 ) -> None:
     """Accumulate as ``shardes.noise.accumulate`` does, each direction in its part."""
-    kernel = accumulate_kernel(fill, parts.block, FORMATS[master.dtype])
+    kernel = accumulate_kernel(fill, FORMATS[master.dtype])
     terms = parts.by_part(coefficients, words2, directions)
     words, shifts = update_words(region.param_id, key), _shifts(parts, region, key)
-    _over_rows(kernel, region, parts.block, parts, stored(master), shifts, parts.num, terms, *words)
+    _over_rows(
+        kernel, region, parts.block, parts, stored(master), shifts, parts.num, parts.block, terms, *words
+    )
 
 
+@functools.lru_cache(maxsize=4096)
 def _shifts(parts: Parts, region: Region, key: NoiseKey) -> tuple[NDArray[np.uint32], int]:
-    """Compute by how much parts are shifted in the groups that a region touches.
+    """Compute by how much parts are shifted in the groups that a region touches; kept for an iteration's members.
 
     Returns:
         Numbers below the number of parts, uint32, and the group that the first of them belongs to.

@@ -1,7 +1,8 @@
 """GPU kernels of noise that covers one part of the parameters, in Triton.
 
-A program handles one block: of the part, where members are perturbed or restored, and any in an update, where it adds
-the noise of the block's part. So the part is a number of the whole program, and no thread idles for another part.
+A program handles a chunk of a block: of the part, where members are perturbed or restored, and of any in an update,
+where it adds the noise of the block's part. So the part is a number of the whole program, and no thread idles for
+another part.
 """
 
 from typing import Any
@@ -13,12 +14,12 @@ from torch import Tensor
 from shardes.noise.definition import BLOCK, LANES, Floats, Ints, NoiseKey, Stream, seed_key
 from shardes.noise.gpu import WARPS, Fill, copy_table, kernel, on_device, update_words, within
 from shardes.noise.gpu_math import perturbed, philox, tl, triton
-from shardes.noise.parts import Parts
+from shardes.noise.parts import Parts, part_of_direction
 from shardes.noise.region import Region
 
 _LANES, _PARTS = tl.constexpr(LANES), tl.constexpr(int(Stream.PARTS))
 
-# Calls of a program that computes shifts; elements that a program restores at a time.
+# Calls of a program that computes shifts, and elements of one that restores.
 _SHIFT_CALLS = 128
 _RESTORED = 8 * BLOCK
 # Programs of a launch, below 2**31.
@@ -57,16 +58,18 @@ def _row_of(start, stride, length, first_row, per_row):
 
 
 @triton.jit
-def _block_of_part(place, row_start, shifts, first_group, part, num_parts, block: tl.constexpr):
-    """Return the number of a part's block in a group, the ``place``-th that a row touches."""
-    group = row_start // (num_parts * block) + place
+def _chunk_of_part(place, row_start, shifts, first_group, part, num_parts, chunks, chunk: tl.constexpr):
+    """Return the number of a chunk of a part's block, the ``place``-th in the groups that a row touches."""
+    group_of_row = place // chunks
+    group = row_start // (num_parts * chunks * chunk) + group_of_row
     shift = tl.load(shifts + (group - first_group)).to(tl.int64)
-    return group * num_parts + (part + num_parts - shift) % num_parts
+    block = group * num_parts + (part + num_parts - shift) % num_parts
+    return block * chunks + (place - group_of_row * chunks)
 
 
 @triton.jit
 def _calls_of(number, calls: tl.constexpr, size: tl.constexpr):
-    """Return the calls of a block, and where the first element of each lies in it."""
+    """Return the calls of a chunk, and where the first element of each lies in it."""
     thread = tl.arange(0, calls)
     call = (number * calls).to(tl.uint32) + thread.to(tl.uint32)
     return call, thread // _LANES * size + thread % _LANES
@@ -85,13 +88,14 @@ def _perturb(
     first_group: tl.int64,
     part: tl.int64,
     num_parts: tl.int64,
+    chunks: tl.int64,
     sigma_bits: tl.uint32,
     c1: tl.uint32,
     c2: tl.uint32,
     c3: tl.uint32,
     k0: tl.uint32,
     k1: tl.uint32,
-    block: tl.constexpr,
+    chunk: tl.constexpr,
     calls: tl.constexpr,
     size: tl.constexpr,
     always_masked: tl.constexpr,
@@ -102,16 +106,16 @@ def _perturb(
     c1, c2, c3 = c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32)
     k0, k1 = k0.to(tl.uint32), k1.to(tl.uint32)
     place, row_start, row_base = _row_of(start, stride, length, first_row, per_row)
-    number = _block_of_part(place, row_start, shifts, first_group, part, num_parts, block)
-    begin = number * block - row_start
+    number = _chunk_of_part(place, row_start, shifts, first_group, part, num_parts, chunks, chunk)
+    begin = number * chunk - row_start
     low = tl.maximum(-begin, 0).to(tl.int32)
-    high = tl.minimum(length - begin, block).to(tl.int32)
+    high = tl.minimum(length - begin, chunk).to(tl.int32)
     if low < high:
         call, inner = _calls_of(number, calls, size)
         here, there = source + (row_base + begin) + inner, target + (row_base + begin) + inner
         if always_masked:
             perturb_calls(here, there, sigma_bits, call, c1, c2, c3, k0, k1, low - inner, high - inner, True)
-        elif high - low == block:
+        elif high - low == chunk:
             perturb_calls(here, there, sigma_bits, call, c1, c2, c3, k0, k1, low - inner, high - inner, False)
         else:
             perturb_calls(here, there, sigma_bits, call, c1, c2, c3, k0, k1, low - inner, high - inner, True)
@@ -130,22 +134,22 @@ def _restore(
     first_group: tl.int64,
     part: tl.int64,
     num_parts: tl.int64,
-    block: tl.constexpr,
-    width: tl.constexpr,
+    chunks: tl.int64,
+    chunk: tl.constexpr,
 ):
     place, row_start, row_base = _row_of(start, stride, length, first_row, per_row)
-    number = _block_of_part(place, row_start, shifts, first_group, part, num_parts, block)
-    begin = number * block - row_start
+    number = _chunk_of_part(place, row_start, shifts, first_group, part, num_parts, chunks, chunk)
+    begin = number * chunk - row_start
     low = tl.maximum(-begin, 0).to(tl.int32)
-    high = tl.minimum(length - begin, block).to(tl.int32)
+    high = tl.minimum(length - begin, chunk).to(tl.int32)
     if low < high:
-        here, there = source + (row_base + begin), target + (row_base + begin)
-        for first in tl.static_range(0, block, width):
-            inner = first + tl.arange(0, width)
-            mask = (low <= inner) & (inner < high)
-            # Adding -0 changes no bit of any number.
-            values = perturbed(tl.load(here + inner, mask=mask), -0.0, target.dtype.element_ty)
-            tl.store(there + inner, values, mask=mask)
+        inner = tl.arange(0, chunk)
+        mask = (low <= inner) & (inner < high)
+        # Adding -0 changes no bit of any number.
+        values = tl.load(source + (row_base + begin) + inner, mask=mask)
+        tl.store(
+            target + (row_base + begin) + inner, perturbed(values, -0.0, target.dtype.element_ty), mask=mask
+        )
 
 
 @kernel
@@ -160,25 +164,27 @@ def _accumulate(
     per_row: tl.int32,
     first_group: tl.int64,
     num_parts: tl.int64,
+    chunks: tl.int64,
     c1: tl.uint32,
     c3: tl.uint32,
     k0: tl.uint32,
     k1: tl.uint32,
-    block: tl.constexpr,
+    chunk: tl.constexpr,
     calls: tl.constexpr,
     size: tl.constexpr,
     accumulate_calls: tl.constexpr,
 ):
     c1, c3, k0, k1 = c1.to(tl.uint32), c3.to(tl.uint32), k0.to(tl.uint32), k1.to(tl.uint32)
     place, row_start, row_base = _row_of(start, stride, length, first_row, per_row)
-    number = row_start // block + place
-    begin = number * block - row_start
+    number = row_start // chunk + place
+    begin = number * chunk - row_start
     low = tl.maximum(-begin, 0).to(tl.int32)
-    high = tl.minimum(length - begin, block).to(tl.int32)
+    high = tl.minimum(length - begin, chunk).to(tl.int32)
     if low < high:
-        group = number // num_parts
+        block = number // chunks
+        group = block // num_parts
         shift = tl.load(shifts + (group - first_group)).to(tl.int64)
-        part = (number - group * num_parts + shift) % num_parts
+        part = (block - group * num_parts + shift) % num_parts
         first_term = tl.load(table + part)
         num_terms = tl.load(table + part + 1) - first_term
         # The table: where each part's terms begin, then the coefficients and words of each part.
@@ -202,20 +208,28 @@ def perturb(
 ) -> None:
     """Perturb the elements of a direction's part as ``shardes.noise.perturb`` does."""
     # As bits: every version of Triton, and its interpreter, passes an integer unchanged.
-    sigma_bits = int(parts.scaled(sigma).view(np.uint32))
+    sigma_bits = int(np.float32(sigma).view(np.uint32))
     words = (region.param_id << 8, word2, key.iteration, *seed_key(key.seed))
-    numbers = parts.of_direction(direction), parts.num, sigma_bits, *words
+    numbers = (
+        part_of_direction(direction, parts.num),
+        parts.num,
+        parts.block // fill.part_chunk,
+        sigma_bits,
+        *words,
+    )
     functions = {"perturb_calls": fill.perturb_calls, "always_masked": fill.always_masked}
-    per_row = parts.per_row(region, parts.group)
-    _launch(_perturb, (source, target), region, parts, key, per_row, numbers, **_sizes(fill, parts), **functions)
+    per_row = parts.per_row(region, parts.group) * (parts.block // fill.part_chunk)
+    _launch(_perturb, (source, target), region, parts, key, per_row, numbers, **_sizes(fill), **functions)
 
 
 def restore(
     source: Tensor, target: Tensor, region: Region, *, parts: Parts, key: NoiseKey, direction: int
 ) -> None:
     """Restore the elements of a direction's part as ``shardes.noise.restore`` does."""
-    numbers, per_row = (parts.of_direction(direction), parts.num), parts.per_row(region, parts.group)
-    _launch(_restore, (source, target), region, parts, key, per_row, numbers, width=_RESTORED)
+    chunks = parts.block // _RESTORED
+    numbers = part_of_direction(direction, parts.num), parts.num, chunks
+    per_row = parts.per_row(region, parts.group) * chunks
+    _launch(_restore, (source, target), region, parts, key, per_row, numbers, chunk=_RESTORED)
 
 
 def accumulate(
@@ -237,14 +251,14 @@ def accumulate(
     with on_device(master.device):
         stream = torch.cuda.current_stream().cuda_stream if master.is_cuda else 0
         table = copy_table(np.concatenate(terms).tobytes(), master.device, stream)
-    numbers = parts.num, *update_words(region.param_id, key)
-    per_row, function = parts.per_row(region, parts.block), {"accumulate_calls": fill.accumulate_calls}
-    _launch(_accumulate, (master, table), region, parts, key, per_row, numbers, **_sizes(fill, parts), **function)
+    numbers = parts.num, parts.block // fill.part_chunk, *update_words(region.param_id, key)
+    per_row, function = parts.per_row(region, fill.part_chunk), {"accumulate_calls": fill.accumulate_calls}
+    _launch(_accumulate, (master, table), region, parts, key, per_row, numbers, **_sizes(fill), **function)
 
 
-def _sizes(fill: Fill, parts: Parts) -> dict[str, int]:
-    """Return the calls of a block, and the elements of LANES calls."""
-    return {"calls": parts.block // fill.size * LANES, "size": fill.size}
+def _sizes(fill: Fill) -> dict[str, int]:
+    """Return the elements and calls of a chunk, and the elements of LANES calls."""
+    return {"chunk": fill.part_chunk, "calls": fill.part_chunk // fill.size * LANES, "size": fill.size}
 
 
 def _shifts(parts: Parts, region: Region, key: NoiseKey, device: torch.device) -> tuple[Tensor, int]:
@@ -275,7 +289,7 @@ def _launch(
     numbers: tuple[int, ...],
     **constants: Any,
 ) -> None:
-    """Run a kernel with a program for each group or block that a row of a region may touch.
+    """Run a kernel with a program for each chunk that a row of a region may touch.
 
     Args:
         function: Kernel.
@@ -285,7 +299,7 @@ def _launch(
         key: Key of the division.
         per_row: Programs of a row.
         numbers: Last arguments.
-        **constants: Compile-time constants besides the size of blocks.
+        **constants: Compile-time constants.
     """
     rows_at_once = max(_MAX_PROGRAMS // per_row, 1)
     shifts, first_group = _shifts(parts, region, key, tensors[0].device)
@@ -302,7 +316,6 @@ def _launch(
                 per_row,
                 first_group,
                 *numbers,
-                block=parts.block,
                 **constants,
                 num_warps=WARPS,
                 num_stages=1,

@@ -6,8 +6,8 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-# Elements between two prefetches: a cache line has 64 bytes.
-_LINE = 16
+# float32 elements of a cache line of 64 bytes.
+LINE = 16
 _READ, _KEEP, _DATA = 0, 3, 1
 
 
