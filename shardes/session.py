@@ -234,8 +234,8 @@ def _check_shapes(weights: Weights) -> None:
         num_blocks += 0 if parts is None else -(-shard.num_elements // parts.block)
     if num_parts > 1 and num_blocks < _BLOCKS_OF_PART * num_parts:
         raise UserError(
-            f"es.subspaces: got {num_parts}, but the trained parameters have only {num_blocks} blocks of elements, "
-            f"and a part needs {_BLOCKS_OF_PART} or it may have none; give at most "
+            f"es.subspaces: got {num_parts}, but the trained parameters have only {num_blocks} blocks of "
+            f"elements, and a part needs {_BLOCKS_OF_PART} or it may have none; give at most "
             f"{max(num_blocks // _BLOCKS_OF_PART, 1)}"
         )
 

@@ -28,9 +28,9 @@ class EsConfig(Section):
     rank: int = Field(default=1, gt=0, lt=2**16)
     """Columns of the factors of ``noise: low_rank``. The element's variance is 1 for every rank."""
     subspaces: int = Field(default=1, gt=0, lt=2**16)
-    """Number of parts into which each iteration divides the parameters, in random blocks of some hundred
-    elements. A member perturbs one of them alone, by sigma times the root of this number, so that perturbing and
-    updating take as many times less. Not for ``low_rank``."""
+    """Number of parts into which each iteration divides the parameters, in random blocks of elements. A
+    member perturbs one of them alone, by sigma times the root of this number, so that perturbing and updating
+    take as many times less. Not for ``low_rank``."""
     noise_reuse: int = Field(default=1, gt=0)
     """Number of iterations for which directions stay the same before new ones are drawn."""
     prompts_per_member: int | None = Field(default=None, gt=0)
@@ -108,8 +108,9 @@ class EsConfig(Section):
     def _subspaces_have_elements(cls, value: int, info: ValidationInfo) -> int:
         if value != 1 and info.data.get("noise", "gaussian") == "low_rank":
             raise ValueError(
-                f"got {value}, but es.noise is low_rank, whose matrices are products of factors, of which no block "
-                "of elements can be left out; set es.noise: gaussian or rademacher, or leave es.subspaces at 1"
+                f"got {value}, but es.noise is low_rank, whose matrices are products of factors, of which no "
+                "block of elements can be left out; set es.noise: gaussian or rademacher, or leave "
+                "es.subspaces at 1"
             )
         return value
 

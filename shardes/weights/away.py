@@ -1,6 +1,7 @@
 """Which elements of working tensors are away from the centre, so that only these are restored."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ class Change:
 
     def write(self, region: Region, *, source: torch.Tensor, target: torch.Tensor) -> None:
         """Write the member's elements of a region to ``target``; ``source`` has the centre or the master."""
-        address = {"region": region, "seed": self.seed, "kind": self.kind}
+        address: dict[str, Any] = {"region": region, "seed": self.seed, "kind": self.kind}
         if self.restores_all:
             target.copy_(source)
         elif self.restored is not None:

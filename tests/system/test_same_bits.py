@@ -24,6 +24,10 @@ CASES = [
 ]
 
 
+# The same with es.subspaces: 3.
+IN_PARTS = [("tied", "zero3", "iteration", "float32"), ("tied", "fsdp", "member", "float32")]
+
+
 @pytest.fixture(scope="module")
 def oracle(model_dirs, tmp_path_factory):
     """One process, one rank, plain tensors."""

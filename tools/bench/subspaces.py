@@ -1,12 +1,13 @@
 """Measure what an iteration does to a shard: members made one after the other, and the update.
 
-A shard of about 20 million elements, with the parameters of a Llama, goes through a whole iteration: the first
-member, which restores everything that the last update has changed, the other members, each of which restores the
-last one's part if its own is another, and perturbs its own, and the update. All numbers of parts take turns.
+A shard of about 20 million elements, with the parameters of a Llama, goes through a whole iteration: the
+first member, which restores everything that the last update has changed, the other members, each of which
+restores the last one's part if its own is another, and perturbs its own, and the update. All numbers of parts
+take turns.
 
-Seconds are the processor's time of one thread, so that other programs on the machine count as little as possible;
-the best turn is the one least disturbed. "Times K" is the time with one part over the time with K, over K: 1 would be
-a K-th of the work.
+Seconds are the processor's time of one thread, so that other programs on the machine count as little as
+possible; the best turn is the one least disturbed. "Times K" is the time with one part over the time with K,
+over K: 1 would be a K-th of the work.
 
     python tools/bench/subspaces.py --json benchmarks/subspaces-cpu.json
 """
@@ -136,14 +137,11 @@ def main(*, members: int, turns: int, parts: tuple[int, ...], json_path: Path | 
     show(facts)
     click.echo(f"\nan iteration of {members} members; the best of {turns} turns\n\n{HEADER}")
     rows: list[Row] = []
+    sides_of_kinds: list[tuple[str, KindName]] = [("shard", "gaussian"), ("shard", "rademacher")]
+    sides_of_kinds += [("columns", "gaussian"), ("gathered", "gaussian")]
     cases: list[tuple[str, KindName, str]] = [
         (where, kind, dtype)
-        for where, kind in (
-            ("shard", "gaussian"),
-            ("shard", "rademacher"),
-            ("columns", "gaussian"),
-            ("gathered", "gaussian"),
-        )
+        for where, kind in sides_of_kinds
         for dtype in DTYPES
     ]
     for where, kind, dtype in cases:

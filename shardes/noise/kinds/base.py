@@ -63,7 +63,7 @@ class NoiseKind(ABC):
     def eps(self, *, shape: Sequence[int] | None = None, **address: Any) -> NDArray[np.float32]:
         """Compute eps of consecutive elements in NumPy: the definition that kernels are compared with.
 
-        It is that of all elements, whether the direction's part covers them or not, and without ``part_scale``.
+        It is that of all elements, whether the direction's part covers them or not, without ``part_scale``.
 
         Args:
             shape: Shape of the whole parameter; only kinds that take matrices need it.
@@ -126,7 +126,7 @@ class ElementwiseNoise(NoiseKind):
     Attributes:
         stream: Counters that the noise draws from.
         largest_eps: Upper bound of the magnitude of eps.
-        part_block: Elements of a block of a part in small parameters, a multiple of what fills compute at a time.
+        part_block: Elements of a part's block in small parameters, a multiple of what fills compute at a time.
         num_parts: Number of parts, see ``EsConfig.subspaces``.
 
     Raises:

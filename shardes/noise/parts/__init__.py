@@ -15,8 +15,8 @@ from shardes.noise.region import Region
 
 # Numbers of parts are below this.
 MAX_PARTS = 2**16
-# Parameters from this size on have larger blocks: memory that is skipped is read in vain, and pages are looked up
-# for a few elements.
+# Parameters from this size on have larger blocks, for which memory is less often fetched, and pages are less often
+# looked up, for a few elements.
 LARGE_PARAMETER, LARGE_BLOCK = 2**20, 8192
 
 
@@ -85,7 +85,7 @@ class Parts:
         return first, max(-(-end // self.group) - first, 0) + 1
 
     def per_row(self, region: Region, size: int) -> int:
-        """Return how many runs of ``size`` elements, from a multiple of it on, a row of a region may touch."""
+        """Return how many runs of ``size`` elements, each from a multiple of it on, a row may touch."""
         # With one row it is known; rows that start anywhere may touch one more than they fill.
         offset = region.start % size if region.rows == 1 else size - 1
         return (offset + region.length - 1) // size + 1

@@ -95,7 +95,7 @@ def perturb_kernel(fill: Fill, source_format: int, target_format: int) -> Callab
             if begin >= end:
                 continue
             offset = row * length + block_start - row_start
-            # The next block's memory, which the processor does not foresee, comes while this one's noise is made.
+            # The processor does not foresee the next block's memory: ask for it while this noise is made.
             next_row = (step + 1) // per_row
             next_start = start + next_row * stride
             ahead = next_row * length - next_start
@@ -246,7 +246,7 @@ def accumulate(
 
 @functools.lru_cache(maxsize=4096)
 def _shifts(parts: Parts, region: Region, key: NoiseKey) -> tuple[NDArray[np.uint32], int]:
-    """Compute by how much parts are shifted in the groups that a region touches; kept for an iteration's members.
+    """Compute by how much parts are shifted in the groups that a region touches; kept for further members.
 
     Returns:
         Numbers below the number of parts, uint32, and the group that the first of them belongs to.

@@ -1,10 +1,11 @@
 """GPU kernels of noise that covers one part of the parameters, in Triton.
 
-A program handles a chunk of a block: of the part, where members are perturbed or restored, and of any in an update,
-where it adds the noise of the block's part. So the part is a number of the whole program, and no thread idles for
-another part.
+A program handles a chunk of a block: of the part, where members are perturbed or restored, and of any in an
+update, where it adds the noise of the block's part. So the part is a number of the whole program, and no thread
+idles for another part.
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shardes.noise.definition import BLOCK, LANES, Floats, Ints, NoiseKey, Stream, seed_key
-from shardes.noise.gpu import WARPS, Fill, copy_table, kernel, on_device, update_words, within
+from shardes.noise.gpu import WARPS, Fill, copy_table, kernel, on_device, update_words
 from shardes.noise.gpu_math import perturbed, philox, tl, triton
 from shardes.noise.parts import Parts, part_of_direction
 from shardes.noise.region import Region
@@ -246,7 +247,7 @@ def accumulate(
     """Accumulate as ``shardes.noise.accumulate`` does, each direction in its part."""
     bounds, scaled, words = parts.by_part(coefficients, words2, directions)
     terms = [bounds.astype(np.int32)]
-    for first, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, end in itertools.pairwise(bounds):
         terms += [scaled[first:end].view(np.int32), words[first:end].view(np.int32)]
     with on_device(master.device):
         stream = torch.cuda.current_stream().cuda_stream if master.is_cuda else 0
