@@ -2,8 +2,8 @@
 
 Only ``update`` writes the master. The centre is the master rounded to the model's dtype: what would be
 exported is what is searched around. A perturbed shard is computed from the master into the backend's working
-tensor in one pass, so nothing drifts. Where a member's noise covers a part of the parameters, only that part and
-the last member's are written (``away``).
+tensor in one pass, so nothing drifts. Where a member's noise covers a part of the parameters, only that part
+and the last member's are written (``away``).
 
 Frozen parameters have no master: their working tensors are read from the file, and nothing writes them again.
 """

@@ -89,6 +89,8 @@ def test_too_many_parts_for_the_model_are_refused(session, tmp_path):
     config = session.config.model_copy(
         update={"es": session.config.es.model_copy(update={"subspaces": 5000})}
     )
-    with pytest.raises(UserError, match=r"es.subspaces: got 5000, but .* have only \d+ blocks .* at most \d+"):
-        with open_session(config):
-            pass
+    with (
+        pytest.raises(UserError, match=r"es.subspaces: got 5000, but .* have only \d+ blocks .* at most \d+"),
+        open_session(config),
+    ):
+        pass

@@ -140,9 +140,7 @@ def main(*, members: int, turns: int, parts: tuple[int, ...], json_path: Path | 
     sides_of_kinds: list[tuple[str, KindName]] = [("shard", "gaussian"), ("shard", "rademacher")]
     sides_of_kinds += [("columns", "gaussian"), ("gathered", "gaussian")]
     cases: list[tuple[str, KindName, str]] = [
-        (where, kind, dtype)
-        for where, kind in sides_of_kinds
-        for dtype in DTYPES
+        (where, kind, dtype) for where, kind in sides_of_kinds for dtype in DTYPES
     ]
     for where, kind, dtype in cases:
         numbers = (1, *(parts or (4, 16)))

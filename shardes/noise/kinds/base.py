@@ -126,7 +126,7 @@ class ElementwiseNoise(NoiseKind):
     Attributes:
         stream: Counters that the noise draws from.
         largest_eps: Upper bound of the magnitude of eps.
-        part_block: Elements of a part's block in small parameters, a multiple of what fills compute at a time.
+        part_block: Elements of a part's block in small parameters, a multiple of what fills compute.
         num_parts: Number of parts, see ``EsConfig.subspaces``.
 
     Raises:

@@ -15,8 +15,8 @@ from shardes.noise.region import Region
 
 # Numbers of parts are below this.
 MAX_PARTS = 2**16
-# Parameters from this size on have larger blocks, for which memory is less often fetched, and pages are less often
-# looked up, for a few elements.
+# Parameters from this size on have larger blocks, for which memory is less often fetched, and pages are less
+# often looked up, for a few elements.
 LARGE_PARAMETER, LARGE_BLOCK = 2**20, 8192
 
 

@@ -1,8 +1,8 @@
 """GPU kernels of noise that covers one part of the parameters, in Triton.
 
 A program handles a chunk of a block: of the part, where members are perturbed or restored, and of any in an
-update, where it adds the noise of the block's part. So the part is a number of the whole program, and no thread
-idles for another part.
+update, where it adds the noise of the block's part. So the part is a number of the whole program, and no
+thread idles for another part.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardes.noise.definition import BLOCK, LANES, Floats, Ints, NoiseKey, Stream, seed_key
 from shardes.noise.gpu import WARPS, Fill, copy_table, kernel, on_device, update_words
-from shardes.noise.gpu_math import perturbed, philox, tl, triton
+from shardes.noise.gpu_math import as_float, perturbed, philox, tl, triton
 from shardes.noise.parts import Parts, part_of_direction
 from shardes.noise.region import Region
 
@@ -146,10 +146,13 @@ def _restore(
     if low < high:
         inner = tl.arange(0, chunk)
         mask = (low <= inner) & (inner < high)
-        # Adding -0 changes no bit of any number.
+        # Adding -0 changes no bit of any number; written as such, it would be 0 - 0, which is +0.
+        nothing = as_float(tl.full([1], 0x80000000, tl.uint32))
         values = tl.load(source + (row_base + begin) + inner, mask=mask)
         tl.store(
-            target + (row_base + begin) + inner, perturbed(values, -0.0, target.dtype.element_ty), mask=mask
+            target + (row_base + begin) + inner,
+            perturbed(values, nothing, target.dtype.element_ty),
+            mask=mask,
         )
 
 
