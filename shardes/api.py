@@ -1,7 +1,8 @@
-"""Train from Python, in one process: ``from shardes import Trainer, TrainConfig``.
+"""Train from Python: ``from shardes import Trainer, TrainConfig``.
 
 A facade over the code behind the command line. The run directory, the journal and the metrics are the same,
 so a run that was begun here can be resumed, exported, verified and plotted by the commands, and vice versa.
+A script that a launcher starts on several ranks is the same script.
 """
 
 import copy
@@ -23,7 +24,7 @@ from shardes.distributed.place import read_place
 from shardes.distributed.stop import Stop, Stopped
 from shardes.environments.runners import Environments, tasks_by_key
 from shardes.errors import UserError
-from shardes.models.files import check_model_directory
+from shardes.models.hub import check_model
 from shardes.rewards.pool import InProcessRewards, RewardProcessPool, make_reward_runner
 from shardes.runs.directory import read_lines
 from shardes.runs.trackers import check_trackers
@@ -34,7 +35,7 @@ from shardes.utils.files import write_atomically
 Callback = Callable[[dict[str, Any]], object]
 """Receives metrics by the names in docs/metrics.md; its return value is ignored."""
 
-# One process holds the whole model, whatever a file says.
+# A process that is alone holds the whole model, whatever a file says.
 _ONE_PROCESS = {"backend": "single", "shard_size": None, "deepspeed": None}
 
 
@@ -46,7 +47,8 @@ class TrainConfig:
     """Configuration of a run: the sections of a configuration file, as dictionaries.
 
     ``task`` may leave out ``data``, ``heldout_data`` and ``reward``, which the ``Trainer`` can be given
-    instead. ``parallel.backend``, ``parallel.shard_size`` and ``parallel.deepspeed`` are ignored.
+    instead. ``parallel.backend``, ``parallel.shard_size`` and ``parallel.deepspeed`` are for several ranks,
+    which a launcher starts: a process that is alone holds the whole model.
 
     Args:
         **sections: ``model``, ``run``, ``rollout``, ``es``, and any other section of
@@ -68,13 +70,12 @@ class TrainConfig:
                 raise UserError(
                     f"TrainConfig: {name} is {tree[name]!r:.80}; wanted: a dictionary of its keys"
                 )
-        tree["parallel"] |= _ONE_PROCESS
         self._tree = tree
         # The Trainer may bring what is missing; all else is checked now.
         task = {"data": "data.jsonl"} | tree["task"]
         if not any(task.get(key) for key in _EARNING):
             task["reward"] = "given:later"
-        self._checked = parse_config(tree | {"task": task}, source="TrainConfig")
+        self._checked = parse_config(self._placed() | {"task": task}, source="TrainConfig")
         self.run_dir = self._checked.run.dir
         self.has_named_task = self._checked.task.name is not None
 
@@ -106,7 +107,13 @@ class TrainConfig:
         Raises:
             UserError: A required key is missing, or a value is wrong.
         """
-        return parse_config(self._tree | {"task": self._tree["task"] | task}, source="TrainConfig, Trainer")
+        changed = {"task": self._tree["task"] | task}
+        return parse_config(self._placed() | changed, source="TrainConfig, Trainer")
+
+    def _placed(self) -> dict[str, Any]:
+        """Return the sections for the place of this process: of several ranks, or alone."""
+        alone = _ONE_PROCESS if read_place().world_size == 1 else {}
+        return self._tree | {"parallel": self._tree["parallel"] | alone}
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class TrainResult:
 
     Attributes:
         run_dir: The run directory.
-        metrics: Lines of metrics.jsonl, parsed; docs/metrics.md explains them.
+        metrics: Lines of metrics.jsonl, parsed, the same on every rank; docs/metrics.md explains them.
         is_finished: True if all iterations are done; False if the run was stopped.
     """
 
@@ -134,7 +141,10 @@ class TrainResult:
 
 
 class Trainer:
-    """Trainer of a run in this process; for several processes, start the command line with a launcher.
+    """Trainer of a run, in one process or on the ranks that a launcher has started.
+
+    On several ranks, each makes the same trainer and calls the same methods. A rank that fails ends all
+    others.
 
     Args:
         config: Configuration of the run.
@@ -145,11 +155,13 @@ class Trainer:
             where a call that hangs is not ended; or its location as text, ``"file.py:function"``; None: the
             rewards of the configuration. The latter two run in worker processes, which are killed and
             replaced when they hang.
-        on_iteration: Function or functions called with each line of metrics.jsonl.
-        on_evaluation: Function or functions called with the centre's held-out rewards, once they are known.
+        on_iteration: Function or functions called with each line of metrics.jsonl, on rank 0.
+        on_evaluation: Function or functions called with the centre's held-out rewards, once they are known,
+            on rank 0.
 
     Attributes:
         config: Validated configuration.
+        is_main: Whether this is rank 0, which writes files and prints; True for a process that is alone.
 
     Raises:
         UserError: The configuration or the data cannot be used.
@@ -165,12 +177,7 @@ class Trainer:
         on_iteration: Callback | Sequence[Callback] = (),
         on_evaluation: Callback | Sequence[Callback] = (),
     ) -> None:
-        if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-            raise UserError(
-                f"Trainer: it works in one process, and this is one of {os.environ['WORLD_SIZE']}; train on "
-                "several with: torchrun ... -m shardes train --config FILE"
-            )
-        read_place()  # refuses variables of a launcher that are half set
+        self.is_main = read_place().rank == 0  # refuses variables of a launcher that are half set
         # Where rows go that are given here; the run directory is made when training begins.
         self._files: dict[Path, str] = {}
         changes: dict[str, Any] = {}
@@ -198,8 +205,9 @@ class Trainer:
             StorageError: A file of the run cannot be written.
         """
         config, self._stop = self.config, Stop()
-        check_model_directory(config.model.path)
-        check_trackers(config.log.report_to)
+        check_model(config.model)
+        if self.is_main:  # whose metrics they are told
+            check_trackers(config.log.report_to)
         self._write_data()
         task, heldout_sets = self._load_tasks()
         is_finished = True
@@ -208,27 +216,36 @@ class Trainer:
             Environments(config, tasks_by_key(task, heldout_sets)) as environments,
         ):
             from shardes.rollout.preparing import prepare_tasks
-            from shardes.runs.journal import recorded_setting
+            from shardes.runs.journal import recorded_commit, recorded_setting
             from shardes.runs.reporting import Callbacks
-            from shardes.session import open_session
+            from shardes.session import job_with_model, open_session
             from shardes.trainer import make_training_loop
             from shardes.utils.logs import configure_logging
 
             if not logging.getLogger().handlers:
                 configure_logging()
-            date = recorded_setting(config.run.dir, "task.date")
-            prepared = prepare_tasks(config, task, heldout_sets, environments=environments, date=date)
-            parts: dict[str, Any] = {"heldout_sets": prepared.heldout_sets, "encoder": prepared.encoder}
-            parts["environments"] = environments
+            run_dir = config.run.dir
+            parts: dict[str, Any] = {"environments": environments}
             callbacks = Callbacks(on_iteration=self._on_iteration, on_evaluation=self._on_evaluation)
-            try:
-                with open_session(config, stop=self._stop) as session:
-                    make_training_loop(
+            recorded = recorded_commit(run_dir, config.model.hub_id)
+            with job_with_model(config, stop=self._stop, recorded=recorded) as (config, world):
+                date = recorded_setting(run_dir, "task.date")
+                prepared = prepare_tasks(config, task, heldout_sets, date=date, **parts)
+                parts |= {"heldout_sets": prepared.heldout_sets, "encoder": prepared.encoder}
+                with open_session(config, stop=self._stop, world=world) as session:
+                    loop = make_training_loop(
                         session, prepared.task, rewards=rewards, callbacks=callbacks, **parts
-                    ).train()
-            except Stopped:
-                is_finished = False
-        return TrainResult(config.run.dir, read_lines(config.run.dir / "metrics.jsonl"), is_finished)
+                    )
+                    try:
+                        loop.train()
+                    except Stopped:
+                        is_finished = False
+                    # As rank 0 has them, when it has written the last one.
+                    lines = session.mesh.world.broadcast_json(self._read_metrics())
+        return TrainResult(run_dir, lines, is_finished)
+
+    def _read_metrics(self) -> list[dict[str, Any]]:
+        return read_lines(self.config.run.dir / "metrics.jsonl") if self.is_main else []
 
     def stop(self) -> None:
         """End the current training after the member that is being evaluated; for use in callbacks.
@@ -259,6 +276,7 @@ class Trainer:
             Path(out),
             iteration=None if iteration is None else str(iteration),
             base=self.config.model.path,
+            backend=self.config.parallel.backend,
             is_trusted=self.config.model.trust_remote_code,
         )
         return Path(out)
@@ -268,7 +286,10 @@ class Trainer:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if not path.exists():  # its name has a hash of what it holds
-                    write_atomically(path, text)
+                    # Each rank writes the same, as not all may see one disk; none into the other's.
+                    own = path.with_name(f"{path.name}.{read_place().rank}")
+                    write_atomically(own, text)
+                    own.replace(path)
             except OSError as error:
                 raise UserError(
                     f"run.dir: {path} cannot be written ({error.strerror}); give another"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -22,15 +23,17 @@ from shardes.distributed.stop import Stop, Stopped, stop_signals
 from shardes.environments.runners import Environments, tasks_by_key
 from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, JobError, StorageError, UserError
 from shardes.evaluation.command import compare
-from shardes.models.files import check_model_directory
+from shardes.models.hub import check_model
 from shardes.monitor.commands import BACKEND, BASE, COMMANDS, TRUST
 from shardes.planning.machine import Machine
+from shardes.planning.starter import HOW_TO_BEGIN, init
 from shardes.rewards.pool import make_reward_runner
 from shardes.runs.directory import read_run, write_lines
-from shardes.runs.journal import recorded_setting
+from shardes.runs.journal import recorded_commit, recorded_setting
 from shardes.runs.trackers import check_trackers
 from shardes.tasks.generating import MAKEABLE, make_problems
 from shardes.tasks.loading import load_tasks
+from shardes.utils.shipped import copy_quickstart
 from shardes.utils.version import VERSION
 
 # How long a rank that has a message waits for rank 0 to print the same one first.
@@ -63,17 +66,19 @@ def cli() -> None:
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
-@click.option("--config", "config_path", type=_PATH, required=True, help="The run's YAML file.")
+@click.option("--config", "config_path", type=_PATH, help="The run's YAML file; shardes init writes one.")
 @click.option("--dry-run", is_flag=True, help="Evaluate one member on two prompts, print a plan, and end.")
 @TRUST
 @click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False)
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
-def train(config_path: Path, dry_run: bool, is_trusted: bool, overrides: tuple[str, ...]) -> None:
+def train(config_path: Path | None, dry_run: bool, is_trusted: bool, overrides: tuple[str, ...]) -> None:
     """Train, or go on with a run that stopped.
 
     KEY=VALUE changes a key of the file, for example es.sigma=0.002. Start it with deepspeed, torchrun or
     accelerate launch to use several ranks.
     """
+    if config_path is None:
+        raise UserError(HOW_TO_BEGIN)
     # What is quick to read comes first, so that a mistake is answered before anything heavy is imported.
     place = read_place()
     with stop_signals(num_ranks=place.world_size) as stop:
@@ -82,7 +87,7 @@ def train(config_path: Path, dry_run: bool, is_trusted: bool, overrides: tuple[s
 
 
 def _train(config: Config, *, place: Place, stop: Stop, dry_run: bool) -> None:
-    check_model_directory(config.model.path)
+    check_model(config.model)
     if place.rank == 0:  # whose metrics they are told
         check_trackers(config.log.report_to)
     task, heldout_sets = load_tasks(config)
@@ -93,38 +98,45 @@ def _train(config: Config, *, place: Place, stop: Stop, dry_run: bool) -> None:
     ):
         from shardes.models.build import skeleton_of
         from shardes.rollout.preparing import prepare_tasks
-        from shardes.session import open_session
+        from shardes.session import job_with_model, open_session
         from shardes.trainer import make_training_loop
         from shardes.utils.logs import configure_logging, tell_user
 
         configure_logging()
-        date = recorded_setting(config.run.dir, "task.date")
-        prepared = prepare_tasks(config, task, heldout_sets, environments=environments, date=date)
-        task = prepared.task
-        parts: dict[str, Any] = {
-            "rewards": rewards,
-            "environments": environments,
-            "encoder": prepared.encoder,
-        }
-        # Before the session: a backend may change the classes that models are made of.
-        model = skeleton_of(config) if dry_run else None
+        run_dir = config.run.dir
+        recorded = recorded_commit(run_dir, config.model.hub_id)
         try:
-            with open_session(config, stop=stop) as session:
-                if model is None:
-                    make_training_loop(session, task, heldout_sets=prepared.heldout_sets, **parts).train()
-                    return
-                from shardes.planning.dry_run import dry_run as try_member
+            with job_with_model(config, stop=stop, recorded=recorded) as (config, world):
+                date = recorded_setting(run_dir, "task.date")
+                prepared = prepare_tasks(config, task, heldout_sets, environments=environments, date=date)
+                task = prepared.task
+                parts: dict[str, Any] = {
+                    "rewards": rewards,
+                    "environments": environments,
+                    "encoder": prepared.encoder,
+                }
+                # Before the session: a backend may change the classes that models are made of.
+                model = skeleton_of(config) if dry_run else None
+                with open_session(config, stop=stop, world=world) as session:
+                    if model is None:
+                        make_training_loop(session, task, heldout_sets=prepared.heldout_sets, **parts).train()
+                        return
+                    from shardes.planning.dry_run import dry_run as try_member
 
-                lines = try_member(session, task, model=model, **parts)
-                if session.mesh.world.is_main:
-                    click.echo("\n".join(lines))
+                    lines = try_member(session, task, model=model, **parts)
+                    if session.mesh.world.is_main:
+                        click.echo("\n".join(lines))
         except Stopped:
             if place.rank == 0:
                 tell_user(stop.farewell)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
-@click.option("--model", required=True, help="A model directory, or RUN_DIR[@K] or RUN_DIR@best of a run.")
+@click.option(
+    "--model",
+    required=True,
+    help="A model directory, NAME[@REVISION] of the hub, or RUN_DIR[@K] or RUN_DIR@best of a run.",
+)
 @click.option("--config", "config_path", type=_PATH, help="What is asked; default: the run's configuration.")
 @click.option("--out", type=_PATH, help="A JSONL file for every answer.")
 @TRUST
@@ -145,7 +157,7 @@ def evaluate(
         model, config_path=config_path, overrides=list(overrides), is_trusted=is_trusted
     )
     config = model_ref.config
-    check_model_directory(config.model.path)
+    check_model(config.model)
     task, heldout_sets = load_tasks(config)
     with (
         make_reward_runner(config.task, [task, *heldout_sets.values()]) as rewards,
@@ -153,30 +165,31 @@ def evaluate(
     ):
         from shardes.evaluation.summary import evaluate_model
         from shardes.rollout.preparing import prepare_tasks
-        from shardes.session import open_session
+        from shardes.session import job_with_model, open_session
         from shardes.utils.logs import configure_logging
 
         configure_logging()
-        prepared = prepare_tasks(
-            config, task, heldout_sets, environments=environments, date=model_ref.date, trains=False
-        )
-        with open_session(config) as session:
-            model_ref.restore(session)
-            sets, lines = evaluate_model(
-                session,
-                prepared.task,
-                rewards=rewards,
-                environments=environments,
-                heldout_sets=prepared.heldout_sets,
-                encoder=prepared.encoder,
+        stop = Stop()
+        with job_with_model(config, stop=stop, recorded=model_ref.recorded_commit) as (config, world):
+            prepared = prepare_tasks(
+                config, task, heldout_sets, environments=environments, date=model_ref.date, trains=False
             )
-            if session.mesh.world.is_main:
-                if out is not None:
-                    out.parent.mkdir(parents=True, exist_ok=True)
-                    write_lines(out, lines)
-                click.echo(
-                    json.dumps({"model": model, "iteration": model_ref.iteration, "sets": sets}, indent=2)
+            with open_session(config, stop=stop, world=world) as session:
+                model_ref.restore(session)
+                sets, lines = evaluate_model(
+                    session,
+                    prepared.task,
+                    rewards=rewards,
+                    environments=environments,
+                    heldout_sets=prepared.heldout_sets,
+                    encoder=prepared.encoder,
                 )
+                is_main = session.mesh.world.is_main
+        if is_main:
+            if out is not None:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                write_lines(out, lines)
+            click.echo(json.dumps({"model": model, "iteration": model_ref.iteration, "sets": sets}, indent=2))
 
 
 _POSITIVE = click.IntRange(min=1)
@@ -184,7 +197,8 @@ _POSITIVE = click.IntRange(min=1)
 
 def _rate(name: str, default: float, help_text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return the option of a rate of the machine."""
-    return click.option(name, type=click.FloatRange(min=0, min_open=True), default=default, help=help_text)
+    help_text += f" Default: {default:g}, on CPUs what is measured here."
+    return click.option(name, type=click.FloatRange(min=0, min_open=True), help=help_text)
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "show_default": True})
@@ -192,8 +206,19 @@ def _rate(name: str, default: float, help_text: str) -> Callable[[Callable[..., 
 @click.option(
     "--world-size", type=_POSITIVE, help="Number of ranks; default: the fewest that hold the model."
 )
-@click.option("--device-memory", type=_Size(), default="80GiB", help="Of each rank's device.")
-@click.option("--reserve", type=_Size(), default="2GiB", help="What of it is left to the driver and others.")
+@click.option(
+    "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", help="Kind of each rank's device."
+)
+@click.option(
+    "--device-memory",
+    type=_Size(),
+    help="Of each rank's device. Default: 80GiB, on CPUs what is free here.",
+)
+@click.option(
+    "--reserve",
+    type=_Size(),
+    help="What of it is left to the driver and others. Default: 2GiB, on CPUs nothing.",
+)
 @click.option(
     "--model-config",
     type=click.Path(exists=True, path_type=Path),
@@ -211,14 +236,15 @@ def _rate(name: str, default: float, help_text: str) -> Callable[[Callable[..., 
 def plan(
     config_path: Path,
     world_size: int | None,
-    device_memory: int,
-    reserve: int,
+    device: str,
+    device_memory: int | None,
+    reserve: int | None,
     model_config: Path | None,
     num_prompts: int | None,
     prompt_tokens: int | None,
-    gather_bandwidth: float,
-    memory_bandwidth: float,
-    compute: float,
+    gather_bandwidth: float | None,
+    memory_bandwidth: float | None,
+    compute: float | None,
     is_trusted: bool,
     overrides: tuple[str, ...],
 ) -> None:
@@ -228,15 +254,18 @@ def plan(
     The exit status is 1 if it does not fit.
     """
     config = load_trusted(config_path, list(overrides), is_trusted=is_trusted)
+    from shardes.planning.rates import machine_of
     from shardes.planning.report import report
     from shardes.planning.sources import plan_run
 
-    machine = Machine(
+    machine = machine_of(
+        config,
+        device_type=device,
         memory_bytes=device_memory,
         reserved_bytes=reserve,
-        gather_bytes_per_second=gather_bandwidth * 1e9,
-        memory_bytes_per_second=memory_bandwidth * 1e9,
-        flops_per_second=compute * 1e12,
+        gather_bytes_per_second=gather_bandwidth and gather_bandwidth * 1e9,
+        memory_bytes_per_second=memory_bandwidth and memory_bandwidth * 1e9,
+        flops_per_second=compute and compute * 1e12,
     )
     planned, files = plan_run(
         config,
@@ -351,7 +380,20 @@ def make_data(
     click.echo(f"{out}: {len(rows)} problems")
 
 
-for _command in (compare, *COMMANDS):
+@cli.command()
+@click.argument("directory", type=_PATH, default=Path())
+def quickstart(directory: Path) -> None:
+    """Copy the quickstart's configuration, model and problems into DIRECTORY, and say how to train there."""
+    files = copy_quickstart(directory)
+    click.echo(f"{directory}: {len(files)} files; to train with them, in one process or on two ranks:")
+    if directory != Path():
+        click.echo(f"    cd {shlex.quote(str(directory))}")
+    click.echo("    shardes train --config configs/quickstart.yaml parallel.backend=single")
+    several = "torchrun --nproc-per-node 2 -m shardes train --config configs/quickstart.yaml"
+    click.echo(f"    {several} parallel.backend=fsdp")
+
+
+for _command in (compare, init, *COMMANDS):
     cli.add_command(_command)
 
 

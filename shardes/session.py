@@ -20,10 +20,11 @@ from shardes.distributed.launch import process_group
 from shardes.distributed.stop import Stop
 from shardes.errors import UserError
 from shardes.es.arithmetic import check_arithmetic
-from shardes.es.strategy import decay_of, optimizer_of
-from shardes.es.update import UPDATE_VERSION, Update
+from shardes.es.strategy import decay_of, optimizer_of, version_of_updates
+from shardes.es.update import Update
 from shardes.models.build import skeleton_of
 from shardes.models.checkpoint import Checkpoint
+from shardes.models.node_fetch import fetch_for_job
 from shardes.models.trial import check_forward, may_be_of_model
 from shardes.noise import NOISE_VERSION
 from shardes.noise.kinds.registry import make_kind
@@ -87,7 +88,7 @@ class Session:
             if wanted != found:
                 raise UserError(
                     f"RUN_DIR {run_dir}: {key} of the run is {wanted}, but of model.path "
-                    f"{self.config.model.path} it is {found}; give the run its base model back"
+                    f"{self.config.model.directory} it is {found}; give the run its base model back"
                 )
         self.use_update_version(header.get("update_version", 1))
 
@@ -105,7 +106,7 @@ class Session:
                 "on machines like the one that it ran on. Runs that begin now have version %d",
                 version,
                 self.config.es.optimizer,
-                UPDATE_VERSION,
+                version_of_updates(self.config.es),
             )
         self.weights.optimizer = optimizer
 
@@ -151,10 +152,44 @@ def join_job(config: Config, *, stop: Stop) -> Iterator[Group]:
 
 
 @contextmanager
+def job_with_model(
+    config: Config, *, stop: Stop, recorded: str | None = None
+) -> Iterator[tuple[Config, Group | None]]:
+    """Have the model's files here, for what reads them before a session is opened.
+
+    For a model of the hub, the job is joined, so that each machine fetches once; a directory needs no job.
+
+    Args:
+        config: Validated configuration.
+        stop: Flag by which this process can be asked to stop; other ranks can ask, too.
+        recorded: The commit with which the run began (``recorded_commit``); None: it is new.
+
+    Yields:
+        The configuration for ``open_session``, and the ranks of the job if it was joined.
+
+    Raises:
+        UserError: The model cannot be fetched, or the run began with another commit of it.
+        StorageError: The cache of the hub cannot be written.
+    """
+    if config.model.is_here:
+        yield config, None
+        return
+    with join_job(config, stop=stop) as world:
+        yield _with_model(config, world, recorded=recorded), world
+
+
+def _with_model(config: Config, world: Group, *, recorded: str | None = None) -> Config:
+    model = fetch_for_job(config.model, world, recorded=recorded)
+    return config.model_copy(update={"model": model})
+
+
+@contextmanager
 def open_session(
     config: Config, *, stop: Stop | None = None, world: Group | None = None
 ) -> Iterator[Session]:
     """Join the job, build the model over its ranks, and load the base weights.
+
+    A model of the hub is fetched if that was not done before (``job_with_model``).
 
     Args:
         config: Validated configuration.
@@ -170,11 +205,14 @@ def open_session(
     """
     if config.parallel.threads_per_rank is not None:
         torch.set_num_threads(config.parallel.threads_per_rank)
-    checkpoint = Checkpoint(config.model.path)
+    checkpoint = Checkpoint(config.model.directory) if config.model.is_here else None
     parallel = config.parallel
     spec = BACKENDS[parallel.backend]
     stop = stop or Stop()
     with join_job(config, stop=stop) if world is None else nullcontext(world) as world:
+        if checkpoint is None:
+            config = _with_model(config, world)
+            checkpoint = Checkpoint(config.model.directory)
         config = config.on_device(world.device.type)
         shard_size = parallel.shard_size or spec.default_shard_size
         check_arithmetic(world.device)
@@ -193,7 +231,7 @@ def open_session(
         _check_shapes(weights)
         weights.load(checkpoint)
         base_digest = _combined(mesh, backend, master_digest(weights), compare=True)
-        identity = _identity(weights, checkpoint, base_digest)
+        identity = _identity(weights, checkpoint, base_digest, update_version=version_of_updates(config.es))
         logger.info(
             "%s on %d rank(s), %d replica(s), %s, %s; %d of %d parameters are trained",
             parallel.backend,
@@ -258,13 +296,15 @@ def _combined(mesh: Mesh, backend: Backend, digest: int, *, compare: bool) -> st
     return f"{digest:016x}"
 
 
-def _identity(weights: Weights, checkpoint: Checkpoint, base_digest: str) -> dict[str, Any]:
+def _identity(
+    weights: Weights, checkpoint: Checkpoint, base_digest: str, *, update_version: int
+) -> dict[str, Any]:
     table = [[shard.param_id, shard.name, list(shard.shape)] for shard in weights.trained]
     # Few models have any; the digest of the weights is of parameters alone.
     buffers = {"base_buffers_sha256": checkpoint.buffers_sha256()} if checkpoint.buffers else {}
     return buffers | {
         "noise_version": NOISE_VERSION,
-        "update_version": UPDATE_VERSION,
+        "update_version": update_version,
         "shardes_version": VERSION,
         "base_headers_sha256": checkpoint.header_sha256,
         "base_weights_digest": base_digest,

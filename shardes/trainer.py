@@ -1,7 +1,9 @@
 """The training loop: Algorithm 1 of Qiu et al. 2025 (arXiv 2509.24372), over shards."""
 
 import logging
+from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +13,7 @@ from shardes.environments.runners import Environments
 from shardes.errors import UserError
 from shardes.es.member import MemberResult, check_enough_rewards, member_rewards
 from shardes.es.reward_stats import reward_stats
+from shardes.es.step_rule import WINDOW
 from shardes.es.strategy import reward_table
 from shardes.es.update import Update
 from shardes.evaluation.centre import CentreEvaluator
@@ -19,6 +22,7 @@ from shardes.rewards.pool import RewardRunner
 from shardes.rollout.build import Rollout, make_rollout
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.iteration import IterationSpec
+from shardes.rollout.racing import PortionKey, Race
 from shardes.runs.journal import recorded_setting
 from shardes.runs.recorder import RunRecorder
 from shardes.runs.reporting import Callbacks, Reporter
@@ -64,6 +68,9 @@ class TrainingLoop:
         self._recorder, self._snapshots, self._reporter = recorder, snapshots, reporter
         # Members of the first iteration that the journal knows: the job before died in the middle of it.
         self._known_results: dict[int, MemberResult] = {}
+        self._known_portions: dict[PortionKey, dict[str, Any]] = {}
+        # Records of the last updates, the same on every rank: what a step may depend on besides its rewards.
+        self._past: deque[Mapping[str, Any]] = deque(maxlen=WINDOW)
 
     def train(self) -> None:
         """Train; a collective of all ranks.
@@ -82,8 +89,9 @@ class TrainingLoop:
                     self._kl.measure_if_due(iteration)
                     self._centre.evaluate_if_due(iteration)
                     spec = self._rollout.spec(iteration)
-                    results = self._evaluate_members(spec)
-                    update = self._decide_update(spec, results)
+                    race = self._rollout.race(spec)
+                    results = self._evaluate_members(spec, race)
+                    update = self._decide_update(spec, results, race)
                     self._apply(update)
                     self._reporter.end_iteration(iteration, self._rollout.measured())
             self._finish()
@@ -106,13 +114,17 @@ class TrainingLoop:
         if state.is_cut_off:
             self._apply(Update.of_record(state.updates[-1]))
         self._centre.resume(state)
-        self._known_results = state.results
+        self._known_results, self._known_portions = state.results, state.portions
+        if self._rollout.screening is not None:
+            self._rollout.screening.resume(state.updates)
+        self._past.extend(state.updates)
         self._reporter.catch_up()
         return state.first_iteration
 
-    def _evaluate_members(self, spec: IterationSpec) -> list[MemberResult]:
+    def _evaluate_members(self, spec: IterationSpec, race: Race | None) -> list[MemberResult]:
         """Return what every member earned, recording each as soon as it is known."""
         iteration, known, self._known_results = spec.iteration, self._known_results, {}
+        portions, self._known_portions = self._known_portions, {}
         every = self._config.log.samples_every
         shows_samples = every > 0 and iteration % every == 0
         self._reporter.begin_members(len(spec.members), num_known=len(known))
@@ -123,14 +135,31 @@ class TrainingLoop:
             self._recorder.record({"type": "member", "iteration": iteration, **result.record()})
             self._reporter.end_member(result.num_tokens)
 
+        def record_portion(number: int, result: MemberResult) -> None:
+            if shows_samples and number == 0:
+                self._recorder.write_samples(result.samples, iteration=iteration, member=result.member)
+            place = {"iteration": iteration, "round": number, "member": result.member}
+            self._recorder.record({"type": "portion", **place, "part": result.part})
+
+        def record_stopped(result: MemberResult) -> None:
+            result = replace(result, samples=())  # they came with its first portion
+            if (before := known.get(result.member)) is None or before.record() != result.record():
+                record(result)
+
+        if race is not None:
+            return race.run(
+                self._rollout.scheduler, known=portions, on_portion=record_portion, on_result=record_stopped
+            )
         members = [member for member in spec.members if member not in known]
         results = known | self._rollout.scheduler.evaluate_members(members, spec=spec, on_result=record)
         return [results[member] for member in spec.members]
 
-    def _decide_update(self, spec: IterationSpec, results: list[MemberResult]) -> Update:
+    def _decide_update(self, spec: IterationSpec, results: list[MemberResult], race: Race | None) -> Update:
         """Turn rewards into coefficients, and have these on disk before the weights move."""
         config, iteration = self._config, spec.iteration
         rewards = member_rewards(results, on_error=config.task.on_reward_error)
+        if race is not None:
+            rewards = race.rewards
         check_enough_rewards(
             rewards,
             results,
@@ -139,8 +168,12 @@ class TrainingLoop:
             first_failure=self._rollout.scorer.first_failure,
             is_episodic=self._rollout.task.episodes is not None,
         )
-        shaped = self._strategy.shaped(rewards, results)
-        update = self._strategy.update(shaped, iteration=iteration)
+        table = reward_table(results) if race is None else race.table
+        shaped = self._strategy.shaped(rewards, results, weights=spec.weights)
+        stats = reward_stats(table, rewards=rewards, shaped=shaped)
+        factor, measured = self._strategy.alpha_factor(stats, past=self._past)
+        reused = self._strategy.reused(past=self._past)
+        update = self._strategy.update(shaped, iteration=iteration, alpha_factor=factor, reused=reused)
         sigma = self._strategy.sigma(iteration)
         check_consistency(
             self._world,
@@ -149,7 +182,7 @@ class TrainingLoop:
             prompts=spec.prompts.fingerprint(),
             update=update.record(),
         )
-        if self._world.is_main and not any(update.coefficients):
+        if self._world.is_main and not any(shaped):
             logger.warning(
                 "iteration %d: all members earned the same, so there is nothing to learn from them; a larger "
                 "es.sigma, or a reward that tells bad answers apart, would help",
@@ -158,10 +191,16 @@ class TrainingLoop:
         self._check_step(update)
         with self._timer("snapshot"):
             self._snapshots.finish()
-        if self._world.is_main:
-            stats = reward_stats(reward_table(results), rewards=rewards, shaped=shaped)
-            record = {"type": "update", **update.record(), "sigma": sigma, "instruments": stats}
-            self._recorder.record(record, durable=True)
+        stats |= {} if race is None else race.stats()
+        instruments = {**stats, **measured, **({} if reused is None else reused.stats())}
+        record = {"type": "update", **update.record(), "sigma": sigma, "instruments": instruments}
+        if config.es.member_reuse is not None:
+            judged = zip(rewards, shaped, strict=True)
+            record["shaped"] = [None if reward is None else value for reward, value in judged]
+        if self._rollout.screening is not None and spec.asked is not None:
+            record["screening"] = self._rollout.screening.learn(spec.asked, table)
+        self._recorder.record(record, durable=True)
+        self._past.append(record)
         return update
 
     def _check_step(self, update: Update) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from shardes.config.es import RacingConfig
 from shardes.config.schema import Config
-from shardes.config.task import ProblemSetConfig, RewardConfig
+from shardes.config.task import ProblemSetConfig, RewardConfig, ScreeningConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """\
@@ -44,7 +45,9 @@ Names of older versions are still read, with a warning: `es.schedule` (now `es.a
 # Sections inside of a key's value, and their headings.
 INNER: dict[type[BaseModel], str] = {
     RewardConfig: "Items of `task.rewards`",
+    ScreeningConfig: "Keys of `task.screening`",
     ProblemSetConfig: "Values of `eval.sets`",
+    RacingConfig: "The value of `es.racing`",
 }
 _WORDS = {
     "number": "number",

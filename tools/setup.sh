@@ -11,6 +11,6 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   # torch first and by its exact version, so that nothing that depends on it picks another build.
   .venv/bin/python -m pip install --quiet --constraint constraints.txt torch
   .venv/bin/python -m pip install --quiet --constraint constraints.txt \
-    --editable '.[zero3,plot,data,math,tensorboard,wandb,environments,endpoint,verifiers,dev]'
+    --editable '.[zero3,plot,data,math,tensorboard,wandb,environments,endpoint,verifiers,docs,dev]'
   echo "$wanted" >"$stamp"
 fi

@@ -10,19 +10,17 @@ runs on five other seeds. Every run is a line of a file, so the study goes on wh
 import contextlib
 import json
 import math
-import multiprocessing
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import click
+from claims.lines import make_missing, read_lines
 
 ROOT = Path(__file__).parent.parent
 TUNING_SEED, SEEDS = 100, (1, 2, 3, 4, 5)
@@ -184,14 +182,14 @@ def adaptive_sigma() -> Any:
         def alpha(self, iteration: int) -> float:
             return super().alpha(iteration) * self.scale
 
-        def shaped(self, rewards: Any, results: Any) -> list[float]:
-            shaped = super().shaped(rewards, results)
+        def shaped(self, rewards: Any, results: Any, **rest: Any) -> list[float]:
+            shaped = super().shaped(rewards, results, **rest)
             found = reward_stats(reward_table(results), rewards=rewards, shaped=shaped)["reward_snr"]
             self.next_scale = self.scale * (1.05 if found is None or found < 1.5 else 1 / 1.05)
             return shaped
 
-        def update(self, shaped: Any, *, iteration: int) -> Any:
-            update = super().update(shaped, iteration=iteration)
+        def update(self, shaped: Any, **place: Any) -> Any:
+            update = super().update(shaped, **place)
             self.scale = min(max(self.next_scale, 0.25), 4.0)
             return update
 
@@ -280,20 +278,11 @@ def missing(
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the whole lines of a file that are results of arms as they are defined now."""
-    text = path.read_text() if path.exists() else ""
-    lines = []
-    for line in text.split("\n")[:-1]:
-        with contextlib.suppress(ValueError):  # half a line, closed by the next writer
-            lines.append(json.loads(line))
     return [
         line
-        for line in lines
+        for line in read_lines(path)
         if line["arm"] in ARMS and line["changes"] == changes_of(line["task"], ARMS[line["arm"]])
     ]
-
-
-def ends_whole(path: Path) -> bool:
-    return not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
 
 
 @click.group(help=__doc__)
@@ -308,31 +297,16 @@ def main() -> None:
 @click.option("--arm", "arms", multiple=True, type=click.Choice(list(ARMS)), help="Only these arms.")
 def run(out: Path, jobs: int, tasks: tuple[str, ...], arms: tuple[str, ...]) -> None:
     """Run everything that has no line in the file yet."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    failed: set[tuple[str, str, float, int]] = set()
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        pending: dict[Any, tuple[str, str, float, int]] = {}
-        while True:
-            left = missing(read(out), list(tasks or TASKS), list(arms or ARMS))
-            for each in left:
-                if len(pending) < 2 * jobs and each not in pending.values() and each not in failed:
-                    pending[pool.submit(run_one, *each)] = each
-            if not pending:
-                break
-            future = next(as_completed(pending))
-            each = pending.pop(future)
-            try:
-                line = future.result()
-            except Exception as error:
-                failed.add(each)
-                click.echo(f"{each}: {type(error).__name__}: {error}", err=True)
-                continue
-            with out.open("a") as stream:
-                # A line without an end, which a kill may have left, must not swallow this one.
-                stream.write("\n" * (not ends_whole(out)) + json.dumps(line) + "\n")
-            click.echo(f"{each}: {line['heldout_reward']:.4f}, {line['seconds']:.0f} s")
-    raise SystemExit(bool(failed))
+
+    def left() -> Iterator[tuple[str, str, float, int]]:
+        return missing(read(out), list(tasks or TASKS), list(arms or ARMS))
+
+    def summary(line: dict[str, Any]) -> str:
+        return f"{line['heldout_reward']:.4f}, {line['seconds']:.0f} s"
+
+    preload = ("claims.preload",)
+    is_done = make_missing(out, jobs=jobs, missing=left, run_one=run_one, summary=summary, preload=preload)
+    raise SystemExit(not is_done)
 
 
 @main.command()

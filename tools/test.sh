@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 
 bash tools/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
-# A worker that dies ends the run: pytest-xdist 3.8 would start another one, and might then wait for ever.
-exec python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not exhaustive" "$@"
+# Files are handed out in the order that tests/conftest.py gives them. A worker that dies ends the run: pytest-xdist 3.8 would start another one, and might then wait for ever.
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -m "not exhaustive" "$@"

@@ -20,8 +20,8 @@ def make_backend(config: Config, *, group: Group, checkpoint: Checkpoint | None 
     Raises:
         UserError: The model directory or the backend's configuration cannot be used.
     """
-    skeleton, conversion = build_model(config, checkpoint or Checkpoint(config.model.path))
-    skeleton.generation_config = load_generation_config(config.model.path, skeleton.config)
+    skeleton, conversion = build_model(config, checkpoint or Checkpoint(config.model.directory))
+    skeleton.generation_config = load_generation_config(config.model.directory, skeleton.config)
     backend: Backend = BACKENDS[config.parallel.backend].load().build(skeleton, config=config, group=group)
     backend.conversion = conversion
     return backend

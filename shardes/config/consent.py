@@ -17,6 +17,7 @@ from shardes.config.old_keys import current_name
 from shardes.config.schema import Config
 from shardes.config.section import NeedsConsent
 from shardes.errors import UserError
+from shardes.utils.hub_cache import find_cached
 from shardes.utils.reading import read_regular
 
 FLAG = "--trust-remote-code"
@@ -68,7 +69,8 @@ def with_consent(
 ) -> Config:
     """Return a run's configuration if it asks for nothing that takes consent, or that is given.
 
-    ``model.trust_remote_code`` is turned off where the model directory has no code.
+    ``model.trust_remote_code`` is turned off where the model directory has no code. A model of the hub that
+    is in the cache already was fetched by the person's own word.
 
     Args:
         config: The configuration.
@@ -90,7 +92,12 @@ def with_consent(
     is_elsewhere = config.run.dir.resolve() != origin.resolve().parent
     if "run" in sections and is_elsewhere and not {"run", "run.dir"}.intersection(own):
         asked["run.dir"] = f"  run.dir: {config.run.dir} (written to, and not where this file is)"
-    if "model.trust_remote_code" in asked and not _names_code(config.model.path):
+    directory: Path | None = config.model.directory
+    if config.model.hub_id is not None:
+        directory = find_cached(config.model.hub_id, config.model.revision)
+        if directory is not None:
+            asked.pop("model.path", None)
+    if "model.trust_remote_code" in asked and directory is not None and not _names_code(directory):
         del asked["model.trust_remote_code"]
         model = config.model.model_copy(update={"trust_remote_code": False})
         config = config.model_copy(update={"model": model})

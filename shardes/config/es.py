@@ -1,12 +1,32 @@
 """The schema of the section ``es``, the algorithm. docs/toolbox.md says what each key is for."""
 
+import math
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from shardes.config.section import Section
 from shardes.noise.kinds.registry import KindName
+
+
+class RacingConfig(Section):
+    """How the members of an iteration race: some stop before they have answered all problems."""
+
+    rounds: int = Field(default=3, ge=2, lt=2**16)
+    """Number of portions that an iteration's answers are asked in. A portion is made of whole micro-batches,
+    so there must be as many of these (``rollout.micro_batch_size``)."""
+    keep: float = Field(default=0.5, gt=0, lt=1)
+    """Part of the racing members that goes on after each portion, at least two: those whose rewards are
+    farthest from the middle, as many of the best as of the worst. With ``es.antithetic`` it is a part of the
+    pairs: those whose two members differ most."""
+    tolerance: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """How much racing may change an update, as a part of the length that it has when all members answer
+    everything. More members go on where stopping them is expected to change more. null: no limit."""
+
+    def num_kept(self, count: int) -> int:
+        """Return how many of so many members, or pairs, go on: at least one at each end of the ranking."""
+        return min(count, max(2, math.ceil(self.keep * count - 1e-9)))
 
 
 class EsConfig(Section):
@@ -33,9 +53,17 @@ class EsConfig(Section):
     take as many times less. Not for ``low_rank``."""
     noise_reuse: int = Field(default=1, gt=0)
     """Number of iterations for which directions stay the same before new ones are drawn."""
+    member_reuse: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    """Use the last iteration's members again, weighted by how likely they are around the centre of now. The
+    number is the least effective number of them, as a share of all: weights that leave fewer are flattened
+    until they leave so many. 0: the density ratios as they are; 1: equal weights. null: members are used
+    once."""
     prompts_per_member: int | None = Field(default=None, gt=0)
     """Number of the iteration's problems that a member answers; members take turns, the two of an antithetic
     pair answer the same. null: every member answers all."""
+    racing: RacingConfig | None = None
+    """Have members answer the problems in portions, and stop those early that weigh little in the update;
+    what they were not asked is estimated (docs/toolbox.md). null: every member answers everything."""
     sigma: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Scale of the noise on the weights."""
     sigma_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -55,6 +83,10 @@ class EsConfig(Section):
     """``linear`` lowers alpha from its value to 0 over the iterations, ``cosine`` along half a cosine."""
     warmup_iterations: int = Field(default=0, ge=0)
     """Number of iterations, from the first on, over which alpha rises to its value."""
+    step_rule: Literal["none", "reliability"] = "none"
+    """Rule by which the measured signal shortens steps. ``reliability``: alpha times the root of the share of
+    the variance of members' rewards that other problems would confirm, estimated over eight iterations. It
+    is at least a tenth."""
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
     """Rule that makes a step of the gradient. ``sgd``: alpha times the gradient, as in the paper.
     ``momentum``: a share of the steps before is added; 4 more bytes a parameter. ``adam``: its moments
@@ -114,6 +146,13 @@ class EsConfig(Section):
             )
         return value
 
+    @field_validator("racing", mode="before")
+    @classmethod
+    def _racing_has_keys(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, dict | RacingConfig):
+            raise ValueError(f"got {value!r}; give its keys, as in {{rounds: 3, keep: 0.5}}, or null")
+        return value
+
     @field_validator("trainable")
     @classmethod
     def _trainable_are_patterns(cls, value: list[str]) -> list[str]:
@@ -170,6 +209,47 @@ class EsConfig(Section):
             raise ValueError(
                 f"adam_betas are {list(self.adam_betas)}; the second must be larger than the square of the "
                 "first, or steps have no bound"
+            )
+        sizes = self.population.values() if isinstance(self.population, dict) else [self.population]
+        units = [size // 2 if self.antithetic else size for size in sizes]
+        if self.racing is not None and all(self.racing.num_kept(count) == count for count in units):
+            raise ValueError(
+                f"racing.keep is {self.racing.keep}, which keeps all of {max(units)} "
+                f"{'pairs' if self.antithetic else 'members'}, so nobody would ever stop; give less, or a "
+                "larger population"
+            )
+        if self.racing is not None and self.prompts_per_member is not None:
+            raise ValueError(
+                f"prompts_per_member is {self.prompts_per_member}, but racing compares members on the same "
+                "problems; set prompts_per_member or racing to null"
+            )
+        if self.racing is not None and self.shaping == "per_prompt":
+            raise ValueError(
+                "shaping is per_prompt, which compares the members that answered a prompt, but after a round "
+                "of racing only the best and the worst do; use shaping: zscore or centered_rank, or set "
+                "racing to null"
+            )
+        if self.member_reuse is not None:
+            for key, found, why in (
+                ("noise_reuse", self.noise_reuse, "has the same directions twice already"),
+                ("subspaces", self.subspaces, "keeps members in parts that the centre has left since"),
+                ("optimizer", self.optimizer, "repeats all iterations' members already"),
+                ("sigma_schedule", self.sigma_schedule, "makes the densities of two iterations incomparable"),
+            ):
+                if found != type(self).model_fields[key].default:
+                    raise ValueError(
+                        f"member_reuse is {self.member_reuse}, but {key} is {found}, which {why}; remove one "
+                        "of the two"
+                    )
+        if self.racing is not None and self.step_rule != "none":
+            raise ValueError(
+                f"step_rule is {self.step_rule}, which measures members on problems that all of them answer, "
+                "but racing stops some; remove one of the two"
+            )
+        if self.step_rule != "none" and self.prompts_per_member is not None:
+            raise ValueError(
+                f"step_rule is {self.step_rule}, which compares members on the same problems, but "
+                f"prompts_per_member is {self.prompts_per_member}; remove one of the two"
             )
         if self.decay_towards != "zero" and self.weight_decay == 0:
             raise ValueError("decay_towards is base, but weight_decay is 0; set both, or neither")

@@ -9,6 +9,7 @@ from shardes.rollout.engines.registry import DEFAULT_ENGINE
 _FREE_SECTIONS = ("run.", "parallel.", "eval.", "log.")
 _FREE_KEYS = {
     "model.path",
+    "model.revision",  # which commit it is, is compared before anything is fetched
     "model.trust_remote_code",
     "rollout.gather",
     "rollout.kv_cache_gib",
@@ -44,6 +45,11 @@ _LATER_KEYS = {
     "task.harness": None,
     "task.episode_return": "sum",
     "task.max_turns": 10,
+    "es.racing": None,
+    "task.screening": None,
+    "task.objective": "mean",
+    "es.step_rule": "none",
+    "es.member_reuse": None,
 }
 
 

@@ -138,7 +138,10 @@ def _keys_of(location: list[str]) -> list[str]:
 
 def dump_config(config: Config) -> str:
     """Return the resolved configuration as YAML, its paths absolute: it is read again from anywhere."""
-    return dump_yaml(_with_absolute_paths(config.model_dump()))
+    tree = _with_absolute_paths(config.model_dump())
+    if config.model.hub_id is not None:
+        tree["model"]["path"] = config.model.hub_id
+    return dump_yaml(tree)
 
 
 def _with_absolute_paths(value: Any) -> Any:

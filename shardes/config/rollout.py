@@ -60,7 +60,7 @@ class RolloutConfig(Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Tokens are drawn from the most likely ones that together reach this probability."""
     samples_per_prompt: int = Field(default=1, gt=0)
-    """Answers to each prompt; a member's reward is the mean over all of them."""
+    """Answers to each prompt. ``task.objective`` says what a member earns by them."""
     cudnn_attention: bool = False
     """Let torch's attention use the kernels of cuDNN on GPUs. They need a plan for each shape, of which eager
     decoding has a new one at every token, and wrong answers of some models were reported on B200 (torch 2.11

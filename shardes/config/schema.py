@@ -4,10 +4,12 @@ docs/configuration.md is made of the docstrings of the keys. Nothing heavy is im
 answered at once.
 """
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, FiniteFloat, ValidationInfo, field_validator
+from pydantic import Field, FiniteFloat, PrivateAttr, ValidationInfo, field_validator
 
 from shardes.backends.registry import BACKENDS
 from shardes.config.es import EsConfig
@@ -17,17 +19,61 @@ from shardes.config.section import NeedsConsent, Registered, Section
 from shardes.config.task import ProblemSetConfig, TaskConfig
 from shardes.rollout.engines.registry import DEFAULT_ENGINE
 
+# ORGANISATION/MODEL, or MODEL alone, as some old ones have it.
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def _hub_id(path: Path) -> str | None:
+    """Return the name on the hub that a path means if there is nothing here by that name, else None."""
+    return str(path) if _HUB_ID.fullmatch(str(path)) and not os.path.lexists(path) else None
+
 
 class ModelConfig(Section):
     """The base model."""
 
-    path: Path
-    """A local directory in Hugging Face format, with safetensors weights and a tokenizer (docs/models.md)."""
+    path: Annotated[
+        Path,
+        NeedsConsent(
+            "fetched over the network, as this machine's cache of the hub does not have it; your own --base "
+            "NAME, model.path=NAME or hf download NAME is consent to that alone",
+            lambda path: _hub_id(path) is not None,
+        ),
+    ]
+    """A local directory in Hugging Face format, with safetensors weights and a tokenizer, or the name of a
+    model on the hub, such as ``Qwen/Qwen2.5-1.5B-Instruct``, which is fetched into the hub's cache
+    (docs/models.md)."""
+    revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit of a model on the hub. null: its main branch; for a run that has begun, the
+    commit with which it did."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """The dtype of the weights that generate, and of the exported model."""
     trust_remote_code: Annotated[bool, NeedsConsent("code in the model directory runs")] = False
     """Allow Python files inside the model directory to run. Where a file in a run directory says so, it takes
     ``--trust-remote-code`` on the command line as well."""
+
+    # Where the files of a model of the hub are, once they are there.
+    _fetched: Path | None = PrivateAttr(default=None)
+
+    @property
+    def hub_id(self) -> str | None:
+        """Return the model's name on the hub; None for a directory."""
+        return str(self.path) if self._fetched is not None else _hub_id(self.path)
+
+    @property
+    def directory(self) -> Path:
+        """Return the directory of the model's files; one of the hub must have been fetched."""
+        return self._fetched or self.path
+
+    @property
+    def is_here(self) -> bool:
+        """Return whether nothing has to be fetched before the directory can be looked at."""
+        return self._fetched is not None or self.hub_id is None
+
+    def fetched(self, directory: Path, *, commit: str) -> Self:
+        """Return a model of the hub whose files are in a directory, with its commit for the revision."""
+        model = self.model_copy(update={"revision": commit})
+        model._fetched = directory
+        return model
 
 
 class RunConfig(Section):
@@ -213,11 +259,52 @@ class Config(Section):
 
     @field_validator("task")
     @classmethod
+    def _objective_has_samples(cls, value: TaskConfig, info: ValidationInfo) -> TaskConfig:
+        rollout, needed = info.data.get("rollout"), value.num_samples_needed
+        if rollout is not None and rollout.samples_per_prompt < needed:
+            raise ValueError(
+                f"objective is {value.objective}, which takes {needed} answers to a problem or more, but "
+                f"rollout.samples_per_prompt is {rollout.samples_per_prompt}; set that to {needed} or more "
+                "(and rollout.temperature above 0), or task.objective: mean"
+            )
+        return value
+
+    @field_validator("task")
+    @classmethod
     def _failed_rewards_have_a_prompt(cls, value: TaskConfig, info: ValidationInfo) -> TaskConfig:
         es = info.data.get("es")
         if es is not None and es.shaping == "per_prompt" and value.on_reward_error == "worst":
             raise ValueError(
                 "on_reward_error is worst, which is a rule for members, but es.shaping: per_prompt compares "
                 "answers to one prompt; set task.on_reward_error to exclude or to a number"
+            )
+        return value
+
+    @field_validator("task")
+    @classmethod
+    def _problems_of_a_race_are_whole(cls, value: TaskConfig, info: ValidationInfo) -> TaskConfig:
+        es = info.data.get("es")
+        if es is None or es.racing is None:
+            return value
+        if value.screening is not None:
+            raise ValueError(
+                "screening learns from what all members earned on a problem, but es.racing stops some of "
+                "them before; remove one of the two"
+            )
+        if value.objective != "mean":
+            raise ValueError(
+                f"objective is {value.objective}, which takes all answers to a problem, but es.racing may "
+                "stop a member between them; set task.objective: mean, or es.racing: null"
+            )
+        return value
+
+    @field_validator("task")
+    @classmethod
+    def _step_rule_has_problems(cls, value: TaskConfig, info: ValidationInfo) -> TaskConfig:
+        es = info.data.get("es")
+        if es is not None and es.step_rule != "none" and value.batch_size == 1:
+            raise ValueError(
+                f"batch_size is 1, but es.step_rule: {es.step_rule} measures how members' rewards differ "
+                "from problem to problem; give at least 2, or remove es.step_rule"
             )
         return value

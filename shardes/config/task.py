@@ -1,6 +1,7 @@
 """The section ``task`` of a configuration, and those of further problem sets."""
 
 import datetime
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -209,6 +210,21 @@ def _check_reference(value: str | None, *, key: str) -> None:
         raise ValueError(f"{key} must be {forms}; got {value!r}")
 
 
+class ScreeningConfig(Section):
+    """Screening of problems that do not tell members apart."""
+
+    patience: int = Field(default=1, gt=0)
+    """Times in a row that a problem must have been asked with all members, those of all these iterations,
+    earning the same on it. From then on it is screened, until two members earn different rewards."""
+    keep_fraction: float = Field(default=0.25, gt=0, lt=1)
+    """Part of the screened problems of an iteration that is asked all the same, drawn at random and rounded
+    up."""
+    importance_weights: bool = False
+    """Let each of these count in members' rewards for those that are not asked, so that a member's reward is
+    an unbiased estimate of its mean over all problems that were drawn. false: all that are asked count alike,
+    and screened problems count less than others."""
+
+
 class TaskConfig(ProblemSetConfig):
     """The problems, and the rewards of answers: a built-in task's, or your own."""
 
@@ -225,6 +241,14 @@ class TaskConfig(ProblemSetConfig):
     """Choice of an iteration's problems, a function of ``es.seed`` and the iteration. ``random``: drawn anew.
     ``epochs``: all problems in random order, then all of them in another, and so on. ``fixed``: the same ones
     every time, drawn once."""
+    screening: ScreeningConfig | None = None
+    """Ask problems less often on which all members have earned the same: they take time and tell nothing. The
+    others of the iteration are asked as they would be without, and no problem takes the place of one that is
+    left out. ``{}`` is screening with the defaults; null: all are asked."""
+    objective: str = "mean"
+    """What a member earns by the ``rollout.samples_per_prompt`` answers to a problem. ``mean``: their mean.
+    ``max``: the best. ``pass@K``: the expected best of K answers, estimated from all of them without bias;
+    for rewards of 0 and 1 it is the usual pass@k. Held-out evaluations report it besides the mean."""
     on_reward_error: Literal["exclude", "worst"] | FiniteFloat = "exclude"
     """Value of an answer whose reward raised, hung, ended its process or was not a number. ``exclude``: it
     does not count. ``worst``: the least reward of all answers of the iteration (for the centre, of the
@@ -249,6 +273,40 @@ class TaskConfig(ProblemSetConfig):
     """``auto``: such a process sees no processes but those that it starts, where the kernel allows it (a PID
     namespace; docs/rewards.md); ``none``: it sees all, for a reward that uses ``sudo`` or rootless
     containers."""
+
+    @field_validator("screening", mode="before")
+    @classmethod
+    def _screening_is_keys(cls, value: Any) -> Any:
+        if value is None or isinstance(value, dict | ScreeningConfig):
+            return value
+        raise ValueError(
+            f"got {value!r:.80}; wanted keys such as {{keep_fraction: 0.25}}, or {{}} for defaults"
+        )
+
+    @field_validator("objective")
+    @classmethod
+    def _objective_is_known(cls, value: str) -> str:
+        is_pass_at_k = value != "pass@1" and re.fullmatch(r"pass@[1-9]\d{0,8}", value, re.ASCII)
+        if value not in ("mean", "max") and not is_pass_at_k:
+            raise ValueError(f"got {value!r}; wanted mean, max or pass@K with K of 2 or more, as in pass@4")
+        return value
+
+    @model_validator(mode="after")
+    def _objective_is_of_answers(self) -> Self:
+        from shardes.tasks.registry import definition_of
+
+        definition = definition_of(self.name, label_words=self.label_words)
+        if self.objective != "mean" and definition is not None and definition.choices is not None:
+            raise ValueError(
+                f"objective is {self.objective}, but {self.name} compares likelihoods and has no answers to "
+                "choose from; set objective: mean"
+            )
+        return self
+
+    @property
+    def num_samples_needed(self) -> int:
+        """Return the number of answers to a problem that the objective needs at least."""
+        return {"mean": 1, "max": 2}.get(self.objective) or int(self.objective.removeprefix("pass@"))
 
     @field_validator("heldout_fraction")
     @classmethod

@@ -26,6 +26,9 @@ _ATTEMPT = "attempt"
 _LOOK_SECONDS = 0.05
 # Longest that one call may take: who does not answer may be rank 0 of a former attempt.
 _CALL_SECONDS = 5.0
+# Stores that this process hosts. A program that joins one job after another, as the Python interface does,
+# would find its port taken while anything of the first one is left; so it keeps its store, as torchrun does.
+_hosted: dict[tuple[str, int], dist.TCPStore] = {}
 # A process that does not even notice that the time is over is ended so much later.
 _GRACE_SECONDS = 2.0
 
@@ -93,14 +96,20 @@ def _meet_rank_0(watch: FailureMonitor, place: Place, *, deadline: float, timeou
 def _open_store(place: Place, *, is_host: bool, seconds: float) -> dist.TCPStore:
     assert place.address is not None, "a job has an address"
     host, port = place.address
+    if is_host and (hosted := _hosted.get(place.address)) is not None:
+        hosted.set_timeout(datetime.timedelta(seconds=seconds))
+        return hosted
     try:
-        return dist.TCPStore(
+        store = dist.TCPStore(
             host,
             port,
             is_master=is_host,
             timeout=datetime.timedelta(seconds=seconds),
             wait_for_workers=False,
         )
+        if is_host:
+            _hosted[place.address] = store
+        return store
     except dist.DistNetworkError as error:
         if not is_host:
             raise

@@ -17,17 +17,22 @@ class MemberResult:
 
     Attributes:
         member: Index of the member in the iteration.
-        reward: Mean reward over its answers that count; None if none does, or if its logits were not finite.
+        reward: Mean reward over its answers that count, or what the objective makes of them; None if none
+            does, or if its logits were not finite.
         num_failures: Number of answers whose reward failed.
         num_tokens: Number of generated tokens.
-        num_scored: Number of answers that count in the mean.
+        num_scored: Number of answers that count.
         least: Smallest reward of an answer; None if none counts.
         components: Mean of each reward component by name, over the answers that it applies to.
         is_finite: Whether its logits were finite; if not, its answers mean nothing.
-        by_problem: Mean reward over its answers to each problem that count; None if none does.
+        by_problem: The same over its answers to each problem; None if none counts, or if none was
+            asked, because the member stopped before (``racing.py``).
         problems: Indices of these problems among the iteration's, in order; None: all problems.
         turn_tokens: Tokens generated in each turn of its episodes; empty if problems are answered once.
+        by_least: a and b, if its reward with failed answers at a least reward L is ``a + b * L``; empty if
+            that follows from the mean and the counts.
         samples: A few answers of the first member for people to read; not journaled.
+        part: What the answers of a portion earned one by one, while its member races; not journaled with it.
     """
 
     member: int
@@ -41,7 +46,9 @@ class MemberResult:
     by_problem: Sequence[float | None] = field(default_factory=list)
     problems: Sequence[int] | None = None
     turn_tokens: Sequence[int] = field(default_factory=list)
+    by_least: Sequence[float] = field(default_factory=list)
     samples: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    part: Mapping[str, Any] | None = None
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Self:
@@ -56,9 +63,10 @@ class MemberResult:
 
     def record(self) -> dict[str, Any]:
         """Return the journal's record of it."""
-        kept = {key: value for key, value in vars(self).items() if key != "samples"}
-        if not self.turn_tokens:
-            del kept["turn_tokens"]
+        kept = {key: value for key, value in vars(self).items() if key not in ("samples", "part")}
+        for key in ("turn_tokens", "by_least"):
+            if not kept[key]:
+                del kept[key]
         return {"version": RESULT_VERSION} | kept
 
 
@@ -75,13 +83,18 @@ def member_rewards(results: Sequence[MemberResult], *, on_error: str | float) ->
     least = min((result.least for result in results if result.least is not None), default=None)
     if on_error != "worst" or least is None:
         return [result.reward for result in results]
-    return [
-        result.reward
-        if result.num_failures == 0 or not result.is_finite
-        else math.fsum([(result.reward or 0.0) * result.num_scored, least * result.num_failures])
-        / (result.num_scored + result.num_failures)
-        for result in results
-    ]
+    return [_with_failures_at(least, result) for result in results]
+
+
+def _with_failures_at(least: float, result: MemberResult) -> float | None:
+    """Return a member's reward where failed answers earn the least reward."""
+    if result.num_failures == 0 or not result.is_finite:
+        return result.reward
+    if result.by_least:
+        constant, factor = result.by_least
+        return constant + factor * least
+    total = math.fsum([(result.reward or 0.0) * result.num_scored, least * result.num_failures])
+    return total / (result.num_scored + result.num_failures)
 
 
 def apply_reward_error_policy(

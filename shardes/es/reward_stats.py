@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import numpy as np
 
@@ -27,6 +27,8 @@ def reward_stats(
     - ``tied_members``: the share of members whose reward is also another's.
     - ``agreed_prompts``: the share, of the prompts that at least two members answered, on which all of these
       earned the same: they cost time and teach nothing.
+    - ``informative_prompts``: the share, of all prompts that were asked, on which at least two members earned
+      different rewards.
     - ``effective_population``: ``(sum |Z|)**2 / sum Z**2`` (the effective sample size of Kish 1965, Survey
       Sampling, of the weights |Z|): the population if all weigh alike, 1 if one member decides the update.
       None if all Z are 0.
@@ -42,6 +44,7 @@ def reward_stats(
         "reward_snr": _signal_to_noise(counted),
         "tied_members": _share_tied([reward for reward in rewards if reward is not None]),
         "agreed_prompts": _share_agreed(counted),
+        "informative_prompts": _share_informative(counted, asked={prompt for row in table for prompt in row}),
         "effective_population": math.fsum(map(abs, shaped)) ** 2 / square if square else None,
     }
 
@@ -72,3 +75,8 @@ def _share_tied(rewards: Sequence[float]) -> float | None:
 def _share_agreed(table: RewardTable) -> float | None:
     compared = [rewards for rewards in rewards_by_prompt(table).values() if len(rewards) > 1]
     return sum(len(set(rewards)) == 1 for rewards in compared) / len(compared) if compared else None
+
+
+def _share_informative(table: RewardTable, *, asked: Collection[Hashable]) -> float | None:
+    num_informative = sum(len(set(rewards)) > 1 for rewards in rewards_by_prompt(table).values())
+    return num_informative / len(asked) if asked else None

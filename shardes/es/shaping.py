@@ -21,6 +21,7 @@ def shape(
     how: Shaping,
     clip: float | None = None,
     table: RewardTable | None = None,
+    weights: Mapping[Hashable, float] | None = None,
 ) -> list[float]:
     """Compute the shaped rewards ``Z_n``; a member without a reward gets 0 and does not affect the others.
 
@@ -32,7 +33,8 @@ def shape(
     - ``none``: ``R_n``;
     - ``per_prompt``: the mean over the member's prompts of ``c_nq / (std c + 1e-8)``, where ``c_nq = r_nq -
       mean_n r_nq`` is centred prompt by prompt, and ``std c`` is one number over all members and prompts
-      (EGGROLL, Sarkar et al. 2025, arXiv 2511.16652). The c of a prompt that only one member saw is 0.
+      (EGGROLL, Sarkar et al. 2025, arXiv 2511.16652). The c of a prompt that only one member saw is 0. With
+      weights, the mean and ``std c`` are weighted ones.
 
     Standard deviations are those of the population. Sums are exact: no order of members or prompts matters.
 
@@ -41,6 +43,7 @@ def shape(
         how: Name of the shaping.
         clip: Limit of a shaped reward's magnitude; None: no limit.
         table: One row per member, for ``per_prompt``; members may have seen different prompts.
+        weights: Weight of each prompt, for ``per_prompt``, above 0; None: all weigh the same.
 
     Raises:
         ValueError: ``per_prompt`` without a table, or with one of another number of members.
@@ -49,7 +52,8 @@ def shape(
         if table is None or len(table) != len(rewards):
             found = "none" if table is None else f"one of {len(table)} members"
             raise ValueError(f"per_prompt wants a table of {len(rewards)} members; got {found}")
-        shaped = _per_prompt([{} if r is None else row for r, row in zip(rewards, table, strict=True)])
+        counted_rows = [{} if r is None else row for r, row in zip(rewards, table, strict=True)]
+        shaped = _per_prompt(counted_rows) if weights is None else _weighted(counted_rows, weights)
     else:
         counted = [reward for reward in rewards if reward is not None]
         found_for = iter(_shaped(counted, how=how)) if counted else iter(())
@@ -89,11 +93,36 @@ def rewards_by_prompt(table: RewardTable) -> dict[Hashable, list[float]]:
     return by_prompt
 
 
-def _per_prompt(table: RewardTable) -> list[float]:
+def _centred(table: RewardTable) -> list[dict[Hashable, float]]:
+    """Return each member's rewards that count, by prompt, as distances from the mean of the prompt."""
     means = {prompt: mean_and_deviation(rewards)[0] for prompt, rewards in rewards_by_prompt(table).items()}
-    centred = [
-        [reward - means[prompt] for prompt, reward in row.items() if reward is not None] for row in table
+    return [
+        {prompt: reward - means[prompt] for prompt, reward in row.items() if reward is not None}
+        for row in table
     ]
+
+
+def _per_prompt(table: RewardTable) -> list[float]:
+    centred = [list(row.values()) for row in _centred(table)]
     values = [value for row in centred for value in row]
     scale = (mean_and_deviation(values)[1] if values else 0.0) + _EPSILON
     return [math.fsum(row) / len(row) / scale if row else 0.0 for row in centred]
+
+
+def _weighted(table: RewardTable, weights: Mapping[Hashable, float]) -> list[float]:
+    centred = _centred(table)
+    largest = max((abs(value) for row in centred for value in row.values()), default=0.0)
+    if largest == 0.0:
+        return [0.0] * len(table)
+    of_all = [(weights[prompt], value / largest) for row in centred for prompt, value in row.items()]
+    # Means of prompts are taken off, so the mean of all is 0. Divided by the largest, no square overflows.
+    variance = math.fsum(w * v * v for w, v in of_all) / math.fsum(w for w, _ in of_all)
+    scale = math.sqrt(variance) * largest + _EPSILON
+    return [
+        math.fsum(weights[prompt] * value for prompt, value in row.items())
+        / math.fsum(weights[prompt] for prompt in row)
+        / scale
+        if row
+        else 0.0
+        for row in centred
+    ]

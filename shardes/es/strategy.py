@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from shardes.config.schema import EsConfig
 from shardes.es.member import MemberResult
 from shardes.es.optimizers import Adam, AdamVersion1, Decay, Momentum, Optimizer, PlainStep
+from shardes.es.reuse import Reused, reuse
 from shardes.es.schedules import between, factor
 from shardes.es.shaping import RewardTable, shape
+from shardes.es.step_rule import WINDOW, reliability, step_factor
 from shardes.es.update import UPDATE_VERSION, Perturbation, Update
 from shardes.noise.parts import part_of_direction
 
@@ -86,18 +89,65 @@ class Strategy:
         turn = member // 2 if self._settings.antithetic else member
         return [(turn * count + place) % num_problems for place in range(count)]
 
-    def shaped(self, rewards: Sequence[float | None], results: Sequence[MemberResult]) -> list[float]:
+    def shaped(
+        self,
+        rewards: Sequence[float | None],
+        results: Sequence[MemberResult],
+        *,
+        weights: Sequence[float] | None = None,
+    ) -> list[float]:
         """Compute the shaped rewards of all members of an iteration, in order.
 
         Args:
             rewards: Rewards by the rule for failed rewards; None for excluded members.
             results: Results of the same members.
+            weights: Weight of each of the iteration's problems; None: all weigh the same.
         """
         settings = self._settings
         table = reward_table(results) if settings.shaping == "per_prompt" else None
-        return shape(rewards, how=settings.shaping, clip=settings.clip_shaped, table=table)
+        of_prompts: Mapping[Hashable, float] | None = None if weights is None else dict(enumerate(weights))
+        return shape(
+            rewards, how=settings.shaping, clip=settings.clip_shaped, table=table, weights=of_prompts
+        )
 
-    def update(self, shaped: Sequence[float], *, iteration: int) -> Update:
+    def alpha_factor(
+        self, stats: Mapping[str, float | None], *, past: Sequence[Mapping[str, Any]]
+    ) -> tuple[float, dict[str, float | None]]:
+        """Return the factor of alpha that ``step_rule`` finds, and what it measured, by name.
+
+        Args:
+            stats: ``reward_stats`` of the iteration's members.
+            past: Records of the updates before, oldest first; at least the last ``WINDOW - 1``, or all.
+        """
+        if self._settings.step_rule == "none":
+            return 1.0, {}
+        last = [record["instruments"].get("reward_snr") for record in past][-(WINDOW - 1) :]
+        found = reliability([*last, stats["reward_snr"]])
+        return step_factor(found), {"reward_reliability": found}
+
+    def reused(self, *, past: Sequence[Mapping[str, Any]]) -> Reused | None:
+        """Weigh the last iteration's members for the estimate of now; None if they are not used again.
+
+        Args:
+            past: Records of the updates before, oldest first; at least the last one, if there is any.
+        """
+        share, last = self._settings.member_reuse, past[-1] if past else {}
+        shaped = last.get("shaped", [])
+        if share is None or not any(shaped):
+            return None
+        members = [self.perturbation(n, iteration=last["iteration"]) for n in range(len(shaped))]
+        # d * c_m / sigma, with the sign of an antithetic pair's second member.
+        logs = [self._num_elements * last["coefficients"][p.direction] / p.sigma for p in members]
+        return reuse(shaped, logs, least_share=share)
+
+    def update(
+        self,
+        shaped: Sequence[float],
+        *,
+        iteration: int,
+        alpha_factor: float = 1.0,
+        reused: Reused | None = None,
+    ) -> Update:
         """Compute the update's coefficients: ``alpha / N * Z_n`` for each direction.
 
         The noise of an antithetic pair's second member is the negative of the first's, so the difference of
@@ -107,19 +157,30 @@ class Strategy:
         Args:
             shaped: Shaped rewards of all members, in order.
             iteration: Iteration of the members.
+            alpha_factor: Factor of alpha, see ``alpha_factor``.
+            reused: Members of the iteration before, which count as much as so many members of this one as
+                they are effective; None: none.
         """
-        alpha = self.alpha(iteration)
-        scale = self._optimizer.gradient_scale(alpha) / len(shaped)
-        if self._settings.antithetic:
-            shaped = [first - second for first, second in zip(shaped[::2], shaped[1::2], strict=True)]
-        coefficients = [float(np.float32(scale * value)) for value in shaped]
+        alpha = self.alpha(iteration) * alpha_factor
+        num_effective = 0.0 if reused is None else reused.effective_members
+        scale = self._optimizer.gradient_scale(alpha) / (len(shaped) + num_effective)
+        coefficients = self._by_direction(shaped, scale=scale)
+        reused_values = [] if reused is None else reused.values
+        both = self._clipped(coefficients + self._by_direction(reused_values, scale=scale * num_effective))
         noise_iteration = self._noise_iteration(iteration)
         return Update(
             iteration,
-            self._clipped(coefficients),
+            both[: len(coefficients)],
             alpha,
             None if noise_iteration == iteration else noise_iteration,
+            tuple(both[len(coefficients) :]),
         )
+
+    def _by_direction(self, values: Sequence[float], *, scale: float) -> list[float]:
+        """Return the coefficients of directions, given a value for each member, as float32 values."""
+        if self._settings.antithetic:
+            values = [first - second for first, second in zip(values[::2], values[1::2], strict=True)]
+        return [float(np.float32(scale * value)) for value in values]
 
     def _clipped(self, coefficients: list[float]) -> list[float]:
         """Return the coefficients, scaled down if the update is longer than ``max_update_norm``.
@@ -167,3 +228,8 @@ def decay_of(settings: EsConfig) -> Decay | None:
     if settings.weight_decay == 0:
         return None
     return Decay(settings.weight_decay, is_anchored=settings.decay_towards == "base")
+
+
+def version_of_updates(settings: EsConfig) -> int:
+    """Return the version of docs/updates.md that new runs have: the first with all that they need."""
+    return 2 if settings.member_reuse is None else 3

@@ -41,6 +41,7 @@ class CentreEvaluator:
         self._session = session
         self._config = rollout.config
         self._scheduler = rollout.scheduler
+        self._objective = rollout.objective
         self._recorder = recorder
         self._reporter = reporter
         evaluator, task = rollout.evaluator, rollout.task
@@ -87,8 +88,8 @@ class CentreEvaluator:
         """Evaluate the centre on some held-out problems, and write samples of its answers.
 
         Returns:
-            Fields of an ``evaluation`` record: mean reward (None if logits are not finite), number of failed
-            rewards, and means of components.
+            Fields of an ``evaluation`` record: mean reward (None if logits are not finite), the objective's
+            value if that is not the mean, number of failed rewards, and means of components.
         """
         evaluation = self._scheduler.evaluate_centre(prompts)
         on_error = self._config.task.on_reward_error
@@ -97,8 +98,14 @@ class CentreEvaluator:
             logger.warning("iteration %d: the logits of the centre are not finite", iteration)
         samples = map(vars, evaluation.samples.values())
         self._recorder.write_samples(samples, iteration=iteration, **place)
+        objective, count = self._objective, prompts.samples_per_prompt
+        by_objective: dict[str, Any] = {}
+        if not objective.is_mean and prompts.choices is None:
+            by_problem = objective.of_problems(rewards, samples_per_prompt=count)
+            by_objective = {"objective": mean_reward(by_problem) if evaluation.is_finite else None}
         return {
             "reward": mean_reward(rewards) if evaluation.is_finite else None,
+            **by_objective,
             "num_failures": evaluation.num_failures,
             "components": evaluation.component_means(),
         }

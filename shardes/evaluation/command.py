@@ -16,7 +16,7 @@ from shardes.environments.runners import Environments, tasks_by_key
 from shardes.errors import StorageError, UserError
 from shardes.evaluation.drawing import Drawing
 from shardes.evaluation.model_ref import ModelRef, resolve_models
-from shardes.models.files import check_model_directory
+from shardes.models.hub import check_model
 from shardes.monitor.commands import TRUST
 from shardes.monitor.pictures import check_picture
 from shardes.rewards.pool import make_reward_runner
@@ -25,6 +25,7 @@ from shardes.tasks.loading import load_tasks
 from shardes.utils.files import write_atomically
 
 if TYPE_CHECKING:
+    from shardes.distributed.group import Group
     from shardes.evaluation.measuring import Comparison, ModelResult
     from shardes.rollout.preparing import PreparedTasks
 
@@ -65,9 +66,9 @@ def compare(
 ) -> None:
     """Print how models differ from BASE on held-out problems, as Markdown tables with 95% intervals.
 
-    BASE and each MODEL are a model directory, or RUN_DIR[@K] or RUN_DIR@best of a run. They are asked the
-    same, one model after another. KEY=VALUE changes a key of the configuration. Start it with a launcher to
-    use several ranks.
+    BASE and each MODEL are a model directory, NAME[@REVISION] of the hub, or RUN_DIR[@K] or RUN_DIR@best of
+    a run. They are asked the same, one model after another. KEY=VALUE changes a key of the configuration.
+    Start it with a launcher to use several ranks.
     """
     place = read_place()
     names = [base, *(each for each in arguments if not _is_override(each))]
@@ -80,7 +81,7 @@ def compare(
         is_trusted=is_trusted,
     )
     for reference in references:
-        check_model_directory(reference.config.model.path)
+        check_model(reference.config.model)
     if place.rank == 0:
         _check_outputs(json_path, plot_path)
     task, heldout_sets = load_tasks(asked)
@@ -98,16 +99,17 @@ def compare(
         from shardes.utils.logs import configure_logging
 
         configure_logging()
-        # Every model is tried before the first one answers.
         date = _date_of(references)
-        prepared = [
-            prepare_tasks(each.config, task, heldout_sets, environments=played, date=date, trains=False)
-            for each in references
-        ]
-        comparison = Comparison(asked, drawing, task, heldout_sets, rewards, played, drawn)
-        results: list[ModelResult] = []
         stop = Stop()
         with join_job(asked, stop=stop) as world:
+            # Every model is tried before the first one answers.
+            references = [_fetched(each, world) for each in references]
+            prepared = [
+                prepare_tasks(each.config, task, heldout_sets, environments=played, date=date, trains=False)
+                for each in references
+            ]
+            comparison = Comparison(asked, drawing, task, heldout_sets, rewards, played, drawn)
+            results: list[ModelResult] = []
             for name, reference, tasks in zip(names, references, prepared, strict=True):
                 job = {"stop": stop, "world": world}
                 results.append(_measure(comparison, reference, tasks, name=name, job=job))
@@ -123,6 +125,16 @@ def compare(
 
             plot_comparison(report, plot_path)
         click.echo("\n".join(comparison_lines(report)))
+
+
+def _fetched(reference: ModelRef, world: "Group") -> ModelRef:
+    """Return a reference whose model is here; a collective of all ranks."""
+    from shardes.models.node_fetch import fetch_for_job
+
+    if reference.config.model.is_here:
+        return reference
+    model = fetch_for_job(reference.config.model, world, recorded=reference.recorded_commit)
+    return reference.with_config(reference.config.model_copy(update={"model": model}))
 
 
 def _measure(

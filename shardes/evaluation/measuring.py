@@ -278,7 +278,7 @@ def _difference(session: Session, base: BaseAnswers, vocabulary: str) -> str:
     if vocabulary != base.vocabulary:
         return "its tokenizer has other tokens than the base's"
     model = session.config.model
-    config = load_model_config(model.path, trust_remote_code=model.trust_remote_code)
+    config = load_model_config(model.directory, trust_remote_code=model.trust_remote_code)
     most_tokens, most_positions = vocabulary_size(config), positions_of(config)
     largest = max((max(prompt + answer) for prompt, answer in base.pairs.values()), default=0)
     if most_tokens is not None and largest >= most_tokens:

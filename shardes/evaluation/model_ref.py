@@ -1,17 +1,17 @@
-"""Resolve names of models, ``DIR|RUN_DIR[@K]``, importing nothing heavy."""
+"""Resolve names of models, ``DIR|NAME[@REVISION]|RUN_DIR[@K]``, importing nothing heavy."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardes.config.consent import keys_of, load_trusted, with_consent
 from shardes.config.es import EsConfig
 from shardes.config.loading import load_config
-from shardes.config.schema import Config, WeightsConfig
+from shardes.config.schema import Config, ModelConfig, WeightsConfig
 from shardes.errors import UserError
-from shardes.runs.journal import History, read_journal
+from shardes.runs.journal import History, commit_of, read_journal
 
 if TYPE_CHECKING:
     from shardes.session import Session
@@ -39,6 +39,16 @@ class ModelRef:
         header = None if self.history is None else self.history.header
         return None if header is None else header["settings"].get("task.date")
 
+    @property
+    def recorded_commit(self) -> str | None:
+        """Return the commit of the model of the hub with which the run began; None if there is none."""
+        header = None if self.history is None else self.history.header
+        return None if header is None else commit_of(header, self.config.model.hub_id)
+
+    def with_config(self, config: Config) -> "ModelRef":
+        """Return the reference with another configuration, whose model is here."""
+        return replace(self, config=config)
+
     def restore(self, session: "Session") -> None:
         """Bring a session's model to the weights to evaluate; a collective of all ranks.
 
@@ -64,12 +74,16 @@ _USED = tuple(name for name in Config.model_fields if name not in ("run", "log")
 
 @dataclass(frozen=True)
 class _Place:
-    """Place that a model's name leads to: a model directory, or a run and the iteration wanted of it."""
+    """Place that a model's name leads to: a model directory, a model of the hub, or a run.
+
+    Of the latter two, which revision or which iteration is wanted.
+    """
 
     name: str
     path: Path
     is_run: bool
     wanted: str | None = None
+    revision: str | None = None
 
 
 def resolve_model(
@@ -94,7 +108,8 @@ def resolve_model(
         if config_path is None:
             raise UserError(f"--config: give the YAML file that says what {place.path} is asked")
         # The path is the person's own, as what they say of it is.
-        overrides = [*overrides, f"model.path={json.dumps(str(place.path))}"]
+        revision = f"model.revision={json.dumps(place.revision)}"
+        overrides = [*overrides, f"model.path={json.dumps(str(place.path))}", revision]
         overrides += ["model.trust_remote_code=true"] if is_trusted else []
         return ModelRef(load_trusted(config_path, overrides, is_trusted=is_trusted))
     # Beside a file of the person's own, what they change is that file, but for the consent to code.
@@ -143,7 +158,9 @@ def resolve_models(
             references.append(_reference(place, _with_weights_of(own, asked)))
             continue
         trust = is_trusted or asked.model.trust_remote_code
-        model = asked.model.model_copy(update={"path": place.path, "trust_remote_code": trust})
+        model = asked.model.model_copy(
+            update={"path": place.path, "revision": place.revision, "trust_remote_code": trust}
+        )
         # It is not trained: patterns of another model's parameters and masters are of no use to it.
         parts = {
             "model": model,
@@ -155,10 +172,10 @@ def resolve_models(
 
 
 def _locate(model: str, *, name: str) -> _Place:
-    """Return the place of a model directory, or of a run.
+    """Return the place of a model directory, of a model of the hub, or of a run.
 
     Args:
-        model: ``DIR``, ``RUN_DIR``, ``RUN_DIR@K`` or ``RUN_DIR@best``.
+        model: ``DIR``, ``NAME``, ``NAME@REVISION``, ``RUN_DIR``, ``RUN_DIR@K`` or ``RUN_DIR@best``.
         name: Its name in messages.
 
     Raises:
@@ -172,9 +189,14 @@ def _locate(model: str, *, name: str) -> _Place:
         return _Place(name, path, is_run=False)
     if (path / "journal.jsonl").is_file():
         return _Place(name, path, is_run=True, wanted=wanted or None)
+    hub_id, _, revision = model.partition("@")
+    is_iteration = revision.isdecimal() or revision == "best" or ("@" in model and not revision)
+    if not is_iteration and ModelConfig(path=Path(hub_id)).hub_id is not None:
+        return _Place(name, Path(hub_id), is_run=False, revision=revision or None)
     raise UserError(
         f"{name}: neither a model directory (with config.json) nor a run directory (with "
-        "journal.jsonl); give DIR, RUN_DIR, RUN_DIR@K for the weights after K iterations, or RUN_DIR@best"
+        "journal.jsonl); give DIR, RUN_DIR, RUN_DIR@K for the weights after K iterations, or RUN_DIR@best; "
+        "for a model of the hub ORGANISATION/MODEL[@REVISION]"
     )
 
 

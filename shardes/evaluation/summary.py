@@ -8,6 +8,7 @@ import numpy as np
 
 from shardes.environments.runners import Environments
 from shardes.es.member import apply_reward_error_policy
+from shardes.es.objective import MEAN, Objective, make_objective
 from shardes.evaluation.coverage import passes_of
 from shardes.rewards.pool import RewardRunner
 from shardes.rollout.aggregate import Evaluation
@@ -72,7 +73,12 @@ def ratio_estimate(sums: Sequence[float] | np.ndarray, counts: Sequence[float] |
 
 
 def summarise(
-    evaluation: Evaluation, *, samples_per_problem: int, pass_reward: float | None, on_error: str | float
+    evaluation: Evaluation,
+    *,
+    samples_per_problem: int,
+    pass_reward: float | None,
+    on_error: str | float,
+    objective: Objective = MEAN,
 ) -> dict[str, Any]:
     """Return the statistics of one evaluation by name, JSON-able.
 
@@ -81,6 +87,7 @@ def summarise(
         samples_per_problem: Number of answers to each problem.
         pass_reward: Least reward of an answer that passes; None: pass rates are left out.
         on_error: Value of ``task.on_reward_error``.
+        objective: What the answers to a problem earn together; it is reported unless it is the mean.
     """
     count = samples_per_problem
     rewards = apply_reward_error_policy(evaluation.rewards, evaluation.has_failed, on_error=on_error)
@@ -89,6 +96,9 @@ def summarise(
         "samples_per_prompt": count,
         f"mean@{count}": vars(estimate(rewards, samples_per_problem=count)),
     }
+    if not objective.is_mean:
+        by_problem = objective.of_problems(rewards, samples_per_prompt=count)
+        summary["objective"] = vars(estimate(by_problem, samples_per_problem=1))
     if pass_reward is not None:
         passes = passes_of(rewards, evaluation.has_failed, pass_reward=pass_reward)
         summary["pass@1"] = vars(estimate(passes, samples_per_problem=count))
@@ -145,12 +155,15 @@ def evaluate_model(
     for name, (rows, judge) in sets.items():
         prompts = evaluator.prepare(rows, iteration=0, scorer=judge)
         found = scheduler.evaluate_centre(prompts, keeps_samples=True)
-        count = prompts.samples_per_prompt
+        count, has_answers = prompts.samples_per_prompt, judge.task.choices is None
         summaries[name] = summarise(
             found,
             samples_per_problem=count,
-            pass_reward=config.eval.pass_reward if judge.task.choices is None else None,
+            pass_reward=config.eval.pass_reward if has_answers else None,
             on_error=config.task.on_reward_error,
+            objective=make_objective(config.task.objective, samples_per_prompt=count)
+            if has_answers
+            else MEAN,
         )
         parts = session.mesh.world.gather_json({k: vars(v) for k, v in found.samples.items()})
         samples = {int(k): v for part in parts for k, v in part.items()}

@@ -1,12 +1,12 @@
 """The README.md of an exported model: its origin, settings and held-out rewards."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from shardes.runs.journal import History
+from shardes.utils.hub_cache import hub_place
 from shardes.utils.units import shown_number
 from shardes.utils.version import VERSION
 
@@ -42,7 +42,8 @@ def model_card(
         "weights along the noise that earned more (Qiu et al. 2025, [arXiv "
         "2509.24372](https://arxiv.org/abs/2509.24372)). No gradient was computed."
     )
-    hub_name = _hub_name(base)
+    # A wrong name would have the hub call the model a child of somebody else's.
+    hub_name, commit = hub_place(base) or (None, None)
     name = hub_name or base.resolve().name
     known = f"base_model: {hub_name}\nbase_model_relation: finetune\n" if hub_name else ""
     parts = [
@@ -51,7 +52,7 @@ def model_card(
         f"# {name}, fine-tuned with evolution strategies",
         f"The weights after {iteration} iterations on the task `{task}`, made with shardes {VERSION}. "
         f"{method}",
-        f"- base model: `{name}`, weights digest `{base_digest}`\n"
+        f"- base model: `{name}`{f', commit `{commit}`' if commit else ''}, weights digest `{base_digest}`\n"
         f"- these weights: dtype {dtype}, digest of the master `{digest}`",
         *_evaluation(history, iteration),
         "## Settings",
@@ -62,17 +63,6 @@ def model_card(
         'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```',
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _hub_name(base: Path) -> str | None:
-    """Return the model's name on the hub from the path in the hub's cache; None for another directory.
-
-    A wrong one would have the hub call the model a child of somebody else's.
-    """
-    for part in base.resolve().parts:
-        if match := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part):
-            return f"{match[1]}/{match[2]}"
-    return None
 
 
 def _evaluation(history: History | None, iteration: int) -> Iterator[str]:

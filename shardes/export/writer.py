@@ -101,7 +101,7 @@ def export_model(
         temporary.mkdir(parents=True)
         config = session.config
         card = model_card(
-            base=config.model.path,
+            base=config.model.directory,
             base_digest=session.identity["base_weights_digest"],
             task=config.task.name or config.task.reward or "rewards of its own",
             iteration=iteration,
@@ -110,10 +110,10 @@ def export_model(
             settings=settings,
             history=history,
         )
-        _copy_companions(config.model.path, temporary)
+        _copy_companions(config.model.directory, temporary)
         conversion = session.backend.conversion
         is_untied = conversion is not None and conversion.is_untied
-        _write_config(config.model.path, temporary, dtype=_name_of(dtype), is_untied=is_untied)
+        _write_config(config.model.directory, temporary, dtype=_name_of(dtype), is_untied=is_untied)
         write_atomically(temporary / "README.md", card)
     files = _plan(session.backend.shards, dtype.itemsize, max_file_bytes)
     last, buffers = list(files)[-1], {} if session.weights.base is None else session.weights.base.buffers

@@ -272,7 +272,7 @@ def build_model(config: Config, checkpoint: Checkpoint) -> tuple[PreTrainedModel
     Raises:
         UserError: config.json cannot be used, or describes another model than the files hold.
     """
-    path, trust = config.model.path, config.model.trust_remote_code
+    path, trust = config.model.directory, config.model.trust_remote_code
     model_config = load_model_config(path, trust_remote_code=trust)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     build = functools.partial(
@@ -334,7 +334,7 @@ def skeleton_of(config: Config, *, source: Path | None = None) -> PreTrainedMode
         source: ``config.json``, or its directory; None for that of ``model.path``.
     """
     trust = config.model.trust_remote_code
-    model_config = load_model_config(source or config.model.path, trust_remote_code=trust)
+    model_config = load_model_config(source or config.model.directory, trust_remote_code=trust)
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     return build_skeleton(model_config, dtype=dtype, trust_remote_code=trust)
 

@@ -29,7 +29,7 @@ from shardes.utils.messages import listed
 _READ_BYTES = 1 << 28
 # Rows are read with what is between them, in blocks of so many bytes at most, which processors have room for,
 # if what is between two of them is no more than the second number: that takes less time than another call.
-_BLOCK_BYTES = 1 << 22
+BLOCK_BYTES = 1 << 22
 _GAP_BYTES = 1 << 17
 
 
@@ -164,7 +164,7 @@ class TensorReader:
             self._read_range(descriptor, stored, block.source, target)
             return
         has_gaps = (stride - block.length) * width > _GAP_BYTES
-        most_rows = 1 if has_gaps else max(1, _BLOCK_BYTES // (stride * width))
+        most_rows = 1 if has_gaps else max(1, min(block.rows, BLOCK_BYTES // (stride * width)))
         buffer = torch.empty((most_rows - 1) * stride + block.length, dtype=stored.dtype)
         for row in range(0, block.rows, most_rows):
             count = min(most_rows, block.rows - row)
@@ -199,6 +199,7 @@ class Checkpoint(TensorReader):
 
     Args:
         directory: A directory with safetensors files; those are read that transformers would load.
+        tensors: Stored tensors by name, if they are known from elsewhere and not to be read.
 
     Attributes:
         tensors: Stored tensors by name; after ``join``, parameters by name.
@@ -210,15 +211,17 @@ class Checkpoint(TensorReader):
         UserError: No safetensors files, or a damaged one.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, tensors: Mapping[str, StoredTensor] | None = None) -> None:
         self.directory = directory
-        tensors: dict[str, StoredTensor] = {}
         digest = hashlib.sha256()
-        files = weight_files(directory)
-        self.num_bytes = sum(path.stat().st_size for path in files)
-        for path in files:
-            tensors |= stored_tensors(path, on_header=digest.update)
-        super().__init__(tensors)
+        if tensors is None:
+            files, tensors = weight_files(directory), {}
+            self.num_bytes = sum(path.stat().st_size for path in files)
+            for path in files:
+                tensors |= stored_tensors(path, on_header=digest.update)
+        else:
+            self.num_bytes = sum(each.num_elements * each.dtype.itemsize for each in tensors.values())
+        super().__init__(dict(tensors))
         self.buffers: dict[str, StoredTensor] = {}
         self._pieces: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
         self.header_sha256 = digest.hexdigest()

@@ -18,9 +18,7 @@ from shardes.utils.messages import listed
 from shardes.utils.paths import describe_path
 from shardes.utils.reading import read_regular, repeated_names
 
-FETCH_HINT = (
-    "give a local model directory (fetch one with: hf download ORGANISATION/MODEL --local-dir DIRECTORY)"
-)
+FETCH_HINT = "give a model directory, or the name of a model on the hub (ORGANISATION/MODEL)"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 

@@ -16,7 +16,11 @@ from shardes.utils.reading import open_regular
 _PATH = click.Path(path_type=Path)
 
 # Options of several commands.
-BASE = click.option("--base", type=_PATH, help="The base model's directory, if it was moved since the run.")
+BASE = click.option(
+    "--base",
+    type=_PATH,
+    help="The base model's directory, if it was moved since the run, or its name on the hub.",
+)
 BACKEND = click.option(
     "--backend",
     type=click.Choice(list(BACKENDS)),
@@ -40,14 +44,14 @@ def journal(run_dir: Path, as_json: bool) -> None:
 
     Nothing is changed, and a run that is going on may be looked at.
     """
-    from shardes.monitor.journal_table import report
+    from shardes.monitor.journal_table import report as journal_report
 
     _, history, good_bytes, num_bytes = read_run_journal(run_dir)
     if as_json:
         with open_regular(run_dir / "journal.jsonl") as file:
             click.echo(file.read(good_bytes).decode(), nl=False)
     else:
-        click.echo(printable("\n".join(report(history))))
+        click.echo(printable("\n".join(journal_report(history))))
     if num_bytes > good_bytes:
         torn = f"its last line is incomplete ({num_bytes - good_bytes} bytes) and does not count"
         click.echo(f"{run_dir}: {torn}", err=True)
@@ -127,6 +131,21 @@ def plot(run_dirs: tuple[Path, ...], out: Path, reward_only: bool) -> None:
 
 @click.command()
 @click.argument("run_dir", type=_PATH)
+@click.option("--out", type=_PATH, help="The file; default: report.html in RUN_DIR.")
+def report(run_dir: Path, out: Path | None) -> None:
+    """Write RUN_DIR as one HTML file: curves, samples, instruments and settings.
+
+    The file opens anywhere, without a network. A run that is going on may be looked at.
+    """
+    from shardes.monitor.report import write_report
+
+    file = run_dir / "report.html" if out is None else out
+    write_report(run_dir, file)
+    click.echo(str(file))
+
+
+@click.command()
+@click.argument("run_dir", type=_PATH)
 @click.option("--once", is_flag=True, help="Print how the run is now, and end.")
 @click.option(
     "--every",
@@ -156,4 +175,4 @@ def env() -> None:
     click.echo("\n".join(f"{name}: {value}" for name, value in describe().items()))
 
 
-COMMANDS = (journal, verify, samples, plot, watch, env)
+COMMANDS = (journal, verify, samples, plot, watch, report, env)

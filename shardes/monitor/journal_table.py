@@ -29,7 +29,9 @@ def report(history: History) -> Iterator[str]:
     header = history.header
     assert header is not None, "an empty journal has nothing to tell"
     settings = header["settings"]
-    yield f"base model   {header['config']['model']['path']}, weights digest {header['base_weights_digest']}"
+    model = header["config"]["model"]
+    commit = f", commit {model['revision']}" if model.get("revision") else ""
+    yield f"base model   {model['path']}{commit}, weights digest {header['base_weights_digest']}"
     yield f"trained      {len(header['parameters'])} parameters of {num_trained(header)} elements"
     yield (
         f"noise        {settings.get('es.noise')}, version {header['noise_version']}, "

@@ -23,10 +23,22 @@ def check_picture(out: Path) -> None:
         raise UserError(
             f"{out}: got the suffix {out.suffix!r}; name a file that ends in {' or '.join(_FORMATS)}"
         )
+    check_matplotlib("plots need")
+
+
+def check_matplotlib(who_needs: str) -> None:
+    """Check that matplotlib is there.
+
+    Args:
+        who_needs: How the message begins.
+
+    Raises:
+        UserError: It is missing.
+    """
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise UserError(f"plots need matplotlib ({error}); pip install 'shardes[plot]'") from None
+        raise UserError(f"{who_needs} matplotlib ({error}); pip install 'shardes[plot]'") from None
 
 
 def save_picture(figure: Any, out: Path) -> None:

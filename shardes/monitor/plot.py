@@ -151,6 +151,20 @@ def plot_runs(run_dirs: list[Path], out: Path, *, reward_only: bool = False) -> 
     if not run_dirs:
         raise UserError("no run to plot; give at least one run directory")
     runs = [read_metrics(run_dir) for run_dir in run_dirs]
+    save_picture(draw_runs(runs, labels=_labels(run_dirs), reward_only=reward_only), out)
+
+
+def draw_runs(
+    runs: Sequence[dict[int, Point]], *, labels: Sequence[str], reward_only: bool = False, step: int = 1
+) -> Any:
+    """Return a matplotlib figure of runs.
+
+    Args:
+        runs: The metrics of each by iteration; at least one run.
+        labels: The name of each, as ``shown`` returns it.
+        reward_only: Whether nothing but the rewards is drawn.
+        step: Iterations from one point to the next, where one stands for several.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -166,11 +180,11 @@ def plot_runs(run_dirs: list[Path], out: Path, *, reward_only: bool = False) -> 
     heights = [3.6, *([time_height] if has_time else []), *[1.6] * num_rows]
     grid = figure.add_gridspec(len(heights), _NUM_COLUMNS, height_ratios=heights)
     axes = figure.add_subplot(grid[0, :])
-    labels = _labels(run_dirs)
     run_handles = []
     for index, (label, points) in enumerate(zip(labels, runs, strict=True)):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        _draw(axes, points, colour=colour, marker=marker, band_alpha=0.13 if len(runs) == 1 else 0.07)
+        band_alpha = 0.13 if len(runs) == 1 else 0.07
+        _draw(axes, points, colour=colour, marker=marker, band_alpha=band_alpha, step=step)
         run_handles.append(Line2D([], [], color=colour, marker=marker, linewidth=2.2, label=label))
     style_handles = [
         Line2D([], [], color=GREY, marker="o", linewidth=2.2, label="held-out reward"),
@@ -199,8 +213,7 @@ def plot_runs(run_dirs: list[Path], out: Path, *, reward_only: bool = False) -> 
     figure.legend(
         handles=run_handles, loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK
     )
-
-    save_picture(figure, out)
+    return figure
 
 
 def _panels(runs: Sequence[dict[int, Point]]) -> dict[str, tuple[str, ...]]:
@@ -270,14 +283,16 @@ def _draw_instruments(axes: Any, runs: Sequence[dict[int, Point]], names: Sequen
                 )
 
 
-def _draw(axes: Any, points: dict[int, Point], *, colour: str, marker: str, band_alpha: float) -> None:
+def _draw(
+    axes: Any, points: dict[int, Point], *, colour: str, marker: str, band_alpha: float, step: int
+) -> None:
     """Draw one run's rewards."""
     nan = float("nan")
     # An iteration without rewards leaves a gap; the line after the last one has none and needs no gap.
     with_members = [iteration for iteration, point in points.items() if "reward_mean" in point]
     if with_members:
         # One that is not known is enough for a gap, however wide.
-        iterations = sorted({*with_members, *(iteration + 1 for iteration in with_members[:-1])})
+        iterations = sorted({*with_members, *(iteration + step for iteration in with_members[:-1])})
         members = [points.get(iteration, {}) for iteration in iterations]
         low, high, mean = (
             [point.get(key, nan) for point in members] for key in ("reward_min", "reward_max", "reward_mean")

@@ -45,8 +45,26 @@ def shown_samples(
         reward = "no reward" if line.get("reward") is None else f"reward {line['reward']:.4g}"
         yield ""
         yield f"-- {number}{place}: {reward}"
-        for message in line.get("messages") or _exchange(line):
-            yield from _shown_message(message)
+        for role, text in spoken(line):
+            yield f"{role}:"
+            yield from (f"{_INDENT}{each}" for each in text.split("\n"))
+
+
+def spoken(line: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield who says what in a sample: the prompt and its answer, or the messages of a conversation.
+
+    Args:
+        line: A line of samples.jsonl.
+    """
+    for message in line.get("messages") or _exchange(line):
+        name = f" ({message['name']})" if message.get("name") else ""
+        text = str(message.get("content") or "")
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", {})
+            text += f"\ncalls {function.get('name')} with {function.get('arguments')}"
+        if message.get("tool_call_error"):
+            text += f"\n[{message['tool_call_error']}]"
+        yield f"{message.get('role', '?')}{name}", text.strip("\n")
 
 
 def _exchange(line: dict[str, Any]) -> list[dict[str, Any]]:
@@ -55,18 +73,6 @@ def _exchange(line: dict[str, Any]) -> list[dict[str, Any]]:
         {"role": "prompt", "content": line.get("prompt", "")},
         {"role": "answer", "content": line.get("completion", "")},
     ]
-
-
-def _shown_message(message: dict[str, Any]) -> Iterator[str]:
-    name = f" ({message['name']})" if message.get("name") else ""
-    yield f"{message.get('role', '?')}{name}:"
-    text = str(message.get("content") or "")
-    for call in message.get("tool_calls") or ():
-        function = call.get("function", {})
-        text += f"\ncalls {function.get('name')} with {function.get('arguments')}"
-    if message.get("tool_call_error"):
-        text += f"\n[{message['tool_call_error']}]"
-    yield from (f"{_INDENT}{line}" for line in text.strip("\n").split("\n"))
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -73,6 +73,13 @@ class Stream(IntEnum):
     PARTS = 7
 
 
+class Draw(IntEnum):
+    """What ``data_order`` draws; different draws of an iteration are independent."""
+
+    PROBLEMS = 0
+    SCREENED = 1
+
+
 class NoiseKey(NamedTuple):
     """Key of the noise of an iteration.
 
@@ -283,14 +290,16 @@ def part_shifts(
     return (in_order * np.uint64(num_parts) >> np.uint64(32)).astype(np.int64)
 
 
-def data_order(size: int, *, seed: int, iteration: int, count: int) -> NDArray[np.int64]:
+def data_order(
+    size: int, *, seed: int, iteration: int, count: int, draw: Draw = Draw.PROBLEMS
+) -> NDArray[np.int64]:
     """Return ``count`` different indices below ``size`` in random order, a pure function of the arguments.
 
     Each index gets a 64-bit random key, and the ``count`` smallest keys win (ties by index).
     """
     call = np.arange(size, dtype=np.uint64)
     words = call_words(
-        call, seed=seed, iteration=iteration, direction=0, param_id=0, stream=Stream.DATA_ORDER
+        call, seed=seed, iteration=iteration, direction=0, param_id=draw, stream=Stream.DATA_ORDER
     )
     keys = words[0].astype(np.uint64) << np.uint64(32) | words[1].astype(np.uint64)
     return np.argsort(keys, kind="stable")[:count].astype(np.int64)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from shardes.noise.definition import NOISE_VERSION as NOISE_VERSION
+from shardes.noise.definition import Draw as Draw
 from shardes.noise.definition import NoiseKey
 from shardes.noise.definition import data_order as data_order
 from shardes.noise.definition import sampling_uniforms as sampling_uniforms

@@ -69,7 +69,7 @@ def dry_run(
     )
     reward = "no reward" if result.reward is None else f"reward {result.reward:.4f}"
     return [
-        *report(plan, files=check_files(config.model.path, model)),
+        *report(plan, files=check_files(config.model, model)),
         "",
         f"dry run    one member, {_NUM_PROBLEMS} prompts: {reward}, {result.num_tokens} tokens in "
         f"{shown_seconds(seconds)}, rollout.gather: {rollout.evaluator.engine.gather}, "

@@ -5,10 +5,10 @@ parameters, by the rules that the run itself follows: the backends' ``footprint`
 ranks, and ``rollout/memory.py`` for the needs that ``rollout.gather: auto`` compares with free memory.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,15 +18,19 @@ from shardes.backends.footprint import RankFootprint, parameter_sizes
 from shardes.backends.registry import BACKENDS
 from shardes.config.schema import Config
 from shardes.errors import UserError
+from shardes.es.optimizers import PlainStep
 from shardes.es.strategy import optimizer_of
 from shardes.models.build import parameter_aliases
+from shardes.models.checkpoint import BLOCK_BYTES
 from shardes.planning.machine import Machine
+from shardes.planning.timing import Forward, ForwardTimer, noise_seconds
 from shardes.planning.workload import Workload
 from shardes.rollout.memory import cache_bytes, generation_bytes, likelihood_bytes, mode_bytes
 from shardes.utils.units import shown_bytes
-from shardes.weights.master import CHUNK_ELEMENTS
+from shardes.weights.master import CHUNK_ELEMENTS, STEP_ELEMENTS
 from shardes.weights.pinned import pinned_bytes
 from shardes.weights.trainable import select_trainable
+from shardes.weights.update_stats import BYTES_AT_ONCE, NUM_AT_ONCE
 
 # Numbers of ranks that are tried in the search for the fewest.
 _MOST_RANKS = 1024
@@ -46,6 +50,8 @@ class RankMemory:
         gather_buffers: Temporary buffers of gathering a whole model.
         cache: Keys and values of a micro-batch.
         activations: Activations and logits of a micro-batch.
+        update: Temporary buffers of an update.
+        process: What the process takes besides, if that is of the same memory.
     """
 
     working: int
@@ -57,6 +63,8 @@ class RankMemory:
     gather_buffers: int
     cache: int
     activations: int
+    update: int
+    process: int = 0
 
     @property
     def held(self) -> int:
@@ -71,10 +79,13 @@ class RankMemory:
 
     def needed(self, gather: str) -> int:
         """Compute the most bytes on the device with a value of ``rollout.gather``."""
-        temporary = self.activations
-        if gather != "layer":
-            temporary = max(temporary, self.gather_buffers)
-        return self.held + self.gathers[gather] + self.cache + temporary
+        gathered = self.gathers[gather]
+        if gather == "layer":
+            # Layers are gathered for a forward, and not while weights are updated.
+            temporary = max(gathered + self.activations, self.update)
+        else:
+            temporary = gathered + max(self.activations, self.update, self.gather_buffers)
+        return self.process + self.held + self.cache + temporary
 
 
 @dataclass(frozen=True)
@@ -259,7 +270,29 @@ class Plan:
             else 0,
             cache=cache if reserved is None else int(reserved * 2**30),
             activations=generating - cache,
+            update=self._update_bytes(held, master_itemsize),
+            process=self.machine.process_bytes,
         )
+
+    def _update_bytes(self, held: Mapping[str, int], master_itemsize: int) -> int:
+        """Compute the bytes that an update takes temporarily, a part of a parameter at a time.
+
+        The plain step of a float32 master adds noise in place. Otherwise there is the gradient, and Adam's
+        intermediate results; an update that is measured has the last step, and masters before and at first.
+        """
+        config = self.config
+        optimizer = optimizer_of(config.es)
+        is_measured = config.log.instruments_every > 0
+        if isinstance(optimizer, PlainStep) and not is_measured and master_itemsize == 4:
+            return 0
+        itemsize = torch.float32.itemsize * (3 if len(optimizer.state_names) > 1 else 1)
+        size, sums = min(max(held.values(), default=0), STEP_ELEMENTS), 0
+        if is_measured:
+            itemsize += torch.float32.itemsize + 2 * master_itemsize
+            sums = min(size, NUM_AT_ONCE[self.machine.device_type]) * BYTES_AT_ONCE
+            if self._spec.needs_same_batch:  # the base model's rows are read whole
+                sums = max(sums, min(BLOCK_BYTES, 4 * max(self._sizes.values())))
+        return size * itemsize + sums
 
     def _gather_bytes(self, footprint: RankFootprint) -> dict[str, int]:
         """Compute the bytes that each value of ``rollout.gather`` takes besides what is held at all times."""
@@ -315,7 +348,7 @@ class Plan:
         num_steps = max(load.answer_tokens - 1, 0)
         num_forwards = num_batches * (1 + num_steps)
         rows, config = load.micro_batch_rows * together, self.model.config.get_text_config()
-        num_tokens = num_batches * rows * (load.prompt_tokens + num_steps)
+        num_tokens = num_batches * rows * (load.computed_tokens + num_steps)
         itemsize, share = self.dtype.itemsize, (ranks - 1) / ranks
         if ranks == 1 or not self._spec.is_sharded:
             num_gathers, received = 0, 0.0
@@ -326,10 +359,41 @@ class Plan:
         else:
             num_gathers = {"iteration": 1, "member": num_members}.get(gather, num_forwards)
             received = num_gathers * self.num_parameters * itemsize * share
-        part = 1 / ranks if is_split else 1.0
-        reading = part * self.num_parameters * itemsize / machine.memory_bytes_per_second
-        computing = part * 2 * self.num_parameters * rows / machine.flops_per_second
         seconds = received / machine.gather_bytes_per_second
-        seconds += num_batches * max(reading, computing * load.prompt_tokens)
-        seconds += num_batches * num_steps * max(reading, computing)
+        timer = ForwardTimer(
+            self.model, machine=machine, dtype=self.dtype, num_sharers=ranks if is_split else 1
+        )
+        seconds += num_batches * self._batch_seconds(timer, rows)
+        if (prefix := load.prefix_tokens) > 0:
+            seconds += num_members * timer.seconds(Forward(together, prefix, prefix / 2))
+        seconds += self._noise_seconds(num_members * together, is_whole=is_apart or not self._spec.is_sharded)
         return GatherCost(num_gathers, received, seconds)
+
+    def _batch_seconds(self, timer: ForwardTimer, rows: int) -> float:
+        """Estimate the seconds of the forwards of a micro-batch of so many rows."""
+        load = self.workload
+        if load.answer_tokens == 0:
+            return timer.seconds(
+                Forward(rows, load.computed_tokens, load.computed_tokens / 2, load.computed_tokens)
+            )
+        seconds = timer.seconds(Forward(rows, load.computed_tokens, load.prompt_tokens))
+        # Captured steps of GPUs read all that is kept of a row, others what is there.
+        longest = load.prompt_tokens + load.answer_tokens
+        context = longest if self.machine.device_type == "cuda" else (load.prompt_tokens + longest) / 2
+        return seconds + (load.answer_tokens - 1) * timer.seconds(Forward(rows, 1, context))
+
+    def _noise_seconds(self, num_members: int, *, is_whole: bool) -> float:
+        """Estimate the seconds in which a rank perturbs weights for its members, updates and digests them.
+
+        Args:
+            num_members: Number of members that this rank takes part in.
+            is_whole: Whether it perturbs a whole model, instead of its shards.
+        """
+        es, ranks = self.config.es, self.shard_size
+        own = self.num_trained / ranks
+        num_directions = self.workload.num_members / (2 if es.antithetic else 1)
+        perturbed = 0.0
+        if not self.config.rollout.is_batched:
+            perturbed = num_members * (self.num_trained if is_whole else own)
+        noise = partial(noise_seconds, kind=es.noise, rank=es.rank, machine=self.machine)
+        return noise(perturbed + num_directions * own) + own / self.machine.noise_elements_per_second

@@ -36,9 +36,10 @@ def _head(plan: Plan, files: str) -> list[str]:
         asks = f"{load.num_sequences} likelihoods"
     asks = f"{load.num_members} members, each {asks}; prompts of up to {load.prompt_tokens} tokens"
     rates = [
-        f"{machine.gather_bytes_per_second / 1e9:g} GB/s between ranks",
-        f"{machine.memory_bytes_per_second / 1e9:g} GB/s to the device's memory",
-        f"{machine.flops_per_second / 1e12:g} TFLOP/s",
+        f"{machine.gather_bytes_per_second / 1e9:.3g} GB/s between ranks",
+        f"{machine.memory_bytes_per_second / 1e9:.4g} GB/s to the device's memory",
+        f"{machine.flops_per_second / 1e12:.3g} TFLOP/s",
+        f"noise {machine.noise_elements_per_second / 1e9:.3g} billion/s",
     ]
     lines = {
         "model": model,
@@ -61,8 +62,10 @@ def _memory(plan: Plan) -> list[str]:
         ("pinned host memory", memory.pinned, "for master weights and states, in blocks of powers of two"),
         ("transfer buffers", memory.passing, "on the way from and to host memory"),
         *((f"gather: {gather}", held, _GATHER_NOTES[gather]) for gather, held in memory.gathers.items()),
+        ("interpreter and libraries", memory.process, "of each process"),
         ("keys and values", memory.cache, "while answering"),
         ("activations and logits", memory.activations, "while answering"),
+        ("buffers of an update", memory.update, "temporarily; not while answering"),
         ("buffers of a gather", memory.gather_buffers, "temporarily; not with gather: layer"),
     ]
     rows = [(f"  {name}", shown_bytes(held), f"  {note}") for name, held, note in lines if held]
@@ -89,7 +92,7 @@ def _gathers(plan: Plan) -> list[str]:
         *_table(rows),
         "Fewest ranks is the smallest number that holds one replica. Gathers of the whole model, bytes that",
         "a rank receives and time are those of an iteration in which all answers have the maximum length;",
-        "noise, rewards and waiting come on top.",
+        "rewards and waiting come on top.",
     ]
 
 

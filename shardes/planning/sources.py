@@ -4,17 +4,20 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from shardes.config.schema import Config
+from shardes.config.schema import Config, ModelConfig
 from shardes.config.task import is_hub_reference, is_range
 from shardes.errors import UserError
 from shardes.models.build import parameter_aliases, skeleton_of
 from shardes.models.checkpoint import Checkpoint
 from shardes.models.conversion import Conversion
 from shardes.models.files import has_weights
+from shardes.models.hub import has_all_weights
+from shardes.planning.hub_model import headers_from_hub, without_weights
 from shardes.planning.machine import Machine
 from shardes.planning.plan import Plan
 from shardes.planning.workload import make_workload
 from shardes.rollout.preparing import make_encoder
+from shardes.runs.journal import recorded_commit
 from shardes.tasks.loading import load_task
 from shardes.utils.units import shown_bytes
 
@@ -45,14 +48,18 @@ def plan_run(
         UserError: A file that is there cannot be used, or the ranks cannot hold the model.
     """
     config = config.on_device(machine.device_type)
-    path = config.model.path
+    if model_config is None and config.model.hub_id is not None:
+        model = without_weights(config.model, recorded=recorded_commit(config.run.dir, config.model.hub_id))
+        config = config.model_copy(update={"model": model})
+    path = config.model.directory
     if model_config is None and not (path / "config.json").is_file():
         raise UserError(
-            f"model.path: {path / 'config.json'} does not exist; for a plan that file is enough (hf download "
-            "ORGANISATION/MODEL config.json --local-dir DIRECTORY), or give another with --model-config"
+            f"model.path: {path / 'config.json'} does not exist; for a plan that file is enough. Give a "
+            "model directory, the name of a model on the hub (ORGANISATION/MODEL), or a config.json with "
+            "--model-config"
         )
     model = skeleton_of(config, source=model_config)
-    files = "not looked at" if model_config is not None else check_files(path, model)
+    files = "not looked at" if model_config is not None else check_files(config.model, model)
     is_there = model_config is None and any(
         (path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
     )
@@ -69,18 +76,25 @@ def plan_run(
     return plan, files
 
 
-def check_files(path: Path, model: PreTrainedModel) -> str:
-    """Check the headers of the weights in a model directory, if there are any, and describe the files.
+def check_files(model: ModelConfig, skeleton: PreTrainedModel) -> str:
+    """Check the headers of a model's weights, if there are any, and describe the files.
+
+    Those of the hub may still be there.
 
     Raises:
         UserError: The headers are damaged, or belong to another model.
     """
-    if not has_weights(path):
+    directory = model.directory
+    checkpoint, where = None, ""
+    if model.hub_id is not None and not has_all_weights(directory):
+        checkpoint, where = headers_from_hub(directory), ", on the hub"
+    elif has_weights(directory):
+        checkpoint = Checkpoint(directory)
+    if checkpoint is None:
         return "no weights there yet: planned from config.json alone"
-    checkpoint = Checkpoint(path)
     files = {stored.path for found in checkpoint.tensors.values() for stored, *_ in found.find(0, 1)}
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    Conversion(model).apply(checkpoint, shapes=shapes)
-    checkpoint.check_matches(shapes, aliases=parameter_aliases(model))
-    total = shown_bytes(sum(file.stat().st_size for file in files))
-    return f"{len(files)} with {total}; all parameters are there, in the right shapes"
+    num_bytes = checkpoint.num_bytes
+    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    Conversion(skeleton).apply(checkpoint, shapes=shapes)
+    checkpoint.check_matches(shapes, aliases=parameter_aliases(skeleton))
+    return f"{len(files)} with {shown_bytes(num_bytes)}{where}; all parameters are there, in the right shapes"

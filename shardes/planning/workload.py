@@ -1,12 +1,15 @@
 """The work of an iteration: members, prompts and tokens, read from the data if it is there."""
 
 import heapq
+import math
 from dataclasses import dataclass
 
 from shardes.config.schema import Config
 from shardes.errors import UserError
 from shardes.rollout.autotune import USUAL_SIZE
+from shardes.rollout.batching import shared_prefix
 from shardes.rollout.encoding import PromptEncoder, Question
+from shardes.rollout.engines.transformers.rows import prefill_parts
 from shardes.tasks.base import Task
 from shardes.tasks.registry import definition_of
 from shardes.utils.limits import LimitError
@@ -30,6 +33,9 @@ class Workload:
         prompt_tokens: Tokens of the longest prompt; for likelihoods, of prompt and completion.
         answer_tokens: Most tokens that are generated; 0 for likelihoods.
         assumed: Descriptions of those numbers that are guesses.
+        mean_tokens: Tokens of a prompt that are computed for it, on average: with padding, without what all
+            prompts begin with. None: as many as the longest has.
+        prefix_tokens: Tokens that all prompts begin with, which are computed once for a member.
     """
 
     num_members: int
@@ -38,6 +44,13 @@ class Workload:
     prompt_tokens: int
     answer_tokens: int
     assumed: tuple[str, ...] = ()
+    mean_tokens: float | None = None
+    prefix_tokens: int = 0
+
+    @property
+    def computed_tokens(self) -> float:
+        """Tokens of a prompt that are computed for it, on average."""
+        return self.prompt_tokens if self.mean_tokens is None else self.mean_tokens
 
 
 def make_workload(
@@ -76,7 +89,7 @@ def make_workload(
         if not per_prompt:
             per_prompt = 1
             assumed.append("one completion to each prompt")
-    num_turns = 1
+    num_turns, mean, prefix = 1, None, 0
     if config.task.is_episodic:
         num_turns = config.task.max_turns
         assumed.append(f"all {num_turns} turns of every episode (task.max_turns)")
@@ -85,6 +98,10 @@ def make_workload(
     elif prompt_tokens is None and task is not None and encoder is not None:
         leaves_out = config.task.on_prompt_error == "exclude"
         prompt_tokens = longest_prompt(task, encoder, leaves_out=leaves_out)
+        size = rollout.micro_batch_size
+        num_rows = size if isinstance(size, int) else USUAL_SIZE
+        mean, prefix = computed_tokens(task, encoder, num_rows=min(num_rows, len(task.train)))
+        mean = min(mean, prompt_tokens)
     if prompt_tokens is None:
         prompt_tokens = ASSUMED_PROMPT_TOKENS
         assumed.append(f"prompts of up to {prompt_tokens} tokens (--prompt-tokens)")
@@ -99,7 +116,39 @@ def make_workload(
         prompt_tokens,
         0 if is_scored else rollout.max_new_tokens,
         tuple(assumed),
+        mean,
+        prefix,
     )
+
+
+def computed_tokens(task: Task, encoder: PromptEncoder, *, num_rows: int) -> tuple[float, int]:
+    """Return the tokens that are computed for a prompt, and those that are computed once for all prompts.
+
+    They are of some rows over all of the data, padded as a run pads them.
+
+    Args:
+        task: Task with its data, whose longest prompts can be asked.
+        encoder: Makes tokens of its prompts.
+        num_rows: Prompts in a micro-batch.
+
+    Returns:
+        The mean number of tokens, padded, but without what all prompts begin with; and the length of that.
+    """
+    rows = task.train[:: max(1, len(task.train) // _NUM_TOKENISED)]
+    questions = [Question.of(task, row) for row in rows]
+    problems = encoder.encode_ahead(questions)
+    asked = [each for each, problem in zip(questions, problems, strict=True) if problem is None]
+    encoded = [encoder.encode(question) for question in asked]
+    if not encoded:
+        return math.inf, 0
+    lengths = sorted(each.num_tokens for each in encoded)
+    cuts = [tuple(lengths[low : low + num_rows]) for low in range(0, len(lengths), num_rows)]
+    if task.choices is not None:
+        return sum(cut[-1] * len(cut) for cut in cuts) / len(lengths), 0
+    prefix = len(shared_prefix([list(each.prompts[0]) for each in encoded]))
+    parts = [(cut, part) for cut in cuts for part in prefill_parts(cut, num_members=1)]
+    padded = sum(cut[part.stop - 1] * (part.stop - part.start) for cut, part in parts)
+    return padded / len(lengths) - prefix, prefix
 
 
 def longest_prompt(task: Task, encoder: PromptEncoder, *, leaves_out: bool = False) -> int:

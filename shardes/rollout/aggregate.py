@@ -4,16 +4,21 @@ A ``PartialResult`` is what one rank knows of one member. Ranks exchange their p
 works out the same ``Evaluation`` from all of them.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol, Self
+from itertools import zip_longest
+from typing import Any, Protocol, Self, TypeVar
 
 from shardes.es.member import MemberResult, mean_reward
+from shardes.es.objective import MEAN, Judgement, Objective, judge
 from shardes.rewards.batch import RewardBatch
 from shardes.rewards.scorer import PendingRewards, Scorer
 from shardes.rollout.engines.base import Completions, EngineOutput
 from shardes.tasks.base import Prompt, Row, as_text
+
+T = TypeVar("T")
 
 # Micro-batches of less than this go to the rewards with the next one: waking them takes a while, too.
 SEND_SECONDS = 0.05
@@ -82,6 +87,7 @@ class Evaluation:
         samples_per_prompt: Answers to each problem.
         turn_tokens: Tokens generated in each turn of the episodes, for problems that are episodes.
         lengths: One per answer: tokens generated for it, in all turns of an episode; empty for likelihoods.
+        parts: What it was merged from.
     """
 
     rewards: list[float | None]
@@ -93,43 +99,52 @@ class Evaluation:
     samples_per_prompt: int = 1
     turn_tokens: Sequence[int] = ()
     lengths: Sequence[int] = ()
+    parts: Sequence[PartialResult] = ()
 
     @property
     def num_failures(self) -> int:
         """Return how many rewards failed."""
         return sum(self.has_failed)
 
-    def result_of(self, member: int, *, problems: Sequence[int] | None = None) -> MemberResult:
+    def result_of(
+        self,
+        member: int,
+        *,
+        problems: Sequence[int] | None = None,
+        objective: Objective = MEAN,
+        weights: Sequence[float] | None = None,
+    ) -> MemberResult:
         """Return the journal's record of a member that answered so.
 
         Args:
             member: Its index in the population.
             problems: Indices of the iteration's problems that it answered; None: all.
+            objective: What the answers to a problem earn together.
+            weights: Weight of each problem that it answered; None: all weigh the same.
         """
         counted = [reward for reward in self.rewards if reward is not None and self.is_finite]
+        judged = Judgement(None)
+        if self.is_finite:
+            count = self.samples_per_prompt
+            rules: dict[str, Any] = {"objective": objective, "weights": weights}
+            judged = judge(self.rewards, self.has_failed, samples_per_prompt=count, **rules)
         return MemberResult(
             member,
-            reward=mean_reward(counted),
+            reward=judged.reward,
             num_failures=self.num_failures,
             num_tokens=self.num_tokens,
             num_scored=len(counted),
             least=min(counted, default=None),
             components=self.component_means(),
             is_finite=self.is_finite,
-            by_problem=self._by_problem() if self.is_finite else [],
+            by_problem=judged.by_problem,
             problems=problems if self.is_finite else [],
             turn_tokens=list(self.turn_tokens),
+            by_least=judged.by_least,
             samples=[vars(sample) for sample in list(self.samples.values())[:NUM_SAMPLES]]
             if member == 0
             else [],
         )
-
-    def _by_problem(self) -> list[float | None]:
-        """Return the mean reward for each problem, over the answers that count."""
-        count = self.samples_per_prompt
-        return [
-            mean_reward(self.rewards[first : first + count]) for first in range(0, len(self.rewards), count)
-        ]
 
     def component_means(self) -> dict[str, float | None]:
         """Return the mean of each component over the answers that it applies to."""
@@ -273,7 +288,7 @@ def merged(
             rewards[index], has_failed[index] = part.values[place], part.has_failed[place]
             lengths[index] = part.lengths[place]
             for name, values in part.components.items():
-                columns[name][index] = values[place]
+                columns.setdefault(name, [None] * size)[index] = values[place]
         for turn, count in enumerate(part.turn_tokens):
             turn_tokens[turn] += count
     return Evaluation(
@@ -286,4 +301,35 @@ def merged(
         samples_per_prompt=samples_per_prompt,
         turn_tokens=turn_tokens,
         lengths=lengths,
+        parts=parts,
+    )
+
+
+def joined(parts: Sequence[PartialResult]) -> PartialResult:
+    """Join what all ranks know of a member, in the order of answers: the same for any number of ranks.
+
+    It goes into the journal, which has only finite numbers: a log-likelihood that is not becomes None.
+    """
+    places = sorted(
+        (index, number, at) for number, part in enumerate(parts) for at, index in enumerate(part.indices)
+    )
+
+    def in_order(columns: Sequence[Sequence[T]]) -> list[T]:
+        return [columns[number][at] for _, number, at in places if columns[number]]
+
+    names = sorted({name for part in parts for name in part.components})
+    values = in_order([part.values for part in parts])
+    kept = [value if value is not None and math.isfinite(value) else None for value in values]
+    return PartialResult(
+        indices=[index for index, *_ in places],
+        values=kept,
+        has_failed=in_order([part.has_failed for part in parts]),
+        components={
+            name: in_order([part.components.get(name) or [None] * len(part.indices) for part in parts])
+            for name in names
+        },
+        num_tokens=sum(part.num_tokens for part in parts),
+        is_finite=all(part.is_finite for part in parts) and kept == values,
+        turn_tokens=[sum(turn) for turn in zip_longest(*(part.turn_tokens for part in parts), fillvalue=0)],
+        lengths=in_order([part.lengths for part in parts]),
     )

@@ -47,12 +47,11 @@ def resolve_auto(
     Returns:
         The configuration without ``auto``, but for ``rollout.gather``.
     """
-    settings = config.rollout
+    settings, racing = config.rollout, config.es.racing
+    num_rows = len(first_rows) if racing is None else max(1, len(first_rows) // racing.rounds)
 
     def find_size() -> int:
-        return find_micro_batch_size(
-            evaluator, rows, num_rows=len(first_rows), mesh=mesh, sigma=config.es.sigma
-        )
+        return find_micro_batch_size(evaluator, rows, num_rows=num_rows, mesh=mesh, sigma=config.es.sigma)
 
     def find_count() -> int:
         return find_members_per_forward(evaluator, first_rows, population=population, mesh=mesh)
@@ -88,7 +87,7 @@ def find_micro_batch_size(
     Args:
         evaluator: Answers; it is left with the size that was found.
         rows: The problems.
-        num_rows: How many of them an iteration asks.
+        num_rows: How many of them a member is asked at a time: an iteration's, or those of a portion.
         mesh: The ranks.
         sigma: Scale of the noise.
 

@@ -8,6 +8,7 @@ from typing import Any
 from shardes.backends.registry import BACKENDS
 from shardes.config.schema import Config
 from shardes.environments.runners import Environments, tasks_by_key
+from shardes.es.objective import Objective, make_objective
 from shardes.es.strategy import Strategy
 from shardes.models.build import end_tokens, max_positions, pad_token
 from shardes.rewards.pool import InProcessRewards, RewardRunner
@@ -20,10 +21,12 @@ from shardes.rollout.evaluator import Evaluator
 from shardes.rollout.gather_modes import BATCHED_GATHERS
 from shardes.rollout.iteration import IterationSpec
 from shardes.rollout.preparing import make_encoder
+from shardes.rollout.racing import Race, check_portions
 from shardes.rollout.scheduler import MemberScheduler
 from shardes.session import Session
 from shardes.tasks.base import Row, Task, all_rewards
 from shardes.tasks.sampler import draw_batch
+from shardes.tasks.screening import Screening, make_screening
 from shardes.utils.references import load_class
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,8 @@ class Rollout:
         scorer: Has answers to its problems scored.
         set_scorers: The same of further tasks, by name.
         encoder: Makes tokens of prompts.
+        objective: What a member earns by the answers to a problem.
+        screening: Chooses the problems to ask of those that are drawn; None: all are asked.
     """
 
     config: Config
@@ -52,15 +57,23 @@ class Rollout:
     scorer: Scorer
     set_scorers: Mapping[str, Scorer]
     encoder: PromptEncoder
-
-    def draw_problems(self, iteration: int) -> list[Row]:
-        """Return the problems that an iteration asks."""
-        return _draw(self.config, self.task, iteration)
+    objective: Objective
+    screening: Screening | None = None
 
     def spec(self, iteration: int, *, num_problems: int | None = None) -> IterationSpec:
         """Return what an iteration asks of its members; of its first problems, if a number is given."""
-        rows = self.draw_problems(iteration)[:num_problems]
-        return IterationSpec(iteration, rows, self.evaluator, self.strategy)
+        drawn = _draw(self.config, self.task, iteration)[:num_problems]
+        asked = None if self.screening is None else self.screening.choose(drawn, iteration=iteration)
+        rows = [self.task.train[index] for index in (drawn if asked is None else asked.rows)]
+        return IterationSpec(iteration, rows, self.evaluator, self.strategy, self.objective, asked)
+
+    def race(self, spec: IterationSpec) -> Race | None:
+        """Return the race of an iteration's members; None if all of them answer everything."""
+        es = self.config.es
+        if es.racing is None:
+            return None
+        on_error = self.config.task.on_reward_error
+        return Race(spec, es.racing, antithetic=es.antithetic, on_error=on_error)
 
     def measured(self) -> dict[str, Any]:
         """Return what was measured on this rank since the last call, by the names of metrics.jsonl."""
@@ -69,7 +82,7 @@ class Rollout:
 
     def begin(self) -> None:
         """Choose how weights are gathered by what the first iteration asks; a collective of all ranks."""
-        self.evaluator.begin(self.evaluator.prepare(self.draw_problems(0), iteration=0))
+        self.evaluator.begin(self.evaluator.prepare(_first_rows(self.config, self.task), iteration=0))
 
 
 def make_evaluator(
@@ -158,7 +171,8 @@ def make_rollout(
         encoder: Has the tokens of their prompts; None: a new one, which makes them when they are asked.
 
     Raises:
-        UserError: Members that share forwards would compute other logits than by themselves.
+        UserError: Members that share forwards would compute other logits than by themselves, or there are
+            fewer micro-batches than rounds of racing.
     """
     config = session.config
     encoder = encoder or make_encoder(config, date=recorded("task.date"))
@@ -172,24 +186,37 @@ def make_rollout(
         evaluator,
         recorded=recorded,
         rows=task.train,
-        first_rows=_draw(config, task, 0),
+        first_rows=_first_rows(config, task),
         population=strategy.num_members(0),
         mesh=session.mesh,
     )
+    if config.es.racing is not None:
+        first = evaluator.prepare(_first_rows(config, task), iteration=0)
+        check_portions(first, config.es.racing, micro_batch_size=evaluator.micro_batch_size)
     scheduler = make_scheduler(session, evaluator)
-    rollout = Rollout(config, evaluator, scheduler, strategy, task, scorer, set_scorers, encoder)
+    samples = config.rollout.samples_per_prompt
+    objective = make_objective(config.task.objective, samples_per_prompt=samples)
+    screening = make_screening(config.task.screening, task, seed=config.es.seed)
+    rollout = Rollout(
+        config, evaluator, scheduler, strategy, task, scorer, set_scorers, encoder, objective, screening
+    )
     if config.rollout.is_batched:
         rollout.begin()
         evaluator.engine.check(sigma=config.es.sigma)
     return rollout
 
 
-def _draw(config: Config, task: Task, iteration: int) -> list[Row]:
-    drawn = draw_batch(
+def _first_rows(config: Config, task: Task) -> list[Row]:
+    """Return the problems of the first iteration."""
+    return [task.train[index] for index in _draw(config, task, 0)]
+
+
+def _draw(config: Config, task: Task, iteration: int) -> list[int]:
+    """Return the indices of an iteration's problems."""
+    return draw_batch(
         len(task.train),
         batch_size=config.task.batch_size,
         sampling=config.task.sampling,
         seed=config.es.seed,
         iteration=iteration,
     )
-    return [task.train[row] for row in drawn]

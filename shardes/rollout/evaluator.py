@@ -343,14 +343,14 @@ class Evaluator:
         evaluations = []
         for load, size in enumerate(sizes):
             is_own = load == slot
-            accumulators = in_flight.accumulators if is_own else [self._accumulator(in_flight.prompts)] * size
+            accumulators = in_flight.accumulators if is_own else [self.accumulator(in_flight.prompts)] * size
             of_load = [parts for at, parts in of_ranks if at == load]
             evaluations.append(
                 [each.merge([parts[i] for parts in of_load]) for i, each in enumerate(accumulators)]
             )
         return evaluations
 
-    def _accumulator(self, prompts: PromptBatch) -> RewardAccumulator:
+    def accumulator(self, prompts: PromptBatch) -> RewardAccumulator:
         """Return an accumulator that knows nothing yet."""
         if prompts.episodes is not None:
             return EpisodeAccumulator(prompts, keeps_samples=False)

@@ -51,19 +51,19 @@ class LogLikelihoodAccumulator:
         """Judge each row by the log-likelihoods of its pairs.
 
         Args:
-            parts: Partial results whose pairs together are all pairs.
+            parts: Partial results; a row of which they do not have all pairs gets no reward.
 
         Returns:
             Rewards, metrics and samples by row.
         """
         choices, first = self._choices, self._choices.first_pairs
-        totals = [0.0] * len(choices.pairs)
+        totals: list[float | None] = [None] * len(choices.pairs)
         for part in parts:
             for index, value in zip(part.indices, part.values, strict=True):
-                totals[index] = 0.0 if value is None else value
+                totals[index] = value
         columns: dict[str, list[float | None]] = {}
         for row, row_choices in enumerate(choices.choices):
-            sums = totals[first[row] : first[row + 1]]
+            sums = _known(totals[first[row] : first[row + 1]])
             num_gold_tokens = len(choices.pairs[first[row] + row_choices.gold][1])
             for name, number in _judge(sums, row_choices.gold, num_gold_tokens).items():
                 columns.setdefault(name, []).append(number)
@@ -71,7 +71,9 @@ class LogLikelihoodAccumulator:
         rewards = [None if value is None else sign * value for value in columns.get(self._metric, [])]
         samples: dict[int, Sample] = {}
         for row in range(min(self._num_samples, len(rewards))):
-            sums = totals[first[row] : first[row + 1]]
+            sums = _known(totals[first[row] : first[row + 1]])
+            if not sums:
+                continue
             likeliest = max(range(len(sums)), key=lambda i: sums[i])
             samples[row] = Sample(
                 as_text(choices.prompts[row]),
@@ -80,23 +82,31 @@ class LogLikelihoodAccumulator:
                 rewards[row],
             )
         num_tokens = sum(part.num_tokens for part in parts)
-        is_finite = all(map(math.isfinite, totals))
-        return Evaluation(rewards, [False] * len(rewards), columns, num_tokens, samples, is_finite)
+        is_finite = all(part.is_finite for part in parts) and all(map(math.isfinite, filter(None, totals)))
+        return Evaluation(
+            rewards, [False] * len(rewards), columns, num_tokens, samples, is_finite, parts=parts
+        )
+
+
+def _known(sums: Sequence[float | None]) -> list[float]:
+    """Return the log-likelihoods of a row's completions; [] if one of them is not known."""
+    known = [value for value in sums if value is not None]
+    return known if len(known) == len(sums) else []
 
 
 def _judge(sums: Sequence[float], gold: int, num_gold_tokens: int) -> dict[str, float | None]:
     """Compute the three metrics of a row.
 
     Args:
-        sums: Log-likelihood of each completion, in nats.
+        sums: Log-likelihood of each completion, in nats; empty if they are not known.
         gold: Index of the right completion.
         num_gold_tokens: Number of tokens of the right completion.
 
     Returns:
         ``accuracy`` (0 or 1), ``cross_entropy`` (nats) and ``log_likelihood`` (nats per token); all None if
-        one of ``sums`` is not finite.
+        one of ``sums`` is not finite, or if there are none.
     """
-    if not all(map(math.isfinite, sums)):
+    if not sums or not all(map(math.isfinite, sums)):
         return {"accuracy": None, "cross_entropy": None, "log_likelihood": None}
     largest = max(sums)
     log_total = largest + math.log(math.fsum(math.exp(value - largest) for value in sums))

@@ -47,7 +47,7 @@ def make_encoder(config: Config, *, date: str | None = None) -> PromptEncoder:
     Raises:
         UserError: The model's configuration or tokenizer cannot be used.
     """
-    path, trust = config.model.path, config.model.trust_remote_code
+    path, trust = config.model.directory, config.model.trust_remote_code
     model_config = load_model_config(path, trust_remote_code=trust)
     recorded = None if date is None else datetime.date.fromisoformat(date)
     return PromptEncoder(
@@ -80,7 +80,7 @@ def prepare_tasks(
     Raises:
         UserError: A row cannot be asked; the message names it.
     """
-    Checkpoint(config.model.path)  # says if there are no weights to ask
+    Checkpoint(config.model.directory)  # says if there are no weights to ask
     encoder = make_encoder(config, date=date)
     for each in (task, *(heldout_sets or {}).values()):
         if each.episodes is not None:
@@ -128,8 +128,9 @@ def _askable(
                 raise UserError(f"{problems[0]}. Or have such rows left out: task.on_prompt_error=exclude")
     except LimitError as error:
         raise UserError(
-            f"{_place(rows[error.index], key)}: the chat template or the tokenizer of {config.model.path} "
-            f"{error} for this prompt; mend it, or give another template (task.chat_template)"
+            f"{_place(rows[error.index], key)}: the chat template or the tokenizer of "
+            f"{config.model.directory} {error} for this prompt; mend it, or give another template "
+            "(task.chat_template)"
         ) from None
     if rows and not found:
         raise UserError(f"{key}: no row can be asked; the first one: {problems[0]}")

@@ -1,7 +1,9 @@
 """Problems as an engine is asked them: rendered, tokenised and cut once, then answered by every member."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Self
 
 import torch
 
@@ -64,6 +66,36 @@ class PromptBatch:
     choices: ChoiceSet | None = None
     opened: Sequence[str] = ()
     episodes: EpisodePlan | None = None
+
+    @property
+    def num_batches(self) -> int:
+        """Return the number of micro-batches, or of cohorts of episodes."""
+        return len(self.micro_batches if self.episodes is None else self.episodes.cohorts)
+
+    def indices(self) -> list[int]:
+        """Return the answers (for likelihoods: the pairs) that are asked, ascending."""
+        if self.episodes is not None:
+            return sorted(index for cohort in self.episodes.cohorts for index in cohort)
+        return sorted(row for batch in self.micro_batches for row in batch.rows)
+
+    def problems_of(self, indices: Collection[int]) -> list[int]:
+        """Return the problems all of whose answers (for likelihoods: pairs) are among some."""
+        count = self.samples_per_prompt
+        bounds: Sequence[int] = range(0, len(self.rows) * count + 1, count)
+        if self.choices is not None:
+            bounds = self.choices.first_pairs
+        known, ranges = frozenset(indices), [range(low, high) for low, high in pairwise(bounds)]
+        return [problem for problem, own in enumerate(ranges) if known.issuperset(own)]
+
+    def portion(self, places: Sequence[int]) -> Self:
+        """Return a batch that asks some of the micro-batches, or cohorts, alone.
+
+        Answers keep their indices, and each micro-batch its tensors: what it computes is the same bits.
+        """
+        if self.episodes is not None:
+            cohorts = [self.episodes.cohorts[place] for place in places]
+            return replace(self, episodes=replace(self.episodes, cohorts=cohorts))
+        return replace(self, micro_batches=[self.micro_batches[place] for place in places])
 
     def fingerprint(self) -> bytes:
         """Return the tokens that a model is asked: equal for equal problems, templates and tokenizers.

@@ -47,8 +47,8 @@ def pipelined(
 class MemberScheduler:
     """Evaluates members and the centre over the ranks.
 
-    Members that share a forward are composed from their indices alone: with K of them, members c K to
-    c K + K - 1. A forward of which some members are known already is evaluated whole, because what it
+    Members that share a forward are composed from their order alone: with K of them, the members at places
+    c K to c K + K - 1. A forward of which some members are known already is evaluated whole, because what it
     computes may depend, in the last bits, on all of them.
 
     Args:
@@ -125,8 +125,11 @@ class MemberScheduler:
         """Part members into turns: as many loads at a time as the ranks of a group take."""
         engine = self._evaluator.engine
         size, num_loads = engine.members_per_forward, engine.num_loads
-        first_members = spec.strategy.in_order({member // size * size for member in members})
-        loads = [spec.members[first : first + size] for first in first_members]
+        wanted = set(members)
+        places = [place for place, member in enumerate(spec.members) if member in wanted]
+        firsts = {spec.members[place // size * size]: place // size * size for place in places}
+        in_order = [firsts[member] for member in spec.strategy.in_order(firsts)]
+        loads = [spec.members[first : first + size] for first in in_order]
         return [loads[first : first + num_loads] for first in range(0, len(loads), num_loads)]
 
     def _slot(self) -> int:
@@ -158,7 +161,7 @@ class MemberScheduler:
         except MemoryShortageError:
             return None
         return [
-            evaluation.result_of(member, problems=spec.indices_of(member))
+            spec.result_of(member, evaluation)
             for members, evaluations in zip(turn, found, strict=True)
             for member, evaluation in zip(members, evaluations, strict=True)
         ]

@@ -11,7 +11,7 @@ from shardes.config.consent import with_consent
 from shardes.config.loading import dump_config, load_run_config
 from shardes.config.schema import Config
 from shardes.errors import StorageError, UserError
-from shardes.runs.journal import History, Journal, engine_of, read_journal
+from shardes.runs.journal import History, Journal, commit_of, engine_of, read_journal
 from shardes.runs.lock import DirectoryLock
 from shardes.utils.closing import Closing
 from shardes.utils.files import AppendFile, write_atomically
@@ -142,7 +142,9 @@ class RunDirectory(Closing):
         """Return whether the journal has the evaluation or the member that gave an answer."""
         iteration = sample["iteration"]
         if "member" in sample:
-            return sample["member"] in self.history.members.get(iteration, {})
+            history, member = self.history, sample["member"]
+            is_racing = iteration == len(history.updates) and (0, member) in history.portions
+            return is_racing or member in history.members.get(iteration, {})
         return iteration in self.history.evaluations
 
     def record(self, record: dict[str, Any], *, durable: bool = False) -> None:
@@ -286,7 +288,7 @@ def read_run(
 
     Args:
         run_dir: The run directory.
-        base: The base model's directory; None: the run's ``model.path``.
+        base: The base model's directory, or its name on the hub; None: the run's ``model.path``.
         backend: Value of ``parallel.backend``.
         is_trusted: Whether the person has consented to run code of the model directory.
 
@@ -299,8 +301,12 @@ def read_run(
     changes |= {"rollout.engine": "auto", "rollout.kv_cache_gib": None, "rollout.batch_invariant": False}
     changes |= {"rollout.vllm": {}}
     if base is not None:
-        changes["model.path"] = str(base)
+        changes |= {"model.path": str(base), "model.revision": None}
     config = load_run_config(run_dir, changes)
     header, history, *_ = read_run_journal(run_dir)
-    config = with_consent(config, origin=run_dir / "config.yaml", is_trusted=is_trusted, sections=("model",))
+    if commit := commit_of(header, config.model.hub_id):
+        config = config.model_copy(update={"model": config.model.model_copy(update={"revision": commit})})
+    own = () if base is None else ("model.path",)
+    origin = run_dir / "config.yaml"
+    config = with_consent(config, origin=origin, is_trusted=is_trusted, sections=("model",), own=own)
     return config, header, history

@@ -5,6 +5,8 @@ changed, lost or moved is found. The records:
 
 - ``header``: configuration, base model, noise version, parameter table and engine of the run.
 - ``engine``: the engine from here on, where a job has gone on with another one.
+- ``portion``: what a member's answers to a portion of the problems earned, where members race; written as
+  soon as it is known.
 - ``member``: one member's reward, written as soon as it is known.
 - ``probe``: the base model's answers to some prompts, to measure the divergence from it.
 - ``kl``: the divergence of the centre from the base model.
@@ -42,6 +44,7 @@ class History:
         header: The first record; None for an empty journal.
         updates: One record per finished iteration, in order.
         members: Records by iteration and member.
+        portions: Records of the iteration that is not decided yet, by round and member.
         evaluations: Records by iteration.
         digests: Digests of the weights, by the number of updates that they had had.
         instruments: Measures of the update that led to these weights, by the same number.
@@ -54,6 +57,7 @@ class History:
     header: dict[str, Any] | None = None
     updates: list[dict[str, Any]] = field(default_factory=list)
     members: dict[int, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    portions: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     digests: dict[int, str] = field(default_factory=dict)
     instruments: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -119,10 +123,13 @@ class History:
             self.engines.append(record)
         elif kind == "member" and record["iteration"] == len(self.updates):
             self.members.setdefault(record["iteration"], {})[record["member"]] = record
+        elif kind == "portion" and record["iteration"] == len(self.updates):
+            self.portions[record["round"], record["member"]] = record
         elif kind == "evaluation" and record["iteration"] == len(self.updates):
             self.evaluations[record["iteration"]] = record
         elif kind == "update" and record["iteration"] == len(self.updates):
             self.updates.append(record)
+            self.portions = {}
             # The update has what became of them, and the runs of millions of answers are long.
             for member in self.members.get(record["iteration"], {}).values():
                 member.pop("by_problem", None)
@@ -180,8 +187,8 @@ def engine_of(header: dict[str, Any]) -> dict[str, Any]:
     return engine
 
 
-def recorded_setting(run_dir: Path, key: str) -> Any:
-    """Return a setting of a journal's header; None if the run has not begun, or its header cannot be read."""
+def recorded_header(run_dir: Path) -> dict[str, Any] | None:
+    """Return the header of a run's journal; None if the run has not begun, or it cannot be read."""
     path, history = run_dir / "journal.jsonl", History()
     try:
         line = next(read_whole_lines(path), None)
@@ -189,7 +196,25 @@ def recorded_setting(run_dir: Path, key: str) -> Any:
             _take(line, history, "", path=path)
     except (OSError, UserError, *_DAMAGE):  # whoever opens the run says so
         return None
-    return None if history.header is None else history.header["settings"].get(key)
+    return history.header
+
+
+def recorded_setting(run_dir: Path, key: str) -> Any:
+    """Return a setting of a journal's header; None if there is no header that can be read."""
+    header = recorded_header(run_dir)
+    return None if header is None else header["settings"].get(key)
+
+
+def recorded_commit(run_dir: Path, hub_id: str | None) -> str | None:
+    """Return the commit of a model of the hub with which a run began; None: it has none of that name."""
+    header = recorded_header(run_dir)
+    return None if header is None else commit_of(header, hub_id)
+
+
+def commit_of(header: dict[str, Any], hub_id: str | None) -> str | None:
+    """Return the commit that a journal's header has for a model of the hub; None: it is of another."""
+    model = header["config"]["model"]
+    return model.get("revision") if hub_id is not None and model["path"] == hub_id else None
 
 
 def read_journal(path: Path) -> tuple[History, str, int, int]:
@@ -249,9 +274,18 @@ def _take(line: bytes, history: History, link: str, *, path: Path) -> str:
         rename_in_header(record)
     elif record["type"] == "update":
         # Each takes time to replay, and was the result of a member.
-        num_members, count = len(history.members.get(record["iteration"], ())), len(record["coefficients"])
-        if count > num_members:
-            raise ValueError(f"it has {count} coefficients, but its iteration {num_members} members")
+        at = record["iteration"]
+        for key, what, iteration in (("coefficients", "its", at), ("reused", "the last", at - 1)):
+            num_members, count = len(history.members.get(iteration, ())), len(record.get(key, ()))
+            if count > num_members:
+                raise ValueError(f"it has {count} {key}, but {what} iteration {num_members} members")
+        is_paired = history.header is not None and history.header["settings"].get("es.antithetic")
+        num_members, count = (
+            len(record.get("shaped", ())),
+            len(record["coefficients"]) * (2 if is_paired else 1),
+        )
+        if num_members not in (0, count):
+            raise ValueError(f"it has {num_members} shaped rewards, but coefficients of {count} members")
     history.add(record)
     return str(checksum)
 

@@ -1,7 +1,7 @@
 """The numbers of metrics.jsonl, computed from the journal, so that they can be restored from it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -34,6 +34,7 @@ def iteration_metrics(history: History, iteration: int) -> dict[str, Any]:
         "num_reward_failures": sum(member.num_failures for member in members),
         "num_tokens": sum(member.num_tokens for member in members),
         **_tokens_by_turn(members),
+        **_screened(update),
         "sigma": update["sigma"],
         "alpha": update["alpha"],
         "perturbation_norm": update["sigma"] * math.sqrt(num_trained(history.header)),
@@ -41,6 +42,16 @@ def iteration_metrics(history: History, iteration: int) -> dict[str, Any]:
         **history.instruments.get(iteration + 1, {}),
         **({"weights_digest": digest} if (digest := history.digests.get(iteration + 1)) else {}),
     }
+
+
+def _screened(update: Mapping[str, Any]) -> dict[str, int]:
+    """Return how many problems were asked and how many left out; nothing without screening."""
+    found = update.get("screening")
+    return (
+        {}
+        if found is None
+        else {"num_problems": found["num_problems"], "num_left_out": found["num_left_out"]}
+    )
 
 
 def _tokens_by_turn(members: Sequence[MemberResult]) -> dict[str, list[int]]:
@@ -67,6 +78,8 @@ def heldout_metrics(history: History, iteration: int) -> dict[str, Any]:
             "heldout_num_failures": record.get("num_failures", 0),
             "heldout_components": record.get("components", {}),
         }
+    if "objective" in record:
+        metrics["heldout_objective"] = record["objective"]
     if "sets" in record:
         metrics["heldout_sets"] = record["sets"]
     return metrics

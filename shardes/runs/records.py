@@ -4,9 +4,9 @@ A checksum shows that a line is whole, not that it means something. What these m
 that replays, shows or resumes a run; keys that they do not name are left as they are.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -21,6 +21,7 @@ class _Record(BaseModel):
 
 class _Model(_Record):
     path: _Text
+    revision: _Text | None = None
 
 
 class _Config(_Record):
@@ -54,6 +55,7 @@ class _Header(_Record):
 
 class _Set(_Record):
     reward: _Number | None = None
+    objective: _Number | None = None
     num_failures: _Count = 0
     components: dict[str, _Number | None] = {}
 
@@ -74,7 +76,49 @@ class _Member(_Set):
     is_finite: bool = True
     by_problem: list[_Number | None] = []
     problems: list[_Count] | None = None
+    by_least: Annotated[list[_Number], Field(min_length=2, max_length=2)] | None = None
     version: _Count = 1
+
+
+class _Part(_Record):
+    indices: list[_Count]
+    values: list[_Number | None]
+    has_failed: list[bool]
+    components: dict[str, list[_Number | None]]
+    num_tokens: _Count
+    is_finite: bool
+    is_short: bool
+    turn_tokens: list[_Count]
+    lengths: list[_Count]
+
+    @model_validator(mode="after")
+    def _columns_are_of_one_length(self) -> Self:
+        count = len(self.indices)
+        lengths = {"values": len(self.values)}
+        lengths |= {name: len(column) for name, column in self.components.items()}
+        lengths |= {"has_failed": len(self.has_failed) or count, "lengths": len(self.lengths) or count}
+        for name, length in lengths.items():
+            if length != count:
+                raise ValueError(f"{name:.80} has {length} items, but there are {count} indices")
+        return self
+
+
+class _Portion(_Record):
+    iteration: _Count
+    round: _Count
+    member: _Count
+    part: _Part
+
+
+class _Screening(_Record):
+    num_problems: _Count
+    num_left_out: _Count
+    informative: list[_Count]
+    agreed: list[Annotated[tuple[_Number, list[_Count]], Strict(False)]]
+
+
+class _RewardStats(_Record):
+    reward_snr: Annotated[_Number, Field(ge=0)] | None = None
 
 
 class _Update(_Record):
@@ -83,7 +127,10 @@ class _Update(_Record):
     alpha: _Float32
     sigma: _Float32
     noise_iteration: _Count | None = None
-    instruments: dict[str, Any] = {}
+    screening: _Screening | None = None
+    reused: list[_Float32] = []
+    shaped: list[_Number | None] = []
+    instruments: _RewardStats = _RewardStats()
 
 
 class _Weights(_Record):
@@ -107,6 +154,7 @@ _FORMS: dict[str, type[_Record]] = {
     "engine": _EngineChange,
     "evaluation": _Evaluation,
     "member": _Member,
+    "portion": _Portion,
     "update": _Update,
     "weights": _Weights,
     "probe": _Probe,

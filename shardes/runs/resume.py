@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +28,8 @@ class ResumeState:
         digests: Digests of the weights, by the number of updates that they had had.
         results: Results of the first iteration's members, by member. Members without a reward are left out
             and asked again: the user may have mended the reward function.
+        portions: What the answers to portions earned, by round and member, where members of the first
+            iteration race; those without a reward are left out likewise.
         update_version: Version of the updates that the run was begun with.
         evaluation: Record of the held-out evaluation after all updates; None if there is none.
         best_reward: The highest held-out reward of earlier evaluations; None if there is none.
@@ -38,6 +40,7 @@ class ResumeState:
     updates: list[dict[str, Any]]
     digests: dict[int, str]
     results: dict[int, MemberResult]
+    portions: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
     update_version: int = UPDATE_VERSION
     evaluation: dict[str, Any] | None = None
     best_reward: float | None = None
@@ -63,6 +66,7 @@ class ResumeState:
             history.updates,
             history.digests,
             {m: MemberResult.of_record(r) for m, r in members.items() if r["reward"] is not None},
+            portions={key: r["part"] for key, r in history.portions.items() if _has_reward(r["part"])},
             update_version=history.update_version,
             evaluation=history.evaluations.get(first),
             best_reward=history.best_reward(before=first),
@@ -73,14 +77,22 @@ class ResumeState:
     def to_json(self) -> dict[str, Any]:
         """Return an object that JSON keeps as it is, for ``from_json``."""
         results = [result.record() for result in self.results.values()]
-        return vars(self) | {"digests": list(self.digests.items()), "results": results}
+        portions = list(self.portions.items())
+        return vars(self) | {"digests": list(self.digests.items()), "results": results, "portions": portions}
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> Self:
         """Return the progress of which ``to_json`` made an object."""
         results = map(MemberResult.of_record, state["results"])
         by_member = {result.member: result for result in results}
-        return cls(**{**state, "digests": dict(state["digests"]), "results": by_member})
+        portions = {(number, member): part for (number, member), part in state["portions"]}
+        digests = dict(state["digests"])
+        return cls(**{**state, "digests": digests, "results": by_member, "portions": portions})
+
+
+def _has_reward(part: Mapping[str, Any]) -> bool:
+    """Return whether a part of a member's answers has a reward that counts."""
+    return bool(part["is_finite"]) and any(value is not None for value in part["values"])
 
 
 def restore_weights(
@@ -120,7 +132,7 @@ def restore_weights(
             if sets_damaged_aside:
                 _set_aside(snapshot_path(run_dir, iteration))
     if not (first or is_base):
-        session.weights.load(Checkpoint(session.config.model.path))
+        session.weights.load(Checkpoint(session.config.model.directory))
     if updates:
         origin = f"the snapshot of iteration {first}" if first else "the base model"
         logger.info("replaying %d iterations over %s", len(updates) - first, origin)

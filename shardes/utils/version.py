@@ -1,3 +1,3 @@
 """The version of shardes, apart from the package's front so that any module may import it."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"

@@ -226,14 +226,14 @@ class Weights:
 
         Adding 0 to a weight that is -0 would change its bits.
         """
-        return not self._is_plain or any(update.coefficients)
+        return not self._is_plain or any(any(coefficients) for _, coefficients in update.terms)
 
     @torch.no_grad()
     def update(self, update: Update, *, stats: UpdateStats | None = None) -> None:
-        """Add the optimizer's step for the gradient ``sum_n coefficients[n] * eps(n)`` to the masters.
+        """Add the optimizer's step for the gradient, the sum of the update's noise, to the masters.
 
         Args:
-            update: Coefficients, and the iteration whose noise they belong to.
+            update: Coefficients, and the iterations whose noise they belong to.
             stats: Sums to add the update's norms to; None: none. They do not change the weights.
         """
         if not self.moves(update):
@@ -241,6 +241,7 @@ class Weights:
             return
         # Rounding draws on the iteration, which with noise of another is not the noise's.
         is_fused = self.dtype == torch.float32 or update.noise_of == update.iteration
+        is_fused = is_fused and len(update.terms) == 1  # or the master would be rounded after each
         if self._is_plain and stats is None and is_fused:
             for shard, span in self.spans(self.trained):
                 self._add_noise(self.masters.on_device(shard, span), shard.region(span), update)
@@ -301,23 +302,24 @@ class Weights:
         return gradient
 
     def _add_noise(self, target: torch.Tensor, region: Region, update: Update) -> None:
-        """Add the update's weighted sum of noise to ``target``."""
-        noise.accumulate(
-            target,
-            region=region,
-            coefficients=update.coefficients,
-            directions=range(len(update.coefficients)),
-            seed=self.seed,
-            iteration=update.noise_of,
-            kind=self.kind,
-        )
+        """Add the update's weighted sums of noise to ``target``, one after another."""
+        for iteration, coefficients in update.terms:
+            noise.accumulate(
+                target,
+                region=region,
+                coefficients=coefficients,
+                directions=range(len(coefficients)),
+                seed=self.seed,
+                iteration=iteration,
+                kind=self.kind,
+            )
 
     def could_overflow(self, update: Update) -> bool:
         """Return whether an update might make one of this rank's weights infinite, or one is not finite now.
 
         The limit is the smaller of the largest finite numbers of the master's and the model's dtype.
         """
-        gradient = math.fsum(map(abs, update.coefficients)) * self.kind.largest
+        gradient = math.fsum(abs(c) for _, terms in update.terms for c in terms) * self.kind.largest
         # Before the first update there are no states, and they would be zeros.
         states = [max(self._magnitudes(state), default=0.0) for state in self._states]
         largest = states or [0.0] * len(self.optimizer.state_names)

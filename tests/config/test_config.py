@@ -47,7 +47,9 @@ def test_shipped_configurations_are_accepted_and_keep_every_value_they_give(path
     for section, keys in yaml.safe_load(path.read_text()).items():
         for key, value in keys.items():
             found = resolved[section][key]
-            if isinstance(getattr(getattr(config, section), key), Path) and not value.startswith(
+            if key == "path" and config.model.hub_id is not None:
+                assert found == value
+            elif isinstance(getattr(getattr(config, section), key), Path) and not value.startswith(
                 ("hf:", "range:")
             ):
                 assert found == str(Path(value).absolute()), f"{section}.{key}"
@@ -349,6 +351,13 @@ def test_many_members_in_a_forward_want_noise_of_low_rank(count):
         ({"optimizer": "adam", "adam_betas": [0.99, 0.9]}, "larger than the square of the first"),
         ({"adam_betas": [0.9]}, "es.adam_betas"),
         ({"alpha": 1.0, "weight_decay": 2}, "give at most 1"),
+        ({"step_rule": "reliability", "prompts_per_member": 3}, "prompts_per_member is 3"),
+        ({"member_reuse": 0.5, "noise_reuse": 2}, "noise_reuse is 2, which has the same directions"),
+        ({"member_reuse": 0.0, "optimizer": "momentum"}, "optimizer is momentum, which repeats"),
+        ({"member_reuse": 1, "optimizer": "adam"}, "optimizer is adam, which repeats"),
+        ({"member_reuse": 1, "sigma_schedule": "cosine", "final_sigma": 1e-4}, "sigma_schedule is cosine"),
+        ({"member_reuse": 0.5, "subspaces": 4}, "subspaces is 4, which keeps members in parts"),
+        ({"member_reuse": 1.5}, "es.member_reuse"),
     ],
 )
 def test_an_algorithm_that_would_not_be_what_was_meant_is_refused(es, words):
@@ -359,6 +368,39 @@ def test_members_of_one_forward_answer_the_same_prompts():
     tree = with_key("es.prompts_per_member", 3)
     tree["es"]["noise"], tree["rollout"]["members_per_forward"] = "low_rank", 4
     with pytest.raises(UserError, match=r"es: prompts_per_member is 3"):
+        parse_config(tree, source="test")
+
+
+@pytest.mark.parametrize(
+    ("es", "words"),
+    [
+        ({"racing": True}, "es.racing: got True; give its keys, as in {rounds: 3, keep: 0.5}, or null"),
+        ({"racing": {"rounds": 1}}, "es.racing.rounds: got 1; input should be greater than or equal to 2"),
+        ({"racing": {"keeps": 1}}, "es.racing.keeps: unknown key; did you mean 'es.racing.keep'?"),
+        ({"racing": {"keep": 0.9}, "population": 9}, "racing.keep is 0.9, which keeps all of 9 members"),
+        ({"racing": {}, "population": 4, "antithetic": True}, "keeps all of 2 pairs, so nobody would"),
+        ({"racing": {}, "prompts_per_member": 3}, "prompts_per_member is 3, but racing compares"),
+        ({"racing": {}, "step_rule": "reliability"}, "step_rule is reliability, which measures members"),
+        ({"racing": {}, "shaping": "per_prompt"}, "shaping is per_prompt, which compares the members"),
+    ],
+)
+def test_a_race_that_would_not_be_what_was_meant_is_refused(es, words):
+    assert words in refusal("es", {"iterations": 2} | es)
+
+
+@pytest.mark.parametrize(("key", "value"), [("screening", {}), ("objective", "max")])
+def test_a_race_takes_whole_problems_of_all_members(key, value):
+    tree = with_key("es.racing", {})
+    tree["task"][key] = value
+    tree["rollout"] |= {"samples_per_prompt": 2, "temperature": 1.0}
+    with pytest.raises(UserError, match=rf"task: {key}.*es\.racing"):
+        parse_config(tree, source="test")
+
+
+def test_the_step_rule_takes_several_problems():
+    tree = with_key("es.step_rule", "reliability")
+    tree["task"]["batch_size"] = 1
+    with pytest.raises(UserError, match=r"task: batch_size is 1, but es.step_rule: reliability measures"):
         parse_config(tree, source="test")
 
 

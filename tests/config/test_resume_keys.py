@@ -16,6 +16,7 @@ FREE = [
     ("task.reward_memory_bytes", None),
     ("task.reward_isolation", "none"),
     ("model.path", "elsewhere"),
+    ("model.revision", "v1"),
     ("model.trust_remote_code", True),
     ("run.dir", "other"),
     ("run.resume", "never"),
@@ -75,6 +76,7 @@ BINDING = [
     ("es.noise_reuse", 2),
     ("es.population", {0: 8, 10: 16}),
     ("es.prompts_per_member", 3),
+    ("es.racing", {"rounds": 4}),
     ("es.sigma_schedule", "linear"),
     ("es.final_sigma", 1e-4),
     ("es.shaping", "centered_rank"),
@@ -86,6 +88,8 @@ BINDING = [
     ("es.weight_decay", 0.1),
     ("es.decay_towards", "base"),
     ("es.max_update_norm", 1.0),
+    ("es.step_rule", "reliability"),
+    ("es.member_reuse", 0.5),
     ("es.trainable", [".*", "!.*norm.*"]),
     ("task.name", "countdown_short"),
     ("task.batch_size", 4),
@@ -95,9 +99,15 @@ BINDING = [
     ("task.on_reward_error", 0.0),
     ("task.chat_template", "tool_use"),
     ("task.template_arguments", {"enable_thinking": False}),
+    ("task.screening", {}),
+    ("task.objective", "max"),
 ]
 # Of these, journals of older versions have none, so they are absent where they mean what those did.
-LATER = {"rollout.skip_special_tokens", "task.chat_template", "task.template_arguments", "es.subspaces"}
+LATER = {
+    *("rollout.skip_special_tokens", "task.chat_template", "task.template_arguments"),
+    *("task.screening", "task.objective"),
+    *("es.step_rule", "es.member_reuse", "es.racing", "es.subspaces"),
+}
 
 # Keys without which a key would do nothing, and is refused.
 NEEDED = {
@@ -116,6 +126,8 @@ def resume_fingerprint():
     def of(key="es.iterations", value=7, *, data_sha256="of the rows", needed_for=None):
         tree = with_key(key, value)
         tree["rollout"].setdefault("temperature", 0.5)  # what is drawn depends on more keys
+        if needed_for == "task.objective":
+            tree["rollout"]["samples_per_prompt"] = 2
         tree["es"] = NEEDED.get(needed_for, {}) | tree["es"]
         tree["es"].setdefault("noise", "low_rank")  # so does this
         return fingerprint.resume_fingerprint(parse_config(tree, source="test"), data_sha256=data_sha256)

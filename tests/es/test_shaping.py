@@ -202,6 +202,20 @@ def test_clipping_is_the_last_step_and_moves_only_what_is_beyond(how):
     assert clipped != plain
 
 
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_prompt_of_weight_w_counts_as_w_prompts(clip):
+    table = [{"a": 1.0, "b": 0.5, "c": 0.0}, {"a": 0.25, "c": 2.0}, {"b": None, "c": 1.0}, {"b": -3.0}]
+    weights, rewards = {"a": 1, "b": 3, "c": 2}, [1.0, 0.5, None, 0.0]
+    repeated = [
+        {(prompt, copy): reward for prompt, reward in row.items() for copy in range(weights[prompt])}
+        for row in table
+    ]
+    wanted = shape(rewards, how="per_prompt", table=repeated, clip=clip)
+    assert shape(rewards, how="per_prompt", table=table, weights=weights, clip=clip) == pytest.approx(wanted)
+    same = [{"a": 0.1}, {"a": 0.1}]
+    assert shape([0.1, 0.1], how="per_prompt", table=same, weights={"a": 2.0}) == [0.0, 0.0]
+
+
 # Schedules.
 
 

@@ -76,6 +76,10 @@ def test_prompts_are_agreed_on_if_all_who_saw_them_earned_the_same():
     table = [{"a": 1.0, "b": 0.0, "c": 2.0}, {"a": 1.0, "b": 1.0, "d": 4.0}, {"a": 1.0, "b": 1.0, "c": None}]
     assert instruments(table)["agreed_prompts"] == 0.5  # of a and b; one member alone agrees with nobody
     assert instruments([{"a": 1.0}, {"b": 1.0}])["agreed_prompts"] is None
+    # Of a, b, c and d, only b tells members apart; what one member alone has seen tells nobody apart.
+    assert instruments(table)["informative_prompts"] == 0.25
+    assert instruments([{"a": 1.0}, {"b": 1.0}])["informative_prompts"] == 0.0
+    assert instruments([{}, {}], rewards=[None, None], shaped=[0.0, 0.0])["informative_prompts"] is None
 
 
 @pytest.mark.parametrize(

@@ -85,16 +85,54 @@ class ReferenceES:
                 [batch[i] for i in seen], iteration=noise_iteration, direction=direction, sigma=sign * sigma
             )
             table.append(dict(zip(seen, values, strict=True)))
+        if es["step_rule"] == "reliability":
+            alpha *= self.root_of_reliability(table)
         z = self.shape(table)
+        again = self.members_again() if es["member_reuse"] is not None and t else []
+        num_effective = sum(w for w, _ in again) ** 2 / sum(w * w for w, _ in again) if again else 0
+        scale = (1.0 if es["optimizer"] == "adam" else alpha) / (population + num_effective)
+        total = sum(w for w, _ in again)
+        centre = math.fsum(w * r for w, r in again) / total if again else 0
+        groups = [z, [num_effective * (w / total) * (r - centre) for w, r in again]]
         if es["antithetic"]:
-            z = [plus - minus for plus, minus in zip(z[::2], z[1::2], strict=True)]
-        scale = (1.0 if es["optimizer"] == "adam" else alpha) / population
-        c = [float(f32(scale * value)) for value in z]
-        norm = math.sqrt(sum(map(len, self.base.values())) * math.fsum(v * v for v in c))
+            groups = [[plus - minus for plus, minus in zip(g[::2], g[1::2], strict=True)] for g in groups]
+        groups = [[float(f32(scale * value)) for value in group] for group in groups]
+        num_weights = sum(map(len, self.base.values()))
+        norm = math.sqrt(num_weights * math.fsum(v * v for group in groups for v in group))
         if es["max_update_norm"] and norm > es["max_update_norm"]:
-            c = [float(f32(v * (es["max_update_norm"] / norm))) for v in c]
+            groups = [[float(f32(v * (es["max_update_norm"] / norm))) for v in group] for group in groups]
+        self.last = z, groups[0], sigma
         for name in self.parameters:
-            self.step(name, c, alpha=alpha, t=t, noise_iteration=noise_iteration)
+            self.step(name, groups, alpha=alpha, t=t, noise_iteration=noise_iteration)
+
+    def root_of_reliability(self, table):
+        """By the two-way analysis of variance, averaged over the last eight iterations."""
+        layout = np.array([[row[p] for p in sorted(row)] for row in table])
+        n, m = layout.shape
+        rows, columns = layout.mean(1, keepdims=True), layout.mean(0)
+        members = m * rows.var() * n / (n - 1)
+        rest = ((layout - rows - columns + layout.mean()) ** 2).sum() / ((n - 1) * (m - 1))
+        self.shares = [*getattr(self, "shares", []), members / (members + rest)][-8:]
+        return max(0.1, math.sqrt(max(0.0, 2 - 1 / np.mean(self.shares))))
+
+    def members_again(self):
+        """Weight and shaped reward of each member of the last iteration."""
+        z, c, sigma = self.last
+        if not any(z):
+            return []
+        num_weights = sum(map(len, self.base.values()))
+        signs = [1, -1] if self.es["antithetic"] else [1]
+        logs = np.array([sign * num_weights * value / sigma for value in c for sign in signs])
+        logs -= logs.max()
+
+        def is_enough(power):
+            w = np.exp(power * logs)
+            return w.sum() ** 2 / (w * w).sum() >= self.es["member_reuse"] * len(z)
+
+        power = float(is_enough(1.0))
+        for digit in range(1, 60 if power < 1 else 1):  # binary ones
+            power += is_enough(power + 2.0**-digit) * 2.0**-digit
+        return list(zip(np.exp(power * logs).tolist(), z, strict=True))
 
     def shape(self, table):
         es, means = self.es, [math.fsum(row.values()) / len(row) for row in table]
@@ -120,17 +158,20 @@ class ReferenceES:
         limit = es["clip_shaped"] or math.inf
         return [max(-limit, min(limit, value)) for value in z]
 
-    def step(self, name, c, *, alpha, t, noise_iteration):
+    def step(self, name, groups, *, alpha, t, noise_iteration):
         es, master, (m, v) = self.es, self.masters[name], self.states[name]
         address = {"region": self.region(name), "seed": 0}
-        step = accumulated(
-            torch.zeros(len(master)),
-            coefficients=c,
-            directions=range(len(c)),
-            kind=self.kind,
-            iteration=noise_iteration,
-            **address,
-        )
+        step = torch.zeros(len(master))
+        for c, iteration in zip(groups, (noise_iteration, t - 1), strict=True):
+            if c:
+                step = accumulated(
+                    step,
+                    coefficients=c,
+                    directions=range(len(c)),
+                    kind=self.kind,
+                    iteration=iteration,
+                    **address,
+                )
         if es["optimizer"] == "momentum":
             m[:] = m * es["momentum"] + step
             step = m.clone()

@@ -14,6 +14,12 @@ def spread_of_chats(prompts, completions, **columns):
     return spread(prompts, texts)
 
 
+def spread_on_some(prompts, completions, **columns):
+    """Tells members apart on prompts with one plus alone; any other answer earns 1."""
+    values = spread(prompts, completions)
+    return [value if prompt.count("+") == 1 else 1.0 for prompt, value in zip(prompts, values, strict=True)]
+
+
 def fragile(prompts, completions, **columns):
     """Raises on answers of even length, and is not a number for lengths that 3 divides."""
     values = []

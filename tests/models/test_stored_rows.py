@@ -85,7 +85,7 @@ def test_any_rows_are_read(joined, dtype, block, gap, data):
     out = torch.full((region.num_elements + 4,), 9.0, dtype=dtype)
     before = reader.bytes_read
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_module, "_BLOCK_BYTES", block)
+        patch.setattr(checkpoint_module, "BLOCK_BYTES", block)
         patch.setattr(checkpoint_module, "_GAP_BYTES", gap)
         reader.read("w", region=region, out=out[2:-2])
     assert torch.equal(out[2:-2], values[elements(rows)].to(dtype))

@@ -17,6 +17,7 @@ from shardes.errors import UserError
 from shardes.models.build import skeleton_of
 from shardes.planning.machine import Machine
 from shardes.planning.plan import Plan
+from shardes.planning.rates import machine_of, measured_machine
 from shardes.planning.sources import plan_run
 from shardes.planning.workload import Workload, make_workload
 from shardes.rollout import gather_modes
@@ -167,11 +168,16 @@ def test_what_an_iteration_costs(models):
     assert [cost.num_gathers for cost in (iteration, member, layer)] == [1, 30, 30 * 1024]
     for cost in (iteration, member, layer):
         assert cost.received_bytes == pytest.approx(cost.num_gathers * copy * 7 / 8)
-    # 4 members a rank with 8 micro-batches, against 30 with one: weights are read 1024 times for each.
-    reading = copy / 2000e9 * 1024
-    assert iteration.seconds == pytest.approx(32 * reading, rel=0.05)
-    assert member.seconds == pytest.approx(30 * (reading + copy * 7 / 8 / 200e9), rel=0.05)
-    assert iteration.seconds < member.seconds + 2 * reading < layer.seconds
+    # 4 members a rank with 8 micro-batches, against 30 with one. A step reads all weights but the embedding,
+    # and keys and values of 25 rows of 1124 tokens, and launches 46 kernels a layer.
+    step = (copy - 2 * 152064 * 3584 + 25 * 1124 * 2 * 28 * 4 * 128 * 2) / 2000e9 + 28 * 46 * 3e-6
+    assert iteration.seconds == pytest.approx(32 * 1024 * step, rel=0.05)
+    assert member.seconds == pytest.approx(30 * (1024 * step + copy * 7 / 8 / 200e9), rel=0.05)
+    assert iteration.seconds < member.seconds + 2048 * step < layer.seconds
+    # Noise: a rank perturbs 4 whole copies or 30 eighths, and updates its eighth in 30 directions.
+    noisy = plan_of(model, es__noise="rademacher")
+    saved = (4 + 30 / 8) * NUM_PARAMETERS["qwen2.5-7b"] * (1 - 1 / 8) / 100e9
+    assert iteration.seconds - noisy.cost("iteration").seconds == pytest.approx(saved, rel=1e-3)
     # Two replicas of 4: half of the members each.
     halves = plan_of(model, parallel__shard_size=4)
     assert (halves.num_replicas, halves.cost("member").num_gathers) == (2, 15)
@@ -305,6 +311,48 @@ def test_auto_is_the_largest_batch_that_fits(models, gather, memory, rows):
 
 def test_as_much_is_left_as_in_a_run():
     assert Machine(GIB).reserved_bytes == rollout_memory.RESERVED_BYTES
+
+
+def test_products_of_cpus_pack_weights_before_they_compute(models):
+    """A step with few rows, by hand: reading adds to computing, where GPUs do the longer of the two."""
+    model = models("qwen2.5-0.5b")
+    load = Workload(num_members=1, num_sequences=8, micro_batch_rows=8, prompt_tokens=10, answer_tokens=2)
+    rates = {"memory_bytes_per_second": 10e9, "flops_per_second": 100e9, "layer_seconds": 0.0}
+    machine = {
+        kind: Machine(80 * GIB, kind, noise_elements_per_second=1e99, **rates) for kind in ("cpu", "cuda")
+    }
+    seconds = {}
+    for kind, each in machine.items():
+        plans = [
+            Plan(config_of(), model, workload=replace(load, answer_tokens=n), machine=each, world_size=1)
+            for n in (2, 3)
+        ]
+        two, three = (plan.cost("member").seconds for plan in plans)
+        seconds[kind] = three - two
+    weights = NUM_PARAMETERS["qwen2.5-0.5b"]  # tied: the embedding is the head
+    reading, computing = 2 * weights / 10e9, 2 * 8 * weights / 100e9
+    assert seconds["cpu"] == pytest.approx(reading + computing, rel=0.02)
+    assert seconds["cuda"] == pytest.approx(max(reading, computing), rel=0.02)
+
+
+def test_what_prompts_share_is_computed_once(tmp_path, model):
+    shared = "1+2+3+4+5+6+7+8+9+"
+    (tmp_path / "few.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{shared}{i}="}) + "\n" for i in range(4))
+    )
+    config = make_config(tmp_path, model=model, run_dir=tmp_path / "run", task__data=tmp_path / "few.jsonl")
+    plan, _ = plan_run(config, machine=Machine(GIB))
+    load = plan.workload
+    assert (load.prompt_tokens, load.computed_tokens, load.prefix_tokens) == (20, 2, 18)
+
+
+def test_the_rates_of_a_cpu_are_measured():
+    found = measured_machine(torch.float32, num_turns=1)
+    assert found.device_type == "cpu" and not found.overlaps
+    assert min(vars(found)["flops_per_second"], found.memory_bytes_per_second) > 1e7
+    assert found.process_bytes > 50 * 2**20
+    given = machine_of(config_of(), device_type="cuda", memory_bytes=GIB, flops_per_second=None)
+    assert given == Machine(GIB)
 
 
 def test_likelihoods_generate_nothing(models):

@@ -11,6 +11,7 @@ from shardes.config.loading import load_run_config
 from shardes.errors import UserError
 from shardes.runs.directory import RunDirectory
 from shardes.runs.journal import read_journal
+from shardes.runs.records import check_form
 from shardes.runs.snapshot import Snapshot, SnapshotError, _checksum, find_snapshots, snapshot_path
 from shardes.utils.reading import parse_json, read_regular
 from tests.helpers.inprocess import call
@@ -51,6 +52,8 @@ def deep(levels):
     return value
 
 
+SCREENED = {"num_problems": 3, "num_left_out": 0, "informative": [1], "agreed": [[1.0, [0, 2]]]}
+
 FORGED = {
     "text for a coefficient": ("update", {"coefficients": ["0.1"]}, "coefficients.0: "),
     "nothing for a coefficient": ("update", {"coefficients": [None]}, "coefficients.0: "),
@@ -64,6 +67,14 @@ FORGED = {
         "it has 400000 coefficients",
     ),
     "one coefficient too many": ("update", {"coefficients": [0.5] * 5}, "it has 5 coefficients, but its ite"),
+    "reused members of no iteration": (
+        "update",
+        {"reused": [0.5]},
+        "it has 1 reused, but the last iteration 0 me",
+    ),
+    "text for a reused coefficient": ("update", {"reused": ["0.5"]}, "reused.0: "),
+    "rewards of other members": ("update", {"shaped": [0.5]}, "it has 1 shaped rewards, but coefficients of"),
+    "a ratio of text": ("update", {"instruments": {"reward_snr": "1"}}, "instruments.reward_snr: "),
     "no step": ("update", {"alpha": None}, "alpha: "),
     "no sigma": ("update", {"sigma": "x"}, "sigma: "),
     "a noise of no iteration": ("update", {"noise_iteration": -1}, "noise_iteration: "),
@@ -74,6 +85,13 @@ FORGED = {
     "a reward of text": ("member", {"reward": "1"}, "reward: "),
     "tokens of text": ("member", {"num_tokens": "1"}, "num_tokens: "),
     "components that are none": ("member", {"components": [1]}, "components: "),
+    "rows of text": ("update", {"screening": SCREENED | {"informative": ["1"]}}, "screening.informative.0: "),
+    "what all earned of text": (
+        "update",
+        {"screening": SCREENED | {"agreed": [["1", [2]]]}},
+        "screening.agreed.0.0: ",
+    ),
+    "half a line": ("member", {"by_least": [1.0]}, "by_least: "),
     "problems of text": ("member", {"by_problem": "1"}, "by_problem: "),
     "a version of text": ("member", {"version": "2"}, "version: "),
     "a digest that is none": ("weights", {"digest": "no"}, "digest: "),
@@ -104,6 +122,35 @@ def test_a_forged_journal_is_refused_by_line_and_key(run_dir, name):
             "its lists and objects are ", ""
         )
         assert len(result.stderr) < 1000
+
+
+PART = {
+    **{"indices": [0, 1], "values": [0.5, None], "has_failed": [False, True], "lengths": [3, 4]},
+    **{"components": {"a": [1.0, None]}, "num_tokens": 7, "turn_tokens": []},
+    **{"is_finite": True, "is_short": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, None),
+        ({"has_failed": [], "lengths": [], "components": {}}, None),  # of likelihoods
+        ({"values": ["1", None]}, "part.values.0: "),
+        ({"values": [0.5]}, "values has 1 items, but there are 2 indices"),
+        ({"has_failed": [False]}, "has_failed has 1 items"),
+        ({"components": {"a": []}}, "a has 0 items"),
+        ({"indices": [-1, 0]}, "part.indices.0: "),
+        ({"num_tokens": None}, "part.num_tokens: "),
+    ],
+)
+def test_a_forged_portion_is_refused_by_key(change, words):
+    record = {"type": "portion", "iteration": 0, "round": 0, "member": 1, "part": PART | change}
+    if words is None:
+        check_form(record)
+    else:
+        with pytest.raises(ValueError, match=words):
+            check_form(record)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_a_run_that_begins_now_has_the_rule_of_today(tmp_path):
         assert digests_of(journal) != digests_of(FIXTURE / "run" / "journal.jsonl")
 
 
-@pytest.mark.parametrize("version", [0, 3, "2", None, [1]])
+@pytest.mark.parametrize("version", [0, 4, "2", None, [1]])
 def test_a_version_that_is_not_known_is_refused(run_dir, version):
     def change(record):
         if record["type"] == "header":

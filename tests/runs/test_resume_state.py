@@ -23,6 +23,11 @@ def update(iteration):
     return {"type": "update", "iteration": iteration, "coefficients": [0.5, -0.25], "alpha": 0.1}
 
 
+def portion(iteration, number, member, values, **changes):
+    part = {"indices": [*range(len(values))], "values": values, "is_finite": True} | changes
+    return {"type": "portion", "iteration": iteration, "round": number, "member": member, "part": part}
+
+
 RECORDS = [
     HEADER,
     PROBE,
@@ -89,3 +94,16 @@ def test_a_member_of_an_iteration_that_has_ended_is_no_result(state_after):
 
 def test_a_job_that_died_before_the_weights_were_recorded_is_cut_off(state_after):
     assert [count for count in range(15) if state_after(count).is_cut_off] == [7, 13]
+
+
+def test_portions_of_the_iteration_that_is_not_decided_are_known_if_they_have_a_reward():
+    history = History()
+    old, known = portion(0, 0, 0, [0.5]), portion(1, 0, 1, [None, 0.25])
+    nothing = [portion(1, 1, 1, [None, None]), portion(1, 0, 2, [0.5], is_finite=False)]
+    for record in [HEADER, old, member(0, 0, 0.5), update(0), known, *nothing]:
+        history.add(record)
+    state = ResumeState.from_history(history)
+    assert state.portions == {(0, 1): known["part"]}
+    assert ResumeState.from_json(json.loads(json.dumps(state.to_json()))) == state
+    with pytest.raises(ValueError, match="does not belong here"):
+        history.add(portion(0, 1, 0, [0.5]))

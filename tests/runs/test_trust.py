@@ -224,11 +224,12 @@ def test_a_reward_of_a_run_is_not_imported(run_dir, payload):
     assert payload.exists(), f"the test shows nothing: {result.stderr}"
 
 
-MARKED = """model.trust_remote_code parallel.deepspeed rewards.path task.reward task.data task.heldout_data
-    task.environment task.tools task.harness log.report_to"""
-HARMLESS = """model.path run.dir task.template task.system task.label_words task.columns task.name
+MARKED = """model.path model.trust_remote_code parallel.deepspeed rewards.path task.reward task.data
+    task.heldout_data task.environment task.tools task.harness log.report_to"""
+HARMLESS = """model.revision run.dir task.template task.system task.label_words task.columns task.name
     task.template_arguments task.chat_template task.environment_arguments rollout.vllm
-    rewards.name rewards.label rewards.arguments rollout.stop rollout.engine parallel.backend es.trainable"""
+    task.objective rewards.name rewards.label rewards.arguments rollout.stop rollout.engine parallel.backend
+    es.trainable"""
 
 
 def test_every_key_that_names_code_or_leads_elsewhere_takes_consent():

@@ -200,10 +200,19 @@ def test_a_row_without_a_prompt_is_told(given):
         Trainer(config, data=[rows[0], {"text": "x"}], reward=spread).train()
 
 
-def test_a_launchers_ranks_are_refused(given, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"one process.*torchrun"):
-        Trainer(given[0], data=given[1], reward=spread)
+def test_on_a_launchers_ranks_the_backend_is_that_of_the_file(given, monkeypatch):
+    sections = {name: dict(keys) for name, keys in given[0]._tree.items()}
+    sections["parallel"]["backend"] = "fsdp"
+    config = TrainConfig(**sections)
+    assert Trainer(config, data=given[1], reward=spread).config.parallel.backend == "single"
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    trainer = Trainer(config, data=given[1], reward=spread)
+    assert (trainer.config.parallel.backend, trainer.is_main) == ("fsdp", False)
+    monkeypatch.delenv("RANK")
+    with pytest.raises(UserError, match="the launcher's variables are half set"):
+        Trainer(config, data=given[1], reward=spread)
 
 
 def test_importing_shardes_is_light_and_names_what_there_is():

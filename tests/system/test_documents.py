@@ -26,13 +26,17 @@ _BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", flags=re.MULTILINE | re.DOTALL)
 # Python blocks that are not executed, by their first line, and why.
 PYTHON_NOT_RUN = {
     "# my_reward.py": "a file that the reader makes; rewards like it are in test_rewards.py",
+    "from accelerate import notebook_launcher": "starts ranks; test_examples.py does, as an example does it",
 }
 # Commands that are not executed, by how they begin, and why.
 SHELL_NOT_RUN = {
     "bash tools/": "sets up an environment, trains or tests for minutes",
     "bash .ci/run": "runs this test",
+    "mkdocs build": "CI does",
     "deepspeed --num_gpus": "starts ranks; test_cli.py does, with each launcher",
     "torchrun --nproc-per-node": "the same",
+    "torchrun --standalone --nproc-per-node 2 examples/": "test_examples.py does",
+    "python examples/": "the same",
     "accelerate launch": "the same",
     "lm_eval run": "fetches benchmarks; test_lm_eval.py runs it on local files",
     "python launch/train.py": "trains for minutes",

@@ -1,5 +1,6 @@
 """The examples do what their pages say. They run in this process, which saves the imports."""
 
+import os
 import re
 import runpy
 import subprocess
@@ -7,7 +8,9 @@ import sys
 
 import pytest
 
-from tests.helpers.ranks import ROOT, run_ranks
+from tests.helpers.exports import fingerprint
+from tests.helpers.ranks import ROOT, run_command, run_ranks
+from tests.system.test_cli import SCRIPTS, launchers
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
@@ -73,11 +76,39 @@ def test_the_resumed_run_has_the_bytes_of_the_other(run_example, launcher, monke
     assert first == second
 
 
+def digest_of(output):
+    (digest,) = re.findall(r"weights digest: ([0-9a-f]{16})", output)
+    return digest
+
+
+@pytest.mark.slow
+def test_the_same_script_on_several_ranks_has_the_same_bytes(run_example, tmp_path):
+    alone = digest_of(run_example("several_ranks.py"))
+    arguments = ["examples/several_ranks.py", str(tmp_path / "ranks")]
+    assert digest_of(run_ranks(arguments, world_size=2, log_dir=tmp_path / "logs")) == alone
+    first, second = (tmp_path / name / "model" for name in ("run", "ranks"))
+    assert fingerprint(first) == fingerprint(second)
+    # A notebook's ranks are forked by accelerate, from a process of its own here.
+    notebook = run_command([sys.executable, "examples/from_a_notebook.py", tmp_path / "notebook"])
+    assert digest_of(notebook.stdout) == alone, notebook.stderr
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "deepspeed"])
+def test_the_same_script_under_each_launcher_has_the_same_bytes(run_example, launcher, tmp_path):
+    alone = digest_of(run_example("several_ranks.py"))
+    command = [*launchers()[launcher], "examples/several_ranks.py", tmp_path / "ranks"]
+    result = run_command(command, timeout_seconds=280, PATH=f"{SCRIPTS}:{os.environ['PATH']}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "fsdp on 2 rank(s)" in result.stdout + result.stderr
+    assert digest_of(result.stdout) == alone
+
+
 def test_every_example_is_run_and_listed():
     tested = set(
         re.findall(r'run_example\("(\w+\.py)"', (ROOT / "tests/system/test_examples.py").read_text())
     )
-    assert tested == set(EXAMPLES)
+    assert tested | {"from_a_notebook.py"} == set(EXAMPLES)
     page = (ROOT / "examples" / "README.md").read_text()
     assert sorted(re.findall(r"`python examples/(\w+\.py)`", page)) == EXAMPLES
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 6

@@ -61,8 +61,13 @@ OPTIONS = {
         "noise_reuse": 3,
     },
 }
+OPTIONS |= {
+    "members again, step rule": {"member_reuse": 0.5, "step_rule": "reliability"},
+    "members again, in pairs": {"member_reuse": 0.7, "antithetic": True, "max_update_norm": 2.0},
+}
 NARROW = {
     "narrow": {},
+    "narrow, members again": {"member_reuse": 1.0, "weight_decay": 0.5},
     "narrow, reused noise": {"noise_reuse": 2},
     "narrow, parts": {"subspaces": 3, "noise_reuse": 2},
     "narrow, momentum": {"optimizer": "momentum", "momentum": 0.5},

@@ -43,6 +43,35 @@ BY_PROMPT = {
     "log__instruments_every": 1,
     "eval__every": 0,
 }
+RACING = {
+    "es__racing": {"rounds": 3, "keep": 0.4},
+    "es__population": 6,
+    "rollout__micro_batch_size": 3,
+    "rollout__temperature": 0.7,
+    "eval__every": 0,
+}
+RACING_TOGETHER = RACING | {"es__noise": "low_rank", "rollout__members_per_forward": 2}
+# All that a problem's weight or its place among those that are asked goes through.
+SCREENED = {
+    "task__reward": "tests/helpers/rewards.py:spread_on_some",
+    "task__screening": {"keep_fraction": 0.3, "importance_weights": True},
+    "task__objective": "pass@2",
+    "rollout__temperature": 1.0,
+    "rollout__samples_per_prompt": 3,
+    "es__shaping": "per_prompt",
+    "es__prompts_per_member": 4,
+    "eval__every": 0,
+}
+# What depends on the iterations before, and not on the weights alone.
+AGAIN = {
+    "es__member_reuse": 0.5,
+    "es__step_rule": "reliability",
+    "es__antithetic": True,
+    "es__max_update_norm": 3.0,
+    "log__instruments_every": 1,
+    "eval__every": 0,
+}
+OPTIONS = (PAIRS, BY_PROMPT, SCREENED, AGAIN, RACING, RACING_TOGETHER)
 
 
 @pytest.fixture(scope="module")
@@ -61,34 +90,60 @@ def train(root, model, *, name="run", **changes):
         }
 
 
+def portions_of(run_dir):
+    """What each member earned by each portion; when that was known depends on the clock."""
+    return {
+        (record["iteration"], record["round"], record["member"]): record["part"]
+        for record in journal_of(run_dir)
+        if record["type"] == "portion"
+    }
+
+
 def same(found, wanted):
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.slow
 def test_options_give_the_same_bytes_and_metrics_however_they_are_sharded(tmp_path, model):
-    oracle = [
-        tree(tmp_path, model=model, run_dir=tmp_path / f"one{i}", **o)
-        for i, o in enumerate((PAIRS, BY_PROMPT))
-    ]
-    wanted = run_cases(tmp_path, "oracle", oracle, 1)
+    oracle = [tree(tmp_path, model=model, run_dir=tmp_path / f"one{i}", **o) for i, o in enumerate(OPTIONS)]
+    begun = tree(tmp_path, model=model, run_dir=tmp_path / "run4", **SCREENED, es__iterations=2)
+    wanted = run_cases(tmp_path, "oracle", [*oracle, begun], 1)
+    # One rank has died in the second iteration, after the first of its members; two ranks go on.
+    journal = tmp_path / "run4" / "journal.jsonl"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-5]))
+    assert [record["type"] for record in journal_of(tmp_path / "run4")][-2:] == ["weights", "member"]
+    assert steady_metrics(tmp_path / "one4")[0]["num_answers_saved"] > 0
     cases = [
         (0, {"parallel__backend": "zero3", "rollout__gather": "layer"}),
         (1, {"parallel__backend": "fsdp", "rollout__gather": "iteration"}),
         (1, {"parallel__backend": "zero3", "rollout__gather": "member"}),
         (0, {"parallel__backend": "single", "weights__master_device": "cpu"}),
+        (2, {"parallel__backend": "fsdp", "rollout__gather": "iteration"}),
+        (2, {"parallel__backend": "zero3", "rollout__gather": "layer"}),
+        (3, {"parallel__backend": "fsdp", "rollout__gather": "iteration"}),
+        (4, {"parallel__backend": "zero3", "rollout__gather": "layer"}),
+        (4, {"parallel__backend": "fsdp", "rollout__gather": "iteration"}),
+        (5, {"parallel__backend": "zero3", "rollout__gather": "layer"}),
     ]
     trees = [
-        tree(tmp_path, model=model, run_dir=tmp_path / f"run{i}", **(PAIRS, BY_PROMPT)[kind], **changes)
+        tree(
+            tmp_path,
+            model=model,
+            run_dir=tmp_path / f"run{i}",
+            **OPTIONS[kind],
+            **changes,
+        )
         for i, (kind, changes) in enumerate(cases)
     ]
     found = run_cases(tmp_path, "cases", trees, 2)
     for i, (kind, changes) in enumerate(cases):
         assert found[i] == wanted[kind], changes
         assert steady_metrics(tmp_path / f"run{i}") == steady_metrics(tmp_path / f"one{kind}"), changes
+        assert portions_of(tmp_path / f"run{i}") == portions_of(tmp_path / f"one{kind}"), changes
+    assert sum(line.get("num_left_out", 0) for line in steady_metrics(tmp_path / "one2")) > 0
 
 
-@pytest.mark.parametrize("options", [PAIRS, BY_PROMPT], ids=["pairs", "by prompt"])
+@pytest.mark.parametrize("options", [PAIRS, BY_PROMPT, AGAIN], ids=["pairs", "by prompt", "again"])
 def test_a_run_goes_on_from_a_snapshot_with_what_the_optimizer_keeps(tmp_path, model, options, caplog):
     wanted = train(tmp_path, model, name="whole", **options, es__iterations=5)
     train(tmp_path, model, **options, es__iterations=3, run__snapshot_every=2)
@@ -111,20 +166,28 @@ def test_a_snapshot_whose_optimizer_states_are_damaged_is_passed_over(tmp_path, 
     assert same(found, wanted)
 
 
-def test_an_interrupted_iteration_is_shaped_by_prompt_from_what_the_journal_knows(tmp_path, model):
-    wanted = train(tmp_path, model, name="whole", **BY_PROMPT)
+@pytest.mark.parametrize("options", [BY_PROMPT, AGAIN], ids=["by prompt", "again"])
+def test_an_interrupted_iteration_goes_on_from_what_the_journal_knows(tmp_path, model, options):
+    wanted = train(tmp_path, model, name="whole", **options)
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     lines = (tmp_path / "run" / "journal.jsonl").read_bytes().splitlines(keepends=True)
     last = max(i for i, line in enumerate(lines) if json.loads(line)["type"] == "member")
     (tmp_path / "run" / "journal.jsonl").write_bytes(b"".join(lines[: last - 2]))
-    found = train(tmp_path, model, **BY_PROMPT)
+    found = train(tmp_path, model, **options)
     assert same(found, wanted)
-    assert journal_of(tmp_path / "run") == journal_of(tmp_path / "whole")
+    records = journal_of(tmp_path / "run")
+    assert records == journal_of(tmp_path / "whole")
+    if options is AGAIN:
+        updates = [record for record in records if record["type"] == "update"]
+        assert records[0]["update_version"] == 3
+        assert [any(record.get("reused", ())) for record in updates] == [False, True, True]
+        assert all(0 < record["alpha"] < 0.1 for record in updates), "shorter than what was asked for"
 
 
-def test_a_run_with_an_optimizer_is_verified_and_any_iteration_of_it_exported(tmp_path, model):
-    train(tmp_path, model, name="short", **PAIRS, es__iterations=2)
-    train(tmp_path, model, **PAIRS, es__iterations=4, run__snapshot_every=3)
+@pytest.mark.parametrize("options", [PAIRS, AGAIN], ids=["pairs", "again"])
+def test_a_run_is_verified_and_any_iteration_of_it_exported(tmp_path, model, options):
+    train(tmp_path, model, name="short", **options, es__iterations=2)
+    train(tmp_path, model, **options, es__iterations=4, run__snapshot_every=3)
     assert call("shardes", "export", tmp_path / "run", tmp_path / "two", "--iteration", 2).returncode == 0
     assert call("shardes", "export", tmp_path / "short", tmp_path / "all").returncode == 0
     assert fingerprint(tmp_path / "two") == fingerprint(tmp_path / "all")
@@ -182,7 +245,10 @@ def test_measuring_changes_nothing(tmp_path, model):
         train(tmp_path, model, name="unmeasured", log__instruments_every=0, es__noise="rademacher"),
     )
     keys = {key for line in steady_metrics(tmp_path / "unmeasured") for key in line}
-    assert not {"update_norm", "base_distance"} & keys
+    assert not {"update_norm", "base_distance", "reward_reliability", "reuse_exponent"} & keys
+    lines = journal_of(tmp_path / "unmeasured")
+    assert lines[0]["update_version"] == 2
+    assert not any({"reused", "shaped"} & line.keys() for line in lines), "as journals have been"
 
 
 def log_likelihood(model_dir, pairs):
@@ -223,8 +289,9 @@ def test_the_divergence_can_be_asked_for_later(tmp_path, model):
     assert lines == [None, None, *wanted[2:]]
 
 
-@pytest.mark.parametrize("snapshot_every", [0, 1])
-@pytest.mark.parametrize("options", [PAIRS, BY_PROMPT])
+@pytest.mark.parametrize(
+    ("options", "snapshot_every"), [(PAIRS, 0), (PAIRS, 1), (BY_PROMPT, 0), (BY_PROMPT, 1), (AGAIN, 0)]
+)
 def test_what_a_kill_left_unmeasured_is_measured_again(tmp_path, model, options, snapshot_every):
     changes = options | {"es__iterations": 4, "run__snapshot_every": snapshot_every, "run__keep_snapshots": 5}
     train(tmp_path, model, name="whole", **changes)

@@ -16,8 +16,9 @@ from shardes import __version__
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "configs" / "quickstart" / "model"
-# The function ``constant``, as task.reward names it.
+# Functions below, as task.reward names them.
 CONSTANT = f"{__file__}:constant"
+BY_LETTERS = f"{__file__}:by_letters"
 
 Row = dict[str, Any]
 
@@ -100,6 +101,12 @@ def run_job(script: str, spec: Any, *, world_size: int, folder: Path) -> Any:
 def constant(prompts: list[Any], completions: list[str], **_: Any) -> list[float]:
     """Return the same reward for all completions, at no cost."""
     return [0.0] * len(completions)
+
+
+def by_letters(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+    """Return rewards that differ between most answers, at no cost."""
+    texts = [answer if isinstance(answer, str) else answer[0]["content"] for answer in completions]
+    return [sum((i + 1) * ord(letter) for i, letter in enumerate(text)) % 97 / 97 for text in texts]
 
 
 def num_parameters(model: Any) -> int:

@@ -9,9 +9,19 @@ sides are told alike. Prompts are of different lengths, and in a second set all 
 
 The last rows are an iteration of the quickstart, 32 members of 64 prompts, perturbed and rewarded, once with
 the loop and once with ``generate`` in its place, by the number of prompts that are answered together.
+
+With ``--config FILE [KEY=VALUE]...`` iterations of a run in one process are measured instead: against its
+engine's generating alone, for the same members and prompts, and against the matrix products of that, computed
+by themselves with the same weights and shapes. Seconds are of the processor, the least of some iterations,
+between which the others take their turns.
+
+    python tools/bench/rollout.py --config configs/own_task/own_task.yaml --json benchmarks/iteration-cpu.json
+        model.path=models/smollm2-135m-instruct model.dtype=bfloat16 es.population=2
+        task.reward=tools/bench/common.py:by_letters rollout.micro_batch_size=32 (in one line)
 """
 
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +32,7 @@ from unittest import mock
 import click
 import torch
 from common import ROOT, Row, machine_facts, num_parameters, random_model, show, write_report
+from products import Products
 
 from shardes.utils.device import synchronize
 
@@ -192,7 +203,79 @@ def compare_on_the_quickstart(micro_batch_size: int) -> Row:
     }
 
 
+def compare_iterations(path: Path, overrides: list[str], *, num_turns: int, threads: int) -> Row:
+    """Measure iterations of a run, generating alone, and matrix products alone; the sides take turns."""
+    from shardes.config.loading import load_config
+    from shardes.rollout.batching import MicroBatch
+    from shardes.runs.reporting import Callbacks
+    from shardes.session import open_session
+    from shardes.tasks.loading import load_task
+    from shardes.trainer import make_training_loop
+
+    seconds = dict.fromkeys(("iteration", "generate", "linear", "attention"), math.inf)
+    facts: Row = {}
+    with tempfile.TemporaryDirectory(prefix="shardes-bench-") as folder:
+        # No update moves the weights by more than rounding, so all members can be loaded again after it.
+        keys = [f"run.dir={folder}/run", f"es.iterations={num_turns + 1}", "es.alpha=1e-30", "eval.every=0"]
+        keys += ["parallel.backend=single", f"parallel.threads_per_rank={threads}", "task.reward_workers=0"]
+        keys += ["log.instruments_every=0"]
+        config = load_config(path, [*keys, *overrides])
+        with open_session(config) as session:
+            begun = 0.0
+
+            def take_turns(line: dict[str, Any]) -> None:
+                nonlocal begun
+                elapsed, iteration = time.process_time() - begun, line["iteration"]
+                if iteration == config.es.iterations:
+                    return
+                if iteration > 0:  # the first warms up
+                    seconds["iteration"] = min(seconds["iteration"], elapsed)
+                evaluator = loop._rollout.evaluator
+                engine, spec = evaluator.engine, loop._rollout.spec(iteration)
+                prompts = spec.prompts
+                batches = [batch for batch in prompts.micro_batches if isinstance(batch, MicroBatch)]
+                engine.begin(0)
+                took, products, num_tokens = 0.0, Products(), 0
+                for member in spec.members:
+                    engine.load([spec.perturbation(member)])
+                    start = time.process_time()
+                    answers = [engine.generate(batch, prompts=prompts) for batch in batches]
+                    took += time.process_time() - start
+                    num_tokens += sum(len(row) for answer in answers for row in answer.tokens)
+                    engine.load([spec.perturbation(member)])
+                    with products:
+                        for batch in batches:
+                            engine.generate(batch, prompts=prompts)
+                assert num_tokens == line["num_tokens"], "both sides have the same answers"
+                seconds["generate"] = min(seconds["generate"], took)
+                for name in ("linear", "attention"):
+                    start = time.process_time()
+                    getattr(products, f"compute_{name}")()
+                    seconds[name] = min(seconds[name], time.process_time() - start)
+                facts.update(num_tokens=num_tokens, flops=products.flops, parameters=sum_of(session))
+                begun = time.process_time()
+
+            def sum_of(session: Any) -> int:
+                return sum(shard.num_elements for shard in session.backend.shards)
+
+            task = load_task(config.task)
+            loop = make_training_loop(session, task, callbacks=Callbacks(on_iteration=[take_turns]))
+            loop.train()
+    products = seconds["linear"] + seconds["attention"]
+    return facts | {
+        "dtype": config.model.dtype,
+        "population": config.es.population,
+        "max_new_tokens": config.rollout.max_new_tokens,
+        "seconds": seconds,
+        "iteration_to_generate": seconds["iteration"] / seconds["generate"],
+        "generate_to_products": seconds["generate"] / products,
+        "iteration_to_products": seconds["iteration"] / products,
+        "generate_to_linear": seconds["generate"] / seconds["linear"],
+    }
+
+
 @click.command()
+@click.option("--config", "config_path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--layers", type=click.IntRange(min=1), default=14, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
@@ -203,8 +286,11 @@ def compare_on_the_quickstart(micro_batch_size: int) -> Row:
 @click.option("--turns", type=click.IntRange(min=1), default=2, show_default=True, help="Of which the best.")
 @click.option("--quickstart/--no-quickstart", default=True, show_default=True)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def main(
     *,
+    config_path: Path | None,
+    overrides: tuple[str, ...],
     layers: int,
     dtype: str,
     device: str,
@@ -218,6 +304,12 @@ def main(
 ) -> None:
     """Measure the decode loop against transformers' generate."""
     torch.set_num_threads(threads)
+    if config_path is not None:
+        row = compare_iterations(config_path, list(overrides), num_turns=turns, threads=threads)
+        facts = {"threads": threads, "turns": turns, **machine_facts("cpu")}
+        show(facts | row)
+        write_report(json_path, facts=facts, rows=[row])
+        return
     model = random_model(layers=layers, dtype=getattr(torch, dtype)).to(device).eval()
     facts = {
         "parameters": num_parameters(model),

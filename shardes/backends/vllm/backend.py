@@ -172,7 +172,7 @@ def _check_unquantised(config: Config, skeleton: PreTrainedModel) -> None:
     """
     if getattr(skeleton.config, "quantization_config", None) is not None:
         raise UserError(
-            f"model.path: {config.model.path} is quantised (quantization_config in config.json): packed "
+            f"model.path: {config.model.directory} is quantised (quantization_config in config.json): packed "
             "weights and their scales are no elements that noise can be added to; use the model's "
             "unquantised version"
         )
@@ -184,7 +184,7 @@ def _file_tensors(config: Config) -> list[FileTensor]:
     Raises:
         UserError: The files do not fit the model.
     """
-    checkpoint = Checkpoint(config.model.path)
+    checkpoint = Checkpoint(config.model.directory)
     model, _ = build_model(config, checkpoint)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     files = []

@@ -123,7 +123,7 @@ def start_engine(config: Config, *, skeleton: PreTrainedModel, group: Group, num
         prepare(group)
     _register(config)
     arguments = {
-        "model": str(config.model.path),
+        "model": str(config.model.directory),
         "dtype": config.model.dtype,
         "trust_remote_code": config.model.trust_remote_code,
         "tensor_parallel_size": group.world_size,
@@ -160,7 +160,8 @@ def start_engine(config: Config, *, skeleton: PreTrainedModel, group: Group, num
         if "max_model_len" in str(error) or "KV cache" in str(error):
             raise UserError(_cache_shortage(config, error)) from error
         raise UserError(
-            f"parallel.backend: vllm: vLLM {vllm.__version__} cannot run the model of {config.model.path} "
+            f"parallel.backend: vllm: vLLM {vllm.__version__} cannot run the model of "
+            f"{config.model.directory} "
             f"like this: {_first_line(error)}"
         ) from error
     finally:
@@ -225,7 +226,7 @@ def _register(config: Config) -> None:
     from shardes.models.build import load_model_config
 
     trust = config.model.trust_remote_code
-    model_config = load_model_config(config.model.path, trust_remote_code=trust)
+    model_config = load_model_config(config.model.directory, trust_remote_code=trust)
     for name in getattr(model_config, "architectures", None) or ():
         known = ModelRegistry.models.get(name)
         if isinstance(known, _LazyRegisteredModel):

@@ -1,0 +1,163 @@
+"""Arms of the study as data: tasks, and what is tried on each of them.
+
+An arm with another option of the algorithm is one more entry of ``ARMS``: the keys it changes, the tasks on
+which it runs, and by how much its steps are longer than those of plain ES.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TUNING_SEED = 100
+# Longest part of a sweep that is tried beyond its first four step sizes, on either side.
+MAX_EXTENSIONS = 4
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """Task of the study, with what all arms have on it.
+
+    Attributes:
+        config: YAML file, relative to the root of the repository.
+        overrides: Keys that differ from the file.
+        num_completions: Number of answers that each run may generate.
+        first_steps: Smallest step size of the sweep, by method.
+        seeds: Seeds of the runs that are reported.
+        grpo: Options of GRPO that all its arms have.
+        num_steps: Number of step sizes of a sweep, before it is extended.
+        num_evaluations: Number of evaluations of a run, besides that of the base model.
+        kl_prompts: Number of held-out problems on whose answers the divergence is estimated.
+    """
+
+    config: str
+    num_completions: int
+    first_steps: dict[str, float]
+    overrides: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    grpo: dict[str, Any] = field(default_factory=dict)
+    num_steps: int = 4
+    num_evaluations: int = 10
+    kl_prompts: int = 128
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Method, with something changed.
+
+    Attributes:
+        method: ``es`` or ``grpo``.
+        changes: Keys of shardes's configuration for ES, options of GRPO for GRPO.
+        tasks: Names of the tasks on which it runs.
+        scale: Factor of all its step sizes.
+        answers: Answers that an iteration generates, as a share of those of all members to all problems.
+        step_of: Name of the arm whose best step size it has; None: it has a sweep of its own.
+        evidence: Part of the page that it belongs to: ``main``, ``delay``, ``hacking`` or ``options``.
+    """
+
+    method: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ("quickstart", "addition", "receipts", "conciseness")
+    scale: float = 1.0
+    answers: float = 1.0
+    step_of: str | None = None
+    evidence: str = "main"
+
+
+# What the two tasks on a real model have alike. An answer costs GRPO a second on one core, ten times what it
+# costs ES, because it has to be generated, propagated back, and the weights converted for each forward.
+SMOLLM2: dict[str, Any] = {
+    "num_completions": 1280,
+    "overrides": {"task.batch_size": 8},
+    "first_steps": {"es": 0.0022, "grpo": 3e-6},
+    "seeds": (1, 2),
+    "grpo": {"prompts_per_step": 4, "micro_batch_size": 32, "bfloat16": True},
+    "num_steps": 3,
+    "num_evaluations": 4,
+    "kl_prompts": 16,
+}
+
+TASKS = {
+    "quickstart": StudyTask(
+        "configs/quickstart.yaml",
+        num_completions=40960,
+        first_steps={"es": 0.005, "grpo": 1e-4},
+        grpo={"prompts_per_step": 64},
+    ),
+    "addition": StudyTask(
+        "configs/quickstart.yaml",
+        overrides={
+            "model.path": "configs/addition/model",
+            "task.name": None,
+            "task.data": "configs/addition/train.jsonl",
+            "task.heldout_data": "configs/addition/heldout.jsonl",
+            "task.reward": "configs/addition/reward.py:digits",
+            "rollout.max_new_tokens": 4,
+        },
+        num_completions=24576,
+        first_steps={"es": 0.002, "grpo": 1e-4},
+        grpo={"prompts_per_step": 64},
+    ),
+    "receipts": StudyTask("configs/smollm2/receipts.yaml", **SMOLLM2),
+    "conciseness": StudyTask("configs/smollm2/conciseness.yaml", **SMOLLM2),
+}
+
+TOYS = ("quickstart", "addition")
+OPTIONS = (*TOYS, "receipts")
+ARMS = {
+    "es": Arm("es"),
+    "grpo": Arm("grpo"),
+    # Four times as many updates, each of a quarter of the answers.
+    "grpo, small steps": Arm("grpo", {"prompts_per_step": 16}, tasks=TOYS),
+    # Reward at the end of several answers only. What a member of ES earns is the mean of all its answers in
+    # any case: for ES these are the same run.
+    "grpo, reward after 4 answers": Arm("grpo", {"bundle": 4}, tasks=("addition",), evidence="delay"),
+    "grpo, reward after 16 answers": Arm("grpo", {"bundle": 16}, tasks=("addition",), evidence="delay"),
+    **{
+        f"grpo, KL penalty {beta}": Arm(
+            "grpo", {"beta": beta}, tasks=("conciseness",), step_of="grpo", evidence="hacking"
+        )
+        for beta in (0.01, 0.1)
+    },
+    # Options of the algorithm, at equal tokens: where an iteration asks less, there are more of them.
+    "es, 4 subspaces": Arm("es", {"es.subspaces": 4}, tasks=OPTIONS, evidence="options"),
+    "es, 16 subspaces": Arm("es", {"es.subspaces": 16}, tasks=OPTIONS, evidence="options"),
+    "es, screening": Arm("es", {"task.screening": {}}, tasks=OPTIONS, answers=0.75, evidence="options"),
+    # All members answer the first quarter of the problems, half of them the second, and so on.
+    "es, racing": Arm(
+        "es",
+        {"es.racing": {"rounds": 4, "keep": 0.5}, "rollout.micro_batch_size": 16},
+        tasks=TOYS,
+        answers=0.46875,
+        evidence="options",
+    ),
+    "es, reuse of members": Arm("es", {"es.member_reuse": 0.5}, tasks=OPTIONS, evidence="options"),
+    "es, step rule": Arm("es", {"es.step_rule": "reliability"}, tasks=OPTIONS, evidence="options"),
+    "es, low rank": Arm("es", {"es.noise": "low_rank"}, tasks=OPTIONS, evidence="options"),
+}
+
+
+def step_size(task: str, arm: str, place: int) -> float:
+    """Return a step size of an arm's sweep, two of which are a factor of ten apart.
+
+    Args:
+        task: Name of the task.
+        arm: Name of the arm.
+        place: Number in the sweep; 0 for the first one, below 0 for one before that.
+    """
+    first = TASKS[task].first_steps[ARMS[arm].method] * ARMS[arm].scale
+    return float(f"{first * 10 ** (place / 2):.2g}")
+
+
+def definition(task: str, arm: str) -> dict[str, Any]:
+    """Return what a line must have been made with to be a result of an arm on a task."""
+    asked, tried = TASKS[task], ARMS[arm]
+    options = {**asked.grpo, **tried.changes} if tried.method == "grpo" else tried.changes
+    return {
+        "method": tried.method,
+        "config": asked.config,
+        "overrides": asked.overrides,
+        "options": options,
+        "num_completions": asked.num_completions,
+        **({} if tried.answers == 1 else {"answers": tried.answers}),
+    }

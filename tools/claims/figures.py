@@ -1,0 +1,158 @@
+"""Numbers that the page shows, computed from lines."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from claims.arms import ARMS, TASKS, TUNING_SEED
+from claims.lines import Line
+from claims.runs import best_step, final_reward, swept
+
+# Two-sided 95% quantiles of Student's t by the degrees of freedom.
+T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+# Share of the largest gain that counts as reaching it.
+REACHED = 0.9
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean of some values with half of its 95% interval.
+
+    Attributes:
+        value: Mean.
+        half: Half of the interval; infinity with one value.
+        num_values: Number of values.
+    """
+
+    value: float
+    half: float
+    num_values: int
+
+    @property
+    def sign(self) -> int:
+        """Return 1 or -1 if the interval is on one side of 0, else 0."""
+        return 0 if abs(self.value) <= self.half else (1 if self.value > 0 else -1)
+
+    def text(self, *, sign: str = "", digits: int = 3) -> str:
+        """Return the mean and half of its interval for people."""
+        half = "?" if math.isinf(self.half) else f"{self.half:.{digits}f}"
+        return f"{self.value:{sign}.{digits}f} ± {half}"
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """Return the mean of one or more values, by Student's t."""
+    count = len(values)
+    if count == 1:
+        return Mean(values[0], math.inf, 1)
+    half = T_QUANTILES.get(count - 1, 1.96) * statistics.stdev(values) / math.sqrt(count)
+    return Mean(statistics.fmean(values), half, count)
+
+
+class Results:
+    """Lines of the study, by task and arm.
+
+    Args:
+        lines: Lines that are results of arms as they are defined now.
+    """
+
+    def __init__(self, lines: Iterable[Line]) -> None:
+        self.lines = list(lines)
+
+    def tasks(self) -> list[str]:
+        """Return the names of the tasks that have lines, in the study's order."""
+        found = {line["task"] for line in self.lines}
+        return [task for task in TASKS if task in found]
+
+    def arms(self, task: str, *, evidence: Iterable[str] | None = None) -> list[str]:
+        """Return the names of a task's arms whose sweep is over and that have a run, in the study's order."""
+        kinds = None if evidence is None else set(evidence)
+        return [
+            arm
+            for arm, defined in ARMS.items()
+            if (kinds is None or defined.evidence in kinds) and self.runs(task, arm)
+        ]
+
+    def sweep(self, task: str, arm: str) -> dict[float, float]:
+        """Return the final reward of the tuning seed by step size."""
+        return dict(sorted(swept(self.lines, task, arm).items()))
+
+    def best(self, task: str, arm: str) -> float | None:
+        """Return the step size of an arm's reported runs; None while it is not known."""
+        return best_step(self.lines, task, arm)
+
+    def runs(self, task: str, arm: str) -> dict[int, Line]:
+        """Return the lines of the best step size by seed, without the tuning seed's."""
+        best = self.best(task, arm)
+        found = {
+            line["seed"]: line
+            for line in self.lines
+            if (line["task"], line["arm"], line["step_size"]) == (task, arm, best)
+        }
+        return {seed: found[seed] for seed in sorted(found) if seed != TUNING_SEED}
+
+    def base_reward(self, task: str) -> float:
+        """Return the held-out reward of the base model."""
+        line = next(line for line in self.lines if line["task"] == task)
+        return float(line["curve"][0]["reward"])
+
+    def final(self, task: str, arm: str) -> dict[int, float]:
+        """Return the final held-out rewards by seed."""
+        return {seed: final_reward(line) for seed, line in self.runs(task, arm).items()}
+
+    def last(self, task: str, arm: str, key: str) -> list[float]:
+        """Return a field of the last points of the runs, where it is known."""
+        points = [line["curve"][-1] for line in self.runs(task, arm).values()]
+        return [point[key] for point in points if point.get(key) is not None]
+
+    def difference(self, task: str, arm: str, other: str) -> Mean | None:
+        """Return how much more reward an arm has than another, on the seeds that both have."""
+        one, two = self.final(task, arm), self.final(task, other)
+        shared = [one[seed] - two[seed] for seed in one if seed in two]
+        return mean_of(shared) if shared else None
+
+    def reward_at(self, task: str, arm: str, *, key: str, value: float) -> list[float]:
+        """Return the rewards of the runs where they had spent a given amount, between points by lines.
+
+        Args:
+            task: Name of the task.
+            arm: Name of the arm.
+            key: What is spent: ``num_completions``, ``num_tokens`` or ``core_seconds``.
+            value: How much of it.
+        """
+        return [interpolated(line["curve"], key=key, value=value) for line in self.runs(task, arm).values()]
+
+    def smallest_total(self, task: str, arms: Sequence[str], *, key: str) -> float:
+        """Return the least that one of some arms has spent in all, as the mean of its runs."""
+        return min(statistics.fmean(self.last(task, arm, key)) for arm in arms)
+
+    def until(self, task: str, arm: str, *, reward: float, key: str) -> list[float | None]:
+        """Return what each run had spent at its first point with a reward; None: it never had it."""
+        return [
+            next((point[key] for point in line["curve"] if (point["reward"] or -math.inf) >= reward), None)
+            for line in self.runs(task, arm).values()
+        ]
+
+    def target(self, task: str, arms: Sequence[str]) -> float:
+        """Return the reward at 90% of the gain of the arm that gains most."""
+        base = self.base_reward(task)
+        best = max(statistics.fmean(self.final(task, arm).values()) for arm in arms)
+        return base + REACHED * (best - base)
+
+    def good_steps(self, task: str, arm: str) -> tuple[int, int]:
+        """Return how many step sizes reach 90% of the sweep's best gain, and how many were tried."""
+        base, found = self.base_reward(task), self.sweep(task, arm)
+        least = base + REACHED * (max(found.values()) - base)
+        return sum(reward >= least for reward in found.values()), len(found)
+
+
+def interpolated(curve: Sequence[dict[str, Any]], *, key: str, value: float) -> float:
+    """Return the reward of a curve at an amount spent; beyond its end, its last reward."""
+    known = [point for point in curve if point["reward"] is not None]
+    for before, after in itertools.pairwise(known):
+        if before[key] <= value <= after[key] and after[key] > before[key]:
+            share = (value - before[key]) / (after[key] - before[key])
+            return float(before["reward"] + share * (after["reward"] - before["reward"]))
+    return float(known[-1]["reward"])
