@@ -36,6 +36,9 @@ from shardes.weights.master_digest import master_digest
 
 logger = logging.getLogger(__name__)
 
+# Blocks of elements that a part of the parameters should have (``es.subspaces``).
+_BLOCKS_OF_PART = 4
+
 
 @dataclass(frozen=True)
 class Session:
@@ -218,7 +221,7 @@ def open_session(
         weights = Weights(
             backend,
             seed=config.es.seed,
-            kind=make_kind(config.es.noise, rank=config.es.rank),
+            kind=make_kind(config.es.noise, rank=config.es.rank, num_parts=config.es.subspaces),
             dtype=torch.float32 if config.weights.master == "float32" else backend.dtype,
             trainable=config.es.trainable,
             optimizer=optimizer_of(config.es),
@@ -250,10 +253,10 @@ def open_session(
 
 
 def _check_shapes(weights: Weights) -> None:
-    """Check that the noise has a rule for the shape of each trained parameter.
+    """Check that the noise has a rule for the shape of each trained parameter, and blocks for its parts.
 
     Raises:
-        UserError: It has none for one of them.
+        UserError: It has no rule for one of them, or too few blocks.
     """
     for shard in weights.trained:
         try:
@@ -263,6 +266,16 @@ def _check_shapes(weights: Weights) -> None:
                 f"es.noise: {shard.name}: {error}; freeze it (es.trainable: ['.*', '!{shard.name}']), or "
                 "use another es.noise"
             ) from None
+    num_parts, num_blocks = weights.kind.num_parts, 0
+    for shard in weights.trained:
+        parts = weights.kind.parts_of(shard.num_elements)
+        num_blocks += 0 if parts is None else -(-shard.num_elements // parts.block)
+    if num_parts > 1 and num_blocks < _BLOCKS_OF_PART * num_parts:
+        raise UserError(
+            f"es.subspaces: got {num_parts}, but the trained parameters have only {num_blocks} blocks of "
+            f"elements, and a part needs {_BLOCKS_OF_PART} or it may have none; give at most "
+            f"{max(num_blocks // _BLOCKS_OF_PART, 1)}"
+        )
 
 
 def _combined(mesh: Mesh, backend: Backend, digest: int, *, compare: bool) -> str:

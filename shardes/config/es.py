@@ -47,6 +47,10 @@ class EsConfig(Section):
     normal; many members can then be evaluated in one forward (``rollout.members_per_forward``)."""
     rank: int = Field(default=1, gt=0, lt=2**16)
     """Columns of the factors of ``noise: low_rank``. The element's variance is 1 for every rank."""
+    subspaces: int = Field(default=1, gt=0, lt=2**16)
+    """Number of parts into which each iteration divides the parameters, in random blocks of elements. A
+    member perturbs one of them alone, by sigma times the root of this number, so that perturbing and updating
+    take as many times less. Not for ``low_rank``."""
     noise_reuse: int = Field(default=1, gt=0)
     """Number of iterations for which directions stay the same before new ones are drawn."""
     member_reuse: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
@@ -128,6 +132,17 @@ class EsConfig(Section):
             raise ValueError(
                 f"got {value}, but es.noise is {info.data['noise']}, which has no rank; "
                 "set es.noise: low_rank"
+            )
+        return value
+
+    @field_validator("subspaces")
+    @classmethod
+    def _subspaces_have_elements(cls, value: int, info: ValidationInfo) -> int:
+        if value != 1 and info.data.get("noise", "gaussian") == "low_rank":
+            raise ValueError(
+                f"got {value}, but es.noise is low_rank, whose matrices are products of factors, of which no "
+                "block of elements can be left out; set es.noise: gaussian or rademacher, or leave "
+                "es.subspaces at 1"
             )
         return value
 
@@ -217,6 +232,7 @@ class EsConfig(Section):
         if self.member_reuse is not None:
             for key, found, why in (
                 ("noise_reuse", self.noise_reuse, "has the same directions twice already"),
+                ("subspaces", self.subspaces, "keeps members in parts that the centre has left since"),
                 ("optimizer", self.optimizer, "repeats all iterations' members already"),
                 ("sigma_schedule", self.sigma_schedule, "makes the densities of two iterations incomparable"),
             ):

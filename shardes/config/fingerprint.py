@@ -34,6 +34,7 @@ _FREE_KEYS = {
 _LATER_KEYS = {
     "rollout.engine": DEFAULT_ENGINE,
     "rollout.cudnn_attention": False,
+    "es.subspaces": 1,
     "rollout.skip_special_tokens": True,
     "task.chat_template": None,
     "task.template_arguments": {},

@@ -1,7 +1,7 @@
 """Strategy: the directions of an iteration's members, and the update from their rewards."""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from shardes.es.schedules import between, factor
 from shardes.es.shaping import RewardTable, shape
 from shardes.es.step_rule import WINDOW, reliability, step_factor
 from shardes.es.update import UPDATE_VERSION, Perturbation, Update
+from shardes.noise.parts import part_of_direction
 
 
 class Strategy:
@@ -63,6 +64,14 @@ class Strategy:
         if not self._settings.antithetic:
             return Perturbation(noise_iteration, member, sigma)
         return Perturbation(noise_iteration, member // 2, -sigma if member % 2 else sigma)
+
+    def in_order(self, members: Iterable[int]) -> list[int]:
+        """Return members in the order in which they are evaluated, those that perturb the same part in a row.
+
+        No result depends on it: between two such members, nothing has to be restored.
+        """
+        num_parts, share = self._settings.subspaces, 2 if self._settings.antithetic else 1
+        return sorted(members, key=lambda member: (part_of_direction(member // share, num_parts), member))
 
     def _noise_iteration(self, iteration: int) -> int:
         """Return the first of the iterations that share this iteration's directions."""

@@ -78,15 +78,15 @@ class Fill:
     sources: int
 
 
-def _fill_block(eps, first_call, scale, c1, c2, c3, k0, k1):
-    """Stand for ``Fill.fill`` until ``_compiled`` puts it in."""
+def fill_block(eps, first_call, scale, c1, c2, c3, k0, k1):
+    """Stand for ``Fill.fill`` until ``compile_with`` puts it in."""
 
 
-def _add_block(total, first_call, coefficients, c1, directions, c3, k0, k1):
-    """Stand for ``Fill.add`` until ``_compiled`` puts it in."""
+def add_block(total, first_call, coefficients, c1, directions, c3, k0, k1):
+    """Stand for ``Fill.add`` until ``compile_with`` puts it in."""
 
 
-def _compiled(kernel: Any, **functions: Callable[..., None]) -> Callable[..., None]:
+def compile_with(kernel: Any, **functions: Callable[..., None]) -> Callable[..., None]:
     """Compile a kernel with these functions in place of the globals of the same names.
 
     They are globals because numba must not see them in the closure, see ``checksum``.
@@ -138,14 +138,14 @@ def perturb_kernel(fill: Fill, source_format: int, target_format: int) -> Callab
             block_start, begin, end, offset = _place(step, size, per_row, start, stride, length)
             first_call = u64(block_start // per_call)
             word1 = u32(c1 | u32(first_call >> u64(32)))
-            _fill_block(eps, first_call, sigma, word1, c2, c3, k0, k1)
+            fill_block(eps, first_call, sigma, word1, c2, c3, k0, k1)
             here, there = source[begin + offset : end + offset], target[begin + offset : end + offset]
             owned = eps[begin:end]
             for j in range(here.size):
                 centre = load(store(load(here[j], source_format), target_format), target_format)
                 there[j] = store(centre + owned[j], target_format)
 
-    return _compiled(perturb, _fill_block=fill.fill)
+    return compile_with(perturb, fill_block=fill.fill)
 
 
 @functools.cache
@@ -162,7 +162,7 @@ def accumulate_kernel(fill: Fill, master_format: int) -> Callable[..., None]:
             first_call = u64(block_start // per_call)
             word1 = u32(c1 | u32(first_call >> u64(32)))
             total[:] = f32(0)
-            _add_block(total, first_call, coefficients, word1, directions, c3, k0, k1)
+            add_block(total, first_call, coefficients, word1, directions, c3, k0, k1)
             here, owned = master[begin + offset : end + offset], total[begin:end]
             if master_format == FLOAT32:
                 for j in range(here.size):
@@ -176,7 +176,7 @@ def accumulate_kernel(fill: Fill, master_format: int) -> Callable[..., None]:
                     moved = load(here[j], master_format) + owned[j]
                     here[j] = store_randomly(moved, drawn[j], master_format)
 
-    return _compiled(accumulate, _add_block=fill.add)
+    return compile_with(accumulate, add_block=fill.add)
 
 
 @functools.cache
@@ -208,7 +208,7 @@ def perturb(
     kernel = perturb_kernel(fill, FORMATS[source.dtype], FORMATS[target.dtype])
     words = words_of((region.param_id << 8, word2, key.iteration))
     tensors = stored(source), stored(target)
-    _over_blocks(kernel, region, fill.fill_size, *tensors, f32(sigma), words, words_of(seed_key(key.seed)))
+    over_blocks(kernel, region, fill.fill_size, *tensors, f32(sigma), words, words_of(seed_key(key.seed)))
 
 
 def accumulate(
@@ -217,13 +217,13 @@ def accumulate(
     """Accumulate as ``shardes.noise.accumulate`` does, with counter words 2 given."""
     kernel, words = accumulate_kernel(fill, FORMATS[master.dtype]), np.asarray(words2, np.uint32)
     terms = np.asarray(coefficients, np.float32), words
-    _over_blocks(kernel, region, fill.add_size, stored(master), *terms, *update_words(region.param_id, key))
+    over_blocks(kernel, region, fill.add_size, stored(master), *terms, *update_words(region.param_id, key))
 
 
 def add(master: Tensor, delta: Tensor, region: Region, *, key: NoiseKey) -> None:
     """Add to a narrow master as ``shardes.noise.add`` does."""
     kernel, words = add_kernel(FORMATS[master.dtype]), update_words(region.param_id, key)
-    _over_blocks(kernel, region, BLOCK, stored(master), stored(delta), *words)
+    over_blocks(kernel, region, BLOCK, stored(master), stored(delta), *words)
 
 
 def update_words(param_id: int, key: NoiseKey) -> tuple[tuple[np.uint32, ...], tuple[np.uint32, ...]]:
@@ -236,7 +236,7 @@ def words_of(numbers: Ints) -> tuple[np.uint32, ...]:
     return tuple(u32(number) for number in numbers)
 
 
-def _over_blocks(kernel: Callable[..., None], region: Region, size: int, *arguments: Any) -> None:
+def over_blocks(kernel: Callable[..., None], region: Region, size: int, *arguments: Any) -> None:
     """Run a kernel over the blocks of ``size`` elements that each row may touch, on several threads."""
     start, stride, length = region.start, region.stride, region.length
     # With one row it is known; rows that start anywhere may touch one block more than they fill.

@@ -70,6 +70,7 @@ class Stream(IntEnum):
     SAMPLING = 4
     LEFT = 5
     RIGHT = 6
+    PARTS = 7
 
 
 class Draw(IntEnum):
@@ -260,6 +261,33 @@ def round_to_float16(values: NDArray[np.float32], bits: NDArray[np.uint32]) -> N
     rounded = np.where(magnitude == np.uint32(0x7F800000), np.uint32(0x7C00), rounded)
     rounded = np.where(magnitude > np.uint32(0x7F800000), np.uint32(0x7E00), rounded)
     return (rounded | pattern >> np.uint32(16) & np.uint32(0x8000)).astype(np.uint16)
+
+
+def part_shifts(
+    *, first: int, count: int, num_parts: int, seed: int, iteration: int, param_id: int
+) -> NDArray[np.int64]:
+    """Compute by how much the parts are shifted in each of some groups of blocks of one parameter.
+
+    A group is ``num_parts`` neighbouring blocks. The part of its block j is (j + shift) modulo ``num_parts``,
+    so each part has one block of every whole group.
+
+    Args:
+        first: Number of the first group.
+        count: Number of groups.
+        num_parts: Number of parts, below 2**16.
+        seed: The run's seed, below 2**64.
+        iteration: Iteration, below 2**32.
+        param_id: Index of the parameter in the name-sorted list, below 2**24.
+
+    Returns:
+        int64 of shape [count], each below ``num_parts``.
+    """
+    calls = np.arange(first // 4, (first + count + 3) // 4, dtype=np.uint64)
+    words = call_words(
+        calls, seed=seed, iteration=iteration, direction=0, param_id=param_id, stream=Stream.PARTS
+    )
+    in_order = words.T.reshape(-1)[first % 4 :][:count].astype(np.uint64)
+    return (in_order * np.uint64(num_parts) >> np.uint64(32)).astype(np.int64)
 
 
 def data_order(

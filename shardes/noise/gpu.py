@@ -31,7 +31,7 @@ _ROUNDING = tl.constexpr(int(Stream.ROUNDING))
 # Warps of a program, and the calls of one that handles four elements a call: two calls a thread, which are
 # two independent chains for the schedulers to choose from, in 40 registers, of which a multiprocessor has
 # enough for 48 warps.
-_WARPS = 4
+WARPS = 4
 CALLS = 256
 
 # Slots of one launch over several rows; with those that the last program has too many, below 2**32.
@@ -51,6 +51,7 @@ class Fill:
         size: Elements of a block, which is LANES calls.
         calls: Calls of a program.
         always_masked: Whether programs without a border are not worth code of their own.
+        part_chunk: Elements of a program where the noise covers a part of the parameters.
     """
 
     perturb_calls: Any
@@ -58,6 +59,7 @@ class Fill:
     size: int
     calls: int
     always_masked: bool
+    part_chunk: int
 
 
 def kernel(function: Callable[..., None]) -> Any:
@@ -266,7 +268,7 @@ def accumulate(
     terms = np.asarray(coefficients, np.float32).tobytes() + np.asarray(words2, np.uint32).tobytes()
     with on_device(master.device):
         stream = torch.cuda.current_stream().cuda_stream if master.is_cuda else 0
-        table = _table(terms, master.device, stream)
+        table = copy_table(terms, master.device, stream)
     numbers = (len(words2), *update_words(region.param_id, key))
     function = {"accumulate_calls": fill.accumulate_calls}
     launch(_accumulate, fill.size, fill.calls, (master, table), region, numbers, **function)
@@ -283,7 +285,7 @@ def update_words(param_id: int, key: NoiseKey) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=4)
-def _table(numbers: bytes, device: torch.device, stream: int) -> Tensor:
+def copy_table(numbers: bytes, device: torch.device, stream: int) -> Tensor:
     """Copy 32-bit numbers to a device; kept, because an update asks for the same ones for every parameter.
 
     The key has the stream that the copy was queued on: another one would not wait for it.
@@ -337,7 +339,7 @@ def launch(
                 calls=calls,
                 strided=rows > 1,
                 **constants,
-                num_warps=_WARPS,
+                num_warps=WARPS,
                 num_stages=1,
                 enable_fp_fusion=False,
             )

@@ -39,6 +39,8 @@ def perturb(
 ) -> None:
     """Write ``round(centre + sigma * eps)`` to ``target``; the centre is ``source`` rounded to its dtype.
 
+    If the kind has parts, only the elements of the direction's part are written.
+
     Args:
         source: The master: float32, bfloat16 or float16, contiguous, one element for each of the region. It
             is not written.
@@ -53,13 +55,40 @@ def perturb(
     Raises:
         ValueError: A tensor of another dtype, size or device, or one that is not contiguous.
     """
-    _check("source", source, region)
-    _check("target", target, region)
-    if source.device != target.device:
-        raise ValueError(f"source is on {source.device} and target on {target.device}; wanted one device")
+    _check_pair(source, target, region)
     if region.num_elements == 0:
         return
     kind.perturb(source, target, region, sigma=sigma, key=NoiseKey(seed, iteration), direction=direction)
+
+
+def restore(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    region: Region,
+    seed: int,
+    iteration: int,
+    direction: int,
+    kind: NoiseKind = GAUSSIAN,
+) -> None:
+    """Write the centre to the elements of ``target`` that ``perturb`` with the same arguments writes.
+
+    Args:
+        source: The master, as for ``perturb``.
+        target: The working tensor, as for ``perturb``.
+        region: Elements of the parameter that the tensors hold.
+        seed: The run's seed.
+        iteration: Iteration, below 2**32.
+        direction: Direction within the iteration, below 2**24.
+        kind: Kind of noise.
+
+    Raises:
+        ValueError: As ``perturb``.
+    """
+    _check_pair(source, target, region)
+    if region.num_elements == 0:
+        return
+    kind.restore(source, target, region, key=NoiseKey(seed, iteration), direction=direction)
 
 
 def accumulate(
@@ -76,7 +105,8 @@ def accumulate(
 
     The sum starts at 0 and goes in the order given, in float32, one multiplication and one addition a term. A
     float32 master takes it as it is; a bfloat16 or float16 master is rounded stochastically, with bits that
-    are a pure function of (seed, iteration, parameter, element) too. Noise of low rank has a term for each
+    are a pure function of (seed, iteration, parameter, element) too. If the kind has parts, an element's sum
+    has the directions whose part it belongs to. Noise of low rank has a term for each
     column of the factors, and the coefficient is multiplied into the left one first.
 
     Args:
@@ -131,6 +161,13 @@ def add(master: torch.Tensor, delta: torch.Tensor, *, region: Region, seed: int,
         master.view(-1).add_(delta.view(-1))  # one IEEE addition an element, on any device
         return
     device_kernels.add(master, delta, region, key=NoiseKey(seed, iteration))
+
+
+def _check_pair(source: torch.Tensor, target: torch.Tensor, region: Region) -> None:
+    _check("source", source, region)
+    _check("target", target, region)
+    if source.device != target.device:
+        raise ValueError(f"source is on {source.device} and target on {target.device}; wanted one device")
 
 
 def _check(name: str, tensor: torch.Tensor, region: Region) -> None:

@@ -127,8 +127,9 @@ class MemberScheduler:
         size, num_loads = engine.members_per_forward, engine.num_loads
         wanted = set(members)
         places = [place for place, member in enumerate(spec.members) if member in wanted]
-        firsts = sorted({place // size * size for place in places})
-        loads = [spec.members[first : first + size] for first in firsts]
+        firsts = {spec.members[place // size * size]: place // size * size for place in places}
+        in_order = [firsts[member] for member in spec.strategy.in_order(firsts)]
+        loads = [spec.members[first : first + size] for first in in_order]
         return [loads[first : first + num_loads] for first in range(0, len(loads), num_loads)]
 
     def _slot(self) -> int:

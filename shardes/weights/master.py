@@ -2,7 +2,8 @@
 
 Only ``update`` writes the master. The centre is the master rounded to the model's dtype: what would be
 exported is what is searched around. A perturbed shard is computed from the master into the backend's working
-tensor in one pass, so there is nothing to restore and nothing drifts.
+tensor in one pass, so nothing drifts. Where a member's noise covers a part of the parameters, only that part
+and the last member's are written (``away``).
 
 Frozen parameters have no master: their working tensors are read from the file, and nothing writes them again.
 """
@@ -23,6 +24,7 @@ from shardes.models.checkpoint import Checkpoint
 from shardes.noise import GAUSSIAN, NoiseKind, Region
 from shardes.utils.device import synchronize
 from shardes.utils.progress import progress
+from shardes.weights.away import Away
 from shardes.weights.buffers import ShardedBuffers, buffer_name
 from shardes.weights.digest import add_digest
 from shardes.weights.trainable import select_trainable
@@ -95,6 +97,7 @@ class Weights:
         self.seed = seed
         self.kind = kind
         self.version = 0
+        self._away = Away(seed, kind)
         self.last_update: Update | None = None
         names = select_trainable([shard.name for shard in backend.shards], trainable, aliases=backend.aliases)
         self.trained = tuple(shard for shard in backend.shards if shard.name in names)
@@ -203,21 +206,19 @@ class Weights:
     @torch.no_grad()
     def perturb(self, perturbation: Perturbation) -> None:
         """Set the model to the centre plus the perturbation's sigma times its direction's noise."""
+        change = self._away.next(perturbation, version=self.version)
         for _, region, working, master in self.on_device():
-            self.perturb_region(region, perturbation, source=master, target=working)
+            change.write(region, source=master, target=working)
+        self._away.is_at(perturbation, version=self.version)
         self.backend.commit()
-
-    def perturb_region(
-        self, region: Region, perturbation: Perturbation, *, source: torch.Tensor, target: torch.Tensor
-    ) -> None:
-        """Write the perturbed elements of a region to ``target``; ``source`` has the centre or the master."""
-        noise.perturb(source, target, region=region, seed=self.seed, kind=self.kind, **vars(perturbation))
 
     @torch.no_grad()
     def centre(self) -> None:
         """Set the model to the centre."""
+        self._away.forget()
         for _, _, working, master in self.on_device():
             working.copy_(master)
+        self._away.is_at(None, version=self.version)
         self.backend.commit()
 
     def moves(self, update: Update) -> bool:

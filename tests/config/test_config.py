@@ -340,6 +340,8 @@ def test_many_members_in_a_forward_want_noise_of_low_rank(count):
         ({"population": {1: 4}}, "from iteration 0 on"),
         ({"population": 5, "antithetic": True}, "es.antithetic: got true, but es.population is 5"),
         ({"population": {0: 4, 3: 5}, "antithetic": True}, "pairs take an even number"),
+        ({"subspaces": 0}, "es.subspaces: got 0"),
+        ({"subspaces": 4, "noise": "low_rank"}, "es.subspaces: got 4, but es.noise is low_rank"),
         ({"momentum": 0.5}, "momentum is 0.5, which only optimizer: momentum has a use for"),
         ({"optimizer": "momentum", "adam_epsilon": 0.1}, "which only optimizer: adam has a use for"),
         ({"final_sigma": 0.1}, "final_sigma is 0.1 and sigma_schedule constant"),
@@ -354,6 +356,7 @@ def test_many_members_in_a_forward_want_noise_of_low_rank(count):
         ({"member_reuse": 0.0, "optimizer": "momentum"}, "optimizer is momentum, which repeats"),
         ({"member_reuse": 1, "optimizer": "adam"}, "optimizer is adam, which repeats"),
         ({"member_reuse": 1, "sigma_schedule": "cosine", "final_sigma": 1e-4}, "sigma_schedule is cosine"),
+        ({"member_reuse": 0.5, "subspaces": 4}, "subspaces is 4, which keeps members in parts"),
         ({"member_reuse": 1.5}, "es.member_reuse"),
     ],
 )

@@ -72,6 +72,7 @@ BINDING = [
     ("es.alpha_schedule", "linear"),
     ("es.warmup_iterations", 2),
     ("es.antithetic", True),
+    ("es.subspaces", 4),
     ("es.noise_reuse", 2),
     ("es.population", {0: 8, 10: 16}),
     ("es.prompts_per_member", 3),
@@ -105,11 +106,12 @@ BINDING = [
 LATER = {
     *("rollout.skip_special_tokens", "task.chat_template", "task.template_arguments"),
     *("task.screening", "task.objective"),
-    *("es.step_rule", "es.member_reuse", "es.racing"),
+    *("es.step_rule", "es.member_reuse", "es.racing", "es.subspaces"),
 }
 
 # Keys without which a key would do nothing, and is refused.
 NEEDED = {
+    "es.subspaces": {"noise": "gaussian"},
     "es.sigma_schedule": {"sigma_schedule": "cosine", "final_sigma": 1e-5},
     "es.final_sigma": {"sigma_schedule": "cosine", "final_sigma": 1e-5},
     "es.momentum": {"optimizer": "momentum"},

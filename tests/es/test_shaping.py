@@ -27,6 +27,16 @@ def update_coefficients(shaped, *, alpha):
     return Strategy(settings, num_elements=1).update(shaped, iteration=0).coefficients
 
 
+def test_members_of_a_part_are_evaluated_in_a_row():
+    for es, wanted in (
+        ({}, [0, 1, 2, 3, 4, 6, 7]),
+        ({"subspaces": 3}, [0, 3, 6, 1, 4, 7, 2]),
+        ({"subspaces": 2, "antithetic": True}, [0, 1, 4, 2, 3, 6, 7]),
+    ):
+        strategy = Strategy(EsConfig(iterations=1, population=8, **es), num_elements=1)
+        assert strategy.in_order({7, 6, 4, 3, 2, 1, 0}) == wanted
+
+
 def z_scores(rewards):
     return shape(rewards, how="zscore")
 

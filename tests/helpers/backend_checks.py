@@ -20,6 +20,7 @@ from shardes.distributed.launch import process_group
 from shardes.distributed.stop import Stop
 from shardes.es.update import Perturbation, Update
 from shardes.models.checkpoint import Checkpoint
+from shardes.noise.kinds.gaussian import Gaussian
 from shardes.rollout.batching import IDLE_COHORT, compose
 from shardes.rollout.engines.transformers.decoder import Decoder
 from shardes.weights.export_view import gather_centre
@@ -118,6 +119,27 @@ class Case:
                 weights.perturb(Perturbation(0, direction, 0.1))
             self.check_forwards(f"member {direction}")
             self.check_shards(f"member {direction}")
+
+    def check_parts(self):
+        """Members that perturb a part of the weights, each made of the one before, and updates of parts."""
+        before = self.weights, self.wanted
+        self.weights, self.wanted = (
+            Weights(each.backend, seed=7, kind=Gaussian(num_parts=3)) for each in before
+        )
+        for each in (self.weights, self.wanted):
+            each.base = before[0].base  # a backend that has loaded weights itself compares the first ones
+            each.load(Checkpoint(self.config.model.path))
+        for iteration, direction in ((0, 0), (0, 1), (0, 4), (2, 4)):
+            for weights in (self.weights, self.wanted):
+                weights.perturb(Perturbation(iteration, direction, 0.1))
+            self.check_shards(f"part of member {direction}")
+        for weights in (self.weights, self.wanted):
+            weights.update(Update(0, [0.1, -0.2, 0.05, 0.3]))
+            weights.perturb(Perturbation(1, 0, 0.1))
+        self.check_forwards("a part after an update of parts")
+        self.check_shards("a part after an update of parts")
+        self.weights, self.wanted = before
+        self.wanted.centre()
 
     def check_shards(self, what):
         """Working and master elements are those of the oracle, bit for bit."""
@@ -272,6 +294,7 @@ def main():
                 getattr(case, f"check_{check}")()
             case.check_members()
             case.check_updates()
+            case.check_parts()
             sys.stdout.write(f"padding {case.check_padding()} checked\n")
             world.barrier()  # rank 0 keeps the store that others may still need
 

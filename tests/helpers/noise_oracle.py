@@ -4,8 +4,11 @@ import numpy as np
 import torch
 
 from shardes.noise import GAUSSIAN, LowRank, Rademacher, definition, matrix_shape
+from shardes.noise.kinds.gaussian import Gaussian
 
 ELEMENTWISE = [GAUSSIAN, Rademacher()]
+# Parts of one block in a group, of several, and more parts than a short region has blocks.
+IN_PARTS = [Gaussian(2), Gaussian(5), Rademacher(3), Gaussian(64)]
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -28,9 +31,24 @@ def noise_at(region, *, kind=GAUSSIAN, **address):
     return _over_rows(kind.eps, region, shape=region.shape, **address)
 
 
-def perturbed(source, target_dtype, *, region, sigma, kind=GAUSSIAN, **address):
-    step = torch.from_numpy(np.float32(sigma) * noise_at(region, kind=kind, **address))
-    return (source.to(target_dtype).float() + step).to(target_dtype)
+def covered(region, *, kind=GAUSSIAN, **address):
+    """Whether a direction's noise changes a region's elements."""
+    return _over_rows(kind.covers, region, param_size=region.param_size, **address)
+
+
+def perturbed(source, target_dtype, *, region, sigma, kind=GAUSSIAN, before=None, **address):
+    """The target; ``before`` is what it was, for kinds with parts. None: the centre."""
+    step = torch.from_numpy(np.float32(sigma) * kind.part_scale * noise_at(region, kind=kind, **address))
+    centre = source.to(target_dtype)
+    moved = (centre.float() + step).to(target_dtype)
+    is_covered = torch.from_numpy(covered(region, kind=kind, **address))
+    return torch.where(is_covered, moved, centre if before is None else before)
+
+
+def restored(source, before, *, region, kind=GAUSSIAN, **address):
+    """The target, whose dtype ``before`` has, after the centre was put back where the noise changes it."""
+    is_covered = torch.from_numpy(covered(region, kind=kind, **address))
+    return torch.where(is_covered, source.to(before.dtype), before)
 
 
 def accumulated(master, *, region, coefficients, directions, kind=GAUSSIAN, seed, iteration):
@@ -44,7 +62,9 @@ def accumulated(master, *, region, coefficients, directions, kind=GAUSSIAN, seed
                 total = total + (left[:, k] * np.float32(coefficient)) * right[:, k]
             continue
         eps = noise_at(region, kind=kind, seed=seed, iteration=iteration, direction=direction)
-        total = total + np.float32(coefficient) * eps
+        moved = total + np.float32(coefficient) * kind.part_scale * eps
+        is_covered = covered(region, kind=kind, seed=seed, iteration=iteration, direction=direction)
+        total = np.where(is_covered, moved, total)
     return added(master, torch.from_numpy(total), region=region, seed=seed, iteration=iteration)
 
 

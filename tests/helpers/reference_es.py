@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shardes.noise import Region, data_order
 from shardes.noise.kinds.registry import make_kind
-from tests.helpers.noise_oracle import accumulated, added, noise_at
+from tests.helpers.noise_oracle import accumulated, added, covered, noise_at
 from tests.helpers.update_oracle import power
 
 f32 = np.float32
@@ -30,7 +30,7 @@ class ReferenceES:
             batch_size,
             max_new_tokens,
         )
-        self.kind = make_kind(es["noise"], rank=es["rank"])
+        self.kind = make_kind(es["noise"], rank=es["rank"], num_parts=es["subspaces"])
         self.es, self.parameters = es, dict(sorted(self.model.named_parameters()))
         self.base = {name: p.detach().flatten().clone() for name, p in self.parameters.items()}
         self.masters = {name: values.clone() for name, values in self.base.items()}
@@ -51,9 +51,11 @@ class ReferenceES:
     @torch.no_grad()
     def rewards(self, rows, *, iteration, direction, sigma):
         for name, p in self.parameters.items():
-            eps = eps_at(self.region(name), kind=self.kind, seed=0, iteration=iteration, direction=direction)
-            moved = self.masters[name].to(p.dtype).float() + torch.from_numpy(f32(sigma) * eps)
-            p.copy_(moved.to(p.dtype).view(p.shape))
+            address = {"kind": self.kind, "seed": 0, "iteration": iteration, "direction": direction}
+            centre, region = self.masters[name].to(p.dtype), self.region(name)
+            step = f32(sigma) * self.kind.part_scale * eps_at(region, **address)
+            moved = (centre.float() + torch.from_numpy(step)).to(p.dtype)
+            p.copy_(torch.where(torch.from_numpy(covered(region, **address)), moved, centre).view(p.shape))
         prompts = [row["prompt"] for row in rows]
         return self.reward(prompts, self.answers(prompts))
 

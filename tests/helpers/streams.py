@@ -376,6 +376,7 @@ class Streams:
 
         self._patch(Group, "gather_tensor", gather)
         self._patch(noise, "perturb", self._kernel(noise.perturb, reads=[0], writes=[1]))
+        self._patch(noise, "restore", self._kernel(noise.restore, reads=[0], writes=[1]))
         self._patch(noise, "accumulate", self._kernel(noise.accumulate, reads=[], writes=[0]))
         self._patch(noise, "add", self._kernel(noise.add, reads=[1], writes=[0]))
         self._patch_shardes()

@@ -113,6 +113,7 @@ def run(raw, world, oracle):
         case.check_load()
         case.check_members()
         case.check_updates()
+        case.check_parts()
         assert addresses == {s.name: s.local.data_ptr() for s in case.backend.shards}
     case.backend.close()
 

@@ -35,6 +35,15 @@ OPTIONS = {
     "signs": {"noise": "rademacher"},
     "low rank": {"noise": "low_rank", "rank": 2},
     "low rank in pairs, adam": {"noise": "low_rank", "antithetic": True, "optimizer": "adam", "alpha": 0.01},
+    "parts": {"subspaces": 3},
+    "parts of signs, short steps": {"subspaces": 2, "noise": "rademacher", "max_update_norm": 2.0},
+    "parts in pairs, reused, momentum": {
+        "subspaces": 2,
+        "antithetic": True,
+        "noise_reuse": 2,
+        "optimizer": "momentum",
+    },
+    "more parts than members, adam": {"subspaces": 8, "optimizer": "adam", "alpha": 0.01},
     "linear": {"alpha_schedule": "linear"},
     "cosine": {"alpha_schedule": "cosine", "warmup_iterations": 2},
     "sigma": {"sigma_schedule": "linear", "final_sigma": 0.02, "alpha": "auto"},
@@ -60,6 +69,7 @@ NARROW = {
     "narrow": {},
     "narrow, members again": {"member_reuse": 1.0, "weight_decay": 0.5},
     "narrow, reused noise": {"noise_reuse": 2},
+    "narrow, parts": {"subspaces": 3, "noise_reuse": 2},
     "narrow, momentum": {"optimizer": "momentum", "momentum": 0.5},
     "narrow, anchored": {"weight_decay": 0.5, "decay_towards": "base"},
 }

@@ -11,16 +11,18 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import run_cases, steady_metrics
 
 DTYPES = ("float32", "bfloat16")
-# Model, backend, mode, dtype. The other modes and meshes are test_mesh's.
+# Model, backend, mode, dtype, parts of the weights. The other modes and meshes are test_mesh's.
 CASES = [
-    ("tied", "single", "member", "float32"),
-    ("tied", "zero3", "layer", "float32"),
-    ("tied", "fsdp", "member", "bfloat16"),
-    ("tied", "fsdp", "layer", "float32"),
-    ("tied", "zero3", "member", "bfloat16"),
+    ("tied", "single", "member", "float32", 1),
+    ("tied", "zero3", "layer", "float32", 1),
+    ("tied", "fsdp", "member", "bfloat16", 1),
+    ("tied", "fsdp", "layer", "float32", 1),
+    ("tied", "zero3", "member", "bfloat16", 1),
     # Another architecture, and a head of its own.
-    ("untied", "zero3", "member", "float32"),
-    ("untied", "fsdp", "layer", "bfloat16"),
+    ("untied", "zero3", "member", "float32", 1),
+    ("untied", "fsdp", "layer", "bfloat16", 1),
+    ("tied", "zero3", "iteration", "float32", 3),
+    ("tied", "fsdp", "member", "float32", 3),
 ]
 
 
@@ -28,13 +30,19 @@ CASES = [
 def oracle(model_dirs, tmp_path_factory):
     """One process, one rank, plain tensors."""
     root = tmp_path_factory.mktemp("oracle")
-    keys = list(itertools.product(("tied", "untied"), DTYPES))
+    keys = [*itertools.product(("tied", "untied"), DTYPES, (1,)), ("tied", "float32", 3)]
     trees = [
-        tree(root, model=model_dirs[kind], run_dir=root / f"run-{kind}-{dtype}", model__dtype=dtype)
-        for kind, dtype in keys
+        tree(
+            root,
+            model=model_dirs[kind],
+            run_dir=root / f"run-{kind}-{dtype}-{parts}",
+            model__dtype=dtype,
+            es__subspaces=parts,
+        )
+        for kind, dtype, parts in keys
     ]
     prints = run_cases(root, "oracle", trees, 1)
-    lines = {key: steady_metrics(root / f"run-{key[0]}-{key[1]}") for key in keys}
+    lines = {key: steady_metrics(root / f"run-{key[0]}-{key[1]}-{key[2]}") for key in keys}
     return dict(zip(keys, prints, strict=True)), lines
 
 
@@ -65,14 +73,15 @@ def test_exports_are_byte_identical(world_size, model_dirs, oracle, tmp_path):
             model__dtype=dtype,
             parallel__backend=backend,
             rollout__gather=mode,
+            es__subspaces=parts,
         )
-        for i, (kind, backend, mode, dtype) in enumerate(cases)
+        for i, (kind, backend, mode, dtype, parts) in enumerate(cases)
     ]
     found = run_cases(tmp_path, "cases", trees, world_size)
-    for i, (kind, backend, mode, dtype) in enumerate(cases):
-        assert found[i] == prints[kind, dtype], (kind, backend, mode, dtype)
+    for i, (kind, backend, mode, dtype, parts) in enumerate(cases):
+        assert found[i] == prints[kind, dtype, parts], (kind, backend, mode, dtype, parts)
         # Not only the weights: every reward on the way, too.
-        assert steady_metrics(tmp_path / f"run{i}") == lines[kind, dtype]
+        assert steady_metrics(tmp_path / f"run{i}") == lines[kind, dtype, parts]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from gpu_check.devices import device_of_check
 from gpu_check.part import Context
 from shardes import noise
 from shardes.noise import LowRank, Region
+from shardes.noise.kinds.gaussian import Gaussian
 from shardes.weights.digest import add_digest
 from tests.helpers.noise_oracle import ELEMENTWISE, FORMATS, accumulated, perturbed, same_bits
 from tests.noise.gpu import checks
@@ -80,8 +81,8 @@ def run(context: Context) -> None:
             Region(7, SIZE, start, length, rows=rows, stride=stride)
             for start, length, rows, stride in (_FEW_SHAPES if few else _SHAPES)
         ]
-        for kind in ELEMENTWISE:
-            with context.section(f"oracle {kind}"):
+        for kind in [*ELEMENTWISE, Gaussian(4)]:
+            with context.section(f"oracle {kind!r}"):
                 _compare_elementwise(counter, kernels, kind, regions)
         for rank in (1, 4):
             with context.section(f"oracle low_rank {rank}"):
@@ -111,10 +112,10 @@ def _compare_elementwise(counter: _Counter, kernels: Any, kind: Any, regions: li
     # Every pair of dtypes on the first region, the other regions on one pair.
     cases = [perturb(regions[0], *pair) for pair in pairs]
     cases += [perturb(region, torch.float32, torch.bfloat16) for region in regions[1:]]
-    counter.compare(f"perturb {kind}", cases)
+    counter.compare(f"perturb {kind!r}", cases)
     cases = [accumulate(regions[0], dtype) for dtype in FORMATS]
     cases += [accumulate(region, torch.bfloat16) for region in regions[1:]]
-    counter.compare(f"accumulate {kind}", cases)
+    counter.compare(f"accumulate {kind!r}", cases)
 
 
 def _compare_low_rank(counter: _Counter, kernels: Any, kind: LowRank, matrices: list[Any]) -> None:
@@ -180,11 +181,11 @@ def _compare_large(context: Context, device: torch.device) -> None:
     region = Region(3, size, 0, size, shape=shape)
     source = torch.randn(size, generator=torch.Generator().manual_seed(0))
     address: dict[str, Any] = {"region": region, "seed": 5, "iteration": 9}
-    for kind in [*ELEMENTWISE, LowRank(4)]:
+    for kind in [*ELEMENTWISE, Gaussian(4), LowRank(4)]:
         found = []
         for place in (torch.device("cpu"), device):
             values = source.to(place, copy=True)
-            target = torch.empty(size, dtype=torch.bfloat16, device=place)
+            target = torch.zeros(size, dtype=torch.bfloat16, device=place)
             noise.perturb(values, target, sigma=1e-3, direction=3, kind=kind, **address)
             noise.accumulate(values, coefficients=[1e-3, -2e-3], directions=[0, 7], kind=kind, **address)
             total = torch.zeros(1, dtype=torch.int64, device=place)
@@ -194,4 +195,4 @@ def _compare_large(context: Context, device: torch.device) -> None:
         is_same = (
             same_bits(target, other) and same_bits(master, other_master) and total_of_cpu == total_of_gpu
         )
-        context.check(f"{size / 1e6:.0f} million elements as on the CPU, {kind}", is_same)
+        context.check(f"{size / 1e6:.0f} million elements as on the CPU, {kind!r}", is_same)

@@ -14,7 +14,7 @@ from shardes.noise import Region
 from shardes.noise.definition import MAX_ELEMENTS, MAX_PARAM_ID, SIGN_BLOCK
 from shardes.noise.kinds import base
 from shardes.weights.digest import add_digest
-from tests.helpers.noise_oracle import accumulated, added, perturbed, same_bits
+from tests.helpers.noise_oracle import accumulated, added, perturbed, restored, same_bits
 
 HAS_CUDA = torch.cuda.is_available()
 MODULES = {
@@ -22,6 +22,7 @@ MODULES = {
     "gpu": "shardes.noise.gpu",
     "gaussian_gpu": "shardes.noise.kinds.gaussian.gpu",
     "rademacher_gpu": "shardes.noise.kinds.rademacher.gpu",
+    "parts_gpu": "shardes.noise.parts.gpu",
     "low_rank_gpu": "shardes.noise.kinds.low_rank.gpu",
     "digest_gpu": "shardes.weights.digest_gpu",
 }
@@ -109,9 +110,18 @@ class Framed:
 
 def check_perturb(kernels, source, target_dtype, **arguments):
     centre = Framed(source, kernels.device)
-    target = Framed(torch.full_like(source, -7, dtype=target_dtype), kernels.device)
+    before = torch.full_like(source, -7, dtype=target_dtype)
+    target = Framed(before, kernels.device)
     noise.perturb(centre.values, target.values, **arguments)
-    assert same_bits(target.result(), perturbed(source, target_dtype, **arguments)), arguments
+    assert same_bits(target.result(), perturbed(source, target_dtype, before=before, **arguments)), arguments
+    assert same_bits(centre.result(), source)
+
+
+def check_restore(kernels, source, target_dtype, **arguments):
+    before = torch.full_like(source, -7, dtype=target_dtype)
+    centre, target = Framed(source, kernels.device), Framed(before, kernels.device)
+    noise.restore(centre.values, target.values, **arguments)
+    assert same_bits(target.result(), restored(source, before, **arguments)), arguments
     assert same_bits(centre.result(), source)
 
 

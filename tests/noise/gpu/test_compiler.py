@@ -34,6 +34,10 @@ def test_no_argument_makes_triton_compile_a_kernel_again():
         modules.gpu._perturb,
         modules.gpu._accumulate,
         modules.gpu._add,
+        modules.parts_gpu._shift,
+        modules.parts_gpu._perturb,
+        modules.parts_gpu._restore,
+        modules.parts_gpu._accumulate,
         modules.digest_gpu._digest,
     ):
         key = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -67,10 +71,15 @@ def test_the_compiler_neither_fuses_nor_flushes_nor_approximates(tmp_path, monke
     fill = vars(compiled().gaussian_gpu.FILL)
     gpu.launch(options, fill["size"], fill["calls"], nothing, Region(0, 1, 0, 1), ())
     constants = fill | {name: options.pop(name) for name in ("size", "calls", "strided")}
+    parts = compiled().parts_gpu
+    of_parts = constants | {"chunk": fill["part_chunk"], "calls": fill["part_chunk"] // 4}
     pointers = {"source": "*fp32", "target": "*fp16", "master": "*fp16", "table": "*i32", "delta": "*fp32"}
-    for kernel in (gpu._perturb, gpu._accumulate, gpu._add):
+    pointers["shifts"] = "*i32"
+    kernels = (gpu._perturb, gpu._accumulate, gpu._add)
+    for kernel in (*kernels, parts._perturb, parts._restore, parts._accumulate):
+        known = constants if kernel in kernels else of_parts
         types = {p.name: p.annotation_type or pointers.get(p.name, "constexpr") for p in kernel.params}
-        places = {(p.num,): constants[p.name] for p in kernel.params if p.is_constexpr}
+        places = {(p.num,): known[p.name] for p in kernel.params if p.is_constexpr}
         source = ASTSource(kernel, types, places, {})
         code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(options)).asm["ptx"]
         # Triton 3.4 has a square root that flushes subnormals, which its argument never is.
@@ -82,7 +91,7 @@ def test_the_compiler_neither_fuses_nor_flushes_nor_approximates(tmp_path, monke
             *("cvt.rn.f32.s32", "cvt.rn.f32.u32", "cvt.f32.f16", "cvt.rn.f16.f32", "cvt.rzi.s32.f32"),
         }
         made_of = {"add.rn.f32", "mul.rn.f32"} | ({"sqrt.rn.f32"} if kernel is not gpu._add else set())
-        assert made_of <= operations
+        assert kernel is parts._restore or made_of <= operations
         assert not re.search(r"\bfma|ftz|approx", code)
 
 
@@ -93,11 +102,11 @@ def test_triton_missing_is_a_message_with_a_remedy(monkeypatch):
 
 
 def test_an_update_copies_its_coefficients_once_for_all_parameters(kernels):
-    kernels.gpu._table.cache_clear()
+    kernels.gpu.copy_table.cache_clear()
     for param_id in range(3):
         region = Region(param_id, SIZE, 0, 10)
         check_accumulate(kernels, torch.zeros(10), region=region, **UPDATE, **ADDRESS)
-    assert kernels.gpu._table.cache_info().misses == 1
+    assert kernels.gpu.copy_table.cache_info().misses == 1
     check_accumulate(kernels, torch.zeros(10), region=region, **ADDRESS, directions=[0], coefficients=[-0.0])
     check_accumulate(kernels, torch.zeros(10), region=region, **ADDRESS, directions=[0], coefficients=[0.0])
-    assert kernels.gpu._table.cache_info().misses == 3
+    assert kernels.gpu.copy_table.cache_info().misses == 3

@@ -38,13 +38,14 @@ class Gaussian(ElementwiseNoise):
 
     name = "gaussian"
     stream = Stream.GAUSSIAN
-    largest = 6.67
+    largest_eps = 6.67
+    part_block = 8 * BLOCK
 
     def eps(self, *, shape: Sequence[int] | None = None, **address: Any) -> NDArray[np.float32]:
         """Compute eps of consecutive elements in NumPy."""
         return normals(**address)
 
 
-def make(*, rank: int) -> Gaussian:
+def make(*, rank: int, num_parts: int) -> Gaussian:
     """Return the kind; it has no rank."""
-    return Gaussian()
+    return Gaussian(num_parts)

@@ -52,4 +52,5 @@ FILL = Fill(
     size=BLOCK,
     calls=CALLS,
     always_masked=False,
+    part_chunk=8 * BLOCK,
 )

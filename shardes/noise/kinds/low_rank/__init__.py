@@ -165,8 +165,9 @@ def factors(
     return left.reshape(*several, height, kind.rank), right.reshape(*several, width, kind.rank)
 
 
-def make(*, rank: int) -> LowRank:
-    """Return the kind with factors of ``rank`` columns."""
+def make(*, rank: int, num_parts: int) -> LowRank:
+    """Return the kind with factors of ``rank`` columns; it has no parts."""
+    assert num_parts == 1, "checked with the configuration"
     return LowRank(rank)
 
 

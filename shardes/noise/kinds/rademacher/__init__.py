@@ -29,13 +29,14 @@ class Rademacher(ElementwiseNoise):
 
     name = "rademacher"
     stream = Stream.RADEMACHER
-    largest = 1.0
+    largest_eps = 1.0
+    part_block = SIGN_BLOCK
 
     def eps(self, *, shape: Sequence[int] | None = None, **address: Any) -> NDArray[np.float32]:
         """Compute eps of consecutive elements in NumPy."""
         return signs(**address)
 
 
-def make(*, rank: int) -> Rademacher:
+def make(*, rank: int, num_parts: int) -> Rademacher:
     """Return the kind; it has no rank."""
-    return Rademacher()
+    return Rademacher(num_parts)

@@ -83,4 +83,5 @@ FILL = Fill(
     size=SIGN_BLOCK,
     calls=_CALLS,
     always_masked=True,
+    part_chunk=SIGN_BLOCK,
 )
