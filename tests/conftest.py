@@ -10,9 +10,9 @@ from tools.gpu_check.processes import LAUNCHER_VARIABLES
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark as ``slow`` what is ``exhaustive``: ``-m "not slow"`` replaces another ``-m``; put long files first.
+    """Mark as ``slow`` what is ``exhaustive``: ``-m "not slow"`` replaces another ``-m``.
 
-    With files handed out in this order, no worker is left alone with a long one at the end.
+    Files with slow tests come first, so that no worker is left alone with a long one at the end.
     """
     for item in items:
         if item.get_closest_marker("exhaustive"):
