@@ -3,7 +3,6 @@
 import logging
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,10 +10,9 @@ from shardes.config.fingerprint import resume_fingerprint
 from shardes.distributed.consistency import check_consistency, shared_settings
 from shardes.environments.runners import Environments
 from shardes.errors import UserError
-from shardes.es.member import MemberResult, check_enough_rewards, member_rewards
-from shardes.es.reward_stats import reward_stats
+from shardes.es.member import MemberResult, check_enough_rewards
+from shardes.es.population import PopulationResult, decide_update
 from shardes.es.step_rule import WINDOW
-from shardes.es.strategy import reward_table
 from shardes.es.update import Update
 from shardes.evaluation.centre import CentreEvaluator
 from shardes.evaluation.kl import KLEstimator
@@ -22,8 +20,9 @@ from shardes.rewards.pool import RewardRunner
 from shardes.rollout.build import Rollout, make_rollout
 from shardes.rollout.encoding import PromptEncoder
 from shardes.rollout.iteration import IterationSpec
-from shardes.rollout.racing import PortionKey, Race
+from shardes.rollout.racing import PortionKey
 from shardes.runs.journal import recorded_setting
+from shardes.runs.member_records import MemberRecords
 from shardes.runs.recorder import RunRecorder
 from shardes.runs.reporting import Callbacks, Reporter
 from shardes.runs.resume import ResumeState, restore_weights
@@ -89,9 +88,8 @@ class TrainingLoop:
                     self._kl.measure_if_due(iteration)
                     self._centre.evaluate_if_due(iteration)
                     spec = self._rollout.spec(iteration)
-                    race = self._rollout.race(spec)
-                    results = self._evaluate_members(spec, race)
-                    update = self._decide_update(spec, results, race)
+                    population = self._evaluate_members(spec)
+                    update = self._decide_update(spec, population)
                     self._apply(update)
                     self._reporter.end_iteration(iteration, self._rollout.measured())
             self._finish()
@@ -115,93 +113,64 @@ class TrainingLoop:
             self._apply(Update.of_record(state.updates[-1]))
         self._centre.resume(state)
         self._known_results, self._known_portions = state.results, state.portions
-        if self._rollout.screening is not None:
-            self._rollout.screening.resume(state.updates)
+        self._rollout.resume(state.updates)
         self._past.extend(state.updates)
         self._reporter.catch_up()
         return state.first_iteration
 
-    def _evaluate_members(self, spec: IterationSpec, race: Race | None) -> list[MemberResult]:
+    def _evaluate_members(self, spec: IterationSpec) -> PopulationResult:
         """Return what every member earned, recording each as soon as it is known."""
-        iteration, known, self._known_results = spec.iteration, self._known_results, {}
+        known, self._known_results = self._known_results, {}
         portions, self._known_portions = self._known_portions, {}
         every = self._config.log.samples_every
-        shows_samples = every > 0 and iteration % every == 0
+        shows_samples = every > 0 and spec.iteration % every == 0
+        records = MemberRecords(
+            spec.iteration, shows_samples=shows_samples, recorder=self._recorder, reporter=self._reporter
+        )
         self._reporter.begin_members(len(spec.members), num_known=len(known))
-
-        def record(result: MemberResult) -> None:
-            if shows_samples:
-                self._recorder.write_samples(result.samples, iteration=iteration, member=result.member)
-            self._recorder.record({"type": "member", "iteration": iteration, **result.record()})
-            self._reporter.end_member(result.num_tokens)
-
-        def record_portion(number: int, result: MemberResult) -> None:
-            if shows_samples and number == 0:
-                self._recorder.write_samples(result.samples, iteration=iteration, member=result.member)
-            place = {"iteration": iteration, "round": number, "member": result.member}
-            self._recorder.record({"type": "portion", **place, "part": result.part})
-
-        def record_stopped(result: MemberResult) -> None:
-            result = replace(result, samples=())  # they came with its first portion
-            if (before := known.get(result.member)) is None or before.record() != result.record():
-                record(result)
-
+        scheduler, race = self._rollout.scheduler, self._rollout.race(spec)
         if race is not None:
-            return race.run(
-                self._rollout.scheduler, known=portions, on_portion=record_portion, on_result=record_stopped
-            )
+            stopped = partial(records.add_stopped, known=known)
+            return race.run(scheduler, known=portions, on_portion=records.add_portion, on_result=stopped)
         members = [member for member in spec.members if member not in known]
-        results = known | self._rollout.scheduler.evaluate_members(members, spec=spec, on_result=record)
-        return [results[member] for member in spec.members]
+        results = known | scheduler.evaluate_members(members, spec=spec, on_result=records.add)
+        in_order = [results[member] for member in spec.members]
+        return PopulationResult.of(in_order, on_error=self._config.task.on_reward_error)
 
-    def _decide_update(self, spec: IterationSpec, results: list[MemberResult], race: Race | None) -> Update:
+    def _decide_update(self, spec: IterationSpec, population: PopulationResult) -> Update:
         """Turn rewards into coefficients, and have these on disk before the weights move."""
-        config, iteration = self._config, spec.iteration
-        rewards = member_rewards(results, on_error=config.task.on_reward_error)
-        if race is not None:
-            rewards = race.rewards
+        iteration, es = spec.iteration, self._config.es
         check_enough_rewards(
-            rewards,
-            results,
+            population.rewards,
+            population.results,
             iteration=iteration,
-            min_valid_fraction=config.es.min_valid_fraction,
+            min_valid_fraction=es.min_valid_fraction,
             first_failure=self._rollout.scorer.first_failure,
             is_episodic=self._rollout.task.episodes is not None,
         )
-        table = reward_table(results) if race is None else race.table
-        shaped = self._strategy.shaped(rewards, results, weights=spec.weights)
-        stats = reward_stats(table, rewards=rewards, shaped=shaped)
-        factor, measured = self._strategy.alpha_factor(stats, past=self._past)
-        reused = self._strategy.reused(past=self._past)
-        update = self._strategy.update(shaped, iteration=iteration, alpha_factor=factor, reused=reused)
-        sigma = self._strategy.sigma(iteration)
+        decision = decide_update(
+            self._strategy, population, iteration=iteration, weights=spec.weights, past=self._past
+        )
         check_consistency(
             self._world,
             iteration=iteration,
-            seed_and_sigma=[config.es.seed, sigma],
+            seed_and_sigma=[es.seed, self._strategy.sigma(iteration)],
             prompts=spec.prompts.fingerprint(),
-            update=update.record(),
+            update=decision.update.record(),
         )
-        if self._world.is_main and not any(shaped):
+        if self._world.is_main and not decision.has_signal:
             logger.warning(
                 "iteration %d: all members earned the same, so there is nothing to learn from them; a larger "
                 "es.sigma, or a reward that tells bad answers apart, would help",
                 iteration,
             )
-        self._check_step(update)
+        self._check_step(decision.update)
         with self._timer("snapshot"):
             self._snapshots.finish()
-        stats |= {} if race is None else race.stats()
-        instruments = {**stats, **measured, **({} if reused is None else reused.stats())}
-        record = {"type": "update", **update.record(), "sigma": sigma, "instruments": instruments}
-        if config.es.member_reuse is not None:
-            judged = zip(rewards, shaped, strict=True)
-            record["shaped"] = [None if reward is None else value for reward, value in judged]
-        if self._rollout.screening is not None and spec.asked is not None:
-            record["screening"] = self._rollout.screening.learn(spec.asked, table)
+        record = {**decision.record, **self._rollout.learn(spec, population.table)}
         self._recorder.record(record, durable=True)
         self._past.append(record)
-        return update
+        return decision.update
 
     def _check_step(self, update: Update) -> None:
         """Refuse an update after which a weight might not be finite, before anything of it is recorded."""

@@ -125,6 +125,11 @@ class Strategy:
         found = reliability([*last, stats["reward_snr"]])
         return step_factor(found), {"reward_reliability": found}
 
+    @property
+    def reuses_members(self) -> bool:
+        """Whether the next iteration will want to know what this one's members earned."""
+        return self._settings.member_reuse is not None
+
     def reused(self, *, past: Sequence[Mapping[str, Any]]) -> Reused | None:
         """Weigh the last iteration's members for the estimate of now; None if they are not used again.
 

@@ -1,7 +1,7 @@
 """Putting together what evaluates members: the engine, the evaluator over it, and the scheduler."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from shardes.backends.registry import BACKENDS
 from shardes.config.schema import Config
 from shardes.environments.runners import Environments, tasks_by_key
 from shardes.es.objective import Objective, make_objective
+from shardes.es.shaping import RewardTable
 from shardes.es.strategy import Strategy
 from shardes.models.build import end_tokens, max_positions, pad_token
 from shardes.rewards.pool import InProcessRewards, RewardRunner
@@ -74,6 +75,22 @@ class Rollout:
             return None
         on_error = self.config.task.on_reward_error
         return Race(spec, es.racing, antithetic=es.antithetic, on_error=on_error)
+
+    def learn(self, spec: IterationSpec, table: RewardTable) -> dict[str, Any]:
+        """Learn from rewards which problems to ask next; return what the journal needs to know of it.
+
+        Args:
+            spec: What the iteration asked.
+            table: Rewards of each member for its problems.
+        """
+        if self.screening is None or spec.asked is None:
+            return {}
+        return {"screening": self.screening.learn(spec.asked, table)}
+
+    def resume(self, updates: Sequence[Mapping[str, Any]]) -> None:
+        """Know what ``learn`` had found out before, by the journal's records of updates."""
+        if self.screening is not None:
+            self.screening.resume(updates)
 
     def measured(self) -> dict[str, Any]:
         """Return what was measured on this rank since the last call, by the names of metrics.jsonl."""

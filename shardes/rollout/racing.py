@@ -12,6 +12,7 @@ from typing import Any
 from shardes.config.es import RacingConfig
 from shardes.errors import UserError
 from shardes.es.member import MemberResult, member_rewards
+from shardes.es.population import PopulationResult
 from shardes.es.racing import Round, Standing, advance, begin, relative_error
 from shardes.es.shaping import RewardTable
 from shardes.es.strategy import reward_table
@@ -80,27 +81,6 @@ class Race:
         self._results: dict[int, MemberResult] = {}
         self._num_answers, self._asked_of_all = 0, set[int]()
 
-    @property
-    def rewards(self) -> list[float | None]:
-        """Return the reward of each member, once the race is over, as if all had been asked everything."""
-        return list(self._standing.rewards)
-
-    @property
-    def table(self) -> RewardTable:
-        """Return the rewards of each member for the problems that all were asked."""
-        problems = self._spec.prompts.problems_of(self._asked_of_all)
-        table = reward_table(list(self._results.values()))
-        return [{problem: row[problem] for problem in problems if problem in row} for row in table]
-
-    def stats(self) -> dict[str, float | None]:
-        """Return what racing saved, and what it is expected to have changed, by the names of the metrics."""
-        everything = len(self._spec.members) * len(self._spec.prompts.indices())
-        return {
-            "num_answers": self._num_answers,
-            "num_answers_saved": everything - self._num_answers,
-            "racing_error": relative_error(self._standing, antithetic=self._antithetic),
-        }
-
     def run(
         self,
         scheduler: MemberScheduler,
@@ -108,7 +88,7 @@ class Race:
         known: Mapping[PortionKey, Mapping[str, Any]],
         on_portion: OnPortion,
         on_result: Callable[[MemberResult], None],
-    ) -> list[MemberResult]:
+    ) -> PopulationResult:
         """Have all members answer as much as the race wants of them; a collective of all ranks.
 
         Args:
@@ -118,7 +98,8 @@ class Race:
             on_result: Called on rank 0 with the result of each member that has stopped.
 
         Returns:
-            Results of all members, over the answers that each was asked.
+            Results of all members over the answers that each was asked, their rewards as if all had been
+            asked everything, and their rewards for the problems that all were asked.
 
         Raises:
             Stopped: On all ranks, if the job was asked to stop.
@@ -137,7 +118,22 @@ class Race:
                 if is_last or member not in self._standing.racing:
                     on_result(self._results[member])
             racing = self._standing.racing
-        return [self._results[member] for member in spec.members]
+        results = [self._results[member] for member in spec.members]
+        return PopulationResult(results, self._standing.rewards, self._table(results), self._stats())
+
+    def _table(self, results: Sequence[MemberResult]) -> RewardTable:
+        """Return the rewards of each member for the problems that all were asked."""
+        problems = self._spec.prompts.problems_of(self._asked_of_all)
+        return [{n: row[n] for n in problems if n in row} for row in reward_table(results)]
+
+    def _stats(self) -> dict[str, float | None]:
+        """Return what racing saved, and what it is expected to have changed, by the names of the metrics."""
+        everything = len(self._spec.members) * len(self._spec.prompts.indices())
+        return {
+            "num_answers": self._num_answers,
+            "num_answers_saved": everything - self._num_answers,
+            "racing_error": relative_error(self._standing, antithetic=self._antithetic),
+        }
 
     def _answer(
         self,
