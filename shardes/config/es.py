@@ -11,7 +11,7 @@ from shardes.noise.kinds.registry import KindName
 
 
 class RacingConfig(Section):
-    """How the members of an iteration race: some stop before they have answered all problems."""
+    """A race of an iteration's members: some stop before they have answered all problems."""
 
     rounds: int = Field(default=3, ge=2, lt=2**16)
     """Number of portions that an iteration's answers are asked in. A portion is made of whole micro-batches,

@@ -111,7 +111,7 @@ def _shares_below(size: int, k: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a member's answers earn together.
+    """Rewards of a member by its answers.
 
     Attributes:
         reward: Its reward; None if no answer counts.

@@ -1,4 +1,4 @@
-"""What the members of an iteration earned, and the update that it leads to."""
+"""Results of an iteration's members, and the update that follows from them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -16,7 +16,7 @@ from shardes.config.es import RacingConfig
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a race stands after a round.
+    """State of a race after a round.
 
     Attributes:
         rewards: Reward of each member, estimated for the answers asked so far where it was not asked all of
@@ -33,7 +33,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Round:
-    """What is known after a round.
+    """Results of a round, over all answers so far.
 
     Attributes:
         earned: Reward, over all answers so far, of each member that took part; None if it has none.

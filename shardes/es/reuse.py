@@ -5,9 +5,9 @@ A member of the last iteration is ``old centre + sigma eps_m``. From the centre 
 
     w_m = exp(eps_m . Delta / sigma - |Delta|^2 / (2 sigma^2)).
 
-``Delta`` is a sum of the same noise, so ``eps_m . Delta`` is a sum of products of directions: of a direction
-with itself about d, the number of weights, and of two directions 0 in the mean. With these means in their
-place (as for the length of an update), ``log w_m`` is ``d c_m / sigma`` and a constant, c_m being the
+``Delta`` is a sum of the same noise (and of decay, whose product with it is 0 in the mean), so ``eps_m .
+Delta`` is a sum of products of directions: of a direction with itself about d, the number of weights, and of
+two directions 0 in the mean. With these means in their place (as for the length of an update), ``log w_m`` is ``d c_m / sigma`` and a constant, c_m being the
 coefficient of the member's direction in the last update: nothing is computed on the shards.
 """
 
@@ -21,7 +21,7 @@ _HALVINGS = 60
 
 @dataclass(frozen=True)
 class Reused:
-    """What the last iteration's members add to an estimate.
+    """Weighted rewards of the last iteration's members, and how many members they are worth.
 
     Attributes:
         values: Shaped reward of each member less the weighted mean, times its normalised weight; 0 for a

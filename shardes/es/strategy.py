@@ -121,13 +121,13 @@ class Strategy:
         """
         if self._settings.step_rule == "none":
             return 1.0, {}
-        last = [record["instruments"].get("reward_snr") for record in past][-(WINDOW - 1) :]
+        last = [record.get("instruments", {}).get("reward_snr") for record in past][-(WINDOW - 1) :]
         found = reliability([*last, stats["reward_snr"]])
         return step_factor(found), {"reward_reliability": found}
 
     @property
     def reuses_members(self) -> bool:
-        """Whether the next iteration will want to know what this one's members earned."""
+        """Return whether an update uses the members of the iteration before, too."""
         return self._settings.member_reuse is not None
 
     def reused(self, *, past: Sequence[Mapping[str, Any]]) -> Reused | None:

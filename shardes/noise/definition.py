@@ -74,7 +74,7 @@ class Stream(IntEnum):
 
 
 class Draw(IntEnum):
-    """What ``data_order`` draws; different draws of an iteration are independent."""
+    """Purpose of a draw of ``data_order``; different draws of an iteration are independent."""
 
     PROBLEMS = 0
     SCREENED = 1

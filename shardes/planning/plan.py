@@ -8,7 +8,7 @@ ranks, and ``rollout/memory.py`` for the needs that ``rollout.gather: auto`` com
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -280,10 +280,10 @@ class Plan:
         The plain step of a float32 master adds noise in place. Otherwise there is the gradient, and Adam's
         intermediate results; an update that is measured has the last step, and masters before and at first.
         """
-        config = self.config
-        optimizer = optimizer_of(config.es)
+        config, es, optimizer = self.config, self.config.es, optimizer_of(self.config.es)
         is_measured = config.log.instruments_every > 0
-        if isinstance(optimizer, PlainStep) and not is_measured and master_itemsize == 4:
+        is_one_sum = isinstance(optimizer, PlainStep) and es.weight_decay == 0 and es.member_reuse is None
+        if is_one_sum and not is_measured and master_itemsize == 4:
             return 0
         itemsize = torch.float32.itemsize * (3 if len(optimizer.state_names) > 1 else 1)
         size, sums = min(max(held.values(), default=0), STEP_ELEMENTS), 0
@@ -395,5 +395,5 @@ class Plan:
         perturbed = 0.0
         if not self.config.rollout.is_batched:
             perturbed = num_members * (self.num_trained if is_whole else own)
-        noise = partial(noise_seconds, kind=es.noise, rank=es.rank, machine=self.machine)
-        return noise(perturbed + num_directions * own) + own / self.machine.noise_elements_per_second
+        seconds = noise_seconds(perturbed, num_directions * own, es=es, machine=self.machine)
+        return seconds + own / self.machine.noise_elements_per_second

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from shardes.config.es import EsConfig
 from shardes.planning.machine import Machine
 from shardes.rollout.memory import cache_bytes
 
@@ -80,9 +81,18 @@ class ForwardTimer:
         return products + moving + layers * machine.layer_seconds
 
 
-def noise_seconds(num_elements: float, *, kind: str, rank: int, machine: Machine) -> float:
-    """Estimate the seconds in which a number of elements of a kind of noise are computed and added."""
-    speed = _TIMES_AS_FAST.get(kind, 1.0)
-    if kind == "low_rank":
-        speed = max(1.0, speed / rank)
+def noise_seconds(num_perturbed: float, num_updated: float, *, es: EsConfig, machine: Machine) -> float:
+    """Estimate the seconds in which a rank computes and adds the noise of an iteration.
+
+    Args:
+        num_perturbed: Number of elements in all members that the rank perturbs.
+        num_updated: Number of elements that the rank updates, times the directions.
+        es: Section ``es`` of the configuration.
+        machine: Device of each rank.
+    """
+    speed = _TIMES_AS_FAST.get(es.noise, 1.0)
+    if es.noise == "low_rank":
+        speed = max(1.0, speed / es.rank)
+    num_terms = 1 if es.member_reuse is None else 2  # of this iteration's noise, and of the last one's
+    num_elements = (num_perturbed + num_terms * num_updated) / es.subspaces
     return num_elements / (speed * machine.noise_elements_per_second)

@@ -78,7 +78,7 @@ def prepare_tasks(
         trains: Whether the training rows are asked even if there are held-out ones.
 
     Raises:
-        UserError: A row cannot be asked; the message names it.
+        UserError: A row cannot be asked, which the message names; or there are too few for ``es.step_rule``.
     """
     Checkpoint(config.model.directory)  # says if there are no weights to ask
     encoder = make_encoder(config, date=date)
@@ -86,6 +86,11 @@ def prepare_tasks(
         if each.episodes is not None:
             _try_template(each, encoder, None if environments is None else environments.of(each))
     task = _prepare_train(task, encoder, config, key="task") if trains or not task.heldout else task
+    if trains and config.es.step_rule != "none" and len(task.train) < 2:
+        raise UserError(
+            f"es.step_rule: {config.es.step_rule} measures how members' rewards differ from problem to "
+            "problem, but task.data has only one that can be asked; give more, or set es.step_rule: none"
+        )
     heldout = _askable(task, task.heldout, encoder, config, key="task.heldout_data")
     task = replace(task, heldout=heldout)
     sets = {

@@ -30,7 +30,7 @@ OnPortion = Callable[[int, MemberResult], None]
 
 @dataclass(frozen=True, kw_only=True)
 class PortionSpec(IterationSpec):
-    """What a portion asks of the members that race on.
+    """Work of the members that race on: the micro-batches of one portion.
 
     Attributes:
         whole: What the iteration asks.
@@ -95,7 +95,7 @@ class Race:
             scheduler: Has members evaluated.
             known: What the answers to portions earned (``MemberResult.part``) that were asked before.
             on_portion: Called on rank 0 when a member has answered a portion, as soon as rank 0 knows of it.
-            on_result: Called on rank 0 with the result of each member that has stopped.
+            on_result: Called on every rank with the result of each member that has stopped.
 
         Returns:
             Results of all members over the answers that each was asked, their rewards as if all had been

@@ -280,12 +280,10 @@ def _take(line: bytes, history: History, link: str, *, path: Path) -> str:
             if count > num_members:
                 raise ValueError(f"it has {count} {key}, but {what} iteration {num_members} members")
         is_paired = history.header is not None and history.header["settings"].get("es.antithetic")
-        num_members, count = (
-            len(record.get("shaped", ())),
-            len(record["coefficients"]) * (2 if is_paired else 1),
-        )
-        if num_members not in (0, count):
-            raise ValueError(f"it has {num_members} shaped rewards, but coefficients of {count} members")
+        num_shaped = len(record.get("shaped", ()))
+        num_members = len(record["coefficients"]) * (2 if is_paired else 1)
+        if num_shaped not in (0, num_members):
+            raise ValueError(f"it has {num_shaped} shaped rewards, but coefficients of {num_members} members")
     history.add(record)
     return str(checksum)
 

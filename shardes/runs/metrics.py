@@ -47,11 +47,7 @@ def iteration_metrics(history: History, iteration: int) -> dict[str, Any]:
 def _screened(update: Mapping[str, Any]) -> dict[str, int]:
     """Return how many problems were asked and how many left out; nothing without screening."""
     found = update.get("screening")
-    return (
-        {}
-        if found is None
-        else {"num_problems": found["num_problems"], "num_left_out": found["num_left_out"]}
-    )
+    return {} if found is None else {key: found[key] for key in ("num_problems", "num_left_out")}
 
 
 def _tokens_by_turn(members: Sequence[MemberResult]) -> dict[str, list[int]]:

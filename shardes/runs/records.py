@@ -118,7 +118,7 @@ class _Screening(_Record):
 
 
 class _RewardStats(_Record):
-    reward_snr: Annotated[_Number, Field(ge=0)] | None = None
+    reward_snr: Annotated[_Float32, Field(ge=0)] | None = None
 
 
 class _Update(_Record):

@@ -29,7 +29,7 @@ class AskedProblems:
 
 
 class Screening:
-    """What is known of problems by what members have earned, and the choice of those that are asked.
+    """Chooses which problems are asked, by what members have earned on them before.
 
     All of it follows from the updates' records in the journal, the seed and the iteration.
 

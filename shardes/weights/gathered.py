@@ -5,7 +5,7 @@ import torch
 from shardes.backends.base import Backend
 from shardes.es.update import Perturbation
 from shardes.noise import Region
-from shardes.weights.away import Away
+from shardes.weights.loaded_member import LoadedMember
 from shardes.weights.master import Weights
 
 
@@ -29,7 +29,7 @@ class GatheredWeights:
         self._centre: dict[str, torch.Tensor] = {}
         self._parameters: dict[str, torch.Tensor] = {}
         self._version: int | None = None
-        self._away = Away(weights.seed, weights.kind)
+        self._loaded = LoadedMember(weights.seed, weights.kind)
 
     def reserve(self) -> None:
         """Allocate both copies; no collective."""
@@ -44,7 +44,7 @@ class GatheredWeights:
         """Free the centre, and drop the references to the whole model, which the backend frees."""
         self._centre, self._parameters = {}, {}
         self._version = None
-        self._away.forget()
+        self._loaded.forget()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -59,22 +59,22 @@ class GatheredWeights:
         for name, centre in self._centre.items():
             centre.copy_(self._parameters[name])
         self._version = self._weights.version
-        self._away.is_at(None, version=self._version)
+        self._loaded.set(None, version=self._version)
 
     @torch.no_grad()
     def perturb(self, perturbation: Perturbation) -> None:
         """Set the model to the centre plus the perturbation's sigma times its direction's noise."""
-        change = self._away.next(perturbation, version=self._weights.version)
+        change = self._loaded.next(perturbation, version=self._weights.version)
         for shard in self._weights.trained:
             region = Region(shard.param_id, shard.num_elements, 0, shard.num_elements, shape=shard.shape)
             centre, parameter = self._centre[shard.name], self._parameters[shard.name]
             change.write(region, source=centre, target=parameter)
-        self._away.is_at(perturbation, version=self._weights.version)
+        self._loaded.set(perturbation, version=self._weights.version)
 
     @torch.no_grad()
     def centre(self) -> None:
         """Set the model to the centre."""
-        self._away.forget()
+        self._loaded.forget()
         for name, centre in self._centre.items():
             self._parameters[name].copy_(centre)
-        self._away.is_at(None, version=self._weights.version)
+        self._loaded.set(None, version=self._weights.version)

@@ -3,7 +3,7 @@
 Only ``update`` writes the master. The centre is the master rounded to the model's dtype: what would be
 exported is what is searched around. A perturbed shard is computed from the master into the backend's working
 tensor in one pass, so nothing drifts. Where a member's noise covers a part of the parameters, only that part
-and the last member's are written (``away``).
+and the last member's are written (``loaded_member``).
 
 Frozen parameters have no master: their working tensors are read from the file, and nothing writes them again.
 """
@@ -24,9 +24,9 @@ from shardes.models.checkpoint import Checkpoint
 from shardes.noise import GAUSSIAN, NoiseKind, Region
 from shardes.utils.device import synchronize
 from shardes.utils.progress import progress
-from shardes.weights.away import Away
 from shardes.weights.buffers import ShardedBuffers, buffer_name
 from shardes.weights.digest import add_digest
+from shardes.weights.loaded_member import LoadedMember
 from shardes.weights.trainable import select_trainable
 from shardes.weights.update_stats import UpdateStats
 
@@ -97,7 +97,7 @@ class Weights:
         self.seed = seed
         self.kind = kind
         self.version = 0
-        self._away = Away(seed, kind)
+        self._loaded = LoadedMember(seed, kind)
         self.last_update: Update | None = None
         names = select_trainable([shard.name for shard in backend.shards], trainable, aliases=backend.aliases)
         self.trained = tuple(shard for shard in backend.shards if shard.name in names)
@@ -206,19 +206,19 @@ class Weights:
     @torch.no_grad()
     def perturb(self, perturbation: Perturbation) -> None:
         """Set the model to the centre plus the perturbation's sigma times its direction's noise."""
-        change = self._away.next(perturbation, version=self.version)
+        change = self._loaded.next(perturbation, version=self.version)
         for _, region, working, master in self.on_device():
             change.write(region, source=master, target=working)
-        self._away.is_at(perturbation, version=self.version)
+        self._loaded.set(perturbation, version=self.version)
         self.backend.commit()
 
     @torch.no_grad()
     def centre(self) -> None:
         """Set the model to the centre."""
-        self._away.forget()
+        self._loaded.forget()
         for _, _, working, master in self.on_device():
             working.copy_(master)
-        self._away.is_at(None, version=self.version)
+        self._loaded.set(None, version=self.version)
         self.backend.commit()
 
     def moves(self, update: Update) -> bool:

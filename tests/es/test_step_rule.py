@@ -63,11 +63,11 @@ def test_alpha_follows_from_the_last_records_as_json_has_them():
     strategy = Strategy(EsConfig(iterations=50, alpha=0.4, step_rule="reliability"), num_elements=9)
     draw = np.random.default_rng(1)
     past = [{"instruments": {"reward_snr": float(value)}} for value in draw.uniform(1, 3, 20)]
-    past[15] = {"instruments": {}}  # before the journal had the instrument
+    past[14:16] = {"instruments": {}}, {}  # before the journal had the instrument
     factor, measured = strategy.alpha_factor({"reward_snr": 1.5}, past=past)
-    ratios = [*(r["instruments"].get("reward_snr") for r in past[-WINDOW + 1 :]), 1.5]
+    ratios = [*(r.get("instruments", {}).get("reward_snr") for r in past[-WINDOW + 1 :]), 1.5]
     shares = [ratio**2 / (1 + ratio**2) for ratio in ratios if ratio is not None]
-    assert len(shares) == WINDOW - 1
+    assert len(shares) == WINDOW - 2
     wanted = 2 - 1 / np.mean(shares)
     assert measured == {"reward_reliability": pytest.approx(wanted, rel=1e-5)}
     assert factor == pytest.approx(math.sqrt(wanted), rel=1e-5)

@@ -24,6 +24,7 @@ from shardes.rollout import gather_modes
 from shardes.rollout import memory as rollout_memory
 from shardes.rollout.memory import generation_bytes
 from shardes.utils.units import shown_bytes, shown_seconds
+from shardes.weights.master import STEP_ELEMENTS
 from tests.helpers.inprocess import call
 from tests.helpers.models import make_config, tiny_model, tree
 from tests.helpers.ranks import ROOT, run_ranks
@@ -178,6 +179,11 @@ def test_what_an_iteration_costs(models):
     noisy = plan_of(model, es__noise="rademacher")
     saved = (4 + 30 / 8) * NUM_PARAMETERS["qwen2.5-7b"] * (1 - 1 / 8) / 100e9
     assert iteration.seconds - noisy.cost("iteration").seconds == pytest.approx(saved, rel=1e-3)
+    # In 8 parts, members and directions have an eighth of it; members used again are updated by once more.
+    parts = plan_of(model, es__subspaces=8)
+    assert iteration.seconds - parts.cost("iteration").seconds == pytest.approx(saved, rel=1e-3)
+    again = plan_of(model, es__member_reuse=1.0).cost("iteration").seconds - iteration.seconds
+    assert again == pytest.approx(30 / 8 * NUM_PARAMETERS["qwen2.5-7b"] / 100e9, rel=1e-3)
     # Two replicas of 4: half of the members each.
     halves = plan_of(model, parallel__shard_size=4)
     assert (halves.num_replicas, halves.cost("member").num_gathers) == (2, 15)
@@ -187,6 +193,15 @@ def test_what_an_iteration_costs(models):
     assert split.received_bytes == 2 * 0.75 * 2 * 28 * 3584 * 2 * num_tokens
     single = plan_of(model, parallel__backend="single").cost("member")
     assert (single.num_gathers, single.received_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("changes", [{"es__weight_decay": 0.1}, {"es__member_reuse": 0.5}], ids=str)
+def test_an_update_that_is_not_one_sum_of_noise_takes_a_gradient(models, changes):
+    found = [
+        plan_of(models("qwen2.5-0.5b"), log__instruments_every=0, **each).memory.update
+        for each in ({}, changes)
+    ]
+    assert found == [0, 4 * STEP_ELEMENTS]
 
 
 def test_members_of_a_forward_share_its_gathers(models):

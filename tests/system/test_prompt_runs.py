@@ -249,3 +249,13 @@ def test_tokens_that_fill_rows_change_nothing(tmp_path):
         assert result.returncode == 0, result.stderr
         found[name] = digests(tmp_path / f"{name}_run")
     assert found["usual"] == found["beyond"] == found["none"]
+
+
+def test_the_step_rule_wants_several_problems_that_can_be_asked(tmp_path, model):
+    rows = [ROWS[0], {"prompt": [{"role": "tool", "content": "film"}], "n": 1}]
+    changes = {"task__on_prompt_error": "exclude", "es__step_rule": "reliability"}
+    result = train(tmp_path, model, rows=rows, **changes)
+    assert result.returncode == 2
+    assert "es.step_rule: reliability measures how members' rewards differ" in result.stderr
+    assert "only one that can be asked; give more, or set es.step_rule: none" in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Which elements of working tensors are away from the centre, so that only these are restored."""
+"""The member that working tensors are, so that only the elements which differ are written for the next."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from shardes.noise.parts import part_of_direction
 
 @dataclass(frozen=True)
 class Change:
-    """What has to be written to make a member of working tensors; see ``Away.next``.
+    """Writes that make a member of working tensors; see ``LoadedMember.next``.
 
     Attributes:
         seed: Key of the noise.
@@ -40,7 +40,7 @@ class Change:
         noise.perturb(source, target, **vars(self.to), **address)
 
 
-class Away:
+class LoadedMember:
     """Keeps which member working tensors are, for noise that covers a part of the parameters.
 
     A member is made of the centre or of another member by writing the parts in which they differ. Noise that
@@ -57,7 +57,7 @@ class Away:
         self._member: Perturbation | None = None
 
     def next(self, perturbation: Perturbation, *, version: int) -> Change:
-        """Return what has to be written to make a member; until ``is_at``, no element is known any more.
+        """Return what has to be written to make a member; until ``set``, no element is known any more.
 
         Args:
             perturbation: The member.
@@ -76,7 +76,7 @@ class Away:
     def _part(self, member: Perturbation) -> tuple[int, int]:
         return member.iteration, part_of_direction(member.direction, self._kind.num_parts)
 
-    def is_at(self, member: Perturbation | None, *, version: int) -> None:
+    def set(self, member: Perturbation | None, *, version: int) -> None:
         """Keep that the working tensors are a member, or the centre, of this version of the master."""
         self._member, self._version = member, version
 
