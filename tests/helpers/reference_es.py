@@ -112,8 +112,9 @@ class ReferenceES:
         rows, columns = layout.mean(1, keepdims=True), layout.mean(0)
         members = m * rows.var() * n / (n - 1)
         rest = ((layout - rows - columns + layout.mean()) ** 2).sum() / ((n - 1) * (m - 1))
-        self.shares = [*getattr(self, "shares", []), members / (members + rest)][-8:]
-        return max(0.1, math.sqrt(max(0.0, 2 - 1 / np.mean(self.shares))))
+        square = float(f"{math.sqrt(members / rest):.6g}") ** 2
+        self.shares = [*getattr(self, "shares", []), square / (1 + square)][-8:]
+        return max(0.1, math.sqrt(max(0.0, 2 - len(self.shares) / math.fsum(self.shares))))
 
     def members_again(self):
         """Weight and shaped reward of each member of the last iteration."""
