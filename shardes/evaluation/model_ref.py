@@ -191,7 +191,8 @@ def _locate(model: str, *, name: str) -> _Place:
         return _Place(name, path, is_run=True, wanted=wanted or None)
     hub_id, _, revision = model.partition("@")
     is_iteration = revision.isdecimal() or revision == "best" or ("@" in model and not revision)
-    if not is_iteration and ModelConfig(path=Path(hub_id)).hub_id is not None:
+    # Names of one part are of the hub in model.path alone: here, they are more often a mistyped directory.
+    if not is_iteration and "/" in hub_id and ModelConfig(path=Path(hub_id)).hub_id is not None:
         return _Place(name, Path(hub_id), is_run=False, revision=revision or None)
     raise UserError(
         f"{name}: neither a model directory (with config.json) nor a run directory (with "

@@ -289,7 +289,7 @@ def test_another_tokenizer_leaves_out_the_divergence_alone(run, tmp_path):
     ],
 )
 def test_the_divergence_is_left_out_where_a_model_cannot_be_asked(run, pair, words):
-    model = SimpleNamespace(path=run / "model", trust_remote_code=False)
+    model = SimpleNamespace(path=run / "model", directory=run / "model", trust_remote_code=False)
     session = SimpleNamespace(config=SimpleNamespace(model=model))
     assert _difference(session, BaseAnswers("tokens", {3: pair}, [-1.0]), "tokens") == words
 

@@ -172,7 +172,7 @@ def without(hub, *names, but=()):
             model(name="some-lab/none"),
             "is no directory here, and http.* has no such model, or a private",
         ),
-        (None, model(name="models"), "models is no directory here, and http.* has no such model"),
+        (None, model(name="nowhere"), "nowhere is no directory here, and http.* has no such model"),
         (None, model("v2"), r"model\.revision: some-lab/tiny\.model has no revision 'v2'; give a branch"),
         (None, model("c" * 40), r"model\.revision: .* has no revision 'c+'"),
         (offline, model(), "HF_HUB_OFFLINE is set, and .* is not wholly in the cache .*; unset it"),

@@ -438,7 +438,7 @@ def test_the_documented_page_is_what_is_printed(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
-        (["model.path=no/model"], ["no/model/config.json does not exist", "--model-config"]),
+        (["model.path=no/such/model"], ["no/such/model/config.json does not exist", "--model-config"]),
         (["--device-memory", "lots"], ["--device-memory", "'lots'", "such as 80GiB"]),
         (["--world-size", "0"], ["--world-size", "0 is not in the range"]),
         (["--gather-bandwidth", "-1"], ["--gather-bandwidth"]),

@@ -86,8 +86,8 @@ def g(prompts, completions):
 def test_a_reward_can_import_its_neighbours(tmp_path, monkeypatch, clean_imports):
     for name in "ab":
         (tmp_path / name).mkdir()
-        write_module(tmp_path / name, "common", f"NAME = {name!r}\n")
-        text = "import common\ndef f(prompts, completions):\n    return [common.NAME]\n"
+        write_module(tmp_path / name, "reward_names", f"NAME = {name!r}\n")
+        text = "import reward_names\ndef f(prompts, completions):\n    return [reward_names.NAME]\n"
         write_module(tmp_path / name, "reward", text)
     write_module(tmp_path / "b", "random", "from reward import f\n")  # Python has one of that name
     found = import_functions([f"{tmp_path}/{name}.py:f" for name in ("a/reward", "b/reward", "b/random")])

@@ -11,6 +11,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from shardes.distributed.group import Group, Mesh
 from shardes.es.update import Perturbation, Update
+from shardes.noise.kinds.gaussian import Gaussian
 from shardes.rollout import gather_modes as modes
 from shardes.rollout import memory
 from shardes.rollout.build import make_evaluator
@@ -118,7 +119,7 @@ def make_modes(monkeypatch, *, free, wanted="auto", mesh=None, trained=2, **attr
     for name, value in attributes.items():
         setattr(backend, name, value)
     monkeypatch.setattr(modes, "free_bytes", lambda device: free)
-    weights = SimpleNamespace(trained=backend.shards[:trained])
+    weights = SimpleNamespace(trained=backend.shards[:trained], seed=0, kind=Gaussian())
     return backend, GatherModeSelector(
         wanted, is_batched=False, backend=backend, weights=weights, mesh=mesh or Mesh(WORLD, WORLD)
     )

@@ -49,7 +49,7 @@ def assert_refused(result, *fragments):
         ("es.sigma=-1e-3", ["es.sigma: got", "greater than 0"]),
         (
             "model.path=no/such/model",
-            ["model.path", "no/such/model/config.json does not exist", "hf download"],
+            ["model.path", "no/such/model/config.json does not exist", "ORGANISATION/MODEL"],
         ),
         ("task.data=no/such.jsonl", ["task.data: no/such.jsonl cannot be read"]),
         ("task.reward=tests/helpers/rewards.py:nothing", ["task.reward", "has no function 'nothing'"]),
