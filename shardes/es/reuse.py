@@ -7,8 +7,9 @@ A member of the last iteration is ``old centre + sigma eps_m``. From the centre 
 
 ``Delta`` is a sum of the same noise (and of decay, whose product with it is 0 in the mean), so ``eps_m .
 Delta`` is a sum of products of directions: of a direction with itself about d, the number of weights, and of
-two directions 0 in the mean. With these means in their place (as for the length of an update), ``log w_m`` is ``d c_m / sigma`` and a constant, c_m being the
-coefficient of the member's direction in the last update: nothing is computed on the shards.
+two directions 0 in the mean. With these means in their place (as for the length of an update), ``log w_m`` is
+``d c_m / sigma`` and a constant, c_m being the coefficient of the member's direction in the last update:
+nothing is computed on the shards.
 """
 
 import math
