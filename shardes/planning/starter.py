@@ -148,7 +148,7 @@ def init(directory: Path, model: str, task: str | None, data: Path | None, backe
         raise StorageError(f"{error.filename or directory}: cannot be written: {error.strerror}") from None
     load_config(config, [])  # what was written can be read
     click.echo("\n".join(f"{path}: written" for path in files))
-    click.echo(f"what to do next is said at the top of {config}; first of all:")
+    click.echo(f"the next steps are at the top of {config}; the first one:")
     click.echo(f"    shardes plan --config {config}")
 
 
