@@ -68,7 +68,7 @@ def plan(
     is_trusted: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Print what a run would take: memory of a rank, modes that fit, traffic, and about how long.
+    """Print what a run would take: memory of a rank, gathers that fit, traffic, and about how long.
 
     Only the configuration, config.json and the headers of the weights are read, the latter if they are there.
     The exit status is 1 if it does not fit.
