@@ -127,7 +127,7 @@ class Strategy:
 
     @property
     def reuses_members(self) -> bool:
-        """Whether the next iteration will want to know what this one's members earned."""
+        """Return whether the next iteration will want to know what this one's members earned."""
         return self._settings.member_reuse is not None
 
     def reused(self, *, past: Sequence[Mapping[str, Any]]) -> Reused | None:

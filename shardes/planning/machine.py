@@ -39,5 +39,5 @@ class Machine:
 
     @property
     def overlaps(self) -> bool:
-        """Whether weights are read while products are computed; products of CPUs pack them before."""
+        """Return whether weights are read while products are computed; products of CPUs pack them before."""
         return self.device_type != "cpu"
