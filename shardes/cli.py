@@ -6,14 +6,11 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
-from annotated_types import Gt
 from click.core import ParameterSource
-from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from shardes.config.consent import load_trusted
 from shardes.config.old_keys import warn_once
@@ -25,7 +22,7 @@ from shardes.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, JobE
 from shardes.evaluation.command import compare
 from shardes.models.hub import check_model
 from shardes.monitor.commands import BACKEND, BASE, COMMANDS, TRUST
-from shardes.planning.machine import Machine
+from shardes.planning.command import plan
 from shardes.planning.starter import HOW_TO_BEGIN, init
 from shardes.rewards.pool import make_reward_runner
 from shardes.runs.directory import read_run, write_lines
@@ -34,29 +31,13 @@ from shardes.runs.trackers import check_trackers
 from shardes.tasks.generating import MAKEABLE, make_problems
 from shardes.tasks.loading import load_tasks
 from shardes.utils.shipped import copy_quickstart
+from shardes.utils.sizes import Size
 from shardes.utils.version import VERSION
 
 # How long a rank that has a message waits for rank 0 to print the same one first.
 _WAIT_FOR_MAIN_SECONDS = 10
 
 _PATH = click.Path(path_type=Path)
-
-
-class _Size(click.ParamType):
-    """Option type for a number of bytes, as people write it: ``80GiB`` or ``5000000``."""
-
-    name = "SIZE"
-
-    def __init__(self, *, positive: bool = False) -> None:
-        self._type = TypeAdapter(Annotated[ByteSize, Gt(0)] if positive else ByteSize)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return int(self._type.validate_python(value))
-        except ValidationError:
-            self.fail(
-                f"got {value!r}; wanted a number of bytes, or one with a unit, such as 80GiB", param, ctx
-            )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -192,94 +173,6 @@ def evaluate(
             click.echo(json.dumps({"model": model, "iteration": model_ref.iteration, "sets": sets}, indent=2))
 
 
-_POSITIVE = click.IntRange(min=1)
-
-
-def _rate(name: str, default: float, help_text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return the option of a rate of the machine."""
-    help_text += f" Default: {default:g}, on CPUs what is measured here."
-    return click.option(name, type=click.FloatRange(min=0, min_open=True), help=help_text)
-
-
-@cli.command(context_settings={"ignore_unknown_options": True, "show_default": True})
-@click.option("--config", "config_path", type=_PATH, required=True, help="The run's YAML file.")
-@click.option(
-    "--world-size", type=_POSITIVE, help="Number of ranks; default: the fewest that hold the model."
-)
-@click.option(
-    "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", help="Kind of each rank's device."
-)
-@click.option(
-    "--device-memory",
-    type=_Size(),
-    help="Of each rank's device. Default: 80GiB, on CPUs what is free here.",
-)
-@click.option(
-    "--reserve",
-    type=_Size(),
-    help="What of it is left to the driver and others. Default: 2GiB, on CPUs nothing.",
-)
-@click.option(
-    "--model-config",
-    type=click.Path(exists=True, path_type=Path),
-    help="A config.json instead of that of model.path, which then need not exist.",
-)
-@click.option(
-    "--num-prompts", type=_POSITIVE, help="Of an iteration; default: what configuration and data say."
-)
-@click.option("--prompt-tokens", type=_POSITIVE, help="Of the longest; default: what data and tokenizer say.")
-@_rate("--gather-bandwidth", Machine.gather_bytes_per_second / 1e9, "GB/s that a rank receives in a gather.")
-@_rate("--memory-bandwidth", Machine.memory_bytes_per_second / 1e9, "GB/s at which a device reads weights.")
-@_rate("--compute", Machine.flops_per_second / 1e12, "TFLOP/s of matrix products in model.dtype.")
-@TRUST
-@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[KEY=VALUE]...")
-def plan(
-    config_path: Path,
-    world_size: int | None,
-    device: str,
-    device_memory: int | None,
-    reserve: int | None,
-    model_config: Path | None,
-    num_prompts: int | None,
-    prompt_tokens: int | None,
-    gather_bandwidth: float | None,
-    memory_bandwidth: float | None,
-    compute: float | None,
-    is_trusted: bool,
-    overrides: tuple[str, ...],
-) -> None:
-    """Print what a run would take: memory of a rank, modes that fit, traffic, and about how long.
-
-    Only the configuration, config.json and the headers of the weights are read, the latter if they are there.
-    The exit status is 1 if it does not fit.
-    """
-    config = load_trusted(config_path, list(overrides), is_trusted=is_trusted)
-    from shardes.planning.rates import machine_of
-    from shardes.planning.report import report
-    from shardes.planning.sources import plan_run
-
-    machine = machine_of(
-        config,
-        device_type=device,
-        memory_bytes=device_memory,
-        reserved_bytes=reserve,
-        gather_bytes_per_second=gather_bandwidth and gather_bandwidth * 1e9,
-        memory_bytes_per_second=memory_bandwidth and memory_bandwidth * 1e9,
-        flops_per_second=compute and compute * 1e12,
-    )
-    planned, files = plan_run(
-        config,
-        machine=machine,
-        world_size=world_size,
-        model_config=model_config,
-        num_prompts=num_prompts,
-        prompt_tokens=prompt_tokens,
-    )
-    click.echo("\n".join(report(planned, files=files)))
-    if planned.chosen_gather is None:
-        click.get_current_context().exit(EXIT_FAILURE)
-
-
 @cli.command()
 @click.argument("run_dir", type=_PATH)
 @click.argument("out_dir", type=_PATH)
@@ -293,12 +186,12 @@ def plan(
 )
 @click.option(
     "--max-shard-size",
-    type=_Size(positive=True),
+    type=Size(positive=True),
     default="5GiB",
     show_default=True,
     help="Of a file in bytes; only a larger parameter makes a larger one.",
 )
-@click.option("--shard-size", "old_shard_size", type=_Size(positive=True), hidden=True)
+@click.option("--shard-size", "old_shard_size", type=Size(positive=True), hidden=True)
 @click.option("--push-to-hub", metavar="NAME", help="Upload OUT_DIR to the Hugging Face hub as NAME, too.")
 @click.option("--public", is_flag=True, help="Have the hub show NAME to everybody if it is new.")
 @BASE
@@ -393,7 +286,7 @@ def quickstart(directory: Path) -> None:
     click.echo(f"    {several} parallel.backend=fsdp")
 
 
-for _command in (compare, init, *COMMANDS):
+for _command in (compare, init, plan, *COMMANDS):
     cli.add_command(_command)
 
 

@@ -66,7 +66,7 @@ def find_commit(model: ModelConfig, *, recorded: str | None = None) -> str:
     if recorded is not None and commit != recorded:
         raise UserError(
             f"model.revision: {model.revision} of {name} is the commit {commit}, but this run was begun with "
-            f"{recorded}; leave model.revision away to go on with that, or give another run.dir"
+            f"{recorded}; leave out model.revision to go on with that, or give another run.dir"
         )
     return commit
 

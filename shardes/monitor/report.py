@@ -19,6 +19,7 @@ from shardes.errors import UserError
 from shardes.monitor.pictures import check_matplotlib, shown
 from shardes.monitor.plot import METRICS, draw_runs, read_metrics
 from shardes.monitor.report_html import folded, number_of, page, table, text_of
+from shardes.monitor.run_files import refusing_damage, task_name_of
 from shardes.monitor.samples import spoken
 from shardes.monitor.thinning import thinned
 from shardes.runs.directory import read_lines
@@ -52,13 +53,8 @@ def write_report(run_dir: Path, out: Path) -> None:
         raise UserError(f"RUN_DIR {run_dir}: it {path_problem(run_dir)}; give the directory of a run")
     if not out.parent.is_dir() or out.is_dir():
         raise UserError(f"{out} cannot be written; give a file in a directory that exists: --out FILE")
-    try:
+    with refusing_damage(run_dir):
         text = report_page(run_dir)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"RUN_DIR {run_dir}: its files are damaged ({type(error).__name__}: {error}); shardes journal "
-            f"{run_dir} says where"
-        ) from None
     try:
         write_atomically(out, text)
     except OSError as error:
@@ -107,12 +103,9 @@ def _what(config: Config | None, header: dict[str, Any] | None) -> str:
     tree = {} if header is None else header["config"]
     if config is not None:
         tree = config.model_dump()
-    task = tree.get("task", {})
-    kinds = ("name", "environment", "harness", "reward")
-    task_name = next((task[key] for key in kinds if task.get(key)), "several rewards")
     # A name on the hub, or the end of a path.
     model = "/".join(str(tree.get("model", {}).get("path", "a model")).split("/")[-2:])
-    return f"{model}, trained on {task_name}"
+    return f"{model}, trained on {task_name_of(tree)}"
 
 
 def _summary(lines: Sequence[_Line], config: Config | None) -> Iterator[str]:

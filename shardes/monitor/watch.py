@@ -14,6 +14,7 @@ from typing import Any
 
 from shardes.config.loading import load_run_config
 from shardes.errors import UserError
+from shardes.monitor.run_files import refusing_damage, task_name_of
 from shardes.utils.logs import printable
 from shardes.utils.progress import duration
 from shardes.utils.reading import open_regular, parse_json
@@ -138,10 +139,8 @@ class RunView:
     def _paragraphs(self, now: float) -> Iterator[str]:
         done = [line for line in self._metrics.lines if "num_members" in line]
         config = self._header.get("config", {})
-        task = config.get("task", {})
-        kinds = ("name", "environment", "harness", "reward")
-        what = next((task[key] for key in kinds if task.get(key)), "several rewards")
-        yield f"{self._run_dir}  {Path(config.get('model', {}).get('path', '?')).name}, {what}"
+        model = Path(config.get("model", {}).get("path", "?")).name
+        yield f"{self._run_dir}  {model}, {task_name_of(config)}"
         yield f"iterations   {len(done)} of {self.num_iterations or '?'}{self._time_left(done)}"
         yield from self._members(len(done))
         if done:
@@ -244,15 +243,10 @@ def watch(run_dir: Path, *, once: bool, every_seconds: float, is_terminal: bool)
     """
     following, told = RunView(run_dir), None
     while True:
-        try:
+        with refusing_damage(run_dir):
             following.look()
             state = (following.num_lines, following.is_finished)
             screen = following.screen(now=time.time())
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(
-                f"RUN_DIR {run_dir}: its files are damaged ({type(error).__name__}: {error}); shardes "
-                f"journal {run_dir} says where"
-            ) from None
         if is_terminal and not once:
             yield f"\x1b[H\x1b[J{screen}\n"
         elif once or state != told:

@@ -74,7 +74,7 @@ class RankMemory:
 
     @property
     def is_on_host(self) -> bool:
-        """Whether master weights and optimizer states are in host memory."""
+        """Return whether master weights and optimizer states are in host memory."""
         return self.pinned > 0
 
     def needed(self, gather: str) -> int:

@@ -72,12 +72,14 @@ import re
 def reward(prompts, completions, answer, **columns):
     """Return one number for each answer: 1 if its last number is the right one, else 0.1 if it has a number.
 
-    ``completions`` are texts; each column of the problems comes as a list by its name. None: no reward can be
-    given. Rewards run in processes of their own, with a time limit (docs/rewards.md).
+    Answers to chats come as TRL passes them, each a list of one message; others are texts. Each column of the
+    problems comes as a list by its name. None: no reward can be given. Rewards run in processes of their own,
+    with a time limit (docs/rewards.md).
     """
+    texts = [each if isinstance(each, str) else each[0]["content"] for each in completions]
     values = []
-    for completion, right in zip(completions, answer, strict=True):
-        numbers = re.findall(r"-?\\d+", completion)
+    for text, right in zip(texts, answer, strict=True):
+        numbers = re.findall(r"-?\\d+", text)
         values.append(0.0 if not numbers else 1.0 if int(numbers[-1]) == int(right) else 0.1)
     return values
 '''
@@ -89,10 +91,12 @@ _REWARD_OF_LENGTH = '''\
 def reward(prompts, completions, **columns):
     """Return one number for each answer: minus its length, so that short ones are learned.
 
-    ``completions`` are texts; each column of the problems comes as a list by its name. None: no reward can be
-    given. Rewards run in processes of their own, with a time limit (docs/rewards.md).
+    Answers to chats come as TRL passes them, each a list of one message; others are texts. Each column of the
+    problems comes as a list by its name. None: no reward can be given. Rewards run in processes of their own,
+    with a time limit (docs/rewards.md).
     """
-    return [-len(completion) / 100 for completion in completions]
+    texts = [each if isinstance(each, str) else each[0]["content"] for each in completions]
+    return [-len(text) / 100 for text in texts]
 '''
 
 
@@ -148,7 +152,7 @@ def init(directory: Path, model: str, task: str | None, data: Path | None, backe
         raise StorageError(f"{error.filename or directory}: cannot be written: {error.strerror}") from None
     load_config(config, [])  # what was written can be read
     click.echo("\n".join(f"{path}: written" for path in files))
-    click.echo(f"what to do next is said at the top of {config}; first of all:")
+    click.echo(f"the next steps are at the top of {config}; the first one:")
     click.echo(f"    shardes plan --config {config}")
 
 

@@ -36,12 +36,19 @@ def test_what_it_writes_is_planned_tried_and_trained(tmp_path):
     assert 0 <= first["reward_mean"] <= 1
 
 
+def as_messages(answers):
+    """Answers to chats, as rewards of one's own get them."""
+    return [[{"role": "assistant", "content": answer}] for answer in answers]
+
+
 def test_its_reward_judges_sums(tmp_path):
     init(tmp_path)
     names = {}
     exec((tmp_path / "reward.py").read_text(), names)
     answers = ["it is 42", "42, no: 41", "none", "-42"]
-    assert names["reward"]([""] * 4, answers, answer=[42] * 4, prompt=[""] * 4) == [1.0, 0.1, 0.0, 0.1]
+    for completions in (answers, as_messages(answers)):
+        rewards = names["reward"]([""] * 4, completions, answer=[42] * 4, prompt=[""] * 4)
+        assert rewards == [1.0, 0.1, 0.0, 0.1]
     rows = [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()]
     assert len({row["prompt"] for row in rows}) == len(rows) == 200
     assert all(eval(row["prompt"].rstrip("=")) == row["answer"] for row in rows)
@@ -59,6 +66,10 @@ def test_own_problems_are_left_where_they_are(tmp_path):
     data.write_text("".join(json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(8)))
     assert init(tmp_path / "task", "--data", data).returncode == 0
     assert sorted(path.name for path in (tmp_path / "task").iterdir()) == ["reward.py", "train.yaml"]
+    names = {}
+    exec((tmp_path / "task" / "reward.py").read_text(), names)
+    for completions in (["ab", "abcd"], as_messages(["ab", "abcd"])):
+        assert names["reward"]([""] * 2, completions) == [-0.02, -0.04]
     trained = call("train", "--config", tmp_path / "task" / "train.yaml", *SMALL)
     assert trained.returncode == 0, trained.stderr
     line = json.loads((tmp_path / "task" / "run" / "metrics.jsonl").read_text().splitlines()[0])

@@ -39,8 +39,9 @@ SHELL_NOT_RUN = {
     "python examples/": "the same",
     "accelerate launch": "the same",
     "lm_eval run": "fetches benchmarks; test_lm_eval.py runs it on local files",
-    "python -m venv": "sets up an environment, as CI does with tools/setup.sh",
-    "pip install -e": "the same",
+    "python3 -m venv": "sets up an environment, as CI does with tools/setup.sh",
+    "pip install": "the same",
+    "git clone": "the same",
     "python tools/get_smollm2.py": "fetches 98 MB; test_real_model.py uses what it makes, if that is there",
 }
 # What stands for something of the reader's in a command, and what the small run has.

@@ -84,13 +84,14 @@ def train_es(config: Config, *, num_evaluations: int) -> Trained:
     trainer.train()
     peak = peak_bytes()
     history, *_ = read_journal(config.run.dir / "journal.jsonl")
-    done = [0]
+    num_done = 0
 
     def restore(session: Any, place: Place) -> None:
-        if not done[0]:
+        nonlocal num_done
+        if not num_done:
             session.follow(history.header, config.run.dir)
-        session.replay(history.updates[done[0] : place.step])
-        done[0] = place.step
+        session.replay(history.updates[num_done : place.step])
+        num_done = place.step
         assert session.digest() == history.digests[place.step], "the journal gives the weights of the run"
 
     return Trained(places, restore, peak_bytes=peak, imported_bytes=imported)

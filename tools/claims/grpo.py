@@ -26,9 +26,6 @@ from shardes.errors import UserError
 if TYPE_CHECKING:
     from shardes.config.schema import Config
 
-# Schedules of es.alpha by the name that transformers has for them.
-SCHEDULES = {"constant": "constant", "linear": "linear", "cosine": "cosine"}
-
 
 def train_grpo(
     config: "Config",
@@ -141,7 +138,7 @@ def grpo_arguments(
         seed=config.es.seed,
         max_steps=num_steps,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=SCHEDULES[config.es.alpha_schedule],
+        lr_scheduler_type=config.es.alpha_schedule,  # transformers has the same names
         warmup_steps=0,
         per_device_train_batch_size=settings.backward_size,
         gradient_accumulation_steps=settings.completions_per_step // settings.backward_size,
