@@ -32,8 +32,11 @@ class Products(TorchDispatchMode):
             self._add(self.linear, self._like(rows), weight)
         elif name.startswith(_ATTENTION):
             query, key, value = args[:3]
-            scores = query.new_empty(*query.shape[:-1], key.shape[-2])
-            for left, right in ((query, key.transpose(-1, -2)), (scores, value)):
+            # Query heads that share a key and value head are rows of one product.
+            batch, num_heads, head_size = key.shape[0], key.shape[1], query.shape[-1]
+            grouped = query.reshape(batch, num_heads, -1, head_size)
+            scores = query.new_empty(*grouped.shape[:-1], key.shape[-2])
+            for left, right in ((grouped, key.transpose(-1, -2)), (scores, value)):
                 self._add(self.attention, self._like(left.flatten(0, 1)), self._like(right.flatten(0, 1)))
         return function(*args, **(kwargs or {}))
 
