@@ -7,13 +7,14 @@ Everything is a function of the constants below.
     python tools/make_smollm2_tasks.py
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import click
+
+from shardes.runs.directory import write_lines
 
 SEED = 0
 NUM_TRAIN, NUM_HELDOUT = 192, 128
@@ -154,11 +155,6 @@ def questions() -> list[dict[str, Any]]:
     return rows
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as JSONL."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 @click.command(help=__doc__)
 @click.option(
     "--out",
@@ -170,14 +166,14 @@ def main(out: Path) -> None:
     random = Random(SEED)
     for part, (name, count) in enumerate((("train", NUM_TRAIN), ("heldout", NUM_HELDOUT))):
         rows = [receipt(random, SHOPS[part], ITEMS[part]) for _ in range(count)]
-        write_rows(out / f"receipts-{name}.jsonl", rows)
+        write_lines(out / f"receipts-{name}.jsonl", rows)
         rows = tickets(part)
         random.shuffle(rows)
-        write_rows(out / f"tickets-{name}.jsonl", rows)
+        write_lines(out / f"tickets-{name}.jsonl", rows)
     rows = questions()
     random.shuffle(rows)
-    write_rows(out / "questions-heldout.jsonl", rows[:32])
-    write_rows(out / "questions-train.jsonl", rows[32:])
+    write_lines(out / "questions-heldout.jsonl", rows[:32])
+    write_lines(out / "questions-train.jsonl", rows[32:])
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ runs on five other seeds. Every run is a line of a file, so the study goes on wh
 
 import contextlib
 import json
-import math
-import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -21,13 +19,12 @@ from unittest import mock
 
 import click
 from claims.lines import make_missing, read_lines
+from claims.means import mean_of
 
 ROOT = Path(__file__).parent.parent
 TUNING_SEED, SEEDS = 100, (1, 2, 3, 4, 5)
 # Of an arm's natural step, by task: three that have the best of most arms among them.
 FACTORS = {"quickstart": (1.0, 2.0, 4.0), "long quickstart": (1.0, 2.0), "addition": (0.5, 1.0, 2.0)}
-# Two-sided 95% quantile of Student's t with four degrees of freedom.
-T_QUANTILE = 2.776
 
 TASKS: dict[str, dict[str, Any]] = {
     "quickstart": {"es.iterations": 40},
@@ -333,16 +330,13 @@ def table(path: Path) -> None:
                 continue
             shift = ""
             if arm != "base" and len(base) == len(SEEDS):
-                shift = shown([one - other for one, other in zip(rewards, base, strict=True)], sign="+")
+                differences = [one - other for one, other in zip(rewards, base, strict=True)]
+                shift = mean_of(differences).text(sign="+")
             alpha = ARMS[arm].alpha * best[task, arm]
             edge = "" if best[task, arm] == FACTORS[task][1] else " (edge)"
-            click.echo(f"| {ARMS[arm].group} | {arm} | {alpha:g}{edge} | {shown(rewards)} | {shift} |")
-
-
-def shown(values: list[float], *, sign: str = "") -> str:
-    """Format the mean with half of its 95% interval."""
-    half = T_QUANTILE * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.fmean(values):{sign}.3f} ± {half:.3f}"
+            click.echo(
+                f"| {ARMS[arm].group} | {arm} | {alpha:g}{edge} | {mean_of(rewards).text()} | {shift} |"
+            )
 
 
 if __name__ == "__main__":

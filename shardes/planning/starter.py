@@ -14,7 +14,7 @@ from shardes.errors import StorageError, UserError
 from shardes.models.files import read_model_config
 from shardes.models.hub import check_model
 from shardes.tasks.registry import TASKS
-from shardes.utils.files import write_atomically
+from shardes.utils.files import jsonl_text, write_atomically
 
 _PATH = click.Path(path_type=Path)
 _NUM_PROBLEMS = 200
@@ -125,7 +125,7 @@ def init(directory: Path, model: str, task: str | None, data: Path | None, backe
     files: dict[Path, str] = {}
     if data is None:
         data = directory / "problems.jsonl"
-        files[data] = _as_lines(_problems(task))
+        files[data] = jsonl_text(_problems(task))
     if task is None:
         reward = _REWARD_OF_SUMS if data in files else _REWARD_OF_LENGTH
         files[directory / "reward.py"] = reward.replace("CONFIG", str(config))
@@ -210,7 +210,3 @@ def _answers_chats(model: str) -> bool:
 
 def _text(path: Path) -> str:
     return path.read_text(errors="replace") if path.is_file() else ""
-
-
-def _as_lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)

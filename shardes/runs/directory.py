@@ -14,7 +14,7 @@ from shardes.errors import StorageError, UserError
 from shardes.runs.journal import History, Journal, commit_of, engine_of, read_journal
 from shardes.runs.lock import DirectoryLock
 from shardes.utils.closing import Closing
-from shardes.utils.files import AppendFile, write_atomically
+from shardes.utils.files import AppendFile, jsonl_text, write_atomically
 from shardes.utils.reading import parse_json, read_whole_lines
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         OSError: It cannot be written; the old file is still there.
     """
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_atomically(path, jsonl_text(lines))
 
 
 class RunDirectory(Closing):

@@ -1,13 +1,20 @@
 """Writing files so that after a crash a reader finds the old text or the new one."""
 
 import errno
+import json
 import os
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from shardes.errors import StorageError
 from shardes.utils.reading import check_regular
+
+
+def jsonl_text(lines: Iterable[Mapping[str, Any]]) -> str:
+    """Return the text of a JSONL file."""
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def write_atomically(path: Path, text: str) -> None:

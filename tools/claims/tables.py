@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from claims.arms import ARMS, TASKS
-from claims.figures import Mean, Results, mean_of
+from claims.figures import Results
+from claims.means import Mean, mean_of
 
 # Quantile of the ratio of two variances with four degrees of freedom each: F(4, 4), two-sided 95%.
 VARIANCE_RATIO = 9.6
