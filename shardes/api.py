@@ -215,34 +215,28 @@ class Trainer:
             self._make_rewards([task, *heldout_sets.values()]) as rewards,
             Environments(config, tasks_by_key(task, heldout_sets)) as environments,
         ):
-            from shardes.rollout.preparing import prepare_tasks
-            from shardes.runs.journal import recorded_commit, recorded_setting
+            from shardes.rollout.preparing import prepared_job
             from shardes.runs.reporting import Callbacks
-            from shardes.session import job_with_model, open_session
+            from shardes.session import open_session
             from shardes.trainer import make_training_loop
             from shardes.utils.logs import configure_logging
 
             if not logging.getLogger().handlers:
                 configure_logging()
-            run_dir = config.run.dir
-            parts: dict[str, Any] = {"environments": environments}
             callbacks = Callbacks(on_iteration=self._on_iteration, on_evaluation=self._on_evaluation)
-            recorded = recorded_commit(run_dir, config.model.hub_id)
-            with job_with_model(config, stop=self._stop, recorded=recorded) as (config, world):
-                date = recorded_setting(run_dir, "task.date")
-                prepared = prepare_tasks(config, task, heldout_sets, date=date, **parts)
-                parts |= {"heldout_sets": prepared.heldout_sets, "encoder": prepared.encoder}
-                with open_session(config, stop=self._stop, world=world) as session:
-                    loop = make_training_loop(
-                        session, prepared.task, rewards=rewards, callbacks=callbacks, **parts
-                    )
+            with prepared_job(config, task, heldout_sets, environments=environments, stop=self._stop) as job:
+                tasks = job.tasks
+                parts: dict[str, Any] = {"rewards": rewards, "environments": environments}
+                parts |= {"heldout_sets": tasks.heldout_sets, "encoder": tasks.encoder}
+                with open_session(job.config, stop=self._stop, world=job.world) as session:
+                    loop = make_training_loop(session, tasks.task, callbacks=callbacks, **parts)
                     try:
                         loop.train()
                     except Stopped:
                         is_finished = False
                     # As rank 0 has them, when it has written the last one.
                     lines = session.mesh.world.broadcast_json(self._read_metrics())
-        return TrainResult(run_dir, lines, is_finished)
+        return TrainResult(config.run.dir, lines, is_finished)
 
     def _read_metrics(self) -> list[dict[str, Any]]:
         return read_lines(self.config.run.dir / "metrics.jsonl") if self.is_main else []

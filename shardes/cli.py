@@ -26,7 +26,6 @@ from shardes.planning.command import plan
 from shardes.planning.starter import HOW_TO_BEGIN, init
 from shardes.rewards.pool import make_reward_runner
 from shardes.runs.directory import read_run, write_lines
-from shardes.runs.journal import recorded_commit, recorded_setting
 from shardes.runs.trackers import check_trackers
 from shardes.tasks.generating import MAKEABLE, make_problems
 from shardes.tasks.loading import load_tasks
@@ -78,33 +77,31 @@ def _train(config: Config, *, place: Place, stop: Stop, dry_run: bool) -> None:
         Environments(config, tasks_by_key(task, heldout_sets)) as environments,
     ):
         from shardes.models.build import skeleton_of
-        from shardes.rollout.preparing import prepare_tasks
-        from shardes.session import job_with_model, open_session
+        from shardes.rollout.preparing import prepared_job
+        from shardes.session import open_session
         from shardes.trainer import make_training_loop
         from shardes.utils.logs import configure_logging, tell_user
 
         configure_logging()
-        run_dir = config.run.dir
-        recorded = recorded_commit(run_dir, config.model.hub_id)
         try:
-            with job_with_model(config, stop=stop, recorded=recorded) as (config, world):
-                date = recorded_setting(run_dir, "task.date")
-                prepared = prepare_tasks(config, task, heldout_sets, environments=environments, date=date)
-                task = prepared.task
+            with prepared_job(config, task, heldout_sets, environments=environments, stop=stop) as job:
+                tasks = job.tasks
                 parts: dict[str, Any] = {
                     "rewards": rewards,
                     "environments": environments,
-                    "encoder": prepared.encoder,
+                    "encoder": tasks.encoder,
                 }
                 # Before the session: a backend may change the classes that models are made of.
-                model = skeleton_of(config) if dry_run else None
-                with open_session(config, stop=stop, world=world) as session:
+                model = skeleton_of(job.config) if dry_run else None
+                with open_session(job.config, stop=stop, world=job.world) as session:
                     if model is None:
-                        make_training_loop(session, task, heldout_sets=prepared.heldout_sets, **parts).train()
+                        make_training_loop(
+                            session, tasks.task, heldout_sets=tasks.heldout_sets, **parts
+                        ).train()
                         return
                     from shardes.planning.dry_run import dry_run as try_member
 
-                    lines = try_member(session, task, model=model, **parts)
+                    lines = try_member(session, tasks.task, model=model, **parts)
                     if session.mesh.world.is_main:
                         click.echo("\n".join(lines))
         except Stopped:

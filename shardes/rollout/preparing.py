@@ -2,17 +2,22 @@
 
 import datetime
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from shardes.config.schema import Config
+from shardes.distributed.group import Group
+from shardes.distributed.stop import Stop
 from shardes.environments.base import EpisodeRunner
 from shardes.environments.runners import Environments
 from shardes.errors import UserError
 from shardes.models.build import load_model_config, load_tokenizer, positions_of, vocabulary_size
 from shardes.models.checkpoint import Checkpoint
 from shardes.rollout.encoding import PromptEncoder, Question
+from shardes.runs.journal import recorded_commit, recorded_setting
+from shardes.session import job_with_model
 from shardes.tasks.base import PlacedRow, Row, Task
 from shardes.utils.limits import LimitError
 
@@ -35,6 +40,52 @@ class PreparedTasks:
     encoder: PromptEncoder
     task: Task
     heldout_sets: dict[str, Task]
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """What a run has before its session is opened.
+
+    Attributes:
+        config: Configuration for ``open_session``, with the directory of the model on this machine.
+        world: Ranks of the job, if it was joined already.
+        tasks: Tasks all of whose rows can be asked.
+    """
+
+    config: Config
+    world: Group | None
+    tasks: PreparedTasks
+
+
+@contextmanager
+def prepared_job(
+    config: Config,
+    task: Task,
+    heldout_sets: Mapping[str, Task],
+    *,
+    environments: Environments,
+    stop: Stop,
+) -> Iterator[PreparedJob]:
+    """Have the model of a run here and its prompts tokenised, as the run's journal says if it has begun.
+
+    Args:
+        config: Configuration of the run.
+        task: What is trained on.
+        heldout_sets: Further tasks by name.
+        environments: Run episodes.
+        stop: Flag by which this process can be asked to stop.
+
+    Raises:
+        UserError: The model cannot be fetched, the run began with another commit of it, or a row cannot be
+            asked.
+        StorageError: The cache of the hub cannot be written.
+    """
+    run_dir = config.run.dir
+    recorded = recorded_commit(run_dir, config.model.hub_id)
+    with job_with_model(config, stop=stop, recorded=recorded) as (config, world):
+        date = recorded_setting(run_dir, "task.date")
+        tasks = prepare_tasks(config, task, heldout_sets, environments=environments, date=date)
+        yield PreparedJob(config, world, tasks)
 
 
 def make_encoder(config: Config, *, date: str | None = None) -> PromptEncoder:
