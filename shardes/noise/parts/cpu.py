@@ -70,6 +70,20 @@ def _shift_kernel() -> Callable[..., None]:
 
 
 @nb.njit(inline="always")
+def _row_of(step, geometry):
+    """Return the row of a step, the row's first element, and the step's place in the row."""
+    per_row, start, stride, _ = geometry
+    row = step // per_row
+    return row, start + row * stride, step - row * per_row
+
+
+@nb.njit(inline="always")
+def _owned(row_start, length, block_start, block):
+    """Return the range of a block's elements that a row has."""
+    return max(row_start - block_start, 0), min(row_start + length - block_start, block)
+
+
+@nb.njit(inline="always")
 def _block_of_part(row_start, place, shifts, part, block):
     """Return the first element of a part's block in a group, the ``place``-th that a row may touch."""
     (table, first_group), (chosen, num_parts) = shifts, part
@@ -86,21 +100,19 @@ def perturb_kernel(fill: Fill, source_format: int, target_format: int) -> Callab
     def perturb(first, last, geometry, source, target, shifts, part, block, sigma, words, key):
         _ = sources
         eps = np.empty(size, np.float32)
-        (per_row, start, stride, length), (c1, c2, c3), (k0, k1) = geometry, words, key
+        length, (c1, c2, c3), (k0, k1) = geometry[3], words, key
         for step in range(first, last):
-            row = step // per_row
-            row_start = start + row * stride
-            block_start = _block_of_part(row_start, step - row * per_row, shifts, part, block)
-            begin, end = max(row_start - block_start, 0), min(row_start + length - block_start, block)
+            row, row_start, place = _row_of(step, geometry)
+            block_start = _block_of_part(row_start, place, shifts, part, block)
+            begin, end = _owned(row_start, length, block_start, block)
             if begin >= end:
                 continue
             offset = row * length + block_start - row_start
             # The processor does not foresee the next block's memory: ask for it while this noise is made.
-            next_row = (step + 1) // per_row
-            next_start = start + next_row * stride
+            next_row, next_start, next_place = _row_of(step + 1, geometry)
             ahead = next_row * length - next_start
             if step + 1 < last:
-                ahead += _block_of_part(next_start, step + 1 - next_row * per_row, shifts, part, block)
+                ahead += _block_of_part(next_start, next_place, shifts, part, block)
             for low in range(begin // size * size, end, size):
                 for line in range(low, low + size, LINE):
                     prefetch(source, ahead + line)
@@ -126,12 +138,11 @@ def _restore_kernel(source_format: int, target_format: int) -> Callable[..., Non
     @compile_kernel
     def restore(first, last, geometry, source, target, shifts, part, block):
         _ = sources
-        per_row, start, stride, length = geometry
+        length = geometry[3]
         for step in range(first, last):
-            row = step // per_row
-            row_start = start + row * stride
-            block_start = _block_of_part(row_start, step - row * per_row, shifts, part, block)
-            begin, end = max(row_start - block_start, 0), min(row_start + length - block_start, block)
+            row, row_start, place = _row_of(step, geometry)
+            block_start = _block_of_part(row_start, place, shifts, part, block)
+            begin, end = _owned(row_start, length, block_start, block)
             if begin >= end:
                 continue
             offset = row * length + block_start - row_start
@@ -150,15 +161,14 @@ def accumulate_kernel(fill: Fill, master_format: int) -> Callable[..., None]:
     def accumulate(first, last, geometry, master, shifts, num_parts, block, terms, words, key):
         _ = sources
         total, bits = np.empty(size, np.float32), np.empty(size, np.uint32)
-        (per_row, start, stride, length), (c1, c3), (k0, k1) = geometry, words, key
+        length, (c1, c3), (k0, k1) = geometry[3], words, key
         (table, first_group), (bounds, coefficients, directions) = shifts, terms
         for step in range(first, last):
-            row = step // per_row
-            row_start = start + row * stride
-            number = row_start // block + step - row * per_row
+            row, row_start, place = _row_of(step, geometry)
+            number = row_start // block + place
             group = number // num_parts
             block_start, offset = number * block, row * length + number * block - row_start
-            begin, end = max(row_start - block_start, 0), min(row_start + length - block_start, block)
+            begin, end = _owned(row_start, length, block_start, block)
             if begin >= end:
                 continue
             part = (number - group * num_parts + np.int64(table[group - first_group])) % num_parts

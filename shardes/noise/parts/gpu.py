@@ -69,6 +69,13 @@ def _chunk_of_part(place, row_start, shifts, first_group, part, num_parts, chunk
 
 
 @triton.jit
+def _owned(number, row_start, length, chunk: tl.constexpr):
+    """Return where a chunk begins in its row, and the range of its elements that the row has."""
+    begin = number * chunk - row_start
+    return begin, tl.maximum(-begin, 0).to(tl.int32), tl.minimum(length - begin, chunk).to(tl.int32)
+
+
+@triton.jit
 def _calls_of(number, calls: tl.constexpr, size: tl.constexpr):
     """Return the calls of a chunk, and where the first element of each lies in it."""
     thread = tl.arange(0, calls)
@@ -108,9 +115,7 @@ def _perturb(
     k0, k1 = k0.to(tl.uint32), k1.to(tl.uint32)
     place, row_start, row_base = _row_of(start, stride, length, first_row, per_row)
     number = _chunk_of_part(place, row_start, shifts, first_group, part, num_parts, chunks, chunk)
-    begin = number * chunk - row_start
-    low = tl.maximum(-begin, 0).to(tl.int32)
-    high = tl.minimum(length - begin, chunk).to(tl.int32)
+    begin, low, high = _owned(number, row_start, length, chunk)
     if low < high:
         call, inner = _calls_of(number, calls, size)
         here, there = source + (row_base + begin) + inner, target + (row_base + begin) + inner
@@ -140,9 +145,7 @@ def _restore(
 ):
     place, row_start, row_base = _row_of(start, stride, length, first_row, per_row)
     number = _chunk_of_part(place, row_start, shifts, first_group, part, num_parts, chunks, chunk)
-    begin = number * chunk - row_start
-    low = tl.maximum(-begin, 0).to(tl.int32)
-    high = tl.minimum(length - begin, chunk).to(tl.int32)
+    begin, low, high = _owned(number, row_start, length, chunk)
     if low < high:
         inner = tl.arange(0, chunk)
         mask = (low <= inner) & (inner < high)
@@ -181,9 +184,7 @@ def _accumulate(
     c1, c3, k0, k1 = c1.to(tl.uint32), c3.to(tl.uint32), k0.to(tl.uint32), k1.to(tl.uint32)
     place, row_start, row_base = _row_of(start, stride, length, first_row, per_row)
     number = row_start // chunk + place
-    begin = number * chunk - row_start
-    low = tl.maximum(-begin, 0).to(tl.int32)
-    high = tl.minimum(length - begin, chunk).to(tl.int32)
+    begin, low, high = _owned(number, row_start, length, chunk)
     if low < high:
         block = number // chunks
         group = block // num_parts
