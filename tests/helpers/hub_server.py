@@ -26,11 +26,12 @@ class Repository:
 
 @dataclass
 class Hub:
-    """Repositories by name, and what was asked of them: method, path and the commit's file, if any."""
+    """Repositories by name, and what was asked of them: files, and lists of files."""
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     fetched: list[str] = field(default_factory=list)
     num_requests: int = 0
+    num_listings: int = 0
     url: str = ""
     # Answer everything with this status, as a hub does that has trouble.
     broken_status: int | None = None
@@ -73,6 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
         if commit is None:
             return self._refuse(404, "RevisionNotFound")
         directory = repository.commits[commit]
+        hub.num_listings += file is None
         if file is not None:
             if repository.is_gated:
                 return self._refuse(403, "GatedRepo")

@@ -33,10 +33,11 @@ def job(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_each_machine_fetches_once(job, tmp_path):
     hub, make = job
-    digests = []
+    digests, num_listings = [], []
     for name, variables, num_machines in (("one", {}, 1), ("two", {"NODES": "yes"}, 2)):
         arguments = make(name, **variables)
         hub.fetched.clear()
+        hub.num_listings = 0
         run_ranks(arguments, world_size=2, log_dir=tmp_path / f"{name}-logs")
         assert {file: hub.fetched.count(file) for file in ("model.safetensors", "tokenizer.json")} == {
             "model.safetensors": num_machines,
@@ -44,9 +45,13 @@ def test_each_machine_fetches_once(job, tmp_path):
         }
         assert hub.fetched.count("config.json") == num_machines
         assert len(list((tmp_path / f"{name}-caches").iterdir())) == num_machines
+        num_listings.append(hub.num_listings)
         line = (tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]
         digests.append(json.loads(line)["weights_digest"])
     assert digests[0] == digests[1]
+    # The client locks the files that it fetches, so those alone would be one of each in any case.
+    assert num_listings[0] > 0
+    assert num_listings[1] == 2 * num_listings[0]
 
 
 @pytest.mark.slow
