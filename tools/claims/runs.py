@@ -111,8 +111,12 @@ def run_one(task: str, arm: str, step: float, seed: int) -> Line:
         if tried.method == "es":
             keys |= {**tried.changes, "es.alpha": step}
         overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
-        config, trained = _train(task, arm, overrides, step=step, out=Path(directory))
-        curve = measure(config, trained, kl_prompts=asked.kl_prompts)
+        num_evaluations = 1 if seed == TUNING_SEED else asked.num_evaluations
+        config, trained = _train(
+            task, arm, overrides, step=step, out=Path(directory), num_evaluations=num_evaluations
+        )
+        # Of a sweep the last reward alone is used.
+        curve = measure(config, trained, kl_prompts=0 if seed == TUNING_SEED else asked.kl_prompts)
     return {
         "task": task,
         "arm": arm,
@@ -127,9 +131,11 @@ def run_one(task: str, arm: str, step: float, seed: int) -> Line:
     }
 
 
-def _train(task: str, arm: str, overrides: Sequence[str], *, step: float, out: Path) -> tuple[Any, Trained]:
+def _train(
+    task: str, arm: str, overrides: Sequence[str], *, step: float, out: Path, num_evaluations: int
+) -> tuple[Any, Trained]:
     asked, tried = TASKS[task], ARMS[arm]
-    path, num_evaluations = ROOT / asked.config, asked.num_evaluations
+    path = ROOT / asked.config
     if tried.method == "es":
         from claims.es import es_config, train_es
 
