@@ -199,8 +199,45 @@ def test_tables_say_what_lines_say():
     assert by_claim["Runs of ES differ less"][3] == "not told apart"
     assert by_claim["ES stays nearer to the base model"][2:] == ("KL +0.000 ± 0.000", "not told apart")
     # t(4) s / sqrt(5) = 2.776 * .0158 / 2.236
-    assert ("grpo", "0.00032", "0.630 ± 0.020", "0.016", "-0.300 ± 0.000") in {row[:5] for row in rows}
+    grpo = ("grpo", "0.00032", "24576", "0.630 ± 0.020", "0.016", "-0.300 ± 0.000")
+    assert grpo in {row[:6] for row in rows}
     assert "![claims-curves](claims-curves.png)" in text
+
+
+def test_an_arm_with_half_of_the_answers_is_compared_at_its_end():
+    from claims import arms, tables
+    from claims.figures import Results
+
+    half = "es, small steps, half"
+    assert arms.definition("addition", half)["num_completions"] == 12288
+    lines = results_of_both().lines + play(peaked_at(0.02), arm=half)
+    rows = [row.split(" | ") for row in tables.rewards(Results(lines)) if row.startswith("| ")]
+    # Two points of 500 tokens each are what the others have spent, and not the one of this arm.
+    assert rows[0][-3] == "after 1000 tokens"
+    assert [row[2] for row in rows] == ["answers", "24576", "24576", "12288"]
+    assert rows[-1][0] == f"| {half}" and rows[-1][3] == rows[-1][-3] == "0.000 ± 0.000"
+
+
+def test_answers_are_scored_as_by_all_logits():
+    import torch
+    from claims.grpo import answer_likelihoods
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "configs" / "quickstart" / "model").eval()
+    ids = torch.randint(4, 20, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[1, -2:] = 0
+    found, entropies = answer_likelihoods(model, ids, mask, num_tokens=5, temperature=0.7)
+    with torch.no_grad():
+        scores = (model(input_ids=ids, attention_mask=mask).logits / 0.7).log_softmax(-1)
+    for row in range(3):
+        for place in range(5):
+            of_token = scores[row, 6 + place]
+            assert found[row, place].item() == pytest.approx(of_token[ids[row, 7 + place]].item(), abs=1e-5)
+            expected = -(of_token.exp() * of_token).sum().item()
+            assert entropies[row, place].item() == pytest.approx(expected, abs=1e-5)
+    found.sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
 def test_the_page_keeps_what_is_written_by_hand(tmp_path):

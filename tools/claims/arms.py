@@ -51,6 +51,7 @@ class Arm:
         tasks: Names of the tasks on which it runs.
         scale: Factor of all its step sizes.
         answers: Answers that an iteration generates, as a share of those of all members to all problems.
+        budget: Answers of a run, as a share of the task's.
         step_of: Name of the arm whose best step size it has; None: it has a sweep of its own.
         evidence: Part of the page that it belongs to: ``main``, ``delay``, ``hacking`` or ``options``.
     """
@@ -60,6 +61,7 @@ class Arm:
     tasks: tuple[str, ...] = ("quickstart", "addition", "receipts", "conciseness")
     scale: float = 1.0
     answers: float = 1.0
+    budget: float = 1.0
     step_of: str | None = None
     evidence: str = "main"
 
@@ -99,13 +101,19 @@ TASKS = {
         grpo={"prompts_per_step": 64},
     ),
     "receipts": StudyTask("configs/smollm2/receipts.yaml", **SMOLLM2),
+    # With 1280 answers plain ES earns all that can be earned, so options are compared with half as many.
+    "receipts-640": StudyTask(
+        "configs/smollm2/receipts.yaml",
+        **{**SMOLLM2, "num_completions": 640, "first_steps": {"es": 0.007}},
+    ),
     "conciseness": StudyTask("configs/smollm2/conciseness.yaml", **SMOLLM2),
 }
 
 TOYS = ("quickstart", "addition")
-OPTIONS = (*TOYS, "receipts")
+OPTIONS = (*TOYS, "receipts-640")
+SMALL_STEPS = {"es.population": 16, "task.batch_size": 16}
 ARMS = {
-    "es": Arm("es"),
+    "es": Arm("es", tasks=tuple(TASKS)),
     "grpo": Arm("grpo"),
     # Four times as many updates, each of a quarter of the answers.
     "grpo, small steps": Arm("grpo", {"prompts_per_step": 16}, tasks=TOYS),
@@ -131,6 +139,14 @@ ARMS = {
         answers=0.46875,
         evidence="options",
     ),
+    # An eighth of the answers in an iteration, so there are eight times as many; and with half of the answers
+    # in all.
+    "es, small steps": Arm("es", SMALL_STEPS, tasks=TOYS, evidence="options"),
+    "es, small steps, half": Arm("es", SMALL_STEPS, tasks=TOYS, budget=0.5, evidence="options"),
+    "es, 2 problems": Arm("es", {"task.batch_size": 2}, tasks=("receipts-640",), evidence="options"),
+    "es, 2 problems, half": Arm(
+        "es", {"task.batch_size": 2}, tasks=("receipts-640",), budget=0.5, evidence="options"
+    ),
     "es, reuse of members": Arm("es", {"es.member_reuse": 0.5}, tasks=OPTIONS, evidence="options"),
     "es, step rule": Arm("es", {"es.step_rule": "reliability"}, tasks=OPTIONS, evidence="options"),
     "es, low rank": Arm("es", {"es.noise": "low_rank"}, tasks=OPTIONS, evidence="options"),
@@ -149,6 +165,11 @@ def step_size(task: str, arm: str, place: int) -> float:
     return float(f"{first * 10 ** (place / 2):.2g}")
 
 
+def num_completions(task: str, arm: str) -> int:
+    """Return the number of answers that each run of an arm may generate on a task."""
+    return int(TASKS[task].num_completions * ARMS[arm].budget)
+
+
 def definition(task: str, arm: str) -> dict[str, Any]:
     """Return what a line must have been made with to be a result of an arm on a task."""
     asked, tried = TASKS[task], ARMS[arm]
@@ -158,6 +179,6 @@ def definition(task: str, arm: str) -> dict[str, Any]:
         "config": asked.config,
         "overrides": asked.overrides,
         "options": options,
-        "num_completions": asked.num_completions,
+        "num_completions": num_completions(task, arm),
         **({} if tried.answers == 1 else {"answers": tried.answers}),
     }

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from claims.arms import ARMS, MAX_EXTENSIONS, ROOT, TASKS, TUNING_SEED, definition, step_size
+from claims.arms import ARMS, MAX_EXTENSIONS, ROOT, TASKS, TUNING_SEED, definition, num_completions, step_size
 from claims.lines import Line
 from claims.training import Trained
 
@@ -139,7 +139,7 @@ def _train(
     if tried.method == "es":
         from claims.es import es_config, train_es
 
-        config = es_config(path, overrides, num_completions=asked.num_completions, answers=tried.answers)
+        config = es_config(path, overrides, num_completions=num_completions(task, arm), answers=tried.answers)
         return config, train_es(config, num_evaluations=num_evaluations)
     from claims.grpo import train_grpo
     from claims.measuring import one_process
@@ -151,7 +151,7 @@ def _train(
         config,
         settings,
         out=out,
-        num_completions=asked.num_completions,
+        num_completions=num_completions(task, arm),
         num_evaluations=num_evaluations,
     )
     return config, trained

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
-from claims.arms import ARMS, TASKS
+from claims.arms import ARMS, num_completions
 from claims.figures import Results
 from claims.means import Mean, mean_of
 
@@ -32,7 +32,7 @@ def page(results: Results, pictures: Sequence[str]) -> str:
     lines: list[str] = []
     for title, part in {
         "Claims": claims,
-        "Held-out reward at equal answers": rewards,
+        "Held-out reward": rewards,
         "What it takes": costs,
         "Step sizes": steps,
         "Delayed reward": delays,
@@ -52,7 +52,8 @@ def rewards(results: Results) -> list[str]:
         arms = results.arms(task)
         if not arms:
             continue
-        least = {key: results.smallest_total(task, arms, key=key) for key in ("num_tokens", "core_seconds")}
+        whole = [arm for arm in arms if ARMS[arm].budget == 1]
+        least = {key: results.smallest_total(task, whole, key=key) for key in ("num_tokens", "core_seconds")}
         rows = []
         for arm in arms:
             best, tried = results.best(task, arm), results.sweep(task, arm)
@@ -67,6 +68,7 @@ def rewards(results: Results) -> list[str]:
                 [
                     arm,
                     f"{best:g}{edge}",
+                    str(num_completions(task, arm)),
                     mean_of(final).text(),
                     f"{statistics.stdev(final):.3f}" if len(final) > 1 else "",
                     against.text(sign="+") if against else "",
@@ -75,8 +77,7 @@ def rewards(results: Results) -> list[str]:
                     str(len(final)),
                 ]
             )
-        answers = TASKS[task].num_completions
-        head = ["arm", "step size", f"after {answers} answers", "spread over seeds", "against es, same seeds"]
+        head = ["arm", "step size", "answers", "reward", "spread over seeds", "against es, same seeds"]
         head += ["drawn at temperature 1", f"after {least['num_tokens']:.0f} tokens"]
         head += [f"after {least['core_seconds']:.0f} core-seconds", "seeds"]
         base = results.base_reward(task)
