@@ -17,11 +17,13 @@ class RankFootprint:
         num_ranks: Number of ranks that hold the replica together.
         held: Elements of the working tensor of each parameter, by name.
         gathered: Most elements that a forward of ``sharded_model`` holds in gathered form besides.
+        num_collectives: Collectives of a forward of ``sharded_model``.
     """
 
     num_ranks: int
     held: Mapping[str, int]
     gathered: int = 0
+    num_collectives: int = 0
 
     @property
     def whole(self) -> int:

@@ -61,7 +61,8 @@ class FsdpBackend(GatheringBackend):
             for unit in units(skeleton)
         ]
         # A unit and the buffer that it is gathered through, besides what stays for the whole forward.
-        return RankFootprint(num_ranks, held, max(2 * root, root + 2 * max(inner, default=0)))
+        gathered = max(2 * root, root + 2 * max(inner, default=0))
+        return RankFootprint(num_ranks, held, gathered, num_collectives=len(inner) + 1)
 
     def _check_layout(self, skeleton: nn.Module) -> None:
         """Check that ties were kept and that every parameter was sharded.

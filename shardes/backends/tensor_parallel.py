@@ -72,7 +72,9 @@ class TensorParallelBackend(ShardedBackend):
             _split(model, DeviceMesh("cpu", ranks, mesh_dim_names=("tp",), _init_backend=False, _rank=0))
         layouts = layouts_of(model.named_parameters(), world_size=num_ranks).items()
         held = {name: sum(span.num_elements for span in layout.spans((0,))) for name, layout in layouts}
-        return RankFootprint(num_ranks, held)
+        # After attention and after the neurons of each layer.
+        num_reductions = 2 * skeleton.config.get_text_config().num_hidden_layers
+        return RankFootprint(num_ranks, held, num_collectives=num_reductions)
 
     def commit(self) -> None:
         """Do nothing: the shards are the parameters."""

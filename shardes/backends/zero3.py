@@ -200,8 +200,10 @@ class Zero3Backend(GatheringBackend):
     def footprint(skeleton: PreTrainedModel, *, num_ranks: int) -> RankFootprint:
         """Compute the elements that the first of ``num_ranks`` ranks holds, of flat parameters in chunks."""
         held = {name: chunk(size, num_ranks, 0)[1] for name, size in parameter_sizes(skeleton).items()}
-        # The limit that make_deepspeed_config sets.
-        return RankFootprint(num_ranks, held, 2 * largest_layer(skeleton))
+        # The limits that make_deepspeed_config sets: small parameters stay gathered.
+        least = skeleton.config.get_text_config().hidden_size
+        gathers = sum(size > least for size in parameter_sizes(skeleton).values())
+        return RankFootprint(num_ranks, held, 2 * largest_layer(skeleton), gathers)
 
     def _check_layout(self, skeleton: nn.Module) -> None:
         """Check the private attributes of DeepSpeed that are read here.

@@ -84,6 +84,7 @@ def plan(
         memory_bytes=device_memory,
         reserved_bytes=reserve,
         gather_bytes_per_second=gather_bandwidth and gather_bandwidth * 1e9,
+        collective_bytes_per_second=gather_bandwidth and gather_bandwidth * 1e9,
         memory_bytes_per_second=memory_bandwidth and memory_bandwidth * 1e9,
         flops_per_second=compute and compute * 1e12,
     )

@@ -17,6 +17,8 @@ class Machine:
         process_bytes: Memory of the device that a rank's process takes before it has a model: on CPUs the
             interpreter and its libraries.
         gather_bytes_per_second: Rate at which a rank receives in a large gather.
+        collective_bytes_per_second: The same for the collectives of a forward, in which layers are gathered.
+        collective_seconds: Least time of a collective, however little it moves.
         memory_bytes_per_second: Rate at which weights are read.
         flops_per_second: Rate of large matrix products in the model's dtype.
         noise_elements_per_second: Rate at which Gaussian noise is computed and added.
@@ -30,6 +32,8 @@ class Machine:
     reserved_bytes: int = 2 * 2**30
     process_bytes: int = 0
     gather_bytes_per_second: float = 200e9
+    collective_bytes_per_second: float = 200e9
+    collective_seconds: float = 30e-6
     memory_bytes_per_second: float = 2000e9
     flops_per_second: float = 300e12
     noise_elements_per_second: float = 100e9

@@ -52,6 +52,7 @@ class RankMemory:
         activations: Activations and logits of a micro-batch.
         update: Temporary buffers of an update.
         process: What the process takes besides, if that is of the same memory.
+        fragments: What it keeps, in that case, of layers that were gathered and freed.
     """
 
     working: int
@@ -65,6 +66,7 @@ class RankMemory:
     activations: int
     update: int
     process: int = 0
+    fragments: int = 0
 
     @property
     def held(self) -> int:
@@ -85,7 +87,9 @@ class RankMemory:
             temporary = max(gathered + self.activations, self.update)
         else:
             temporary = gathered + max(self.activations, self.update, self.gather_buffers)
-        return self.process + self.held + self.cache + temporary
+        # Forwards of many members are compared with the members' weights at first, by forwards of layers.
+        kept = self.fragments if gather == "layer" or "member" not in self.gathers else 0
+        return self.process + kept + self.held + self.cache + temporary
 
 
 @dataclass(frozen=True)
@@ -272,7 +276,18 @@ class Plan:
             activations=generating - cache,
             update=self._update_bytes(held, master_itemsize),
             process=self.machine.process_bytes,
+            fragments=self._fragment_bytes(footprint),
         )
+
+    def _fragment_bytes(self, footprint: RankFootprint) -> int:
+        """Compute the memory of gathered layers that a process keeps when they are freed.
+
+        They are freed between tensors that live longer, so the C library keeps their places: in the end about
+        as much as the model has (benchmarks/plan-smollm2-cpu.json).
+        """
+        if self.machine.process_bytes == 0 or footprint.gathered == 0 or footprint.num_ranks == 1:
+            return 0
+        return self.num_parameters * self.dtype.itemsize
 
     def _update_bytes(self, held: Mapping[str, int], master_itemsize: int) -> int:
         """Compute the bytes that an update takes temporarily, a part of a parameter at a time.
@@ -346,7 +361,8 @@ class Plan:
         num_batches = -(-num_batches // self._num_sharers(gather))
         num_batches *= num_members
         num_steps = max(load.answer_tokens - 1, 0)
-        num_forwards = num_batches * (1 + num_steps)
+        num_prefixes = num_members if load.prefix_tokens > 0 else 0
+        num_forwards = num_batches * (1 + num_steps) + num_prefixes
         rows, config = load.micro_batch_rows * together, self.model.config.get_text_config()
         num_tokens = num_batches * rows * (load.computed_tokens + num_steps)
         itemsize, share = self.dtype.itemsize, (ranks - 1) / ranks
@@ -359,13 +375,18 @@ class Plan:
         else:
             num_gathers = {"iteration": 1, "member": num_members}.get(gather, num_forwards)
             received = num_gathers * self.num_parameters * itemsize * share
-        seconds = received / machine.gather_bytes_per_second
+        rate, seconds = machine.gather_bytes_per_second, 0.0
+        if gather == "layer" and ranks > 1:
+            seconds = num_forwards * self._footprint(ranks).num_collectives * machine.collective_seconds
+            rate = rate if is_split else machine.collective_bytes_per_second
+        seconds += received / rate
         timer = ForwardTimer(
             self.model, machine=machine, dtype=self.dtype, num_sharers=ranks if is_split else 1
         )
         seconds += num_batches * self._batch_seconds(timer, rows)
-        if (prefix := load.prefix_tokens) > 0:
-            seconds += num_members * timer.seconds(Forward(together, prefix, prefix / 2))
+        if num_prefixes:
+            prefix = load.prefix_tokens
+            seconds += num_prefixes * timer.seconds(Forward(together, prefix, prefix / 2))
         seconds += self._noise_seconds(num_members * together, is_whole=is_apart or not self._spec.is_sharded)
         return GatherCost(num_gathers, received, seconds)
 

@@ -1,18 +1,23 @@
 """The rates of this machine's CPU, measured in about two seconds, and what a process takes of its memory."""
 
+import functools
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from shardes import noise
+from shardes.backends.registry import BACKENDS
 from shardes.config.schema import Config
 from shardes.es.update import Perturbation
 from shardes.noise.region import Region
@@ -25,6 +30,8 @@ _OF_RUNS = ("shardes.trainer", "shardes.noise.cpu")
 # once and are more than caches hold.
 _INNER, _MANY_ROWS, _FEW_ROWS, _NUM_MATRICES = 2048, 512, 4, 16
 _ELEMENTS = 1 << 21
+# Numbers of collectives that are measured in a row, and the bytes of a large one and of a small one.
+_NUM_COLLECTIVES = {1 << 22: 2, 1 << 10: 50}
 _NUM_TURNS = 5
 
 
@@ -37,6 +44,7 @@ def machine_of(config: Config, *, device_type: str, **known: float | None) -> Ma
         known: Attributes of the machine that are known; None where they are not.
     """
     if device_type == "cpu":
+        BACKENDS[config.parallel.backend].load()  # whose libraries a process of the run has
         threads = torch.get_num_threads()
         if config.parallel.threads_per_rank is not None:
             torch.set_num_threads(config.parallel.threads_per_rank)
@@ -69,6 +77,8 @@ def measured_machine(
     matrices = torch.full((_NUM_MATRICES, _INNER, _INNER), 0.01, dtype=dtype)
     reading, computing = _products(matrices, num_turns)
     copied = torch.empty_like(matrices)
+    large, small = _collectives(num_turns).items()
+    of_small = small[1]
     return Machine(
         memory_bytes,
         "cpu",
@@ -76,6 +86,8 @@ def measured_machine(
         process_bytes,
         # A part is copied by the rank that sends it, and twice by one that has it and receives another.
         gather_bytes_per_second=matrices.nbytes / 3 / _median(lambda: copied.copy_(matrices), num_turns),
+        collective_bytes_per_second=large[0] / max(large[1] - of_small, large[1] / 2),
+        collective_seconds=of_small,
         memory_bytes_per_second=reading,
         flops_per_second=computing,
         noise_elements_per_second=_noise_rate(dtype, num_turns),
@@ -123,6 +135,39 @@ def _noise_rate(dtype: torch.dtype, num_turns: int) -> float:
 
     perturb()  # compiled, or read from numba's cache
     return _ELEMENTS / _median(perturb, num_turns)
+
+
+def _collectives(num_turns: int) -> dict[int, float]:
+    """Return the seconds that a rank takes for a large and for a small gather from another one, by bytes.
+
+    The two ranks are threads of this process, which gather by gloo as processes do.
+    """
+    store, ranks = dist.HashStore(), range(2)
+    groups: dict[int, Any] = {}
+
+    def on_ranks(run: Callable[[int], object]) -> None:
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def make_group(rank: int) -> None:
+        groups[rank] = dist.ProcessGroupGloo(store, rank, len(ranks), timedelta(seconds=60))
+
+    on_ranks(make_group)
+    found = {}
+    for num_bytes, count in _NUM_COLLECTIVES.items():
+        parts = {rank: torch.zeros(num_bytes, dtype=torch.uint8) for rank in ranks}
+        wholes = {rank: [torch.empty_like(parts[rank]) for _ in ranks] for rank in ranks}
+
+        def gather(rank: int, parts: Any = parts, wholes: Any = wholes, count: int = count) -> None:
+            for _ in range(count):
+                groups[rank].allgather([wholes[rank]], [parts[rank]]).wait()
+
+        seconds = _median(functools.partial(on_ranks, gather), num_turns) * torch.get_num_threads()
+        found[num_bytes] = seconds / count / len(ranks)
+    return found
 
 
 def _attention_rate(dtype: torch.dtype, num_turns: int) -> float:

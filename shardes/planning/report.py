@@ -63,6 +63,7 @@ def _memory(plan: Plan) -> list[str]:
         ("transfer buffers", memory.passing, "on the way from and to host memory"),
         *((f"gather: {gather}", held, _GATHER_NOTES[gather]) for gather, held in memory.gathers.items()),
         ("interpreter and libraries", memory.process, "of each process"),
+        ("kept of gathered layers", memory.fragments, "by the C library; only with gather: layer"),
         ("keys and values", memory.cache, "while answering"),
         ("activations and logits", memory.activations, "while answering"),
         ("buffers of an update", memory.update, "temporarily; not while answering"),

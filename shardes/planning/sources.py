@@ -1,5 +1,6 @@
 """The sources of a plan: the architecture, the headers of the weights, and the data if it is there."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from shardes.models.hub import has_all_weights
 from shardes.planning.hub_model import headers_from_hub, without_weights
 from shardes.planning.machine import Machine
 from shardes.planning.plan import Plan
+from shardes.planning.rates import used_bytes
 from shardes.planning.workload import make_workload
 from shardes.rollout.preparing import make_encoder
 from shardes.runs.journal import recorded_commit
@@ -70,6 +72,8 @@ def plan_run(
     workload = make_workload(
         config, task=task, encoder=encoder, num_prompts=num_prompts, prompt_tokens=prompt_tokens
     )
+    if machine.process_bytes:  # with the tokenizer, which runs load, too
+        machine = replace(machine, process_bytes=used_bytes())
     plan = Plan(config, model, workload=workload, machine=machine, world_size=world_size)
     if config.rollout.micro_batch_size == "auto":
         plan = plan.with_rows_found()

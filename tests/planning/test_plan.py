@@ -195,6 +195,55 @@ def test_what_an_iteration_costs(models):
     assert (single.num_gathers, single.received_bytes) == (0, 0)
 
 
+def test_every_collective_of_a_forward_takes_its_time(models):
+    model = models("qwen2.5-7b")
+    fast = Machine(80 * GIB, collective_seconds=0.0)
+    load = make_workload(config_of(), num_prompts=200, prompt_tokens=100)
+    # A layer has 7 matrices; DeepSpeed keeps norms and biases gathered. FSDP2 gathers 28 layers, the two ends
+    # and the root.
+    for backend, count in (("zero3", 28 * 7 + 2), ("fsdp", 28 + 3), ("tensor_parallel", 2 * 28)):
+        config = config_of(parallel__backend=backend)
+        plans = [
+            Plan(config, model, workload=load, machine=machine, world_size=4)
+            for machine in (Machine(80 * GIB), fast)
+        ]
+        slow, quick = (plan.cost("layer").seconds for plan in plans)
+        # Of the 8 micro-batches of a member, each of 4 ranks that have their own has 2.
+        num_forwards = 30 * (8 if backend == "tensor_parallel" else 2) * 1024
+        assert slow - quick == pytest.approx(num_forwards * count * 30e-6, rel=1e-6), backend
+    # Layers come at the rate of collectives, whole models at that of large gathers.
+    slow = Machine(80 * GIB, collective_bytes_per_second=100e9)
+    plans = [
+        Plan(config_of(), model, workload=load, machine=each, world_size=4)
+        for each in (slow, Machine(80 * GIB))
+    ]
+    member, layer = ([plan.cost(gather) for plan in plans] for gather in ("member", "layer"))
+    assert member[0].seconds == member[1].seconds
+    assert layer[0].seconds - layer[1].seconds == pytest.approx(layer[0].received_bytes / 200e9)
+
+
+def test_a_process_keeps_the_places_of_gathered_layers(models):
+    model = models("qwen2.5-0.5b")
+    load = make_workload(config_of(), num_prompts=200, prompt_tokens=100)
+
+    def needed(world_size, process_bytes, **changes):
+        machine = Machine(80 * GIB, "cpu", process_bytes=process_bytes)
+        plan = Plan(config_of(**changes), model, workload=load, machine=machine, world_size=world_size)
+        return {gather: plan.memory.needed(gather) - process_bytes for gather in plan.memory.gathers}
+
+    copy = 2 * NUM_PARAMETERS["qwen2.5-0.5b"]
+    before, after = needed(2, 0), needed(2, GIB)
+    assert {gather: after[gather] - before[gather] for gather in before} == {
+        "iteration": 0,
+        "member": 0,
+        "layer": copy,
+    }
+    batched = {"es__noise": "low_rank", "rollout__members_per_forward": 10}
+    before, after = needed(2, 0, **batched), needed(2, GIB, **batched)
+    assert {after[gather] - before[gather] for gather in ("iteration", "layer")} == {copy}
+    assert needed(1, 0) == needed(1, GIB)
+
+
 @pytest.mark.parametrize("changes", [{"es__weight_decay": 0.1}, {"es__member_reuse": 0.5}], ids=str)
 def test_an_update_that_is_not_one_sum_of_noise_takes_a_gradient(models, changes):
     found = [
@@ -366,6 +415,7 @@ def test_the_rates_of_a_cpu_are_measured():
     assert found.device_type == "cpu" and not found.overlaps
     assert min(vars(found)["flops_per_second"], found.memory_bytes_per_second) > 1e7
     assert found.process_bytes > 50 * 2**20
+    assert 1e-6 < found.collective_seconds < 0.1 and 1e7 < found.collective_bytes_per_second < 1e11
     given = machine_of(config_of(), device_type="cuda", memory_bytes=GIB, flops_per_second=None)
     assert given == Machine(GIB)
 

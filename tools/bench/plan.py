@@ -35,7 +35,6 @@ CASES = [
     ("zero3", "iteration", 2, 2),
     ("zero3", "layer", 2, 2),
 ]
-COLLECTIVE_BYTES = 16 * 2**20
 
 
 def peak_bytes() -> int:
@@ -69,8 +68,6 @@ def measure(tree: dict[str, Any], out: Path) -> None:
         peak = peak_bytes()
         world.barrier()
         rates = vars(measured_machine(getattr(torch, config.model.dtype)))
-        if config.rollout.gather == "layer" and world.world_size > 1:
-            rates = rates | {"gather_bytes_per_second": _collective_rate(config.parallel.backend, world)}
         peaks = [ranks["peak"] for ranks in world.gather_json({"peak": peak})]
         if world.is_main:
             found = {
@@ -82,24 +79,6 @@ def measure(tree: dict[str, Any], out: Path) -> None:
             }
             out.write_text(json.dumps(found))
         world.barrier()
-
-
-def _collective_rate(backend: str, world: Any) -> float:
-    """Return the bytes that a rank receives in a second in the collectives of a forward."""
-    import torch.distributed as dist
-
-    local = torch.zeros(COLLECTIVE_BYTES // 4)
-    output = torch.empty(world.world_size * len(local))
-    least = float("inf")
-    for _ in range(5):
-        world.barrier()
-        start = time.process_time()
-        if backend == "tensor_parallel":
-            world.gather_tensor(local, output)
-        else:
-            dist.all_gather_into_tensor(output, local)
-        least = min(least, time.process_time() - start)
-    return (world.world_size - 1) * COLLECTIVE_BYTES / least
 
 
 def tree_of(folder: Path, case: tuple[str, str, int, int], *, facts: dict[str, Any], dtype: str) -> Any:
@@ -117,7 +96,7 @@ def tree_of(folder: Path, case: tuple[str, str, int, int], *, facts: dict[str, A
         },
         "es": {
             "iterations": 2,
-            "population": facts["population"],
+            "population": facts["population"] * together,
             "sigma": 1e-3,
             "noise": "gaussian" if together == 1 else "low_rank",
         },
@@ -133,12 +112,14 @@ def tree_of(folder: Path, case: tuple[str, str, int, int], *, facts: dict[str, A
 
 def compared(tree: dict[str, Any], found: dict[str, Any], *, ranks: int) -> Row:
     """Return the figures of a case beside what is planned for it."""
+    from shardes.backends.registry import BACKENDS
     from shardes.config.loading import parse_config
     from shardes.planning.machine import Machine
     from shardes.planning.rates import used_bytes
     from shardes.planning.sources import plan_run
 
-    machine = replace(Machine(**found["rates"]), process_bytes=used_bytes())
+    BACKENDS[tree["parallel"]["backend"]].load()  # as a plan does, which has its libraries then
+    machine = replace(Machine(**found["rates"]), process_bytes=used_bytes())  # and not that of the ranks
     plan, _ = plan_run(parse_config(tree, source="benchmark"), machine=machine, world_size=ranks)
     gather = tree["rollout"]["gather"]
     planned = {"bytes": plan.memory.needed(gather), "seconds": plan.cost(gather).seconds}
