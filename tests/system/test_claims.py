@@ -187,6 +187,13 @@ def results_of_both():
     return Results(lines)
 
 
+def test_an_arm_with_a_step_of_its_own_has_no_sweep():
+    from claims.runs import missing
+
+    arm = "es, three times the answers"
+    assert [*missing([], ["receipts"], [arm])] == [("receipts", arm, 0.007, seed) for seed in (1, 2)]
+
+
 def test_tables_say_what_lines_say():
     from claims import tables
 
@@ -210,7 +217,7 @@ def test_an_arm_with_half_of_the_answers_is_compared_at_its_end():
 
     half = "es, small steps, half"
     assert arms.definition("addition", half)["num_completions"] == 12288
-    lines = results_of_both().lines + play(peaked_at(0.02), arm=half)
+    lines = results_of_both().lines + play(peaked_at(arms.step_size("addition", half, 2)), arm=half)
     rows = [row.split(" | ") for row in tables.rewards(Results(lines)) if row.startswith("| ")]
     # Two points of 500 tokens each are what the others have spent, and not the one of this arm.
     assert rows[0][-3] == "after 1000 tokens"

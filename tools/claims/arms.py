@@ -53,6 +53,7 @@ class Arm:
         answers: Answers that an iteration generates, as a share of those of all members to all problems.
         budget: Answers of a run, as a share of the task's.
         step_of: Name of the arm whose best step size it has; None: it has a sweep of its own.
+        step: Step size of all its runs, which then have no sweep; None: the best one.
         evidence: Part of the page that it belongs to: ``main``, ``delay``, ``hacking`` or ``options``.
     """
 
@@ -63,6 +64,7 @@ class Arm:
     answers: float = 1.0
     budget: float = 1.0
     step_of: str | None = None
+    step: float | None = None
     evidence: str = "main"
 
 
@@ -127,6 +129,8 @@ ARMS = {
         )
         for beta in (0.01, 0.1)
     },
+    # As long as GRPO takes for a third of the answers, at the step size of the file.
+    "es, three times the answers": Arm("es", tasks=("receipts",), budget=3, step=0.007),
     # Options of the algorithm, at equal tokens: where an iteration asks less, there are more of them.
     "es, 4 subspaces": Arm("es", {"es.subspaces": 4}, tasks=OPTIONS, evidence="options"),
     "es, 16 subspaces": Arm("es", {"es.subspaces": 16}, tasks=OPTIONS, evidence="options"),
@@ -140,9 +144,10 @@ ARMS = {
         evidence="options",
     ),
     # An eighth of the answers in an iteration, so there are eight times as many; and with half of the answers
-    # in all.
-    "es, small steps": Arm("es", SMALL_STEPS, tasks=TOYS, evidence="options"),
-    "es, small steps, half": Arm("es", SMALL_STEPS, tasks=TOYS, budget=0.5, evidence="options"),
+    # in all. Shorter steps, since there are more.
+    "es, half": Arm("es", tasks=TOYS, budget=0.5, evidence="options"),
+    "es, small steps": Arm("es", SMALL_STEPS, tasks=TOYS, scale=0.63, evidence="options"),
+    "es, small steps, half": Arm("es", SMALL_STEPS, tasks=TOYS, scale=0.63, budget=0.5, evidence="options"),
     "es, 2 problems": Arm("es", {"task.batch_size": 2}, tasks=("receipts-640",), evidence="options"),
     "es, 2 problems, half": Arm(
         "es", {"task.batch_size": 2}, tasks=("receipts-640",), budget=0.5, evidence="options"

@@ -36,7 +36,7 @@ class Results:
         return [
             arm
             for arm, defined in ARMS.items()
-            if (kinds is None or defined.evidence in kinds) and self.runs(task, arm)
+            if task in defined.tasks and (kinds is None or defined.evidence in kinds) and self.runs(task, arm)
         ]
 
     def sweep(self, task: str, arm: str) -> dict[float, float]:

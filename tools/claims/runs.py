@@ -70,6 +70,8 @@ def next_of_sweep(found: dict[float, float], task: str, arm: str) -> tuple[list[
 
 def best_step(lines: Sequence[Line], task: str, arm: str) -> float | None:
     """Return the step size of an arm's reported runs; None while the sweep that decides it is not over."""
+    if ARMS[arm].step is not None:
+        return ARMS[arm].step
     tuned = ARMS[arm].step_of or arm
     return next_of_sweep(swept(lines, task, tuned), task, tuned)[1]
 

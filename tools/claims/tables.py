@@ -118,7 +118,7 @@ def steps(results: Results) -> list[str]:
     """Return the rewards of the sweeps."""
     lines = []
     for task in results.tasks():
-        arms = [arm for arm in ARMS if results.sweep(task, arm) and results.best(task, arm) is not None]
+        arms = [arm for arm in results.arms(task) if results.sweep(task, arm)]
         rows = []
         for arm in arms:
             good, tried = results.good_steps(task, arm)
