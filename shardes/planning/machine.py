@@ -18,7 +18,7 @@ class Machine:
             interpreter and its libraries.
         gather_bytes_per_second: Rate at which a rank receives in a large gather.
         collective_bytes_per_second: The same for the collectives of a forward, in which layers are gathered.
-        collective_seconds: Least time of a collective, however little it moves.
+        collective_seconds: Least time of a collective, however little it moves, with the hooks that call it.
         memory_bytes_per_second: Rate at which weights are read.
         flops_per_second: Rate of large matrix products in the model's dtype.
         noise_elements_per_second: Rate at which Gaussian noise is computed and added.
@@ -33,7 +33,7 @@ class Machine:
     process_bytes: int = 0
     gather_bytes_per_second: float = 200e9
     collective_bytes_per_second: float = 200e9
-    collective_seconds: float = 30e-6
+    collective_seconds: float = 100e-6
     memory_bytes_per_second: float = 2000e9
     flops_per_second: float = 300e12
     noise_elements_per_second: float = 100e9

@@ -381,7 +381,11 @@ class Plan:
             rate = rate if is_split else machine.collective_bytes_per_second
         seconds += received / rate
         timer = ForwardTimer(
-            self.model, machine=machine, dtype=self.dtype, num_sharers=ranks if is_split else 1
+            self.model,
+            machine=machine,
+            dtype=self.dtype,
+            num_sharers=ranks if is_split else 1,
+            has_terms=self.config.rollout.is_batched,
         )
         seconds += num_batches * self._batch_seconds(timer, rows)
         if num_prefixes:

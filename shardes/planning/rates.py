@@ -30,8 +30,10 @@ _OF_RUNS = ("shardes.trainer", "shardes.noise.cpu")
 # once and are more than caches hold.
 _INNER, _MANY_ROWS, _FEW_ROWS, _NUM_MATRICES = 2048, 512, 4, 16
 _ELEMENTS = 1 << 21
-# Numbers of collectives that are measured in a row, and the bytes of a large one and of a small one.
-_NUM_COLLECTIVES = {1 << 22: 2, 1 << 10: 50}
+_COLLECTIVE_BYTES = 1 << 22
+# Of the processor, for gloo, the hooks that call it and the waits of threads for each other: from runs of
+# SmolLM2 (benchmarks/plan-smollm2-cpu.json). What two threads measure is anything from .1 to 1 ms.
+COLLECTIVE_SECONDS = 8e-4
 _NUM_TURNS = 5
 
 
@@ -77,8 +79,6 @@ def measured_machine(
     matrices = torch.full((_NUM_MATRICES, _INNER, _INNER), 0.01, dtype=dtype)
     reading, computing = _products(matrices, num_turns)
     copied = torch.empty_like(matrices)
-    large, small = _collectives(num_turns).items()
-    of_small = small[1]
     return Machine(
         memory_bytes,
         "cpu",
@@ -86,8 +86,8 @@ def measured_machine(
         process_bytes,
         # A part is copied by the rank that sends it, and twice by one that has it and receives another.
         gather_bytes_per_second=matrices.nbytes / 3 / _median(lambda: copied.copy_(matrices), num_turns),
-        collective_bytes_per_second=large[0] / max(large[1] - of_small, large[1] / 2),
-        collective_seconds=of_small,
+        collective_bytes_per_second=_collective_rate(num_turns),
+        collective_seconds=COLLECTIVE_SECONDS,
         memory_bytes_per_second=reading,
         flops_per_second=computing,
         noise_elements_per_second=_noise_rate(dtype, num_turns),
@@ -137,37 +137,31 @@ def _noise_rate(dtype: torch.dtype, num_turns: int) -> float:
     return _ELEMENTS / _median(perturb, num_turns)
 
 
-def _collectives(num_turns: int) -> dict[int, float]:
-    """Return the seconds that a rank takes for a large and for a small gather from another one, by bytes.
+def _collective_rate(num_turns: int) -> float:
+    """Return the bytes that a rank receives in a second when it gathers with another one.
 
-    The two ranks are threads of this process, which gather by gloo as processes do.
+    The two are threads of this process, which gather by gloo as processes do.
     """
-    store, ranks = dist.HashStore(), range(2)
-    groups: dict[int, Any] = {}
+    store, groups = dist.HashStore(), dict[int, Any]()
+    local = torch.zeros(_COLLECTIVE_BYTES, dtype=torch.uint8)
+    outputs = [[torch.empty_like(local) for _ in range(2)] for _ in range(2)]
 
-    def on_ranks(run: Callable[[int], object]) -> None:
-        threads = [threading.Thread(target=run, args=(rank,)) for rank in ranks]
+    def on_both(run: Callable[[int], object]) -> None:
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
 
     def make_group(rank: int) -> None:
-        groups[rank] = dist.ProcessGroupGloo(store, rank, len(ranks), timedelta(seconds=60))
+        groups[rank] = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=60))
 
-    on_ranks(make_group)
-    found = {}
-    for num_bytes, count in _NUM_COLLECTIVES.items():
-        parts = {rank: torch.zeros(num_bytes, dtype=torch.uint8) for rank in ranks}
-        wholes = {rank: [torch.empty_like(parts[rank]) for _ in ranks] for rank in ranks}
+    def gather(rank: int) -> None:
+        groups[rank].allgather([outputs[rank]], [local]).wait()
 
-        def gather(rank: int, parts: Any = parts, wholes: Any = wholes, count: int = count) -> None:
-            for _ in range(count):
-                groups[rank].allgather([wholes[rank]], [parts[rank]]).wait()
-
-        seconds = _median(functools.partial(on_ranks, gather), num_turns) * torch.get_num_threads()
-        found[num_bytes] = seconds / count / len(ranks)
-    return found
+    on_both(make_group)
+    of_both = _median(functools.partial(on_both, gather), num_turns) * torch.get_num_threads()
+    return _COLLECTIVE_BYTES / (of_both / 2)
 
 
 def _attention_rate(dtype: torch.dtype, num_turns: int) -> float:

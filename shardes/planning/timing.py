@@ -43,11 +43,20 @@ class ForwardTimer:
         machine: Device of each rank.
         dtype: Dtype of weights and activations.
         num_sharers: Number of ranks that share the heads and the inner neurons of each layer.
+        has_terms: Whether low-rank terms of members are added to the products.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, machine: Machine, dtype: torch.dtype, num_sharers: int
+        self,
+        model: PreTrainedModel,
+        *,
+        machine: Machine,
+        dtype: torch.dtype,
+        num_sharers: int,
+        has_terms: bool = False,
     ) -> None:
+        # A term reads and writes the product that it is added to, by as many operations again.
+        self._times = 2 if has_terms else 1
         self._machine, self._dtype, self._part = machine, dtype, 1 / num_sharers
         self._config: Any = model.config.get_text_config()
         self._model_config = model.config
@@ -77,8 +86,9 @@ class ForwardTimer:
         computing += self._part * attention / machine.attention_flops_per_second
         passes = _HIDDEN_PASSES * config.hidden_size + _INNER_PASSES * inner * self._part
         moving = num_tokens * layers * passes * self._dtype.itemsize / machine.elementwise_bytes_per_second
+        least = layers * machine.layer_seconds
         products = max(reading, computing) if machine.overlaps else reading + computing
-        return products + moving + layers * machine.layer_seconds
+        return products + self._times * (moving + least)
 
 
 def noise_seconds(num_perturbed: float, num_updated: float, *, es: EsConfig, machine: Machine) -> float:

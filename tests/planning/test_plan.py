@@ -210,7 +210,7 @@ def test_every_collective_of_a_forward_takes_its_time(models):
         slow, quick = (plan.cost("layer").seconds for plan in plans)
         # Of the 8 micro-batches of a member, each of 4 ranks that have their own has 2.
         num_forwards = 30 * (8 if backend == "tensor_parallel" else 2) * 1024
-        assert slow - quick == pytest.approx(num_forwards * count * 30e-6, rel=1e-6), backend
+        assert slow - quick == pytest.approx(num_forwards * count * 100e-6, rel=1e-6), backend
     # Layers come at the rate of collectives, whole models at that of large gathers.
     slow = Machine(80 * GIB, collective_bytes_per_second=100e9)
     plans = [
@@ -415,7 +415,7 @@ def test_the_rates_of_a_cpu_are_measured():
     assert found.device_type == "cpu" and not found.overlaps
     assert min(vars(found)["flops_per_second"], found.memory_bytes_per_second) > 1e7
     assert found.process_bytes > 50 * 2**20
-    assert 1e-6 < found.collective_seconds < 0.1 and 1e7 < found.collective_bytes_per_second < 1e11
+    assert 1e7 < found.collective_bytes_per_second < 1e11
     given = machine_of(config_of(), device_type="cuda", memory_bytes=GIB, flops_per_second=None)
     assert given == Machine(GIB)
 

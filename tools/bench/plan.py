@@ -7,6 +7,8 @@ at the rates that all of its ranks measure at the same time when it is over.
     python tools/get_smollm2.py
     python tools/bench/plan.py --json benchmarks/plan-smollm2-cpu.json
 
+With --again, the runs of that file are planned again, by the rates that were measured for them, and not run.
+
 Memory is the most that the process of a rank has had at once (VmHWM), of all ranks the largest. Seconds are
 those of the processor for rank 0, of the second iteration: what else runs on the machine does not count then,
 nor does a wait for another rank. Answers that end early take less than what is planned for the longest.
@@ -115,11 +117,12 @@ def compared(tree: dict[str, Any], found: dict[str, Any], *, ranks: int) -> Row:
     from shardes.backends.registry import BACKENDS
     from shardes.config.loading import parse_config
     from shardes.planning.machine import Machine
-    from shardes.planning.rates import used_bytes
+    from shardes.planning.rates import COLLECTIVE_SECONDS, used_bytes
     from shardes.planning.sources import plan_run
 
     BACKENDS[tree["parallel"]["backend"]].load()  # as a plan does, which has its libraries then
-    machine = replace(Machine(**found["rates"]), process_bytes=used_bytes())  # and not that of the ranks
+    rates = found["rates"] | {"collective_seconds": COLLECTIVE_SECONDS}  # the one that is not measured
+    machine = replace(Machine(**rates), process_bytes=used_bytes())  # and not that of the ranks
     plan, _ = plan_run(parse_config(tree, source="benchmark"), machine=machine, world_size=ranks)
     gather = tree["rollout"]["gather"]
     planned = {"bytes": plan.memory.needed(gather), "seconds": plan.cost(gather).seconds}
@@ -134,6 +137,11 @@ def compared(tree: dict[str, Any], found: dict[str, Any], *, ranks: int) -> Row:
         "phases": found["phases"],
         "rates": found["rates"],
     }
+
+
+def place_of(row: Row) -> tuple[Any, ...]:
+    """Return what a row is a run of."""
+    return tuple(row[key] for key in ("backend", "gather", "ranks", "together", "dtype"))
 
 
 HEADER = (
@@ -170,6 +178,7 @@ def formatted(row: Row) -> str:
 @click.option("--population", type=click.IntRange(min=2), default=2, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--again", is_flag=True, help="Plan the runs of the file of --json again.")
 @click.option("--job", type=click.Path(path_type=Path), nargs=2, hidden=True)
 def main(
     *,
@@ -181,6 +190,7 @@ def main(
     population: int,
     new_tokens: int,
     json_path: Path | None,
+    again: bool,
     job: tuple[Path, Path] | None,
 ) -> None:
     if job is not None:
@@ -196,6 +206,13 @@ def main(
         "threads_per_rank": 1,
         **machine_facts("cpu"),
     }
+    known: dict[tuple[Any, ...], Row] = {}
+    if again:
+        if json_path is None:
+            raise click.UsageError("--again: there is no --json FILE with the runs; give it")
+        report = json.loads(json_path.read_text())
+        facts = report["facts"] | {"model": str(model), "planned_by": machine_facts("cpu")["shardes"]}
+        known = {place_of(row): row for row in report["rows"] if "failure" not in row}
     show(facts)
     click.echo(f"\n{HEADER}")
     rows: list[Row] = []
@@ -208,10 +225,13 @@ def main(
                 backend, gather, ranks, together = case
                 if (backends and backend not in backends) or gather not in gathers:
                     continue
-                tree = tree_of(folder, case, facts=facts, dtype=dtype)
-                found = run_job(__file__, tree, world_size=0 if ranks == 1 else ranks, folder=folder)
                 row: Row = {"backend": backend, "gather": gather, "ranks": ranks, "together": together}
                 row |= {"dtype": dtype}
+                tree = tree_of(folder, case, facts=facts, dtype=dtype)
+                if again:
+                    found: Any = known.get(place_of(row), "not among the runs of the file")
+                else:
+                    found = run_job(__file__, tree, world_size=0 if ranks == 1 else ranks, folder=folder)
                 row |= {"failure": found} if isinstance(found, str) else compared(tree, found, ranks=ranks)
                 rows.append(row)
                 click.echo(formatted(row))
