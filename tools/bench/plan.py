@@ -19,7 +19,6 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +113,16 @@ def tree_of(folder: Path, case: tuple[str, str, int, int], *, facts: dict[str, A
 
 def compared(tree: dict[str, Any], found: dict[str, Any], *, ranks: int) -> Row:
     """Return the figures of a case beside what is planned for it."""
-    from shardes.backends.registry import BACKENDS
     from shardes.config.loading import parse_config
     from shardes.planning.machine import Machine
     from shardes.planning.rates import COLLECTIVE_SECONDS, used_bytes
     from shardes.planning.sources import plan_run
 
-    BACKENDS[tree["parallel"]["backend"]].load()  # as a plan does, which has its libraries then
-    rates = found["rates"] | {"collective_seconds": COLLECTIVE_SECONDS}  # the one that is not measured
-    machine = replace(Machine(**rates), process_bytes=used_bytes())  # and not that of the ranks
-    plan, _ = plan_run(parse_config(tree, source="benchmark"), machine=machine, world_size=ranks)
+    config = parse_config(tree, source="benchmark")
+    # Those of the ranks, but for the least time, which is not measured, and the process, which is a plan's.
+    rates = found["rates"] | {"collective_seconds": COLLECTIVE_SECONDS, "process_bytes": used_bytes()}
+    machine = Machine(**rates)
+    plan, _ = plan_run(config, machine=machine, world_size=ranks)
     gather = tree["rollout"]["gather"]
     planned = {"bytes": plan.memory.needed(gather), "seconds": plan.cost(gather).seconds}
     return {
@@ -193,6 +192,9 @@ def main(
     again: bool,
     job: tuple[Path, Path] | None,
 ) -> None:
+    from shardes.backends.registry import BACKENDS
+    from shardes.planning.rates import measured_machine
+
     if job is not None:
         measure(json.loads(job[0].read_text()), job[1])
         sys.stdout.flush()
@@ -216,6 +218,9 @@ def main(
     show(facts)
     click.echo(f"\n{HEADER}")
     rows: list[Row] = []
+    for name in ("zero3", "fsdp"):
+        BACKENDS[name].load()
+    measured_machine(torch.float32)  # as a plan does, which counts what that leaves in its memory
     with tempfile.TemporaryDirectory(prefix="shardes-bench-") as name:
         folder = Path(name)
         receipts = (ROOT / "configs" / "own_task" / "problems.jsonl").read_text().splitlines()

@@ -108,7 +108,7 @@ TASKS = {
         "configs/smollm2/receipts.yaml",
         **{**SMOLLM2, "num_completions": 640, "first_steps": {"es": 0.007}},
     ),
-    "conciseness": StudyTask("configs/smollm2/conciseness.yaml", **SMOLLM2),
+    "conciseness": StudyTask("configs/smollm2/conciseness.yaml", **{**SMOLLM2, "num_completions": 640}),
 }
 
 TOYS = ("quickstart", "addition")
