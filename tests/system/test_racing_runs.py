@@ -105,6 +105,8 @@ def test_a_race_goes_on_wherever_it_was_cut_with_the_same_bytes(tmp_path, model,
     (first, last) = steady_metrics(whole)
     assert first["num_answers_saved"] > 0
     assert last["weights_digest"] == first["weights_digest"]
+    samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
+    assert {(sample["iteration"], sample["member"]) for sample in samples} == {(0, 0)}  # of its first portion
     lines = (whole / "journal.jsonl").read_bytes().splitlines(keepends=True)
     kinds = [json.loads(line)["type"] for line in lines]
     answered = [len(record["part"]["indices"]) for record in records_of(whole, "portion")]
