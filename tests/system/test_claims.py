@@ -190,7 +190,7 @@ def results_of_both():
 def test_an_arm_with_a_step_of_its_own_has_no_sweep():
     from claims.runs import missing
 
-    arm = "es, three times the answers"
+    arm = "es, 2 problems, GRPO's time"
     assert [*missing([], ["receipts"], [arm])] == [("receipts", arm, 0.007, seed) for seed in (1, 2)]
 
 

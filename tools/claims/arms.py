@@ -129,8 +129,6 @@ ARMS = {
         )
         for beta in (0.01, 0.1)
     },
-    # As long as GRPO takes for a third of the answers, at the step size of the file.
-    "es, three times the answers": Arm("es", tasks=("receipts",), budget=3, step=0.007),
     # Options of the algorithm, at equal tokens: where an iteration asks less, there are more of them.
     "es, 4 subspaces": Arm("es", {"es.subspaces": 4}, tasks=OPTIONS, evidence="options"),
     "es, 16 subspaces": Arm("es", {"es.subspaces": 16}, tasks=OPTIONS, evidence="options"),
@@ -146,11 +144,12 @@ ARMS = {
     # An eighth of the answers in an iteration, so there are eight times as many; and with half of the answers
     # in all. Shorter steps, since there are more.
     "es, half": Arm("es", tasks=TOYS, budget=0.5, evidence="options"),
-    "es, small steps": Arm("es", SMALL_STEPS, tasks=TOYS, scale=0.63, evidence="options"),
+    "es, small steps": Arm("es", SMALL_STEPS, tasks=TOYS, evidence="options"),
     "es, small steps, half": Arm("es", SMALL_STEPS, tasks=TOYS, scale=0.63, budget=0.5, evidence="options"),
     "es, 2 problems": Arm("es", {"task.batch_size": 2}, tasks=("receipts-640",), evidence="options"),
-    "es, 2 problems, half": Arm(
-        "es", {"task.batch_size": 2}, tasks=("receipts-640",), budget=0.5, evidence="options"
+    # About as long as GRPO takes for 1280 answers, at the step size that was best with 640.
+    "es, 2 problems, GRPO's time": Arm(
+        "es", {"task.batch_size": 2}, tasks=("receipts",), budget=1.125, step=0.007, evidence="options"
     ),
     "es, reuse of members": Arm("es", {"es.member_reuse": 0.5}, tasks=OPTIONS, evidence="options"),
     "es, step rule": Arm("es", {"es.step_rule": "reliability"}, tasks=OPTIONS, evidence="options"),
