@@ -5,11 +5,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from claims.arms import ARMS
 from claims.figures import Results, interpolated
 from claims.lines import Line
 from claims.tables import SPENT
 
 NUM_PLACES = 200
+# Of ten arms each; there are as many colours.
+LINES = ("-", "--", ":", "-.")
 
 
 def draw(results: Results, out: Path) -> list[str]:
@@ -66,6 +69,12 @@ def _grid(
     return True
 
 
+def _style(arm: str) -> dict[str, str]:
+    """Return the colour and the line of an arm, which are the same in all pictures and nobody else's."""
+    line, colour = divmod(list(ARMS).index(arm), 10)
+    return {"color": f"C{colour}", "linestyle": LINES[line]}
+
+
 def _curves(results: Results, task: str, panels: Sequence[Any]) -> None:
     """Draw held-out reward against what was spent: means over seeds, and all runs between the lines."""
     for arm in results.arms(task):
@@ -73,10 +82,10 @@ def _curves(results: Results, task: str, panels: Sequence[Any]) -> None:
         for panel, (key, label) in zip(panels, SPENT.items(), strict=True):
             places, rewards = _band(lines, key)
             means = [statistics.fmean(values) for values in rewards]
-            (drawn,) = panel.plot(places, means, label=arm)
-            panel.fill_between(
-                places, list(map(min, rewards)), list(map(max, rewards)), alpha=0.15, color=drawn.get_color()
-            )
+            style = _style(arm)
+            panel.plot(places, means, label=arm, **style)
+            low, high = list(map(min, rewards)), list(map(max, rewards))
+            panel.fill_between(places, low, high, alpha=0.1, color=style["color"])
             panel.locator_params(axis="x", nbins=5)
             panel.set_xlabel(label)
     panels[0].set_ylabel("held-out reward")
@@ -95,7 +104,8 @@ def _steps(results: Results, task: str, panels: Sequence[Any]) -> None:
         best, found = results.best(task, arm), results.sweep(task, arm)
         if best is None or not found:
             continue
-        panels[0].plot([size / best for size in found], list(found.values()), marker="o", label=arm)
+        sizes = [size / best for size in found]
+        panels[0].plot(sizes, list(found.values()), marker="o", label=arm, **_style(arm))
     panels[0].axhline(results.base_reward(task), color="grey", linewidth=0.8, linestyle=":")
     panels[0].set_xscale("log")
     panels[0].set_xlabel("step size / best")
@@ -105,17 +115,15 @@ def _steps(results: Results, task: str, panels: Sequence[Any]) -> None:
 def _divergences(results: Results, task: str, panels: Sequence[Any]) -> None:
     """Draw held-out reward against the divergence from the base model, each run a line."""
     for arm in results.arms(task):
-        color = None
-        for line in results.runs(task, arm).values():
+        for number, line in enumerate(results.runs(task, arm).values()):
             points = [p for p in line["curve"] if p["reward"] is not None and p.get("kl") is not None]
-            (drawn,) = panels[0].plot(
+            panels[0].plot(
                 [point["kl"] for point in points],
                 [point["reward"] for point in points],
                 marker=".",
                 linewidth=0.8,
-                color=color,
-                label=arm if color is None else None,
+                label=None if number else arm,
+                **_style(arm),
             )
-            color = drawn.get_color()
     panels[0].set_xlabel("KL(model || base), nats per token")
     panels[0].set_ylabel("held-out reward")
