@@ -146,6 +146,16 @@ ARMS = {
     "es, half": Arm("es", tasks=TOYS, budget=0.5, evidence="options"),
     "es, small steps": Arm("es", SMALL_STEPS, tasks=TOYS, evidence="options"),
     "es, small steps, half": Arm("es", SMALL_STEPS, tasks=TOYS, scale=0.63, budget=0.5, evidence="options"),
+    # The two best together.
+    "es, small steps, half, racing": Arm(
+        "es",
+        {**SMALL_STEPS, "es.racing": {"rounds": 4, "keep": 0.5}, "rollout.micro_batch_size": 4},
+        tasks=("addition",),
+        scale=0.63,
+        answers=0.46875,
+        budget=0.5,
+        evidence="options",
+    ),
     "es, 2 problems": Arm("es", {"task.batch_size": 2}, tasks=("receipts-640",), evidence="options"),
     # About as long as GRPO takes for 1280 answers, at the step size that was best with 640.
     "es, 2 problems, GRPO's time": Arm(
