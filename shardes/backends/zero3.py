@@ -199,10 +199,11 @@ class Zero3Backend(GatheringBackend):
     @staticmethod
     def footprint(skeleton: PreTrainedModel, *, num_ranks: int) -> RankFootprint:
         """Compute the elements that the first of ``num_ranks`` ranks holds, of flat parameters in chunks."""
-        held = {name: chunk(size, num_ranks, 0)[1] for name, size in parameter_sizes(skeleton).items()}
+        sizes = parameter_sizes(skeleton)
+        held = {name: chunk(size, num_ranks, 0)[1] for name, size in sizes.items()}
         # The limits that make_deepspeed_config sets: small parameters stay gathered.
         least = skeleton.config.get_text_config().hidden_size
-        gathers = sum(size > least for size in parameter_sizes(skeleton).values())
+        gathers = sum(size > least for size in sizes.values())
         return RankFootprint(num_ranks, held, 2 * largest_layer(skeleton), gathers)
 
     def _check_layout(self, skeleton: nn.Module) -> None:

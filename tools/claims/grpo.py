@@ -119,10 +119,8 @@ def answer_likelihoods(
     """
     import torch
 
-    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=num_tokens + 1, use_cache=False).logits[
-        :, :-1
-    ]
-    log_likelihoods = (logits.float() / temperature).log_softmax(-1)
+    output = model(input_ids=ids, attention_mask=mask, logits_to_keep=num_tokens + 1, use_cache=False)
+    log_likelihoods = (output.logits[:, :-1].float() / temperature).log_softmax(-1)
     with torch.no_grad():
         entropies = -(log_likelihoods.exp() * log_likelihoods).sum(-1)
     chosen = ids[:, -num_tokens:].unsqueeze(-1)
@@ -156,13 +154,10 @@ def _trainer_class() -> Any:
         ) -> tuple[Any, Any, None]:
             # Where there is no Triton, TRL computes the logits of prompts too, in float32, of which it uses
             # none. On a processor that is half of an update's time.
+            size = batch_size or len(input_ids)
             found = [
                 answer_likelihoods(model, ids, mask, num_tokens=logits_to_keep, temperature=self.temperature)
-                for ids, mask in zip(
-                    input_ids.split(batch_size or len(input_ids)),
-                    attention_mask.split(batch_size or len(input_ids)),
-                    strict=True,
-                )
+                for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True)
             ]
             log_likelihoods, entropies = zip(*found, strict=True)
             return torch.cat(log_likelihoods), torch.cat(entropies), None

@@ -113,12 +113,13 @@ def run_one(task: str, arm: str, step: float, seed: int) -> Line:
         if tried.method == "es":
             keys |= {**tried.changes, "es.alpha": step}
         overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
-        num_evaluations = 1 if seed == TUNING_SEED else asked.num_evaluations
+        # Of a sweep the last reward alone is used.
+        is_sweep = seed == TUNING_SEED
+        num_evaluations, kl_prompts = (1, 0) if is_sweep else (asked.num_evaluations, asked.kl_prompts)
         config, trained = _train(
             task, arm, overrides, step=step, out=Path(directory), num_evaluations=num_evaluations
         )
-        # Of a sweep the last reward alone is used.
-        curve = measure(config, trained, kl_prompts=0 if seed == TUNING_SEED else asked.kl_prompts)
+        curve = measure(config, trained, kl_prompts=kl_prompts)
     return {
         "task": task,
         "arm": arm,
