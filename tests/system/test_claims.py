@@ -67,28 +67,64 @@ def peaked_at(best):
     return lambda size: -abs(math.log(size / best))
 
 
-@pytest.mark.parametrize("arm", ["es", "grpo"])
-def test_a_sweep_is_extended_until_its_best_lies_between_two_that_are_worse(arm):
-    from claims.arms import TUNING_SEED, step_size
+@pytest.mark.parametrize(("arm", "num_seeds"), [("es", 10), ("grpo", 5)])
+def test_a_sweep_is_extended_until_its_best_lies_between_two_that_are_worse(arm, num_seeds):
+    from claims.arms import step_size
     from claims.figures import Results
 
     for place in (-2, 0, 1, 3, 5):
         best = step_size("addition", arm, place)
         lines = play(peaked_at(best), arm=arm)
-        sizes = [each["step_size"] for each in lines if each["seed"] == TUNING_SEED]
+        sizes = [each["step_size"] for each in lines if each["seed"] == 100]
         low, high = min(0, place - 1), max(3, place + 1)
         assert sorted(sizes) == [step_size("addition", arm, each) for each in range(low, high + 1)]
-        assert {(each["step_size"], each["seed"]) for each in lines if each["seed"] != TUNING_SEED} == {
-            (best, seed) for seed in (1, 2, 3, 4, 5)
+        assert {(each["step_size"], each["seed"]) for each in lines if each["seed"] != 100} == {
+            (best, seed) for seed in range(1, num_seeds + 1)
         }
         assert Results(lines).best("addition", arm) == best
 
 
 def test_a_sweep_without_an_end_ends():
-    from claims.arms import MAX_EXTENSIONS, TUNING_SEED
+    from claims.arms import MAX_EXTENSIONS
 
     lines = play(lambda size: size)
-    assert len([each for each in lines if each["seed"] == TUNING_SEED]) == 4 + MAX_EXTENSIONS
+    assert len([each for each in lines if each["seed"] == 100]) == 4 + MAX_EXTENSIONS
+
+
+def test_the_mean_of_two_tuning_seeds_decides():
+    from claims.arms import step_size
+    from claims.figures import Results
+    from claims.runs import missing
+
+    task, sizes = "receipts-640", [step_size("receipts-640", "es", place) for place in range(3)]
+    assert [*missing([], [task], ["es"])] == [
+        (task, "es", size, seed) for size in sizes for seed in (100, 101)
+    ]
+    # The last one is the best of the first seed, and the second one of both.
+    earned = {100: [0.3, 0.6, 0.9], 101: [0.3, 0.8, 0.2]}
+    lines = [
+        line(task, "es", size, seed, [0.1, reward])
+        for seed, rewards in earned.items()
+        for size, reward in zip(sizes, rewards, strict=True)
+    ]
+    assert [each[2:] for each in missing(lines[:-1], [task], ["es"])] == [(sizes[2], 101)]
+    assert [*missing(lines, [task], ["es"])] == [(task, "es", sizes[1], seed) for seed in (1, 2)]
+    results = Results([*lines, line(task, "es", sizes[1], 1, [0.1, 0.5])])
+    assert results.sweep(task, "es") == pytest.approx(dict(zip(sizes, [0.3, 0.7, 0.55], strict=True)))
+    assert results.final(task, "es") == {1: 0.5}
+
+
+def test_keys_and_share_of_answers_may_differ_by_task():
+    from claims.arms import definition
+
+    toy, real = definition("addition", "es, racing"), definition("receipts-640", "es, racing")
+    assert (
+        toy["options"]["rollout.micro_batch_size"] == 16 and real["options"]["rollout.micro_batch_size"] == 2
+    )
+    assert toy["options"]["es.racing"] == real["options"]["es.racing"] == {"rounds": 4, "keep": 0.5}
+    assert toy["answers"] == real["answers"] == 0.46875
+    assert definition("addition", "es, screening")["answers"] == 0.98
+    assert "answers" not in definition("receipts-640", "es, screening")
 
 
 def test_an_arm_without_a_sweep_waits_for_that_of_another():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-TUNING_SEED = 100
 # Longest part of a sweep that is tried beyond its first four step sizes, on either side.
 MAX_EXTENSIONS = 4
 
@@ -24,6 +23,8 @@ class StudyTask:
         num_completions: Number of answers that each run may generate.
         first_steps: Smallest step size of the sweep, by method.
         seeds: Seeds of the runs that are reported.
+        seeds_of: Those of arms that have others, by arm.
+        tuning_seeds: Seeds of the sweeps; the step size with the best mean is taken.
         grpo: Options of GRPO that all its arms have.
         num_steps: Number of step sizes of a sweep, before it is extended.
         num_evaluations: Number of evaluations of a run, besides that of the base model.
@@ -35,6 +36,8 @@ class StudyTask:
     first_steps: dict[str, float]
     overrides: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    seeds_of: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    tuning_seeds: tuple[int, ...] = (100,)
     grpo: dict[str, Any] = field(default_factory=dict)
     num_steps: int = 4
     num_evaluations: int = 10
@@ -48,9 +51,11 @@ class Arm:
     Attributes:
         method: ``es`` or ``grpo``.
         changes: Keys of shardes's configuration for ES, options of GRPO for GRPO.
+        changes_of: Those on single tasks besides, by task.
         tasks: Names of the tasks on which it runs.
         scale: Factor of all its step sizes.
-        answers: Answers that an iteration generates, as a share of those of all members to all problems.
+        answers: Answers that an iteration generates, as a share of those of all members to all problems, by
+            task; all of them on the others.
         budget: Answers of a run, as a share of the task's.
         step_of: Name of the arm whose best step size it has; None: it has a sweep of its own.
         step: Step size of all its runs, which then have no sweep; None: the best one.
@@ -59,9 +64,10 @@ class Arm:
 
     method: str
     changes: dict[str, Any] = field(default_factory=dict)
+    changes_of: dict[str, dict[str, Any]] = field(default_factory=dict)
     tasks: tuple[str, ...] = ("quickstart", "addition", "receipts", "conciseness")
     scale: float = 1.0
-    answers: float = 1.0
+    answers: dict[str, float] = field(default_factory=dict)
     budget: float = 1.0
     step_of: str | None = None
     step: float | None = None
@@ -100,19 +106,27 @@ TASKS = {
         },
         num_completions=24576,
         first_steps={"es": 0.002, "grpo": 1e-4},
+        # Five seeds did not tell these apart, and they are the cheapest ones.
+        seeds_of=dict.fromkeys(
+            ("es", "es, small steps, half", "es, small steps, half, racing"), tuple(range(1, 11))
+        ),
         grpo={"prompts_per_step": 64},
     ),
     "receipts": StudyTask("configs/smollm2/receipts.yaml", **SMOLLM2),
-    # With 1280 answers plain ES earns all that can be earned, so options are compared with half as many.
+    # With 1280 answers plain ES earns all that can be earned, so options are compared with half as many. Two
+    # seeds decide their steps, since one was a lucky one.
     "receipts-640": StudyTask(
         "configs/smollm2/receipts.yaml",
-        **{**SMOLLM2, "num_completions": 640, "first_steps": {"es": 0.007}},
+        **{**SMOLLM2, "num_completions": 640, "first_steps": {"es": 0.007}, "tuning_seeds": (100, 101)},
     ),
     "conciseness": StudyTask("configs/smollm2/conciseness.yaml", **{**SMOLLM2, "num_completions": 640}),
 }
 
 TOYS = ("quickstart", "addition")
 OPTIONS = (*TOYS, "receipts-640")
+RACING = {"rounds": 4, "keep": 0.5}
+# All members answer a quarter of the problems, half of them another one, and so on.
+RACING_ANSWERS = (1 + 1 / 2 + 1 / 4 + 1 / 8) / 4
 SMALL_STEPS = {"es.population": 16, "task.batch_size": 16}
 ARMS = {
     "es": Arm("es", tasks=tuple(TASKS)),
@@ -132,13 +146,24 @@ ARMS = {
     # Options of the algorithm, at equal tokens: where an iteration asks less, there are more of them.
     "es, 4 subspaces": Arm("es", {"es.subspaces": 4}, tasks=OPTIONS, evidence="options"),
     "es, 16 subspaces": Arm("es", {"es.subspaces": 16}, tasks=OPTIONS, evidence="options"),
-    "es, screening": Arm("es", {"task.screening": {}}, tasks=OPTIONS, answers=0.75, evidence="options"),
-    # All members answer the first quarter of the problems, half of them the second, and so on.
+    # The shares that were found; few of the real task's problems come twice in a run.
+    "es, screening": Arm(
+        "es",
+        {"task.screening": {}},
+        tasks=OPTIONS,
+        answers={"quickstart": 0.87, "addition": 0.98},
+        evidence="options",
+    ),
     "es, racing": Arm(
         "es",
-        {"es.racing": {"rounds": 4, "keep": 0.5}, "rollout.micro_batch_size": 16},
-        tasks=TOYS,
-        answers=0.46875,
+        {"es.racing": RACING},
+        {
+            "quickstart": {"rollout.micro_batch_size": 16},
+            "addition": {"rollout.micro_batch_size": 16},
+            "receipts-640": {"rollout.micro_batch_size": 2},
+        },
+        tasks=OPTIONS,
+        answers=dict.fromkeys(OPTIONS, RACING_ANSWERS),
         evidence="options",
     ),
     # An eighth of the answers in an iteration, so there are eight times as many; and with half of the answers
@@ -149,10 +174,10 @@ ARMS = {
     # The two best together.
     "es, small steps, half, racing": Arm(
         "es",
-        {**SMALL_STEPS, "es.racing": {"rounds": 4, "keep": 0.5}, "rollout.micro_batch_size": 4},
-        tasks=("addition",),
+        {**SMALL_STEPS, "es.racing": RACING, "rollout.micro_batch_size": 4},
+        tasks=TOYS,
         scale=0.63,
-        answers=0.46875,
+        answers=dict.fromkeys(TOYS, RACING_ANSWERS),
         budget=0.5,
         evidence="options",
     ),
@@ -184,15 +209,26 @@ def num_completions(task: str, arm: str) -> int:
     return int(TASKS[task].num_completions * ARMS[arm].budget)
 
 
+def changes_on(task: str, arm: str) -> dict[str, Any]:
+    """Return what an arm changes on a task: keys of shardes's configuration, or options of GRPO."""
+    return {**ARMS[arm].changes, **ARMS[arm].changes_of.get(task, {})}
+
+
+def seeds_on(task: str, arm: str) -> tuple[int, ...]:
+    """Return the seeds of an arm's reported runs on a task."""
+    return TASKS[task].seeds_of.get(arm, TASKS[task].seeds)
+
+
 def definition(task: str, arm: str) -> dict[str, Any]:
     """Return what a line must have been made with to be a result of an arm on a task."""
     asked, tried = TASKS[task], ARMS[arm]
-    options = {**asked.grpo, **tried.changes} if tried.method == "grpo" else tried.changes
+    changes = changes_on(task, arm)
+    options = {**asked.grpo, **changes} if tried.method == "grpo" else changes
     return {
         "method": tried.method,
         "config": asked.config,
         "overrides": asked.overrides,
         "options": options,
         "num_completions": num_completions(task, arm),
-        **({} if tried.answers == 1 else {"answers": tried.answers}),
+        **({"answers": tried.answers[task]} if task in tried.answers else {}),
     }

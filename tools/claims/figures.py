@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from claims.arms import ARMS, TASKS, TUNING_SEED
+from claims.arms import ARMS, TASKS
 from claims.lines import Line
 from claims.means import Mean, mean_of
 from claims.runs import best_step, final_reward, swept
@@ -40,7 +40,7 @@ class Results:
         ]
 
     def sweep(self, task: str, arm: str) -> dict[float, float]:
-        """Return the final reward of the tuning seed by step size."""
+        """Return the final reward by step size, as the mean of the tuning seeds."""
         return dict(sorted(swept(self.lines, task, arm).items()))
 
     def best(self, task: str, arm: str) -> float | None:
@@ -48,14 +48,14 @@ class Results:
         return best_step(self.lines, task, arm)
 
     def runs(self, task: str, arm: str) -> dict[int, Line]:
-        """Return the lines of the best step size by seed, without the tuning seed's."""
+        """Return the lines of the best step size by seed, without those of the tuning seeds."""
         best = self.best(task, arm)
         found = {
             line["seed"]: line
             for line in self.lines
             if (line["task"], line["arm"], line["step_size"]) == (task, arm, best)
         }
-        return {seed: found[seed] for seed in sorted(found) if seed != TUNING_SEED}
+        return {seed: found[seed] for seed in sorted(found) if seed not in TASKS[task].tuning_seeds}
 
     def base_reward(self, task: str) -> float:
         """Return the held-out reward of the base model."""

@@ -7,9 +7,20 @@ import platform
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from claims.arms import ARMS, MAX_EXTENSIONS, ROOT, TASKS, TUNING_SEED, definition, num_completions, step_size
+from claims.arms import (
+    ARMS,
+    MAX_EXTENSIONS,
+    ROOT,
+    TASKS,
+    changes_on,
+    definition,
+    num_completions,
+    seeds_on,
+    step_size,
+)
 from claims.lines import Line
 from claims.training import Trained
 
@@ -35,12 +46,16 @@ def current(lines: Iterable[Line]) -> list[Line]:
 
 
 def swept(lines: Iterable[Line], task: str, arm: str) -> dict[float, float]:
-    """Return the final rewards of an arm's sweep on a task, by step size."""
-    return {
-        line["step_size"]: final_reward(line)
-        for line in lines
-        if (line["task"], line["arm"], line["seed"]) == (task, arm, TUNING_SEED)
-    }
+    """Return the final rewards of an arm's sweep on a task, by step size: means over the tuning seeds.
+
+    Step sizes that not all of these seeds have tried yet are left out.
+    """
+    found: dict[float, dict[int, float]] = {}
+    for line in lines:
+        if (line["task"], line["arm"]) == (task, arm) and line["seed"] in TASKS[task].tuning_seeds:
+            found.setdefault(line["step_size"], {})[line["seed"]] = final_reward(line)
+    wanted = len(TASKS[task].tuning_seeds)
+    return {size: fmean(each.values()) for size, each in found.items() if len(each) == wanted}
 
 
 def next_of_sweep(found: dict[float, float], task: str, arm: str) -> tuple[list[float], float | None]:
@@ -85,7 +100,7 @@ def missing(
         lines: Lines so far.
         tasks: Names of tasks.
         arms: Names of arms.
-        seeds: Seeds that are reported; None: those of each task.
+        seeds: Seeds that are reported; None: those of each task and arm.
     """
     done = {(line["task"], line["arm"], line["step_size"], line["seed"]) for line in lines}
     arms = list(arms)
@@ -93,10 +108,10 @@ def missing(
         for arm in (arm for arm in arms if task in ARMS[arm].tasks):
             best = best_step(lines, task, arm)
             if best is not None:
-                wanted = [(task, arm, best, seed) for seed in seeds or TASKS[task].seeds]
+                wanted = [(task, arm, best, seed) for seed in seeds or seeds_on(task, arm)]
             elif ARMS[arm].step_of is None:
                 lacking, _ = next_of_sweep(swept(lines, task, arm), task, arm)
-                wanted = [(task, arm, size, TUNING_SEED) for size in lacking]
+                wanted = [(task, arm, size, seed) for size in lacking for seed in TASKS[task].tuning_seeds]
             else:
                 continue
             yield from (each for each in wanted if each not in done)
@@ -111,10 +126,10 @@ def run_one(task: str, arm: str, step: float, seed: int) -> Line:
     with tempfile.TemporaryDirectory() as directory:
         keys["run.dir"] = directory
         if tried.method == "es":
-            keys |= {**tried.changes, "es.alpha": step}
+            keys |= {**changes_on(task, arm), "es.alpha": step}
         overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
         # Of a sweep the last reward alone is used.
-        is_sweep = seed == TUNING_SEED
+        is_sweep = seed in asked.tuning_seeds
         num_evaluations, kl_prompts = (1, 0) if is_sweep else (asked.num_evaluations, asked.kl_prompts)
         config, trained = _train(
             task, arm, overrides, step=step, out=Path(directory), num_evaluations=num_evaluations
@@ -142,14 +157,19 @@ def _train(
     if tried.method == "es":
         from claims.es import es_config, train_es
 
-        config = es_config(path, overrides, num_completions=num_completions(task, arm), answers=tried.answers)
+        config = es_config(
+            path,
+            overrides,
+            num_completions=num_completions(task, arm),
+            answers=tried.answers.get(task, 1.0),
+        )
         return config, train_es(config, num_evaluations=num_evaluations)
     from claims.grpo import train_grpo
     from claims.measuring import one_process
     from claims.settings import GRPOSettings
 
     config = one_process(path, overrides)
-    settings = GRPOSettings(learning_rate=step, **{**asked.grpo, **tried.changes})
+    settings = GRPOSettings(learning_rate=step, **{**asked.grpo, **changes_on(task, arm)})
     trained = train_grpo(
         config,
         settings,
