@@ -108,7 +108,7 @@ def test_the_mean_of_two_tuning_seeds_decides():
         for size, reward in zip(sizes, rewards, strict=True)
     ]
     assert [each[2:] for each in missing(lines[:-1], [task], ["es"])] == [(sizes[2], 101)]
-    assert [*missing(lines, [task], ["es"])] == [(task, "es", sizes[1], seed) for seed in (1, 2)]
+    assert [*missing(lines, [task], ["es"])] == [(task, "es", sizes[1], seed) for seed in range(1, 6)]
     results = Results([*lines, line(task, "es", sizes[1], 1, [0.1, 0.5])])
     assert results.sweep(task, "es") == pytest.approx(dict(zip(sizes, [0.3, 0.7, 0.55], strict=True)))
     assert results.final(task, "es") == {1: 0.5}
@@ -245,6 +245,17 @@ def test_tables_say_what_lines_say():
     grpo = ("grpo", "0.00032", "24576", "0.630 ± 0.020", "0.016", "-0.300 ± 0.000")
     assert grpo in {row[:6] for row in rows}
     assert "![claims-curves](claims-curves.png)" in text
+
+
+def test_claims_compare_runs_of_the_seeds_that_both_have():
+    from claims import tables
+    from claims.figures import Results
+
+    lines = results_of_both().lines
+    best = Results(lines).best("addition", "es")
+    more = [line("addition", "es", best, seed, [0.1, 9.0, 9.0], kl=9.0) for seed in (6, 7)]
+    assert tables.claims(Results([*lines, *more])) == tables.claims(Results(lines))
+    assert Results([*lines, *more]).final("addition", "es")[7] == 9.0
 
 
 def test_an_arm_with_half_of_the_answers_is_compared_at_its_end():

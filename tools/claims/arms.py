@@ -87,11 +87,17 @@ SMOLLM2: dict[str, Any] = {
     "kl_prompts": 16,
 }
 
+# Of the toys: five seeds did not tell whether these arms need half of the answers.
+TEN_SEEDS = dict.fromkeys(
+    ("es", "es, small steps, half", "es, small steps, half, racing"), tuple(range(1, 11))
+)
+
 TASKS = {
     "quickstart": StudyTask(
         "configs/quickstart.yaml",
         num_completions=40960,
         first_steps={"es": 0.005, "grpo": 1e-4},
+        seeds_of=TEN_SEEDS,
         grpo={"prompts_per_step": 64},
     ),
     "addition": StudyTask(
@@ -106,10 +112,7 @@ TASKS = {
         },
         num_completions=24576,
         first_steps={"es": 0.002, "grpo": 1e-4},
-        # Five seeds did not tell these apart, and they are the cheapest ones.
-        seeds_of=dict.fromkeys(
-            ("es", "es, small steps, half", "es, small steps, half, racing"), tuple(range(1, 11))
-        ),
+        seeds_of=TEN_SEEDS,
         grpo={"prompts_per_step": 64},
     ),
     "receipts": StudyTask("configs/smollm2/receipts.yaml", **SMOLLM2),
@@ -117,7 +120,13 @@ TASKS = {
     # seeds decide their steps, since one was a lucky one.
     "receipts-640": StudyTask(
         "configs/smollm2/receipts.yaml",
-        **{**SMOLLM2, "num_completions": 640, "first_steps": {"es": 0.007}, "tuning_seeds": (100, 101)},
+        **{
+            **SMOLLM2,
+            "num_completions": 640,
+            "first_steps": {"es": 0.007},
+            "tuning_seeds": (100, 101),
+            "seeds_of": dict.fromkeys(("es", "es, 2 problems", "es, racing"), (1, 2, 3, 4, 5)),
+        },
     ),
     "conciseness": StudyTask("configs/smollm2/conciseness.yaml", **{**SMOLLM2, "num_completions": 640}),
 }
@@ -182,7 +191,19 @@ ARMS = {
         evidence="options",
     ),
     "es, 2 problems": Arm("es", {"task.batch_size": 2}, tasks=("receipts-640",), evidence="options"),
-    # About as long as GRPO takes for 1280 answers, at the step size that was best with 640.
+    # The two best together: half of the members answer only the first two of four problems.
+    "es, 4 problems, racing": Arm(
+        "es",
+        {
+            "task.batch_size": 4,
+            "es.racing": {"rounds": 2, "keep": 0.5},
+            "rollout.micro_batch_size": 2,
+        },
+        tasks=("receipts-640",),
+        answers={"receipts-640": 0.75},
+        evidence="options",
+    ),
+    # About as long as GRPO takes for 1280 answers, at the step size that was best with 640 and one seed.
     "es, 2 problems, GRPO's time": Arm(
         "es", {"task.batch_size": 2}, tasks=("receipts",), budget=1.125, step=0.007, evidence="options"
     ),

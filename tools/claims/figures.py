@@ -57,6 +57,16 @@ class Results:
         }
         return {seed: found[seed] for seed in sorted(found) if seed not in TASKS[task].tuning_seeds}
 
+    def on_shared_seeds(self, task: str, arms: Sequence[str]) -> "Results":
+        """Return results in which some arms of a task have only runs of the seeds that all of them have."""
+        seeds = set.intersection(*(set(self.runs(task, arm)) for arm in arms))
+        seeds.update(TASKS[task].tuning_seeds)
+        return Results(
+            line
+            for line in self.lines
+            if line["task"] != task or line["arm"] not in arms or line["seed"] in seeds
+        )
+
     def base_reward(self, task: str) -> float:
         """Return the held-out reward of the base model."""
         line = next(line for line in self.lines if line["task"] == task)

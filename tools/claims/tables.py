@@ -178,15 +178,18 @@ def claims(results: Results) -> list[str]:
     for task in results.tasks():
         if not {"es", "grpo"} <= set(results.arms(task)):
             continue
-        difference = results.difference(task, "es", "grpo")
-        if difference is not None:
-            words = verdict(difference.sign)
-            rows.append(["ES earns more at equal answers", task, difference.text(sign="+"), words])
-        rows += [row for row in (_time(results, task), _spread(results, task)) if row]
-        rows.append(_robust(results, task))
-        rows.append(_memory(results, task))
-        if row := _hacking(results, task):
-            rows.append(row)
+        paired = results.on_shared_seeds(task, ["es", "grpo"])
+        difference = paired.difference(task, "es", "grpo")
+        if difference is None:
+            continue
+        rows.append(
+            ["ES earns more at equal answers", task, difference.text(sign="+"), verdict(difference.sign)]
+        )
+        rows.append(_time(paired, task))
+        rows += [row for row in [_spread(paired, task)] if row]
+        rows.append(_robust(paired, task))
+        rows.append(_memory(paired, task))
+        rows += [row for row in [_hacking(paired, task)] if row]
     return table(["claim", "task", "es against grpo", "here"], rows)
 
 
@@ -195,11 +198,9 @@ def verdict(sign: int) -> str:
     return {1: "confirmed", -1: "the opposite", 0: "not told apart"}[sign]
 
 
-def _time(results: Results, task: str) -> list[str] | None:
+def _time(results: Results, task: str) -> list[str]:
     least = results.smallest_total(task, ["es", "grpo"], key="core_seconds")
     of_es, of_grpo = (results.reward_at(task, arm, key="core_seconds", value=least) for arm in ("es", "grpo"))
-    if len(of_es) != len(of_grpo):
-        return None
     found = mean_of([one - two for one, two in zip(of_es, of_grpo, strict=True)])
     return [
         f"ES earns more in equal time ({least:.0f} core-seconds)",
@@ -244,7 +245,7 @@ def _hacking(results: Results, task: str) -> list[str] | None:
     one, two = (results.last(task, arm, "kl") for arm in ("es", "grpo"))
     if not one or not two:
         return None
-    found: Mean = mean_of([a - b for a, b in zip(one, two, strict=False)])
+    found: Mean = mean_of([a - b for a, b in zip(one, two, strict=True)])
     return ["ES stays nearer to the base model", task, f"KL {found.text(sign='+')}", verdict(-found.sign)]
 
 
