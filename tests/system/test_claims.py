@@ -247,6 +247,22 @@ def test_tables_say_what_lines_say():
     assert "![claims-curves](claims-curves.png)" in text
 
 
+def test_half_of_the_tokens_is_compared_with_the_end_of_plain_es():
+    from claims.figures import Results
+
+    results = results_of_both()
+    # Points are 500 tokens apart, and es has 1000: .9 + .01 * seed. Then grpo had half of .6 + .01 * seed.
+    found = results.difference_at_half("addition", "grpo", "es")
+    assert found.value == pytest.approx(0.5 * 0.63 - 0.93) and found.num_values == 5
+    assert results.difference_at_half("addition", "es", "es").value == pytest.approx(-0.5 * 0.93)
+    # A run that ends there is compared at its end.
+    half = "es, small steps, half"
+    lines = [line("addition", half, 0.004, 100, [0.1, 0.2]), line("addition", half, 0.004, 1, [0.1, 0.5])]
+    lines += [line("addition", half, size, 100, [0.1, 0.1]) for size in (0.0013, 0.013, 0.04)]
+    found = Results([*results.lines, *lines]).difference_at_half("addition", half, "es")
+    assert (found.value, found.num_values) == (pytest.approx(0.5 - 0.91), 1)
+
+
 def test_claims_compare_runs_of_the_seeds_that_both_have():
     from claims import tables
     from claims.figures import Results

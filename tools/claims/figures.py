@@ -87,6 +87,20 @@ class Results:
         shared = [one[seed] - two[seed] for seed in one if seed in two]
         return mean_of(shared) if shared else None
 
+    def difference_at_half(self, task: str, arm: str, other: str) -> Mean | None:
+        """Return how much more reward an arm has after half of another's tokens than the other at its end.
+
+        Runs are compared on the seeds that both have, each with its own number of tokens.
+        """
+        runs = self.runs(task, arm)
+        shared = [
+            interpolated(runs[seed]["curve"], key="num_tokens", value=line["curve"][-1]["num_tokens"] / 2)
+            - final_reward(line)
+            for seed, line in self.runs(task, other).items()
+            if seed in runs
+        ]
+        return mean_of(shared) if shared else None
+
     def reward_at(self, task: str, arm: str, *, key: str, value: float) -> list[float]:
         """Return the rewards of the runs where they had spent a given amount, between points by lines.
 

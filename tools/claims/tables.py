@@ -59,6 +59,7 @@ def rewards(results: Results) -> list[str]:
             best, tried = results.best(task, arm), results.sweep(task, arm)
             edge = " (edge)" if tried and best in (min(tried), max(tried)) else ""
             against = results.difference(task, arm, "es") if arm != "es" else None
+            at_half = results.difference_at_half(task, arm, "es")
             at_equal = [
                 mean_of(results.reward_at(task, arm, key=key, value=value)).text()
                 for key, value in least.items()
@@ -72,12 +73,14 @@ def rewards(results: Results) -> list[str]:
                     mean_of(final).text(),
                     f"{statistics.stdev(final):.3f}" if len(final) > 1 else "",
                     against.text(sign="+") if against else "",
+                    at_half.text(sign="+") if at_half else "",
                     _mean_text(results.last(task, arm, "sampled_reward")),
                     *at_equal,
                     str(len(final)),
                 ]
             )
         head = ["arm", "step size", "answers", "reward", "spread over seeds", "against es, same seeds"]
+        head += ["after half of es's tokens, against its end"]
         head += ["drawn at temperature 1", f"after {least['num_tokens']:.0f} tokens"]
         head += [f"after {least['core_seconds']:.0f} core-seconds", "seeds"]
         base = results.base_reward(task)
