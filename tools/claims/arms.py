@@ -230,9 +230,10 @@ def num_completions(task: str, arm: str) -> int:
     return int(TASKS[task].num_completions * ARMS[arm].budget)
 
 
-def changes_on(task: str, arm: str) -> dict[str, Any]:
-    """Return what an arm changes on a task: keys of shardes's configuration, or options of GRPO."""
-    return {**ARMS[arm].changes, **ARMS[arm].changes_of.get(task, {})}
+def options_on(task: str, arm: str) -> dict[str, Any]:
+    """Return what an arm sets on a task: keys of shardes's configuration, or options of GRPO."""
+    of_all = TASKS[task].grpo if ARMS[arm].method == "grpo" else {}
+    return {**of_all, **ARMS[arm].changes, **ARMS[arm].changes_of.get(task, {})}
 
 
 def seeds_on(task: str, arm: str) -> tuple[int, ...]:
@@ -243,13 +244,11 @@ def seeds_on(task: str, arm: str) -> tuple[int, ...]:
 def definition(task: str, arm: str) -> dict[str, Any]:
     """Return what a line must have been made with to be a result of an arm on a task."""
     asked, tried = TASKS[task], ARMS[arm]
-    changes = changes_on(task, arm)
-    options = {**asked.grpo, **changes} if tried.method == "grpo" else changes
     return {
         "method": tried.method,
         "config": asked.config,
         "overrides": asked.overrides,
-        "options": options,
+        "options": options_on(task, arm),
         "num_completions": num_completions(task, arm),
         **({"answers": tried.answers[task]} if task in tried.answers else {}),
     }

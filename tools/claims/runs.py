@@ -15,9 +15,9 @@ from claims.arms import (
     MAX_EXTENSIONS,
     ROOT,
     TASKS,
-    changes_on,
     definition,
     num_completions,
+    options_on,
     seeds_on,
     step_size,
 )
@@ -126,7 +126,7 @@ def run_one(task: str, arm: str, step: float, seed: int) -> Line:
     with tempfile.TemporaryDirectory() as directory:
         keys["run.dir"] = directory
         if tried.method == "es":
-            keys |= {**changes_on(task, arm), "es.alpha": step}
+            keys |= {**options_on(task, arm), "es.alpha": step}
         overrides = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
         # Of a sweep the last reward alone is used.
         is_sweep = seed in asked.tuning_seeds
@@ -169,7 +169,7 @@ def _train(
     from claims.settings import GRPOSettings
 
     config = one_process(path, overrides)
-    settings = GRPOSettings(learning_rate=step, **{**asked.grpo, **changes_on(task, arm)})
+    settings = GRPOSettings(learning_rate=step, **options_on(task, arm))
     trained = train_grpo(
         config,
         settings,

@@ -185,14 +185,11 @@ def claims(results: Results) -> list[str]:
         difference = paired.difference(task, "es", "grpo")
         if difference is None:
             continue
-        rows.append(
-            ["ES earns more at equal answers", task, difference.text(sign="+"), verdict(difference.sign)]
-        )
-        rows.append(_time(paired, task))
-        rows += [row for row in [_spread(paired, task)] if row]
-        rows.append(_robust(paired, task))
-        rows.append(_memory(paired, task))
-        rows += [row for row in [_hacking(paired, task)] if row]
+        found = [
+            ["ES earns more at equal answers", task, difference.text(sign="+"), verdict(difference.sign)],
+            *(compare(paired, task) for compare in (_time, _spread, _robust, _memory, _hacking)),
+        ]
+        rows += [row for row in found if row]
     return table(["claim", "task", "es against grpo", "here"], rows)
 
 
